@@ -1,0 +1,39 @@
+# Two commands: `make demo` trains a model with four nodes on this machine, `make test` runs every test.
+# Both do all of the set-up themselves, in .venv.
+PYTHON ?= python3
+VENV   ?= .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+# The torch release this CPU build is tested with; a machine with CUDA may set TORCH="torch" to take the newest.
+TORCH  ?= torch==2.13.0
+
+.PHONY: demo test setup lint program proto bench clean
+
+demo: setup
+	$(BIN)/psyche-sim $(ARGS)
+
+test: setup lint
+	$(BIN)/pytest $(ARGS)
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "psyche-node needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	@touch $@
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+program: setup
+	$(BIN)/python -m coordinator.toolchain.build
+
+proto: setup
+	$(BIN)/python proto/generate.py
+
+clean:
+	rm -rf $(VENV) build runs

@@ -1,0 +1,216 @@
+"""Typed messages between a node's processes, over an inherited Unix socket pair.
+
+A frame is a 4-byte big-endian length and a JSON object ``{"id": int, "kind": str, "body": {...}}``. A request carries a
+positive ``id`` and is answered by one frame with the same ``id``; an event carries ``id`` 0 and is not answered. Bulk
+bytes never travel here: they cross as files, and the message names the file or its digest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import struct
+import threading
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+MAX_FRAME = 16 * 1024 * 1024
+_LENGTH = struct.Struct(">I")
+
+
+class IpcError(Exception):
+    """The peer process broke the framing, sent an unknown message, or is gone."""
+
+
+class RemoteFailure(IpcError):
+    """The peer process answered a request with an error instead of a reply."""
+
+
+class Message(BaseModel):
+    """Base of everything that crosses between a node's processes; the class name is the kind on the wire."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+    registry: ClassVar[dict[str, type[Message]]] = {}
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        other = Message.registry.get(cls.__name__)
+        if other is not None and other.__module__ != cls.__module__:
+            raise TypeError(f"two messages are called {cls.__name__}: in {other.__module__} and in {cls.__module__}")
+        Message.registry[cls.__name__] = cls
+
+
+class Ok(Message):
+    """The reply of a request that has nothing to say."""
+
+
+class Failure(Message):
+    """The reply of a request that failed; ``reason`` says what, where and what to do."""
+
+    reason: str
+
+
+M = TypeVar("M", bound=Message)
+
+
+def encode_frame(request_id: int, message: Message) -> bytes:
+    body = json.dumps(
+        {"id": request_id, "kind": type(message).__name__, "body": message.model_dump(mode="json")}
+    ).encode()
+    if len(body) > MAX_FRAME:
+        raise IpcError(f"{type(message).__name__} is {len(body)} bytes; a frame holds {MAX_FRAME}. Pass a file instead")
+    return _LENGTH.pack(len(body)) + body
+
+
+def decode_frame(body: bytes) -> tuple[int, Message]:
+    """Return ``(request id, message)``. Raises IpcError for anything that is not a known message."""
+    try:
+        frame = json.loads(body)
+        kind = Message.registry[frame["kind"]]
+        return int(frame["id"]), kind.model_validate(frame["body"])
+    except (ValueError, KeyError, TypeError, ValidationError) as error:
+        raise IpcError(f"not a message of this node's processes: {body[:120]!r} ({error})") from error
+
+
+class BlockingChannel:
+    """The child's end: a blocking ``receive`` loop, and ``send`` from any thread."""
+
+    def __init__(self, fd: int) -> None:
+        self._socket = socket.socket(fileno=fd)
+        self._socket.setblocking(True)
+        self._lock = threading.Lock()
+
+    def receive(self) -> tuple[int, Message] | None:
+        """Return the next frame, or None when the supervisor has closed its end (then the child ends, too)."""
+        header = self._exactly(_LENGTH.size)
+        if header is None:
+            return None
+        (length,) = _LENGTH.unpack(header)
+        if length > MAX_FRAME:
+            raise IpcError(f"a frame of {length} bytes exceeds {MAX_FRAME}")
+        body = self._exactly(length)
+        return None if body is None else decode_frame(body)
+
+    def reply(self, request_id: int, message: Message) -> None:
+        frame = encode_frame(request_id, message)
+        with self._lock:
+            self._socket.sendall(frame)
+
+    def event(self, message: Message) -> None:
+        self.reply(0, message)
+
+    def close(self) -> None:
+        self._socket.close()
+
+    def _exactly(self, count: int) -> bytes | None:
+        parts = bytearray()
+        while len(parts) < count:
+            try:
+                chunk = self._socket.recv(count - len(parts))
+            except ConnectionResetError:
+                return None
+            if not chunk:
+                return None
+            parts += chunk
+        return bytes(parts)
+
+
+class Endpoint:
+    """The supervisor's end of one child process: requests with replies, and a callback for events."""
+
+    def __init__(
+        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_event: Callable[[Message], None]
+    ) -> None:
+        self.name = name
+        self._reader, self._writer, self._on_event = reader, writer, on_event
+        self._pending: dict[int, asyncio.Future[Message]] = {}
+        self._next_id = 1
+        self.closed = asyncio.Event()
+        self._pump = asyncio.create_task(self._receive(), name=f"ipc-{name}")
+
+    @classmethod
+    async def over(cls, name: str, sock: socket.socket, on_event: Callable[[Message], None]) -> Endpoint:
+        sock.setblocking(False)
+        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_FRAME)
+        return cls(name, reader, writer, on_event)
+
+    async def call(self, message: Message, expect: type[M]) -> M:
+        """Send a request and wait for its reply. Raises RemoteFailure (it said no) or IpcError (it is gone)."""
+        if self.closed.is_set():
+            raise IpcError(f"the {self.name} process is gone; it cannot answer {type(message).__name__}")
+        request_id, self._next_id = self._next_id, self._next_id + 1
+        future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
+        self._pending[request_id] = future
+        try:
+            self._writer.write(encode_frame(request_id, message))
+            await self._writer.drain()
+            reply = await future
+        except ConnectionError as error:
+            raise IpcError(f"the {self.name} process is gone: {error}") from error
+        finally:
+            self._pending.pop(request_id, None)
+        if isinstance(reply, Failure):
+            raise RemoteFailure(f"{self.name}: {reply.reason}")
+        if not isinstance(reply, expect):
+            raise IpcError(f"{self.name} answered {type(message).__name__} with {type(reply).__name__}")
+        return reply
+
+    async def close(self) -> None:
+        self._writer.close()
+        self._pump.cancel()
+        await asyncio.gather(self._pump, return_exceptions=True)
+
+    async def _receive(self) -> None:
+        reason = "it closed its end"
+        try:
+            while True:
+                (length,) = _LENGTH.unpack(await self._reader.readexactly(_LENGTH.size))
+                if length > MAX_FRAME:
+                    raise IpcError(f"a frame of {length} bytes exceeds {MAX_FRAME}")
+                request_id, message = decode_frame(await self._reader.readexactly(length))
+                if request_id == 0:
+                    self._on_event(message)
+                elif (future := self._pending.get(request_id)) is not None and not future.done():
+                    future.set_result(message)
+        except (asyncio.IncompleteReadError, ConnectionError):
+            pass
+        except IpcError as error:
+            reason = str(error)
+        finally:
+            self.closed.set()
+            for future in self._pending.values():
+                if not future.done():
+                    future.set_exception(IpcError(f"the {self.name} process is gone: {reason}"))
+
+
+def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> None:
+    """Run a child's request loop in this thread until the supervisor closes its end or ``handle`` raises SystemExit.
+
+    An exception of ``handle`` becomes a Failure reply: a failed step leaves the round, never the process.
+    """
+    while (frame := channel.receive()) is not None:
+        request_id, message = frame
+        try:
+            reply = handle(message)
+        except Exception as error:
+            reply = Failure(reason=f"{type(message).__name__}: {type(error).__name__}: {error}")
+        if request_id:
+            channel.reply(request_id, reply)
+
+
+__all__ = [
+    "BlockingChannel",
+    "Endpoint",
+    "Failure",
+    "IpcError",
+    "Message",
+    "Ok",
+    "RemoteFailure",
+    "decode_frame",
+    "encode_frame",
+    "serve",
+]
