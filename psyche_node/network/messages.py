@@ -1,0 +1,191 @@
+"""What the supervisor and the network process say to each other (framing: ``psyche_node.ipc``)."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from psyche_node.ipc import Message
+
+MAX_MEMBERS = 256
+MAX_ROUND = 2**63 - 1
+# A bound on what a run may ever ask for; the real length of an update comes from the chain.
+MAX_BLOB_BYTES = 1 << 37
+
+_HEX32 = r"^[0-9a-f]{64}$"
+
+
+class Configure(Message):
+    """The first request: bring the network up. Answered by ``Ready``, or by a Failure after which the process ends."""
+
+    folder: str
+    """The node's folder; the blob store is its ``blobs`` subfolder."""
+    node_key_path: str
+    listen_host: str = "127.0.0.1"
+    """IP address to listen on. An unspecified one (0.0.0.0, ::) is announced as the address towards the bootstrap node."""
+    p2p_port: int = Field(default=0, ge=0, le=65535)
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    bootstrap: list[str] = []
+    """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
+    run: str
+    """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
+    faults: list[str] = []
+
+
+class Ready(Message):
+    """The reply to ``Configure``."""
+
+    node_id: str
+    multiaddrs: list[str]
+    grpc_address: str
+
+
+class MemberEntry(Message):
+    slot: int = Field(ge=0, lt=MAX_MEMBERS)
+    node_key: str = Field(pattern=_HEX32)
+
+
+class SetMembers(Message):
+    """The members of the run, from the chain; replaces the earlier list and counts from the next call of any peer on."""
+
+    members: list[MemberEntry] = Field(max_length=MAX_MEMBERS)
+
+
+class Publish(Message):
+    """Announce a blob that is in the store: by gossip, and directly to every member that can be reached."""
+
+    round: int = Field(ge=0, le=MAX_ROUND)
+    member: int = Field(ge=0, lt=MAX_MEMBERS)
+    digest: str = Field(pattern=_HEX32)
+    length: int = Field(ge=1, le=MAX_BLOB_BYTES)
+
+
+class WantEntry(Message):
+    member: int = Field(ge=0, lt=MAX_MEMBERS)
+    digest: str = Field(pattern=_HEX32)
+    length: int = Field(ge=1, le=MAX_BLOB_BYTES)
+
+
+class Want(Message):
+    """Fetch these committed blobs, from their author or from whoever holds them, until ``Forget``."""
+
+    round: int = Field(ge=0, le=MAX_ROUND)
+    wants: list[WantEntry] = Field(max_length=MAX_MEMBERS)
+
+
+class Forget(Message):
+    """Drop wants, announcements and blobs of rounds before ``before_round``."""
+
+    before_round: int = Field(ge=0, le=MAX_ROUND)
+
+
+class GetStats(Message):
+    """Ask for ``Stats``."""
+
+
+class PeerStats(Message):
+    """Traffic with one peer, as ``Stats`` counts it."""
+
+    node_id: str
+    slot: int | None
+    connected: bool
+    bytes_sent: int
+    bytes_received: int
+    banned: bool
+
+
+class Stats(Message):
+    """The reply to ``GetStats``. Bytes are of message bodies, gossip and direct calls together, without TLS and TCP framing."""
+
+    bytes_sent: int
+    bytes_received: int
+    blob_bytes_sent: int
+    """Of ``bytes_sent``, the pieces of blobs."""
+    blob_bytes_received: int
+    peers: int
+    """Peers with a libp2p connection, members or not."""
+    connected: list[int]
+    """Slots of the members with a libp2p connection that answers pings."""
+    per_peer: list[PeerStats]
+
+
+class NetworkShutdown(Message):
+    """End the process. Closing the socket does the same."""
+
+
+# The messages of all processes share one table of names, and another process has its own Shutdown.
+Shutdown = NetworkShutdown
+
+
+class Announced(Message):
+    """A member's signed announcement arrived; what it says is checked against the chain by the supervisor."""
+
+    round: int
+    member: int
+    digest: str
+    length: int
+
+
+class Fetched(Message):
+    """A wanted blob is in the store, complete and verified. ``source`` is the PeerId that served its last piece."""
+
+    round: int
+    member: int
+    digest: str
+    length: int
+    source: str
+
+
+class FetchFailed(Message):
+    """An attempt at a wanted blob failed; sent once per cause and want. Fetching goes on."""
+
+    round: int
+    member: int
+    digest: str
+    reason: str
+
+
+class Rejected(Message):
+    """Something from a peer was refused. ``what``: piece, manifest, announcement, record or call."""
+
+    what: str
+    peer: str
+    member: int | None
+    reason: str
+
+
+class PeerUp(Message):
+    """A libp2p connection with this member is up."""
+
+    slot: int
+
+
+class PeerDown(Message):
+    """The last libp2p connection with this member is gone, or it stopped answering pings."""
+
+    slot: int
+
+
+__all__ = [
+    "MAX_BLOB_BYTES",
+    "MAX_MEMBERS",
+    "MAX_ROUND",
+    "Announced",
+    "Configure",
+    "FetchFailed",
+    "Fetched",
+    "Forget",
+    "GetStats",
+    "MemberEntry",
+    "NetworkShutdown",
+    "PeerDown",
+    "PeerStats",
+    "PeerUp",
+    "Publish",
+    "Ready",
+    "Rejected",
+    "SetMembers",
+    "Shutdown",
+    "Stats",
+    "Want",
+    "WantEntry",
+]

@@ -1,0 +1,314 @@
+"""The content-addressed blob store: files named by digest, in one folder per round, never half-written.
+
+    FOLDER/<round>/<digest hex>          a complete blob
+    FOLDER/<round>/<digest hex>.*.part   one being written; removed when its writer is gone
+
+A blob is cut into pieces of 1 MiB, the unit of transfer, verification and blame. Its digest is a BLAKE3 root over its
+length and the BLAKE3 digests of its pieces, so one digest from the chain vouches for every piece. Supervisor and network
+process use the same folder; nothing is cached between them but the files.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import struct
+import threading
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from blake3 import blake3
+
+PIECE_BYTES = 1 << 20
+DIGEST_BYTES = 32
+_ROOT_CONTEXT = "psyche-node 2026-11 blob root: u64 length, then the digests of its 1 MiB pieces"
+
+
+class StoreError(Exception):
+    """The store refused a blob or lost one; the message says which and why."""
+
+
+def piece_count(length: int) -> int:
+    """Return how many pieces a blob of ``length`` bytes has; an empty blob has none."""
+    return -(-length // PIECE_BYTES)
+
+
+def piece_length(length: int, index: int) -> int:
+    """Return the bytes of piece ``index`` of a blob of ``length`` bytes."""
+    return min(PIECE_BYTES, length - index * PIECE_BYTES)
+
+
+def piece_digest(piece: bytes | memoryview) -> bytes:
+    return blake3(piece).digest()
+
+
+def blob_root(length: int, pieces: Iterable[bytes]) -> bytes:
+    """Return the digest of a blob from its length in bytes and the 32-byte digests of its pieces, in order."""
+    root = blake3(struct.pack("<Q", length), derive_key_context=_ROOT_CONTEXT)
+    for digest in pieces:
+        root.update(digest)
+    return root.digest()
+
+
+def blob_digest(data: bytes | memoryview) -> bytes:
+    """Return the digest of a blob that is in memory."""
+    view = memoryview(data)
+    return blob_root(len(view), (piece_digest(view[at : at + PIECE_BYTES]) for at in range(0, len(view), PIECE_BYTES)))
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What it takes to verify a blob piece by piece."""
+
+    length: int
+    pieces: tuple[bytes, ...]
+
+    @property
+    def digest(self) -> bytes:
+        return blob_root(self.length, self.pieces)
+
+    @classmethod
+    def of_file(cls, path: Path) -> Manifest:
+        pieces = []
+        length = 0
+        with path.open("rb") as file:
+            while piece := file.read(PIECE_BYTES):
+                pieces.append(piece_digest(piece))
+                length += len(piece)
+        return cls(length, tuple(pieces))
+
+
+class BlobStore:
+    """Blobs by digest, dropped by round. Safe to use from several threads and processes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def adopt(self, path: Path, round: int) -> tuple[bytes, int]:
+        """Move the file at ``path`` into the store. Returns its digest and length in bytes.
+
+        The file must not change any more. It stays durable: its content is on disk before it gets its name.
+        """
+        manifest = Manifest.of_file(path)
+        target = self._place(manifest.digest, round)
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        try:
+            os.replace(path, target)
+        except OSError:
+            # Another file system: copy, under a name that is no blob yet.
+            part = self._part(target)
+            shutil.copyfile(path, part)
+            _finish(part, target)
+            path.unlink()
+        _sync_folder(target.parent)
+        return manifest.digest, manifest.length
+
+    def put(self, data: bytes | memoryview, round: int) -> tuple[bytes, int]:
+        """Write a blob from memory. Returns its digest and length in bytes."""
+        digest = blob_digest(data)
+        target = self._place(digest, round)
+        part = self._part(target)
+        part.write_bytes(data)
+        _finish(part, target)
+        _sync_folder(target.parent)
+        return digest, len(data)
+
+    def path(self, digest: bytes) -> Path | None:
+        """Return the file of a complete blob, or None."""
+        name = digest.hex()
+        for round in self._rounds():
+            candidate = self.folder / str(round) / name
+            if candidate.is_file():
+                return candidate
+        return None
+
+    def begin(self, manifest: Manifest, round: int) -> Assembly:
+        """Start to assemble a blob from pieces that arrive in any order."""
+        target = self._place(manifest.digest, round)
+        return Assembly(manifest, self._part(target), target)
+
+    def drop(self, digest: bytes) -> None:
+        """Remove one blob, if it is there."""
+        while (path := self.path(digest)) is not None:
+            path.unlink(missing_ok=True)
+
+    def forget(self, before_round: int) -> None:
+        """Remove every blob of rounds before ``before_round``."""
+        for round in self._rounds():
+            if round < before_round:
+                shutil.rmtree(self.folder / str(round), ignore_errors=True)
+
+    def sweep(self) -> int:
+        """Remove what an earlier, killed process left unfinished. Returns how many files that were.
+
+        Only for the process that assembles blobs, at its start.
+        """
+        parts = list(self.folder.glob("*/*.part"))
+        for part in parts:
+            part.unlink(missing_ok=True)
+        return len(parts)
+
+    def _rounds(self) -> list[int]:
+        # Newest first: what is asked for is nearly always of the round in flight.
+        with contextlib.suppress(FileNotFoundError):
+            return sorted((int(name) for name in os.listdir(self.folder) if name.isdecimal()), reverse=True)
+        return []
+
+    def _place(self, digest: bytes, round: int) -> Path:
+        if round < 0:
+            raise StoreError(f"a blob belongs to a round from 0 on, not to {round}")
+        folder = self.folder / str(round)
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        return folder / digest.hex()
+
+    @staticmethod
+    def _part(target: Path) -> Path:
+        return target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+
+
+class Assembly:
+    """One blob being put together; several sources may bring pieces at the same time."""
+
+    def __init__(self, manifest: Manifest, part: Path, target: Path) -> None:
+        self.manifest = manifest
+        self._part, self._target = part, target
+        self._missing = set(range(len(manifest.pieces)))
+        self._lock = threading.Lock()
+        self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._open = True
+
+    def missing(self, limit: int) -> tuple[int, int]:
+        """Return the first missing run of pieces as (index, count), count at most ``limit`` and 0 when none is missing."""
+        with self._lock:
+            if not self._missing:
+                return 0, 0
+            first = min(self._missing)
+            count = 1
+            while count < limit and first + count in self._missing:
+                count += 1
+            return first, count
+
+    def write(self, index: int, piece: bytes) -> bool:
+        """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece that was committed to."""
+        manifest = self.manifest
+        if not 0 <= index < len(manifest.pieces) or len(piece) != piece_length(manifest.length, index):
+            return False
+        if piece_digest(piece) != manifest.pieces[index]:
+            return False
+        with self._lock:
+            if self._open and index in self._missing:
+                written = 0
+                while written < len(piece):
+                    written += os.pwrite(self._descriptor, piece[written:], index * PIECE_BYTES + written)
+                self._missing.discard(index)
+        return True
+
+    def finish(self) -> Path:
+        """Give the complete blob its name. Raises StoreError while a piece is missing."""
+        with self._lock:
+            if self._missing or not self._open:
+                raise StoreError(f"{self._target.name[:16]} is not complete: {len(self._missing)} pieces are missing")
+            os.fsync(self._descriptor)
+            self._close()
+            os.replace(self._part, self._target)
+        _sync_folder(self._target.parent)
+        return self._target
+
+    def abandon(self) -> None:
+        """Remove what there is of it, unless it was finished."""
+        with self._lock:
+            if self._open:
+                self._close()
+                self._part.unlink(missing_ok=True)
+
+    def _close(self) -> None:
+        self._open = False
+        os.close(self._descriptor)
+
+
+class Reader:
+    """Reads pieces of the store's blobs for serving, and checks each one before it leaves."""
+
+    def __init__(self, store: BlobStore, capacity: int = 512) -> None:
+        self._store, self._capacity = store, capacity
+        self._manifests: dict[bytes, Manifest] = {}
+        self._lock = threading.Lock()
+
+    def remember(self, digest: bytes, manifest: Manifest) -> None:
+        """Keep a manifest that is known to be right, so that its file need not be read again."""
+        with self._lock:
+            while len(self._manifests) >= self._capacity:
+                del self._manifests[next(iter(self._manifests))]
+            self._manifests[digest] = manifest
+
+    def manifest(self, digest: bytes) -> Manifest | None:
+        """Return the manifest of a blob in the store, or None when it is not there (any more)."""
+        path = self._store.path(digest)
+        if path is None:
+            return None
+        known = self._manifests.get(digest)
+        if known is not None:
+            return known
+        try:
+            manifest = Manifest.of_file(path)
+        except FileNotFoundError:
+            return None
+        if manifest.digest != digest:
+            self._store.drop(digest)
+            raise StoreError(f"{path} does not hold what its name says; removed. Check this machine's disk and memory")
+        self.remember(digest, manifest)
+        return manifest
+
+    def pieces(self, digest: bytes, indices: Sequence[int]) -> Iterable[bytes]:
+        """Yield pieces, each as ``bytes``. Raises StoreError when the file is gone or no longer holds them."""
+        manifest = self.manifest(digest)
+        path = self._store.path(digest)
+        if manifest is None or path is None:
+            raise StoreError(f"blob {digest.hex()[:16]} is not in the store")
+        with path.open("rb") as file:
+            for index in indices:
+                file.seek(index * PIECE_BYTES)
+                piece = file.read(piece_length(manifest.length, index))
+                # An honest node must not be banned for a disk that rots.
+                if piece_digest(piece) != manifest.pieces[index]:
+                    self._store.drop(digest)
+                    raise StoreError(f"piece {index} of {path} went bad on disk; removed. Check this machine's disk")
+                yield piece
+
+
+def _finish(part: Path, target: Path) -> None:
+    descriptor = os.open(part, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+    os.replace(part, target)
+
+
+def _sync_folder(folder: Path) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+__all__ = [
+    "DIGEST_BYTES",
+    "PIECE_BYTES",
+    "Assembly",
+    "BlobStore",
+    "Manifest",
+    "Reader",
+    "StoreError",
+    "blob_digest",
+    "blob_root",
+    "piece_count",
+    "piece_digest",
+    "piece_length",
+]
