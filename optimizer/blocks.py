@@ -1,0 +1,28 @@
+"""Moving values between tensors and the blocks of a slab."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from optimizer.layout import SIDE, Region, Slab
+
+
+def gather(slab: Slab, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
+    """Blocks (N, 64, 64) fp32 of a slab, from contiguous tensors in the order of the placements; None is all zero."""
+    blocks = torch.zeros(slab.count, SIDE, SIDE, device=device)
+    for region in slab.regions:
+        tensor = tensors[region.tensor]
+        if tensor is not None:
+            in_blocks(blocks, region).copy_(in_tensor(tensor, region))
+    return blocks
+
+
+def in_tensor(tensor: Tensor, region: Region) -> Tensor:
+    """The region as a view of its tensor, which must be contiguous."""
+    return tensor.as_strided(region.shape, region.tensor_strides, tensor.storage_offset() + region.start)
+
+
+def in_blocks(blocks: Tensor, region: Region) -> Tensor:
+    """The region as a view of the slab's blocks, which must be contiguous; of the same shape as `in_tensor`."""
+    return blocks.as_strided(region.shape, region.block_strides, blocks.storage_offset() + region.at)
