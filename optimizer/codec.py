@@ -160,7 +160,7 @@ def decode_blocks(body: NDArray[np.uint8], code: BlockCode, first: int = 0) -> t
     end = topk * low + code.bitmap
     bitmap, signs, rest = bits[:, topk * low : end], bits[:, end : end + topk], bits[:, end + topk :]
     _require(bitmap.sum(axis=1) == topk, first, f"its bitmap does not have {topk} bits set")
-    _require(~rest.any(axis=1), first, "the bits after the signs are not zero")
+    _require((rest == 0).all(axis=1), first, "the bits after the signs are not zero")
     high = np.flatnonzero(bitmap).reshape(blocks, topk)
     high -= np.arange(blocks)[:, None] * code.bitmap
     high -= np.arange(topk)
