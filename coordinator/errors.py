@@ -1,0 +1,125 @@
+"""The numbered errors of the on-chain program.
+
+The numbers are the interface: they appear in transaction results as `Custom(n)`. `program/errors.h` is the same list
+for the C side; a test compares the two.
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+
+FIRST_ERROR = 6000
+
+
+class ErrorCode(IntEnum):
+    """Number of every error that the program returns by itself. Texts: `ERROR_TEXT`."""
+
+    UNKNOWN_INSTRUCTION = 6000
+    BAD_INSTRUCTION_DATA = 6001
+    MISSING_ACCOUNTS = 6002
+    MISSING_SIGNER = 6003
+    ACCOUNT_NOT_WRITABLE = 6004
+    WRONG_ACCOUNT_OWNER = 6005
+    WRONG_ACCOUNT_SIZE = 6006
+    WRONG_ACCOUNT_TYPE = 6007
+    WRONG_ACCOUNT_VERSION = 6008
+    ACCOUNT_MISMATCH = 6009
+    ALREADY_INITIALIZED = 6010
+    WRONG_ADDRESS = 6011
+    BAD_RUN_ID = 6012
+    BAD_MEMBER_LIMITS = 6013
+    BAD_WITNESSES = 6014
+    BAD_OVERLAP = 6015
+    BAD_MAX_MISSED = 6016
+    BAD_TIMES = 6017
+    BAD_BATCH = 6018
+    BAD_ROUNDS = 6019
+    BAD_DATA_TERMS = 6020
+    BAD_UPDATE_TERMS = 6021
+    BAD_OPTIMIZER_TERMS = 6022
+    BAD_SOURCE = 6023
+    WRONG_PHASE = 6024
+    WRONG_ROUND = 6025
+    NOT_A_MEMBER = 6026
+    ALREADY_A_MEMBER = 6027
+    NODE_KEY_IN_USE = 6028
+    RUN_FULL = 6029
+    BAD_SHARE = 6030
+    EJECTED = 6031
+    NOT_PERMISSIONLESS = 6032
+    MEMBER_NOT_ACTIVE = 6033
+    WRONG_MODEL_ROOT = 6034
+    ALREADY_READY = 6035
+    NOTHING_ASSIGNED = 6036
+    ALREADY_COMMITTED = 6037
+    WRONG_LENGTH = 6038
+    TOO_MANY_TOKENS = 6039
+    NOT_A_WITNESS = 6040
+    ALREADY_ATTESTED = 6041
+    ROUND_NOT_CLOSED = 6042
+    ROUND_FINAL = 6043
+    ATTESTED_UNCOMMITTED = 6044
+    ALREADY_VOTED = 6045
+    NOT_DUE = 6046
+    RUN_FINISHED = 6047
+
+
+ERROR_TEXT: dict[ErrorCode, str] = {
+    ErrorCode.UNKNOWN_INSTRUCTION: "the instruction is not one of this program's; check the program id and its version",
+    ErrorCode.BAD_INSTRUCTION_DATA: "the instruction's data has the wrong length or a reserved field that is not zero",
+    ErrorCode.MISSING_ACCOUNTS: "the instruction names fewer accounts than it needs",
+    ErrorCode.MISSING_SIGNER: "a key that must sign this instruction has not signed it",
+    ErrorCode.ACCOUNT_NOT_WRITABLE: "an account that this instruction writes was passed read-only",
+    ErrorCode.WRONG_ACCOUNT_OWNER: "an account does not belong to this program; check the run's address",
+    ErrorCode.WRONG_ACCOUNT_SIZE: "an account does not have the size of its kind",
+    ErrorCode.WRONG_ACCOUNT_TYPE: "an account is not of the kind expected here (run, members, rounds, in that order)",
+    ErrorCode.WRONG_ACCOUNT_VERSION: "the account was written by another version of the program; migrate the run",
+    ErrorCode.ACCOUNT_MISMATCH: "the run, members and rounds accounts do not belong together",
+    ErrorCode.ALREADY_INITIALIZED: "the account already holds a run; choose another run id",
+    ErrorCode.WRONG_ADDRESS: "an account's address is not the one derived from owner and run id",
+    ErrorCode.BAD_RUN_ID: "a run id has 1 to 32 bytes, zero-padded and without NUL",
+    ErrorCode.BAD_MEMBER_LIMITS: "member limits must hold 1 <= min_members <= init_min_members <= max_members <= 256",
+    ErrorCode.BAD_WITNESSES: "witnesses must be 0 (all, up to 32) or 1 to 32 and at most min_members",
+    ErrorCode.BAD_OVERLAP: "overlap must be 0 or 1",
+    ErrorCode.BAD_MAX_MISSED: "max_missed must be 1 to 255",
+    ErrorCode.BAD_TIMES: "every phase time must be above 0 and adaptive_grace at most max_round_train_time",
+    ErrorCode.BAD_BATCH: "batch must be min_members to 16777216 positions",
+    ErrorCode.BAD_ROUNDS: "rounds_per_epoch and total_rounds must be above 0, total_rounds below 2^31",
+    ErrorCode.BAD_DATA_TERMS: "samples must be above 0 and sequence_length 1 to 16777216",
+    ErrorCode.BAD_UPDATE_TERMS: "update_bytes must be 1 to 2^40 and topk 1 to 65536",
+    ErrorCode.BAD_OPTIMIZER_TERMS: "schedule, flags or an fp32 value of the optimizer terms is out of range",
+    ErrorCode.BAD_SOURCE: "model_source and data_source are at most 64 bytes, zero-padded",
+    ErrorCode.WRONG_PHASE: "the run is not in a phase that allows this instruction",
+    ErrorCode.WRONG_ROUND: "the round named is not the one that this instruction can act on now",
+    ErrorCode.NOT_A_MEMBER: "the wallet is not a member of the run; join first",
+    ErrorCode.ALREADY_A_MEMBER: "the wallet is already a member of the run",
+    ErrorCode.NODE_KEY_IN_USE: "another member uses this node key; every node needs its own",
+    ErrorCode.RUN_FULL: "the run has no room for another member",
+    ErrorCode.BAD_SHARE: "a share must be 1 to 1000000",
+    ErrorCode.EJECTED: "the owner ejected this wallet from the run",
+    ErrorCode.NOT_PERMISSIONLESS: "the run admits members only through its join authority",
+    ErrorCode.MEMBER_NOT_ACTIVE: "the member's status does not allow this instruction (dropped, left or out of sync)",
+    ErrorCode.WRONG_MODEL_ROOT: "the model root is not the run's; load the run's model or checkpoint again",
+    ErrorCode.ALREADY_READY: "the member has already reported ready",
+    ErrorCode.NOTHING_ASSIGNED: "the member has no positions in this round, so there is nothing to commit",
+    ErrorCode.ALREADY_COMMITTED: "the member has already committed an update for this round",
+    ErrorCode.WRONG_LENGTH: "the update's length is not the run's update_bytes",
+    ErrorCode.TOO_MANY_TOKENS: "more tokens than the member's slice can hold",
+    ErrorCode.NOT_A_WITNESS: "the member is not an elected witness of this round",
+    ErrorCode.ALREADY_ATTESTED: "the witness has already attested to this round",
+    ErrorCode.ROUND_NOT_CLOSED: "the round still takes commitments; attest after it closes",
+    ErrorCode.ROUND_FINAL: "the round's inclusion set is final",
+    ErrorCode.ATTESTED_UNCOMMITTED: "the attestation names a member that has not committed in this round",
+    ErrorCode.ALREADY_VOTED: "the member has already reported a checkpoint root for this round",
+    ErrorCode.NOT_DUE: "no transition is due at this slot",
+    ErrorCode.RUN_FINISHED: "the run is finished; nothing more will happen in it",
+}
+
+
+def describe(code: int) -> str:
+    """One line for a custom error number: `6046 NOT_DUE: no transition ...`, or the bare number when unknown."""
+    try:
+        known = ErrorCode(code)
+    except ValueError:
+        return f"{code} (not an error of the coordinator program)"
+    return f"{code} {known.name}: {ERROR_TEXT[known]}"
