@@ -1,0 +1,100 @@
+"""From nothing, or a user's file, to a tokenizer and a prepared folder, kept by content so that it is done once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from psyche_node.data.files import sha256_file
+from psyche_node.data.manifest import NAME, Manifest
+from psyche_node.data.prepare import prepare
+from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
+from psyche_node.data.tokenizer import train_tokenizer
+
+
+@dataclass(frozen=True, slots=True)
+class DataFolders:
+    """Where a run's data is: the JSONL file, the tokenizer folder, the packed folder and its manifest."""
+
+    jsonl: Path
+    tokenizer: Path
+    packed: Path
+    manifest: Manifest
+
+
+def build_data(
+    cache: Path,
+    *,
+    jsonl: Path | None = None,
+    tokenizer: Path | None = None,
+    vocabulary: int = 2048,
+    sequence_length: int = 256,
+    heldout: float = 0.05,
+    seed: int = 0,
+) -> DataFolders:
+    """Return the data for a run, building what ``cache`` does not hold yet.
+
+    Without ``jsonl``: the chat about the standard library. Without ``tokenizer``: one trained on the data. What is built
+    is kept under a hash of everything that it depends on, so nothing in ``cache`` is ever stale; delete it any time.
+
+    Raises:
+        DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.
+    """
+    chat = jsonl if jsonl is not None else _stdlib(cache)
+    code = _code_digest()
+    source = sha256_file(chat)
+    if tokenizer is None:
+        key = _key("tokenizer", code, source, vocabulary)
+        tokenizer = _once(cache, key, "tokenizer_config.json", lambda out: train_tokenizer(chat, vocabulary, out))
+    files = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
+    key = _key("packed", code, source, files, sequence_length, heldout, seed)
+    folder = tokenizer
+    packed = _once(cache, key, NAME, lambda out: prepare(chat, folder, out, sequence_length, heldout, seed))
+    return DataFolders(chat, tokenizer, packed, Manifest.read(packed))
+
+
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+
+
+def _stdlib(cache: Path) -> Path:
+    key = _key("chat", sha256_file(WALK), sys.version, sys.prefix, sys.base_prefix)
+    folder = _once(cache, key, "stdlib.jsonl", lambda out: build_stdlib_chat(out / "stdlib.jsonl"))
+    return folder / "stdlib.jsonl"
+
+
+def _once(cache: Path, key: str, last: str, build: Callable[[Path], object]) -> Path:
+    """Return ``cache/key``, building it in a folder beside it first; two processes may do so at the same time."""
+    folder = cache / key
+    if (folder / last).is_file():
+        return folder
+    cache.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f".{key}-", dir=cache))
+    try:
+        build(temporary)
+        try:
+            os.replace(temporary, folder)
+        except OSError:
+            if not (folder / last).is_file():  # not a race that another process won
+                raise
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+def _key(kind: str, *parts: object) -> str:
+    return f"{kind}-{hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]}"
+
+
+def _code_digest() -> str:
+    """A digest of this package: a new version builds its own data."""
+    state = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        state.update(path.read_bytes())
+    return state.hexdigest()
