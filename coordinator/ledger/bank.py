@@ -1,0 +1,348 @@
+"""The ledger's state: a Solana VM, a chain of slots, and everything a cluster enforces around them.
+
+LiteSVM executes transactions; it has no blocks, one blockhash, no size limit and no notion of time. This module adds
+those: slots with entry hashes and bank hashes (the SlotHashes sysvar), a window of valid blockhashes, refusal of
+duplicates, the 1,232-byte limit, signature checks and a bounded history.
+
+Every change of state is one of the values in `Change` and passes through `Bank.apply`, nowhere else: a log of changes
+replayed into a new bank with the same genesis gives the same state.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections import OrderedDict, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from solders.account import Account
+from solders.address_lookup_table_account import AddressLookupTable
+from solders.clock import Clock
+from solders.compute_budget import set_compute_unit_limit
+from solders.hash import Hash
+from solders.keypair import Keypair
+from solders.litesvm import LiteSVM
+from solders.message import Message, MessageV0
+from solders.pubkey import Pubkey
+from solders.signature import Signature
+from solders.system_program import TransferParams, transfer
+from solders.sysvar import CLOCK, SLOT_HASHES
+from solders.transaction import Transaction, VersionedTransaction
+from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo, TransactionMetadata
+
+from coordinator.ledger.encoding import Json, error_json
+
+MAX_TRANSACTION_BYTES: Final = 1232
+MAX_BLOCKHASH_AGE: Final = 150
+MAX_SLOT_HASHES: Final = 512
+SLOTS_PER_EPOCH: Final = 432_000
+LAMPORTS_PER_SIGNATURE: Final = 5000
+# History serves getTransaction and getSignaturesForAddress; duplicates are refused independently of it.
+HISTORY_TRANSACTIONS: Final = 20_000
+FAUCET_LAMPORTS: Final = 500_000_000 * 10**9
+SYSTEM_PROGRAM: Final = Pubkey.default()
+_SYSVAR_OWNER: Final = Pubkey.from_string("Sysvar1111111111111111111111111111111111111")
+_TIME_SYSVARS: Final = frozenset({CLOCK, SLOT_HASHES})
+_SLOT_HASHES_BYTES: Final = 8 + 40 * MAX_SLOT_HASHES
+
+
+class Refused(Exception):
+    """A transaction that never enters the ledger; no state changed and no fee was taken.
+
+    `error` is Solana's name for it (as in a TransactionError), `text` says what and why.
+    """
+
+    def __init__(self, error: str, text: str) -> None:
+        super().__init__(text)
+        self.error = error
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True)
+class AdvanceSlot:
+    """The current slot is frozen and `slot` (greater than it) begins. Slots in between were skipped."""
+
+    slot: int
+    unix_time: int
+
+
+@dataclass(frozen=True, slots=True)
+class Execute:
+    """A checked transaction, as wire bytes, runs in the current slot."""
+
+    transaction: bytes
+
+
+Change = AdvanceSlot | Execute
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """A transaction that entered the ledger: it succeeded, or it failed and paid its fee.
+
+    `keys` are all accounts in message order, `writable` those that the transaction may change. `error` is Solana's
+    JSON for a TransactionError, or None. Balances are lamports, in the order of `keys`.
+    """
+
+    signature: Signature
+    slot: int
+    unix_time: int
+    transaction: bytes
+    keys: tuple[Pubkey, ...]
+    loaded_from: int
+    writable: tuple[Pubkey, ...]
+    error: Json
+    meta: TransactionMetadata
+    balances_before: tuple[int, ...]
+    balances_after: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """A transaction that passed every check short of execution."""
+
+    wire: bytes
+    parsed: VersionedTransaction
+    message_hash: bytes
+    blockhash: bytes
+
+    @property
+    def signature(self) -> Signature:
+        return self.parsed.signatures[0]
+
+
+def _ignore_record(record: Record) -> None:
+    """Nobody listens yet."""
+
+
+def _ignore_slot(parent: int, slot: int) -> None:
+    """Nobody listens yet."""
+
+
+class Bank:
+    """One VM and its chain. Not thread-safe: all calls come from one event loop.
+
+    Args:
+        genesis: 32 secret bytes. They seed the hash chain (so that nobody outside can compute the hash of a slot
+            before it ends) and the faucet's key. The same genesis and the same changes give the same state.
+        unix_time: seconds since the epoch at slot 0.
+    """
+
+    def __init__(self, genesis: bytes, unix_time: int) -> None:
+        self._secret = hashlib.sha256(b"psyche-ledger chain" + genesis).digest()
+        self._faucet = Keypair.from_seed(hashlib.sha256(b"psyche-ledger faucet" + genesis).digest())
+        self.genesis_hash = Hash(hashlib.sha256(b"psyche-ledger genesis" + genesis).digest())
+        # Signatures, blockhashes and duplicates are checked here, so that the errors are a cluster's and nothing is
+        # checked twice; LiteSVM's own history would be a second copy of ours.
+        self._vm = LiteSVM().with_blockhash_check(False).with_sigverify(False).with_transaction_history(0)
+        self._vm.set_account(self._faucet.pubkey(), Account(FAUCET_LAMPORTS, b"", SYSTEM_PROGRAM))
+        self.slot = 0
+        self.block_height = 0
+        self.unix_time = unix_time
+        self.transaction_count = 0
+        self._entry = self._bank_hash = bytes(self.genesis_hash)
+        self._mixin = hashlib.sha256()
+        self._slot_hashes: deque[bytes] = deque(maxlen=MAX_SLOT_HASHES)
+        self._blockhashes: OrderedDict[bytes, int] = OrderedDict({self._entry: 0})
+        self._seen: dict[bytes, set[bytes]] = {self._entry: set()}
+        self._history: OrderedDict[Signature, Record] = OrderedDict()
+        self._by_address: dict[Pubkey, deque[Record]] = {}
+        self._vm_slot = -1
+        self._airdrops = 0
+        self.on_record: Callable[[Record], None] = _ignore_record
+        self.on_slot: Callable[[int, int], None] = _ignore_slot
+
+    # ------------------------------------------------------------------ the one way in
+
+    def apply(self, change: Change) -> Record | None:
+        """Carry out a change. Returns an executed transaction's record; None if it could not pay and left no trace."""
+        if isinstance(change, AdvanceSlot):
+            self._advance(change.slot, change.unix_time)
+            return None
+        return self._execute(change.transaction)
+
+    def _advance(self, slot: int, unix_time: int) -> None:
+        if slot <= self.slot:
+            raise ValueError(f"slot {slot} does not follow slot {self.slot}")
+        parent = self.slot
+        entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin.digest()).digest()
+        self._bank_hash = hashlib.sha256(self._bank_hash + entry).digest()
+        self._slot_hashes.appendleft(struct.pack("<Q", parent) + self._bank_hash)
+        self._entry = entry
+        self._mixin = hashlib.sha256()
+        self.slot = slot
+        self.block_height += 1
+        # The clock never runs backwards, as on a cluster.
+        self.unix_time = max(self.unix_time, unix_time)
+        self._blockhashes[entry] = self.block_height
+        self._seen[entry] = set()
+        while len(self._blockhashes) > MAX_BLOCKHASH_AGE + 1:
+            oldest, _ = self._blockhashes.popitem(last=False)
+            del self._seen[oldest]
+        self.on_slot(parent, slot)
+
+    def _execute(self, wire: bytes) -> Record | None:
+        self._sync()
+        parsed = VersionedTransaction.from_bytes(wire)
+        message = parsed.message
+        if not isinstance(message, Message | MessageV0):
+            raise ValueError("a change must be a transaction that passed `check`")
+        keys, writable, loaded_from = self._accounts_of(message)
+        before = tuple(self._vm.get_balance(key) or 0 for key in keys)
+        result = self._vm.send_transaction(parsed)
+        failed = isinstance(result, FailedTransactionMetadata)
+        meta = result.meta() if isinstance(result, FailedTransactionMetadata) else result
+        after = tuple(self._vm.get_balance(key) or 0 for key in keys)
+        if failed and after[0] == before[0]:
+            return None
+        record = Record(
+            signature=parsed.signatures[0],
+            slot=self.slot,
+            unix_time=self.unix_time,
+            transaction=wire,
+            keys=keys,
+            loaded_from=loaded_from,
+            # A failed transaction changes its fee payer and nothing else.
+            writable=keys[:1] if failed else writable,
+            error=error_json(result.err()) if isinstance(result, FailedTransactionMetadata) else None,
+            meta=meta,
+            balances_before=before,
+            balances_after=after,
+        )
+        self.transaction_count += 1
+        self._mixin.update(bytes(record.signature))
+        seen = self._seen.get(bytes(message.recent_blockhash))
+        if seen is not None:
+            seen.add(bytes(message.hash()))
+        self._remember(record)
+        self.on_record(record)
+        return record
+
+    def _remember(self, record: Record) -> None:
+        self._history[record.signature] = record
+        for key in record.keys:
+            self._by_address.setdefault(key, deque()).append(record)
+        while len(self._history) > HISTORY_TRANSACTIONS:
+            _, old = self._history.popitem(last=False)
+            for key in old.keys:
+                # Records are appended in the order of the history, so the oldest is always the first.
+                records = self._by_address[key]
+                records.popleft()
+                if not records:
+                    del self._by_address[key]
+
+    def _sync(self) -> None:
+        """Bring the VM's clock and slot hashes up to the current slot: only when something will look at them."""
+        if self._vm_slot == self.slot:
+            return
+        self._vm_slot = self.slot
+        epoch = self.slot // SLOTS_PER_EPOCH
+        self._vm.set_clock(Clock(self.slot, self.unix_time, epoch, epoch + 1, self.unix_time))
+        hashes = struct.pack("<Q", len(self._slot_hashes)) + b"".join(self._slot_hashes)
+        account = Account(1, hashes.ljust(_SLOT_HASHES_BYTES, b"\0"), _SYSVAR_OWNER)
+        self._vm.set_account(SLOT_HASHES, account)
+
+    # ------------------------------------------------------------------ transactions
+
+    def check(self, wire: bytes, *, signatures: bool = True, blockhash: bool = True) -> Checked:
+        """Everything a cluster checks before it executes a transaction.
+
+        Raises:
+            Refused: too large, malformed, badly signed, expired or a duplicate.
+        """
+        if len(wire) > MAX_TRANSACTION_BYTES:
+            raise Refused("TooLarge", f"transaction is {len(wire)} bytes; the limit is {MAX_TRANSACTION_BYTES}")
+        try:
+            parsed = VersionedTransaction.from_bytes(wire)
+            parsed.sanitize()
+        except Exception as error:  # solders has no one base class for what its parsers raise
+            raise Refused("SanitizeFailure", f"transaction cannot be decoded: {error}") from error
+        message = parsed.message
+        if not isinstance(message, Message | MessageV0):
+            raise Refused("UnsupportedVersion", "transaction version is not supported; use legacy or 0")
+        if bytes(parsed) != wire:
+            raise Refused("SanitizeFailure", "transaction has bytes after its end, or is not in its shortest form")
+        if len(parsed.signatures) != message.header.num_required_signatures or not parsed.signatures:
+            raise Refused("SanitizeFailure", "transaction does not carry one signature per signer")
+        if signatures and not all(parsed.verify_with_results()):
+            raise Refused("SignatureFailure", "Transaction signature verification failure")
+        checked = Checked(wire, parsed, bytes(message.hash()), bytes(message.recent_blockhash))
+        if blockhash:
+            if checked.blockhash not in self._blockhashes:
+                raise Refused("BlockhashNotFound", "Blockhash not found")
+            if checked.message_hash in self._seen[checked.blockhash]:
+                raise Refused("AlreadyProcessed", "This transaction has already been processed")
+        return checked
+
+    def simulate(self, checked: Checked) -> SimulatedTransactionInfo | FailedTransactionMetadata:
+        """Execute without changing anything."""
+        self._sync()
+        return self._vm.simulate_transaction(checked.parsed)
+
+    def airdrop_transaction(self, to: Pubkey, lamports: int) -> bytes:
+        """A faucet transfer as wire bytes, ready for `apply`. No two are the same, also within one slot."""
+        self._airdrops += 1
+        distinct = set_compute_unit_limit(1_000 + self._airdrops % 1_000_000)
+        pay = transfer(TransferParams(from_pubkey=self._faucet.pubkey(), to_pubkey=to, lamports=lamports))
+        blockhash = Hash(self._entry)
+        message = Message.new_with_blockhash([distinct, pay], self._faucet.pubkey(), blockhash)
+        return bytes(Transaction([self._faucet], message, blockhash))
+
+    def _accounts_of(self, message: Message | MessageV0) -> tuple[tuple[Pubkey, ...], tuple[Pubkey, ...], int]:
+        """All keys of a message (tables resolved), those it may write, and the index of the first key from a table."""
+        keys = message.account_keys
+        header = message.header
+        signers = header.num_required_signatures
+        writable_signers = signers - header.num_readonly_signed_accounts
+        writable_others = len(keys) - header.num_readonly_unsigned_accounts
+        writable = keys[:writable_signers] + keys[signers:writable_others]
+        if isinstance(message, Message) or not message.address_table_lookups:
+            return tuple(keys), tuple(writable), len(keys)
+        loaded: tuple[list[Pubkey], list[Pubkey]] = ([], [])
+        for lookup in message.address_table_lookups:
+            account = self._vm.get_account(lookup.account_key)
+            if account is None:
+                continue  # the VM refuses the transaction
+            try:
+                table = AddressLookupTable.deserialize(account.data).addresses
+            except Exception:  # not a table: the VM refuses the transaction
+                continue
+            for found, indexes in zip(loaded, (lookup.writable_indexes, lookup.readonly_indexes), strict=True):
+                found.extend(table[i] for i in indexes if i < len(table))
+        return (*keys, *loaded[0], *loaded[1]), (*writable, *loaded[0]), len(keys)
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def latest_blockhash(self) -> Hash:
+        return Hash(self._entry)
+
+    def last_valid_block_height(self, blockhash: bytes) -> int | None:
+        """The last block height at which a transaction with this blockhash is accepted; None if it is not known."""
+        height = self._blockhashes.get(blockhash)
+        return None if height is None else height + MAX_BLOCKHASH_AGE
+
+    def account(self, key: Pubkey) -> Account | None:
+        if key in _TIME_SYSVARS:
+            self._sync()
+        account = self._vm.get_account(key)
+        # An account without lamports does not exist; LiteSVM keeps an empty shell.
+        return account if account is not None and account.lamports > 0 else None
+
+    def balance(self, key: Pubkey) -> int:
+        return self._vm.get_balance(key) or 0
+
+    def program_accounts(self, program: Pubkey) -> list[tuple[Pubkey, Account]]:
+        return [(key, account) for key, account in self._vm.get_program_accounts(program) if account.lamports > 0]
+
+    def rent_exempt_minimum(self, size: int) -> int:
+        return self._vm.minimum_balance_for_rent_exemption(size)
+
+    def record(self, signature: Signature) -> Record | None:
+        return self._history.get(signature)
+
+    def records_of(self, key: Pubkey) -> deque[Record]:
+        """Records that name this account, oldest first. Do not change it."""
+        return self._by_address.get(key, deque())

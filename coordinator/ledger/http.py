@@ -1,0 +1,270 @@
+"""A small HTTP/1.1 server for JSON-RPC: one POST, one answer, connections kept alive. Every size and time is bounded.
+
+It answers requests in the event loop's thread, in order per connection, one request per turn of the loop, so that no
+client can hold up the others by sending many at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from typing import Final
+
+log = logging.getLogger(__name__)
+
+MAX_HEADER_BYTES: Final = 16 * 1024
+MAX_BODY_BYTES: Final = 512 * 1024
+MAX_CONNECTIONS: Final = 1024
+# A request must be complete this many seconds after its first byte, and an answer taken this many after it was given.
+REQUEST_SECONDS: Final = 15.0
+IDLE_SECONDS: Final = 120.0
+_SWEEP_SECONDS: Final = 5.0
+_CORS: Final = (
+    "access-control-allow-origin: *\r\n"
+    "access-control-allow-methods: POST, GET, OPTIONS\r\n"
+    "access-control-allow-headers: *\r\n"
+    "access-control-max-age: 86400\r\n"
+)
+_REASONS: Final = {
+    200: "OK",
+    204: "No Content",
+    400: "Bad Request",
+    404: "Not Found",
+    405: "Method Not Allowed",
+    411: "Length Required",
+    413: "Content Too Large",
+    431: "Request Header Fields Too Large",
+    505: "HTTP Version Not Supported",
+}
+
+Answer = Callable[[bytes], bytes]
+
+
+class _Refuse(Exception):
+    """The connection cannot go on: answer with a status and close."""
+
+    def __init__(self, status: int, text: str) -> None:
+        super().__init__(text)
+        self.status = status
+        self.text = text
+
+
+class _Connection(asyncio.Protocol):
+    """One client. States: waiting for a header, waiting for a body of known length, closing."""
+
+    def __init__(self, server: HttpServer) -> None:
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._buffer = bytearray()
+        self._body_at = 0
+        self._body_length = 0
+        self._method = ""
+        self._path = ""
+        self._keep_alive = True
+        self._in_body = False
+        self._scheduled = False
+        self._peer_writes_slowly = False
+        self._finished = False
+        self.since = self._loop.time()
+
+    # ------------------------------------------------------------------ asyncio.Protocol
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        if not self._server.admit(self):
+            transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+        self._server.forget(self)
+
+    def data_received(self, data: bytes) -> None:
+        if self._finished or self._transport is None:
+            return
+        if not self._buffer:
+            self.since = self._loop.time()
+        self._buffer += data
+        if len(self._buffer) > MAX_HEADER_BYTES + MAX_BODY_BYTES and not self._peer_writes_slowly:
+            # More than one whole request is waiting: answer what is here before reading on.
+            self._transport.pause_reading()
+        self._schedule()
+
+    def pause_writing(self) -> None:
+        self._peer_writes_slowly = True
+        self.since = self._loop.time()
+        if self._transport is not None:
+            self._transport.pause_reading()
+
+    def resume_writing(self) -> None:
+        self._peer_writes_slowly = False
+        self._schedule()
+
+    def eof_received(self) -> bool:
+        # A client that shut its side down still gets the answers to what it sent before.
+        if not self._scheduled:
+            return False
+        self._keep_alive = False
+        return True
+
+    # ------------------------------------------------------------------ requests
+
+    def overdue(self, now: float) -> bool:
+        busy = bool(self._buffer) or self._in_body or self._peer_writes_slowly
+        return now - self.since > (REQUEST_SECONDS if busy else IDLE_SECONDS)
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    def _schedule(self) -> None:
+        if not self._scheduled:
+            self._scheduled = True
+            self._loop.call_soon(self._turn)
+
+    def _turn(self) -> None:
+        """Answer at most one request; come back in the loop's next turn if there are more."""
+        self._scheduled = False
+        if self._transport is None or self._finished or self._peer_writes_slowly:
+            return
+        try:
+            answered = self._one_request()
+        except _Refuse as refuse:
+            self._respond(refuse.status, refuse.text.encode(), "text/plain", close=True)
+            return
+        if self._finished or self._transport is None:
+            return
+        if answered and self._buffer:
+            self._schedule()
+        elif not self._peer_writes_slowly:
+            self._transport.resume_reading()
+
+    def _one_request(self) -> bool:
+        if not self._in_body and not self._read_header():
+            return False
+        end = self._body_at + self._body_length
+        if len(self._buffer) < end:
+            return False
+        body = bytes(self._buffer[self._body_at : end])
+        del self._buffer[:end]
+        self._in_body = False
+        self.since = self._loop.time()
+        self._route(body)
+        return True
+
+    def _read_header(self) -> bool:
+        # Clients may send empty lines between requests.
+        while self._buffer.startswith(b"\r\n"):
+            del self._buffer[:2]
+        end = self._buffer.find(b"\r\n\r\n", 0, MAX_HEADER_BYTES)
+        if end < 0:
+            if len(self._buffer) >= MAX_HEADER_BYTES:
+                raise _Refuse(431, f"the header is over {MAX_HEADER_BYTES} bytes")
+            return False
+        request_line, *lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
+        words = request_line.split(" ")
+        if len(words) != 3 or not words[2].startswith("HTTP/"):
+            raise _Refuse(400, "not an HTTP request")
+        self._method, self._path, version = words
+        if version not in ("HTTP/1.1", "HTTP/1.0"):
+            raise _Refuse(505, "use HTTP/1.1")
+        headers: dict[str, str] = {}
+        for line in lines:
+            name, colon, value = line.partition(":")
+            name = name.lower()
+            if not colon or not name or name != name.strip():
+                raise _Refuse(400, "malformed header line")
+            if name == "content-length" and name in headers and headers[name] != value.strip():
+                raise _Refuse(400, "two different lengths")
+            headers[name] = value.strip()
+        connection = headers.get("connection", "").lower()
+        self._keep_alive = "close" not in connection and (version == "HTTP/1.1" or "keep-alive" in connection)
+        if "transfer-encoding" in headers:
+            raise _Refuse(411, "send Content-Length; transfer encodings are not supported")
+        length = headers.get("content-length", "0")
+        # isdecimal alone admits other scripts' digits; latin-1 has none, but has superscripts, which it refuses.
+        if not length.isdecimal() or len(length) > 12:
+            raise _Refuse(400, "malformed Content-Length")
+        if int(length) > MAX_BODY_BYTES:
+            raise _Refuse(413, f"the body is over {MAX_BODY_BYTES} bytes")
+        if headers.get("expect", "").lower() == "100-continue" and self._transport is not None:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        self._body_at, self._body_length, self._in_body = end + 4, int(length), True
+        return True
+
+    def _route(self, body: bytes) -> None:
+        if self._method == "POST":
+            self._respond(200, self._server.answer(body), "application/json")
+        elif self._method == "OPTIONS":
+            self._respond(204, b"", None)
+        elif self._method == "GET" and self._path == "/health":
+            self._respond(200, b"ok", "text/plain")
+        elif self._method in ("GET", "HEAD"):
+            raise _Refuse(405, "" if self._method == "HEAD" else "send a JSON-RPC request by POST")
+        else:
+            raise _Refuse(405, "send a JSON-RPC request by POST")
+
+    def _respond(self, status: int, body: bytes, content_type: str | None, *, close: bool = False) -> None:
+        if self._transport is None:
+            return
+        close = close or not self._keep_alive
+        head = f"HTTP/1.1 {status} {_REASONS[status]}\r\n{_CORS}"
+        if content_type is not None:
+            head += f"content-type: {content_type}\r\ncontent-length: {len(body)}\r\n"
+        if close:
+            head += "connection: close\r\n"
+        self._transport.write(head.encode() + b"\r\n" + body)
+        if close:
+            self._finished = True
+            self._buffer.clear()
+            self._transport.close()
+
+
+class HttpServer:
+    """Serves `answer` (request body in, response body out; it must not raise) on a host and port.
+
+    Args:
+        answer: called in the event loop for every POST.
+    """
+
+    def __init__(self, answer: Answer) -> None:
+        self.answer = answer
+        self._connections: set[_Connection] = set()
+        self._server: asyncio.Server | None = None
+        self._sweeper: asyncio.Task[None] | None = None
+
+    async def start(self, host: str, port: int) -> int:
+        """Listen; returns the port (the system's choice for 0). Raises OSError when it cannot."""
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_server(lambda: _Connection(self), host, port, backlog=256)
+        self._sweeper = asyncio.create_task(self._sweep())
+        return int(self._server.sockets[0].getsockname()[1])
+
+    async def stop(self) -> None:
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in tuple(self._connections):
+            connection.close()
+
+    def admit(self, connection: _Connection) -> bool:
+        if len(self._connections) >= MAX_CONNECTIONS:
+            log.warning("refused a connection: %d are open, which is the limit", MAX_CONNECTIONS)
+            return False
+        self._connections.add(connection)
+        return True
+
+    def forget(self, connection: _Connection) -> None:
+        self._connections.discard(connection)
+
+    async def _sweep(self) -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            await asyncio.sleep(_SWEEP_SECONDS)
+            now = loop.time()
+            for connection in tuple(self._connections):
+                if connection.overdue(now):
+                    connection.close()

@@ -1,0 +1,331 @@
+"""Solana's WebSocket subscriptions: account, program, logs, signature, slot.
+
+Changes are pushed as each transaction executes. A client that does not read as fast as it is sent to is disconnected
+when its queue is full; it never holds up the ledger or the other clients.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from solders.account import Account
+from solders.pubkey import Pubkey
+from solders.signature import Signature
+from websockets.asyncio.server import Server, ServerConnection, serve
+from websockets.exceptions import ConnectionClosed
+
+from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank, Record
+from coordinator.ledger.dispatch import COMMITMENTS, parse_request
+from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
+from coordinator.ledger.params import (
+    INTERNAL_ERROR,
+    INVALID_PARAMS,
+    INVALID_REQUEST,
+    METHOD_NOT_FOUND,
+    PARSE_ERROR,
+    RpcError,
+    encoding_of,
+    invalid,
+    number,
+    options_at,
+    parse_filters,
+    parse_pubkey,
+    parse_signature,
+    pubkey_at,
+    text_at,
+    window_of,
+)
+
+log = logging.getLogger(__name__)
+# Failed handshakes are other people's mistakes (port scans, plain HTTP); their tracebacks are not news.
+_quiet = logging.getLogger(f"{__name__}.handshake")
+_quiet.setLevel(logging.CRITICAL)
+
+MAX_MESSAGE_BYTES: Final = 64 * 1024
+MAX_CONNECTIONS: Final = 1024
+MAX_SUBSCRIPTIONS: Final = 1024
+MAX_QUEUED: Final = 2048
+MAX_QUEUED_BYTES: Final = 16 * 2**20
+_GONE: Final = Account(0, b"", SYSTEM_PROGRAM)
+
+
+@dataclass(slots=True, eq=False)
+class _Client:
+    """One connection: what it subscribed to and what waits to be sent to it."""
+
+    socket: ServerConnection
+    queue: asyncio.Queue[str] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
+    queued_bytes: int = 0
+    subscriptions: dict[int, _Subscription] = field(default_factory=dict)
+    dropped: bool = False
+
+    def push(self, text: str) -> None:
+        if self.dropped:
+            return
+        if self.queue.full() or self.queued_bytes + len(text) > MAX_QUEUED_BYTES:
+            log.warning("a WebSocket client is too slow: disconnected with %d messages unsent", self.queue.qsize())
+            self.dropped = True
+            self.socket.transport.abort()
+            return
+        self.queued_bytes += len(text)
+        self.queue.put_nowait(text)
+
+    async def write(self) -> None:
+        while True:
+            text = await self.queue.get()
+            self.queued_bytes -= len(text)
+            await self.socket.send(text)
+
+
+@dataclass(slots=True, eq=False)
+class _Subscription:
+    """`topic` is where it is filed: (kind, key); key is None where it takes everything of its kind."""
+
+    identity: int
+    client: _Client
+    topic: tuple[str, Pubkey | Signature | None]
+    encoding: str = "base64"
+    window: tuple[int, int] | None = None
+    filters: list[Callable[[Account], bool]] = field(default_factory=list)
+
+
+class PubSub:
+    """The subscriptions to one bank, and the WebSocket server that carries them.
+
+    Args:
+        bank: its `on_record` and `on_slot` are taken by this object.
+    """
+
+    def __init__(self, bank: Bank) -> None:
+        self._bank = bank
+        self._topics: dict[tuple[str, Pubkey | Signature | None], dict[int, _Subscription]] = {}
+        self._kinds: dict[str, int] = {}
+        self._identities = itertools.count(1)
+        self._clients: set[_Client] = set()
+        self._server: Server | None = None
+        bank.on_record = self._record
+        bank.on_slot = self._slot
+
+    async def start(self, host: str, port: int) -> None:
+        """Listen. Raises OSError when it cannot."""
+        self._server = await serve(
+            self._serve,
+            host,
+            port,
+            compression=None,
+            max_size=MAX_MESSAGE_BYTES,
+            close_timeout=1,
+            logger=_quiet,
+            server_header=None,
+        )
+
+    async def stop(self) -> None:
+        if self._server is None:
+            return
+        self._server.close(close_connections=False)
+        for client in tuple(self._clients):
+            client.socket.transport.abort()
+
+    # ------------------------------------------------------------------ connections
+
+    async def _serve(self, socket: ServerConnection) -> None:
+        if len(self._clients) >= MAX_CONNECTIONS:
+            log.warning("refused a WebSocket: %d are open, which is the limit", MAX_CONNECTIONS)
+            await socket.close(1013, "too many connections")
+            return
+        client = _Client(socket)
+        self._clients.add(client)
+        writer = asyncio.create_task(self._write(client))
+        try:
+            async for message in socket:
+                self._answer(client, message)
+        except ConnectionClosed:
+            pass
+        finally:
+            self._clients.discard(client)
+            writer.cancel()
+            for subscription in tuple(client.subscriptions.values()):
+                self._remove(subscription)
+
+    async def _write(self, client: _Client) -> None:
+        try:
+            await client.write()
+        except ConnectionClosed:
+            return  # the reader sees it too and cleans up
+
+    def _answer(self, client: _Client, message: str | bytes) -> None:
+        try:
+            requests = json.loads(message)
+        except (ValueError, RecursionError):
+            error = {"code": PARSE_ERROR, "message": "Parse error"}
+            client.push(json.dumps({"jsonrpc": "2.0", "error": error, "id": None}))
+            return
+        for request in requests if isinstance(requests, list) else [requests]:
+            self._answer_one(client, request)
+
+    def _answer_one(self, client: _Client, request: Json) -> None:
+        identity = request.get("id") if isinstance(request, dict) else None
+        then: Callable[[], None] | None = None
+        reply: dict[str, Json] = {"jsonrpc": "2.0"}
+        try:
+            name, params = parse_request(request)
+            if name.endswith("Unsubscribe"):
+                reply["result"] = self._unsubscribe(client, params)
+            else:
+                subscription = self._subscribe(client, name, params)
+                reply["result"] = subscription.identity
+                then = self._already_known(subscription)
+        except RpcError as error:
+            reply["error"] = error.to_json()
+        except UnsupportedEncoding as error:
+            reply["error"] = {"code": INVALID_PARAMS, "message": str(error)}
+        except BaseException as error:  # as in dispatch: a panic of one request ends nothing else
+            if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+                raise
+            log.exception("subscription failed: %.200r", request)
+            reply["error"] = {"code": INTERNAL_ERROR, "message": "Internal error"}
+        reply["id"] = identity
+        client.push(json.dumps(reply))
+        if then is not None:
+            then()
+
+    # ------------------------------------------------------------------ subscriptions
+
+    def _subscribe(self, client: _Client, name: str, params: list[Any]) -> _Subscription:
+        if len(client.subscriptions) >= MAX_SUBSCRIPTIONS:
+            raise RpcError(INVALID_REQUEST, f"at most {MAX_SUBSCRIPTIONS} subscriptions per connection")
+        options = options_at(params, 1) if name != "logsSubscribe" else {}
+        commitment = options.get("commitment")
+        if commitment is not None and (not isinstance(commitment, str) or commitment not in COMMITMENTS):
+            raise invalid(f"unknown commitment {str(commitment)[:64]!r}.")
+        subscription = _Subscription(next(self._identities), client, self._topic(name, params))
+        if name in ("accountSubscribe", "programSubscribe"):
+            subscription.encoding = encoding_of(options, "binary")
+            subscription.window = window_of(options)
+            account_json(_GONE, subscription.encoding)  # an encoding that cannot be given is refused now
+        if name == "programSubscribe":
+            subscription.filters = parse_filters(options)
+        self._topics.setdefault(subscription.topic, {})[subscription.identity] = subscription
+        kind = subscription.topic[0]
+        self._kinds[kind] = self._kinds.get(kind, 0) + 1
+        client.subscriptions[subscription.identity] = subscription
+        return subscription
+
+    @staticmethod
+    def _topic(name: str, params: list[Any]) -> tuple[str, Pubkey | Signature | None]:
+        if name in ("accountSubscribe", "programSubscribe"):
+            return name.removesuffix("Subscribe"), pubkey_at(params, 0)
+        if name == "signatureSubscribe":
+            return "signature", parse_signature(text_at(params, 0, "a signature"))
+        if name == "slotSubscribe":
+            return "slot", None
+        if name == "logsSubscribe":
+            wanted = params[0] if params else None
+            if wanted in ("all", "allWithVotes"):
+                return "logs", None
+            mentions = wanted.get("mentions") if isinstance(wanted, dict) else None
+            if not isinstance(mentions, list) or len(mentions) != 1:
+                raise invalid('logsSubscribe takes "all" or {"mentions": [one address]}.')
+            return "logs", parse_pubkey(mentions[0])
+        raise RpcError(METHOD_NOT_FOUND, "Method not found")
+
+    def _unsubscribe(self, client: _Client, params: list[Any]) -> bool:
+        subscription = client.subscriptions.get(number(params[0] if params else None, "the subscription"))
+        if subscription is None:
+            raise invalid("Invalid subscription id.")
+        self._remove(subscription)
+        return True
+
+    def _remove(self, subscription: _Subscription) -> None:
+        topic = self._topics.get(subscription.topic)
+        if topic is None or topic.pop(subscription.identity, None) is None:
+            return
+        if not topic:
+            del self._topics[subscription.topic]
+        self._kinds[subscription.topic[0]] -= 1
+        subscription.client.subscriptions.pop(subscription.identity, None)
+
+    def _already_known(self, subscription: _Subscription) -> Callable[[], None] | None:
+        """A signature that landed before it was subscribed to is pushed at once."""
+        kind, key = subscription.topic
+        if kind != "signature" or not isinstance(key, Signature):
+            return None
+        record = self._bank.record(key)
+        return None if record is None else lambda: self._signature(record)
+
+    # ------------------------------------------------------------------ notifications
+
+    def _send(self, kind: str, subscription: _Subscription, result: str) -> None:
+        subscription.client.push(
+            f'{{"jsonrpc":"2.0","method":"{kind}Notification","params":'
+            f'{{"result":{result},"subscription":{subscription.identity}}}}}'
+        )
+
+    def _value(self, value: Json) -> str:
+        return json.dumps({"context": {"slot": self._bank.slot}, "value": value}, separators=(",", ":"))
+
+    def _slot(self, parent: int, slot: int) -> None:
+        if self._kinds.get("slot"):
+            # One bank, so no fork: a frozen slot is rooted.
+            result = json.dumps({"parent": parent, "root": parent, "slot": slot})
+            for subscription in tuple(self._topics[("slot", None)].values()):
+                self._send("slot", subscription, result)
+
+    def _record(self, record: Record) -> None:
+        if self._kinds.get("signature"):
+            self._signature(record)
+        if self._kinds.get("logs"):
+            self._logs(record)
+        if self._kinds.get("account") or self._kinds.get("program"):
+            for key in record.writable:
+                self._account(key)
+
+    def _signature(self, record: Record) -> None:
+        waiting = self._topics.get(("signature", record.signature))
+        if waiting is None:
+            return
+        result = self._value({"err": record.error})
+        for subscription in tuple(waiting.values()):
+            self._send("signature", subscription, result)
+            self._remove(subscription)
+
+    def _logs(self, record: Record) -> None:
+        wanted = [self._topics.get(("logs", key)) for key in (None, *record.keys)]
+        if not any(wanted):
+            return
+        value = {"signature": str(record.signature), "err": record.error, "logs": record.meta.logs()}
+        result = self._value(value)
+        for subscriptions in wanted:
+            for subscription in tuple((subscriptions or {}).values()):
+                self._send("logs", subscription, result)
+
+    def _account(self, key: Pubkey) -> None:
+        watchers = self._topics.get(("account", key))
+        if watchers is None and not self._kinds.get("program"):
+            return
+        account = self._bank.account(key) or _GONE
+        # Watchers of one account mostly ask for the same form of it: encode each form once.
+        shapes: dict[tuple[str, tuple[int, int] | None], dict[str, Json]] = {}
+        results: dict[tuple[str, tuple[int, int] | None], str] = {}
+        owners = self._topics.get(("program", account.owner)) if self._kinds.get("program") else None
+        for subscription in (*(watchers or {}).values(), *(owners or {}).values()):
+            form = (subscription.encoding, subscription.window)
+            if form not in shapes:
+                try:
+                    shapes[form] = account_json(account, *form)
+                except UnsupportedEncoding:
+                    # base58 of an account that is now too long for it: base64 says so itself.
+                    shapes[form] = account_json(account, "base64", subscription.window)
+            if subscription.topic[0] == "program":
+                if all(test(account) for test in subscription.filters):
+                    self._send("program", subscription, self._value(keyed_account_json(key, shapes[form])))
+                continue
+            if form not in results:
+                results[form] = self._value(shapes[form])
+            self._send("account", subscription, results[form])
