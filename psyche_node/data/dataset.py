@@ -23,8 +23,8 @@ from psyche_node.data.prepare import FIRST, TRAINED
 class Batch:
     """Packed sequences.
 
-    All (B, L). ``tokens`` int64; ``trained`` bool: the token is a target, predicted from the place before it; ``places``
-    int64: the place of each token in its own document, which is what separates documents in attention.
+    All (B, L). ``tokens`` int64; ``trained`` bool: the token is a target, predicted from the place before it.
+    ``places`` int64: the place of each token in its own document, which is what separates documents in attention.
     """
 
     tokens: npt.NDArray[np.int64]

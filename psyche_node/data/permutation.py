@@ -1,7 +1,7 @@
 """A keyed permutation of [0, n) without a table: a Feistel network on the next power of four, walked until inside.
 
 Source: J. Black and P. Rogaway, Ciphers with Arbitrary Finite Domains (CT-RSA 2002), the cycle-walking cipher. The
-round function is the finaliser of SplitMix64, which is not a cipher: the permutation spreads samples, it keeps no secret.
+round function is the finaliser of SplitMix64, which is not a cipher: it spreads samples and keeps no secret.
 """
 
 from __future__ import annotations

@@ -41,8 +41,8 @@ def build_data(
 ) -> DataFolders:
     """Return the data for a run, building what ``cache`` does not hold yet.
 
-    Without ``jsonl``: the chat about the standard library. Without ``tokenizer``: one trained on the data. What is built
-    is kept under a hash of everything that it depends on, so nothing in ``cache`` is ever stale; delete it any time.
+    Without ``jsonl``: the chat about the standard library. Without ``tokenizer``: one trained on the data. What is
+    built is kept under a hash of everything that it depends on, so nothing in ``cache`` is ever stale.
 
     Raises:
         DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.

@@ -1,9 +1,9 @@
 """Questions and answers from the documentation that this interpreter's standard library carries.
 
 Run as a process of its own (``python -I -S stdlib_walk.py``): it imports most of the standard library, and no process
-that does anything else should. It writes one ``messages`` sample per line to standard output, and a JSON object of counts
-as the last line of standard error. The output depends on the interpreter alone: sorted names, no addresses, no hash
-order, and every choice of a template is a keyed hash of the documented object's name.
+that does anything else should. It writes one ``messages`` sample per line to standard output, and a JSON object of
+counts as the last line of standard error. The output depends on the interpreter alone: sorted names, no addresses, no
+hash order, and every choice of a template is a keyed hash of the documented object's name.
 """
 
 from __future__ import annotations
@@ -28,9 +28,8 @@ MAX_ANSWER = 640
 # Opening a browser, printing a poem, drawing windows, waiting for a terminal, or running tests: no documentation is
 # worth that. The rest are old, are data, or are another module's implementation under a second name.
 _SKIP = frozenset(
-    ["antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "nt", "ntpath", "nturl2path", "posix", "posixpath"]
-    + ["pydoc_data", "test", "this", "turtle", "turtledemo"]
-)
+    ["antigravity", "distutils", "ensurepip", "idlelib", "lib2to3", "nt", "ntpath", "nturl2path", "posix"]
+) | {"posixpath", "pydoc_data", "test", "this", "turtle", "turtledemo"}
 _SKIP_PACKAGES = frozenset(["encodings", "ctypes.macholib"])
 _ADDRESS = re.compile(r" at 0x[0-9a-fA-F]+")
 _SENTENCE = re.compile(r"(?<=[.!?])\s")

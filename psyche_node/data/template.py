@@ -120,7 +120,7 @@ class ChatTemplate:
         return text, [span for span, train in zip(spans, sample.train, strict=True) if train]
 
     def encode(self, samples: Sequence[Sample]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
-        """Return per sample its token ids (L,) and which of them are trained (L,), never the first: nothing predicts it.
+        """Return per sample its token ids (L,) and which of them are trained (L,), never the first.
 
         Raises:
             BadSample: see ``render``.
