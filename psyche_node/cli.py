@@ -1,0 +1,101 @@
+"""`psyche-node`: the daemon of one member."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from psyche_node import log as logs
+from psyche_node.node.config import ConfigError, NodeConfig, load_config
+
+app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
+log = logging.getLogger(__name__)
+
+
+@app.callback()
+def _root() -> None:
+    """Keeps `run` a subcommand: more are to come."""
+
+
+@app.command()
+def run(
+    config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
+    run_address: Annotated[str | None, typer.Option("--run", help="Address of the run's account.")] = None,
+    rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
+    folder: Annotated[Path | None, typer.Option(help="Keys, updates, logs and checkpoints of this node.")] = None,
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder of the model the run starts from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the prepared data set.")] = None,
+    wallet: Annotated[Path | None, typer.Option(help="Solana keypair file. Default: FOLDER/wallet.json.")] = None,
+    bootstrap: Annotated[list[str] | None, typer.Option(help="libp2p address of a node in the network.")] = None,
+    listen: Annotated[str | None, typer.Option(help="Address to listen on (0.0.0.0 for the world).")] = None,
+    p2p_port: Annotated[int | None, typer.Option(help="TCP port of libp2p; 0 picks one.")] = None,
+    grpc_port: Annotated[int | None, typer.Option(help="TCP port that updates are fetched from; 0 picks one.")] = None,
+    device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for training; 0 lets PyTorch choose.")] = None,
+    micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
+    evaluate_every: Annotated[int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")] = None,
+    check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
+    fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
+    name: Annotated[str, typer.Option(help="Name of this node in its log.")] = "node",
+) -> None:
+    """Join a run and train until it is finished. SIGTERM or Ctrl-C ends the node and its processes."""
+    logs.configure(name)
+    overrides: dict[str, object] = {
+        "run": run_address,
+        "rpc": tuple(rpc or ()),
+        "folder": folder,
+        "model": model,
+        "data": data,
+        "wallet": wallet,
+        "bootstrap": tuple(bootstrap or ()),
+        "listen": listen,
+        "p2p_port": p2p_port,
+        "grpc_port": grpc_port,
+        "device": device,
+        "threads": threads,
+        "micro_batch": micro_batch,
+        "evaluate_every": evaluate_every,
+        "check_every": check_every,
+        "faults": tuple(fault or ()),
+    }
+    try:
+        settings = load_config(config, overrides)
+    except ConfigError as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(2) from None
+    raise typer.Exit(asyncio.run(_run(settings)))
+
+
+async def _run(settings: NodeConfig) -> int:
+    """Run the node under SIGTERM and SIGINT; return the exit code."""
+    # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
+    from psyche_node.exits import Exit, exit_for
+    from psyche_node.node.daemon import Node
+
+    loop, task = asyncio.get_running_loop(), asyncio.create_task(Node(settings).run())
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    try:
+        await task
+    except asyncio.CancelledError:
+        log.info("stopped by a signal")
+        return Exit.INTERRUPTED
+    except Exception as error:
+        while isinstance(error, ExceptionGroup):
+            error = error.exceptions[0]
+        log.error("%s: %s", type(error).__name__, error, exc_info=error)
+        return exit_for(error)
+    return Exit.OK
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

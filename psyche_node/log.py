@@ -1,0 +1,49 @@
+"""One logger for every process: rich on a terminal, JSON lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from typing import TextIO
+
+from rich.console import Console
+from rich.logging import RichHandler
+
+_NOISY = ("httpx", "httpcore", "websockets", "solanaweb3", "libp2p", "asyncio", "urllib3")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line: ``ts`` (seconds), ``level``, ``name``, ``msg``, ``node`` and, with an exception, ``exc``."""
+
+    def __init__(self, node: str) -> None:
+        super().__init__()
+        self._node = node
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = {
+            "ts": round(record.created, 3),
+            "level": record.levelname,
+            "node": self._node,
+            "name": record.name,
+            "msg": record.getMessage(),
+        }
+        if record.exc_info:
+            line["exc"] = self.formatException(record.exc_info)
+        return json.dumps(line)
+
+
+def configure(node: str, level: str = "INFO", stream: TextIO | None = None) -> None:
+    """Send this process's log to ``stream`` (standard error by default)."""
+    stream = stream or sys.stderr
+    handler: logging.Handler
+    if stream.isatty():
+        handler = RichHandler(console=Console(file=stream), show_path=False, log_time_format="%H:%M:%S")
+    else:
+        handler = logging.StreamHandler(stream)
+        handler.setFormatter(JsonLines(node))
+    root = logging.getLogger()
+    root.handlers[:] = [handler]
+    root.setLevel(level)
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(logging.WARNING)

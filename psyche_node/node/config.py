@@ -1,0 +1,88 @@
+"""What an operator sets for one node: a TOML file, every key of which is also a flag of ``psyche-node run``."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from psyche_node.faults import Faults
+
+
+class ConfigError(Exception):
+    """A setting is missing or wrong; the message names the file, the key and what to write instead."""
+
+
+class NodeConfig(BaseModel):
+    """One node. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    run: str = Field(min_length=32, max_length=44)
+    """Address of the run's account (`psyche-admin run create` prints it)."""
+    rpc: tuple[str, ...] = Field(min_length=1)
+    """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
+    folder: Path
+    """Everything this node keeps: keys, updates, logs, checkpoints."""
+    model: Path
+    """Hugging Face folder of the model that the run starts from; its model root must be the one on chain."""
+    data: Path
+    """Prepared data set; the SHA-256 of its manifest must be the one on chain."""
+    wallet: Path | None = None
+    """Solana keypair file that pays and signs. Default: `wallet.json` in the folder, made when missing."""
+    bootstrap: tuple[str, ...] = ()
+    """libp2p addresses of nodes that are already in the network. Empty: this node is the first."""
+    listen: str = "127.0.0.1"
+    """Address that the node listens on. Use 0.0.0.0 on a host that others reach from outside."""
+    p2p_port: int = Field(default=0, ge=0, le=65535)
+    """TCP port of libp2p. 0 picks a free one."""
+    grpc_port: int = Field(default=0, ge=0, le=65535)
+    """TCP port that updates are fetched from. 0 picks a free one."""
+    device: str = "auto"
+    """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
+    threads: int = Field(default=0, ge=0)
+    """CPU threads of the training process. 0 lets PyTorch choose. Replicas are identical whatever this is."""
+    micro_batch: int = Field(default=0, ge=0)
+    """Sequences per forward pass. 0 chooses by device. Lower it if memory runs out; replicas stay identical."""
+    evaluate_every: int = Field(default=0, ge=0)
+    """Rounds between evaluations of the held-out loss on this node. 0: only at the end."""
+    check_every: int = Field(default=0, ge=0)
+    """Rounds between SHA-256 digests of all weights in the journal. 0: only at the end."""
+    update_timeout: float = Field(default=120.0, gt=0)
+    """Seconds to look for an update that counts before giving up. Raise it on slow links."""
+    faults: tuple[str, ...] = ()
+    """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
+
+    @field_validator("faults")
+    @classmethod
+    def _known_faults(cls, names: tuple[str, ...]) -> tuple[str, ...]:
+        Faults.parse(names)
+        return names
+
+    @property
+    def wallet_path(self) -> Path:
+        return self.wallet or self.folder / "wallet.json"
+
+    @property
+    def node_key_path(self) -> Path:
+        return self.folder / "node.key"
+
+
+def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
+    """Merge a TOML file with flags (flags win). Raises ConfigError with every problem, one a line."""
+    values: dict[str, object] = {}
+    if file is not None:
+        try:
+            values = tomllib.loads(file.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"cannot read {file}: {error.strerror}. Pass --config FILE, or flags alone") from error
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"{file} is not TOML: {error}") from error
+    values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
+    try:
+        return NodeConfig.model_validate(values)
+    except ValidationError as error:
+        where = f"{file} and flags" if file else "flags"
+        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines)) from error

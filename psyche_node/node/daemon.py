@@ -1,0 +1,277 @@
+"""One node, from its settings to the end of the run: start the processes, check what the chain says, join, train."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from solders.keypair import Keypair
+
+from coordinator.client import CoordinatorClient, Pulse
+from coordinator.state import Member, MemberStatus, Phase, Run
+from coordinator.wallet import load_or_create_keypair
+from optimizer.layout import Layout
+from psyche_node.faults import Faults
+from psyche_node.identity import NodeKey, load_or_create_node_key
+from psyche_node.ipc import IpcError, Message, Ok
+from psyche_node.network.messages import Configure, GetStats, MemberEntry, PeerDown, PeerUp, Ready, SetMembers, Stats
+from psyche_node.network.store import BlobStore
+from psyche_node.node.changes import Changes
+from psyche_node.node.config import ConfigError, NodeConfig
+from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.journal import Journal
+from psyche_node.node.processes import Child
+from psyche_node.node.roundloop import Cadence, RoundLoop
+from psyche_node.node.ticker import keep_ticking
+from psyche_node.node.view import ChainView
+from psyche_node.node.witness import Witness
+from psyche_node.training.messages import Load, Loaded, Weights, WeightsAre
+
+log = logging.getLogger(__name__)
+MEET_SECONDS = 10.0
+LINGER_SECONDS = 30.0
+
+
+class JoinRefused(Exception):
+    """The run does not take this node; the message says why and what to do."""
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What a running node is made of, once everything has started."""
+
+    chain: CoordinatorClient
+    view: ChainView
+    trainer: Child
+    network: Child
+    exchange: UpdateExchange
+    store: BlobStore
+    journal: Journal
+    loaded: Loaded
+
+
+class Node:
+    """A member of one run."""
+
+    def __init__(self, config: NodeConfig) -> None:
+        self._config = config
+        self._faults = Faults.parse(config.faults)
+        config.folder.mkdir(parents=True, exist_ok=True)
+        self._wallet: Keypair = load_or_create_keypair(config.wallet_path)
+        self._node_key: NodeKey = load_or_create_node_key(config.node_key_path)
+        self._member: int | None = None
+        self._connected: set[int] = set()
+        self._peers = Changes()
+        self._exchange: UpdateExchange | None = None
+
+    async def run(self) -> None:
+        """Take part until the run is finished. Cancel to stop early; child processes end with this call."""
+        async with self._parts() as parts, asyncio.TaskGroup() as tasks:
+            background = [
+                tasks.create_task(parts.view.follow()),
+                tasks.create_task(keep_ticking(parts.chain, parts.view, self._rank)),
+                tasks.create_task(_died(parts.trainer)),
+                tasks.create_task(_died(parts.network)),
+            ]
+            await self._take_part(parts, tasks, background)
+            for task in background:
+                task.cancel()
+
+    async def _take_part(
+        self, parts: _Parts, tasks: asyncio.TaskGroup, background: list[asyncio.Task[None]]
+    ) -> None:
+        run = (await parts.view.until(lambda pulse: True)).run
+        self._check_terms(run, parts.loaded)
+        member = self._member = await self._join(parts)
+        background.append(tasks.create_task(self._follow_members(parts)))
+        await self._get_ready(parts, member)
+        witness = Witness(parts.chain, parts.view, parts.exchange, member)
+        background.append(tasks.create_task(witness.run()))
+        loop = RoundLoop(
+            chain=parts.chain,
+            view=parts.view,
+            witness=witness,
+            exchange=parts.exchange,
+            trainer=parts.trainer.endpoint,
+            store=parts.store,
+            journal=parts.journal,
+            faults=self._faults,
+            cadence=Cadence(evaluate=self._config.evaluate_every, check=self._config.check_every),
+            run_key=bytes(parts.chain.addresses.run),
+            member=member,
+            folder=self._config.folder,
+            update_timeout=self._config.update_timeout,
+        )
+        await loop.run()
+        await self._finish(parts, loop, member)
+
+    @contextlib.asynccontextmanager
+    async def _parts(self) -> AsyncIterator[_Parts]:
+        config = self._config
+        journal = Journal(config.folder / "journal.jsonl")
+        chain = await CoordinatorClient.open(config.rpc, config.run, self._wallet)
+        async with contextlib.AsyncExitStack() as stack:
+            stack.callback(journal.close)
+            stack.push_async_callback(chain.close)
+            trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
+            stack.push_async_callback(trainer.stop)
+            network = await Child.start("network", "psyche_node.network", self._on_event)
+            stack.push_async_callback(network.stop)
+            run = (await chain.pulse()).run
+            loaded, ready = await asyncio.gather(
+                trainer.endpoint.call(self._load_message(run), Loaded),
+                network.endpoint.call(self._configure_message(str(chain.addresses.run)), Ready),
+            )
+            for reason in loaded.reasons:
+                log.info("%s", reason)
+            log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
+            layout = Layout.build([(name, tuple(shape)) for name, shape in loaded.shapes], run.terms.topk)
+            store = BlobStore(config.folder / "blobs")
+            exchange = self._exchange = UpdateExchange(
+                network.endpoint, store, layout, bytes(chain.addresses.run), journal
+            )
+            stack.push_async_callback(exchange.close)
+            journal.write(
+                "started",
+                wallet=str(self._wallet.pubkey()),
+                node_id=ready.node_id,
+                multiaddrs=ready.multiaddrs,
+                device=loaded.device,
+            )
+            yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, loaded)
+
+    def _load_message(self, run: Run) -> Load:
+        config = self._config
+        return Load(
+            model=str(config.model),
+            data=str(config.data),
+            terms=training_terms(run),
+            device=config.device,
+            threads=config.threads,
+            micro_batch=config.micro_batch,
+        )
+
+    def _configure_message(self, run: str) -> Configure:
+        config = self._config
+        return Configure(
+            folder=str(config.folder),
+            node_key_path=str(config.node_key_path),
+            listen_host=config.listen,
+            p2p_port=config.p2p_port,
+            grpc_port=config.grpc_port,
+            bootstrap=list(config.bootstrap),
+            run=run,
+            faults=list(config.faults),
+        )
+
+    def _check_terms(self, run: Run, loaded: Loaded) -> None:
+        terms = run.terms
+        for what, here, there, fix in (
+            ("the model root", loaded.model_root, terms.model_root.hex(), f"get the run's model into {self._config.model}"),
+            ("the data manifest", loaded.data_manifest, terms.data_manifest.hex(), f"get the run's data into {self._config.data}"),
+            ("the layout digest", loaded.layout_digest, terms.layout_digest.hex(), "use the run's model and this version's optimizer"),
+        ):
+            if here != there:
+                raise ConfigError(f"{what} of this node is {here}, the run's is {there}: {fix}")
+
+    async def _join(self, parts: _Parts) -> int:
+        mine = await self._my_record(parts.chain)
+        if mine is None:
+            phase = parts.view.pulse.run.phase
+            if phase not in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP):
+                raise JoinRefused(f"the run is in {phase.name}; nodes join it while it waits for members")
+            await parts.chain.join(self._node_key.keypair)
+            mine = await self._my_record(parts.chain)
+            if mine is None:
+                raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
+        elif mine.node_key != self._node_key.public:
+            raise JoinRefused(
+                f"this wallet is a member already, with another node key; use {self._config.node_key_path} of that node"
+            )
+        log.info("member %d of run %s", mine.slot, parts.view.pulse.run.run_id)
+        parts.journal.write("joined", member=mine.slot)
+        return mine.slot
+
+    async def _my_record(self, chain: CoordinatorClient) -> Member | None:
+        wallet = self._wallet.pubkey()
+        gone = (MemberStatus.LEFT, MemberStatus.EJECTED)
+        return next((m for m in await chain.members() if m.wallet == wallet and m.status not in gone), None)
+
+    async def _get_ready(self, parts: _Parts, member: int) -> None:
+        """Wait for Warmup, meet the other members, and say that this node has the run's model."""
+        pulse = await parts.view.until(lambda p: p.run.phase is not Phase.WAITING_FOR_MEMBERS)
+        if pulse.run.phase is not Phase.WARMUP:
+            raise JoinRefused(f"the run went on to {pulse.run.phase.name} without this node")
+        others = {m.slot for m in await parts.chain.members()} - {member}
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(MEET_SECONDS):
+                while not self._connected >= others:
+                    await self._peers.beyond(self._peers.version)
+        if missing := others - self._connected:
+            log.warning("not connected to members %s yet; they may be reached through others", sorted(missing))
+        await parts.chain.ready(bytes.fromhex(parts.loaded.model_root))
+
+    async def _follow_members(self, parts: _Parts) -> None:
+        """Keep the network's list of members that of the chain."""
+        known: list[MemberEntry] | None = None
+        while True:
+            seen = parts.view.pulse
+            admitted = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED, MemberStatus.DROPPED)
+            members = [
+                MemberEntry(slot=m.slot, node_key=m.node_key.hex())
+                for m in await parts.chain.members()
+                if m.status in admitted
+            ]
+            if members != known:
+                await parts.network.endpoint.call(SetMembers(members=members), Ok)
+                known = members
+            await parts.view.until(lambda p, seen=seen: _membership(p) != _membership(seen))
+
+    async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
+        run = parts.view.pulse.run
+        weights = await parts.trainer.endpoint.call(Weights(), WeightsAre)
+        await loop.evaluate(run.final_rounds - 1)
+        stats = await parts.network.endpoint.call(GetStats(), Stats)
+        parts.journal.write(
+            "finished",
+            member=member,
+            rounds=run.final_rounds,
+            weights_sha256=weights.sha256,
+            fingerprint=f"{weights.fingerprint:016x}",
+            bytes_sent=stats.bytes_sent,
+            bytes_received=stats.bytes_received,
+            train_seconds=round(loop.train_seconds, 3),
+            wait_seconds=round(loop.wait_seconds, 3),
+        )
+        log.info("the run is finished after %d rounds; weights %s", run.final_rounds, weights.sha256)
+        await asyncio.sleep(LINGER_SECONDS)
+
+    def _on_event(self, message: Message) -> None:
+        if isinstance(message, PeerUp):
+            self._connected.add(message.slot)
+            self._peers.fire()
+        elif isinstance(message, PeerDown):
+            self._connected.discard(message.slot)
+            self._peers.fire()
+        elif self._exchange is not None:
+            self._exchange.on_event(message)
+
+    def _rank(self, pulse: Pulse) -> int:
+        """This node's place among those who tick: it rotates by round; a node that is not a member comes last."""
+        members = max(1, pulse.run.member_count)
+        return members if self._member is None else (self._member - pulse.run.round) % members
+
+
+def _membership(pulse: Pulse) -> tuple[object, ...]:
+    run = pulse.run
+    return (run.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP), run.member_count, run.active_count)
+
+
+async def _died(child: Child) -> None:
+    """Raise IpcError when the process ends before the node does."""
+    await child.endpoint.closed.wait()
+    code = await asyncio.to_thread(child.process.wait)
+    raise IpcError(f"the {child.name} process ended (exit status {code}); its log is above. Start the node again")

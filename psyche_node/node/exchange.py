@@ -1,0 +1,160 @@
+"""The updates of the rounds in flight: what is committed, what has arrived, what has been validated.
+
+A blob becomes usable here and nowhere else: its digest is the committed one (the network checks every piece), its length
+is the layout's, it decodes in the one canonical way, and it names this run, round and member.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Coroutine, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from coordinator.state import Commitment
+from optimizer.codec import MalformedUpdate, decode
+from optimizer.layout import Layout
+from psyche_node.ipc import Endpoint, Message, Ok
+from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want, WantEntry
+from psyche_node.network.store import BlobStore
+from psyche_node.node.changes import Changes
+from psyche_node.node.journal import Journal
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class _Entry:
+    commitment: Commitment
+    valid: bool = False
+    rejected: bool = False
+
+
+class UpdateMissing(Exception):
+    """An update that counts could not be had from any peer in time."""
+
+
+class UpdateExchange:
+    """Follows the commitments of each round until the updates behind them are validated or refused."""
+
+    def __init__(self, network: Endpoint, store: BlobStore, layout: Layout, run: bytes, journal: Journal) -> None:
+        self._network, self._store, self._layout, self._run, self._journal = network, store, layout, run, journal
+        self._entries: dict[tuple[int, int], _Entry] = {}
+        self._tasks: set[asyncio.Task[None]] = set()
+        self.changes = Changes()
+
+    def on_event(self, message: Message) -> None:
+        """Take an event of the network process."""
+        if isinstance(message, Fetched):
+            self._spawn(self._validate(message.round, message.member))
+        elif isinstance(message, FetchFailed):
+            log.info("update of member %d, round %d: %s; looking further", message.member, message.round, message.reason)
+        elif isinstance(message, Rejected):
+            self._journal.write(
+                "rejected", what=message.what, peer=message.peer, member=message.member, reason=message.reason
+            )
+
+    async def follow(self, round_number: int, commitments: Iterable[Commitment]) -> None:
+        """Want every committed update of the round that is not here yet."""
+        wants: list[WantEntry] = []
+        for commitment in commitments:
+            key = (round_number, commitment.member)
+            if key in self._entries:
+                continue
+            self._entries[key] = entry = _Entry(commitment)
+            if commitment.length != self._layout.update_bytes:
+                self._refuse(
+                    key,
+                    entry,
+                    f"wrong length: {commitment.length} bytes committed, the layout says {self._layout.update_bytes}",
+                )
+            elif self._store.path(commitment.digest) is not None:
+                self._spawn(self._validate(*key))
+            else:
+                wants.append(
+                    WantEntry(member=commitment.member, digest=commitment.digest.hex(), length=commitment.length)
+                )
+        if wants:
+            await self._network.call(Want(round=round_number, wants=wants), Ok)
+
+    async def publish(self, round_number: int, member: int, digest: bytes, length: int) -> None:
+        """Announce my own update, committed on chain, whose blob is in the store."""
+        await self._network.call(
+            Publish(round=round_number, member=member, digest=digest.hex(), length=length), Ok
+        )
+
+    def held(self, round_number: int) -> frozenset[int]:
+        """Return the members whose update of the round is here and valid."""
+        return frozenset(m for (r, m), entry in self._entries.items() if r == round_number and entry.valid)
+
+    def settled(self, round_number: int, committed: Iterable[int]) -> bool:
+        """Return whether every one of these updates has been validated or refused for good."""
+        entries = [self._entries.get((round_number, member)) for member in committed]
+        return all(entry is not None and (entry.valid or entry.rejected) for entry in entries)
+
+    async def obtain(self, round_number: int, members: Iterable[int], timeout: float) -> list[Path]:
+        """Return the files of these members' updates, in member order, waiting for those that are still on their way.
+
+        Raises UpdateMissing after ``timeout`` seconds.
+        """
+        wanted = sorted(members)
+        try:
+            async with asyncio.timeout(timeout):
+                while not self.held(round_number).issuperset(wanted):
+                    await self.changes.beyond(self.changes.version)
+        except TimeoutError:
+            missing = [member for member in wanted if member not in self.held(round_number)]
+            raise UpdateMissing(
+                f"round {round_number}: no peer served the update of member(s) {missing} within {timeout:.0f} s, and it "
+                "counts. Check the links to the other nodes (their addresses are in the log), then start this node again"
+            ) from None
+        paths = []
+        for member in wanted:
+            path = self._store.path(self._entries[round_number, member].commitment.digest)
+            if path is None:
+                raise UpdateMissing(f"round {round_number}: the validated update of member {member} left the store")
+            paths.append(path)
+        return paths
+
+    async def forget(self, before_round: int) -> None:
+        """Drop everything about rounds before ``before_round``."""
+        self._entries = {key: entry for key, entry in self._entries.items() if key[0] >= before_round}
+        await self._network.call(Forget(before_round=before_round), Ok)
+        await asyncio.to_thread(self._store.forget, before_round)
+
+    async def close(self) -> None:
+        for task in self._tasks:
+            task.cancel()
+        await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    async def _validate(self, round_number: int, member: int) -> None:
+        key = (round_number, member)
+        entry = self._entries.get(key)
+        if entry is None or entry.valid or entry.rejected:
+            return
+        path = self._store.path(entry.commitment.digest)
+        if path is None:
+            return
+        try:
+            update = await asyncio.to_thread(lambda: decode(path.read_bytes(), self._layout))
+        except MalformedUpdate as error:
+            self._refuse(key, entry, str(error))
+            return
+        found = (update.run, update.round, update.member)
+        if found != (self._run, round_number, member):
+            self._refuse(key, entry, f"it says run {found[0].hex()[:8]}, round {found[1]}, member {found[2]}")
+            return
+        entry.valid = True
+        self.changes.fire()
+
+    def _refuse(self, key: tuple[int, int], entry: _Entry, reason: str) -> None:
+        entry.rejected = True
+        log.warning("rejected the update of member %d in round %d: %s", key[1], key[0], reason)
+        self._journal.write("rejected", what="update", peer="", member=key[1], round=key[0], reason=reason)
+        self.changes.fire()
+
+    def _spawn(self, coroutine: Coroutine[None, None, None]) -> None:
+        task = asyncio.create_task(coroutine)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

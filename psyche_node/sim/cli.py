@@ -1,0 +1,121 @@
+"""`psyche-sim`: a whole network on one machine."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from pydantic import ValidationError
+
+from psyche_node.exits import Exit
+from psyche_node.faults import Fault
+from psyche_node.sim.settings import Kill, Recipe, SimSettings
+
+app = typer.Typer(
+    add_completion=False,
+    help="Train a model with a whole decentralized network on this machine: ledger, on-chain program, nodes.",
+)
+
+
+@app.callback(invoke_without_command=True)
+def simulate(
+    context: typer.Context,
+    nodes: Annotated[int, typer.Option(help="Honest nodes.")] = 4,
+    rounds: Annotated[int, typer.Option(help="Rounds of the run.")] = SimSettings.model_fields["rounds"].default,
+    seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
+    out: Annotated[Path | None, typer.Option(help="New folder for report, model, logs. Default: runs/TIME.")] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="JSONL of conversations (messages, ShareGPT, prompt/completion).")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
+    adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
+    kill: Annotated[list[str] | None, typer.Option(help="SIGKILL a node in a round: NODE@ROUND; repeat.")] = None,
+    baseline: Annotated[str | None, typer.Option(help="adamw: compare with AdamW on the same tokens.")] = None,
+    check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
+    evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
+    topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
+    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    sequence_length: Annotated[int | None, typer.Option(help="Tokens per packed sequence.")] = None,
+    batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
+    overlap: Annotated[int | None, typer.Option(help="0: no overlap of training and transfer. Default 1.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    slot_ms: Annotated[int, typer.Option(help="Length of the ledger's slot in milliseconds.")] = 50,
+    port: Annotated[int, typer.Option(help="Port of the ledger's JSON-RPC; 0 picks one.")] = 0,
+    hold: Annotated[bool, typer.Option("--hold", help="Keep the ledger up after the run, until Ctrl-C.")] = False,
+    same_hosts: Annotated[bool, typer.Option("--same-hosts", help="Start all nodes with equal settings.")] = False,
+) -> None:
+    """Run a simulation. Without options: four nodes fine-tune a small Seed-OSS on Python's own documentation."""
+    if context.invoked_subcommand is not None:
+        return
+    started = time.time()
+    recipe = {
+        "topk": topk,
+        "learning_rate": learning_rate,
+        "sequence_length": sequence_length,
+        "batch": batch,
+        "overlap": overlap,
+    }
+    try:
+        if baseline not in (None, "adamw"):
+            raise ValueError(f"--baseline {baseline}: the one baseline is adamw")
+        settings = SimSettings(
+            nodes=nodes,
+            rounds=rounds,
+            seed=seed,
+            out=out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(started)),
+            data=data,
+            model=model,
+            adversaries=tuple(adversary or ()),
+            kills=tuple(Kill.parse(text) for text in kill or ()),
+            baseline=baseline is not None,
+            check_every=check_every,
+            evaluate_every=evaluate_every,
+            slot_ms=slot_ms,
+            port=port,
+            hold=hold,
+            device=device,
+            same_hosts=same_hosts,
+            recipe=Recipe.model_validate({key: value for key, value in recipe.items() if value is not None}),
+        )
+    except ValidationError as error:
+        for problem in error.errors():
+            where = ".".join(map(str, problem["loc"]))
+            typer.secho(f"psyche-sim: {where + ': ' if where else ''}{problem['msg']}", fg="red", err=True)
+        raise typer.Exit(Exit.USAGE) from None
+    except ValueError as error:
+        typer.secho(f"psyche-sim: {error}", fg="red", err=True)
+        raise typer.Exit(Exit.USAGE) from None
+    raise typer.Exit(asyncio.run(_simulate(settings, started)))
+
+
+@app.command()
+def chat(
+    folder: Annotated[Path, typer.Argument(help="Model folder, such as runs/TIME/model.")],
+    prompt: Annotated[str, typer.Argument(help="What to ask.")],
+    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 160,
+) -> None:
+    """Ask a trained model something."""
+    from psyche_node.chat import generate  # torch and transformers: only this command waits for them
+
+    typer.echo(generate(folder, prompt, max_tokens=max_tokens))
+
+
+async def _simulate(settings: SimSettings, started: float) -> int:
+    from psyche_node.sim.run import run
+
+    loop, task = asyncio.get_running_loop(), asyncio.create_task(run(settings, started))
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, task.cancel)
+    return await task
+
+
+def main() -> None:
+    app()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,266 @@
+"""From the nodes' journals and the chain to the result of the run. Reads; decides nothing."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from coordinator.state import Member, MemberStatus
+from psyche_node.faults import Fault
+from psyche_node.sim.result import (
+    Baseline,
+    CurvePoint,
+    Event,
+    LedgerResult,
+    Level,
+    MemberRound,
+    MemberState,
+    NodeExit,
+    NodeResult,
+    Outcome,
+    ReplicaCheck,
+    RoundRecord,
+    RunResult,
+    dense_allreduce_bytes,
+    mean_loss,
+    replicas,
+)
+from psyche_node.sim.world import SimNode, World
+
+
+def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Baseline | None = None) -> RunResult:
+    """Return everything known about the run. Works at any moment, also after an interruption."""
+    settings, prepared, record = world.settings, world.prepared, world.record
+    timeline = list(_timeline(world))
+    rounds = len(timeline)
+    nodes = [_node(world, node, outcome) for node in world.nodes]
+    checks = _checks(world)
+    identical, sha = replicas(nodes, checks)
+    losses = _losses(world)
+    dense = dense_allreduce_bytes(prepared.parameters, sum(node.slot is not None for node in nodes))
+    starts = record.rounds_started
+    end = record.finished_at or time.time()
+    seconds = end - min(starts.values(), default=end)
+    tokens = sum(int(line["tokens"]) for node in world.nodes for line in node.all("trained"))
+    committed = sum(len(members) for members in record.committed.values())
+    evaluated = sorted((line for node in world.nodes for line in node.all("evaluated")), key=lambda line: line["time"])
+    curve = [CurvePoint(round=int(line["round"]) + 1, loss=line["heldout_loss"]) for line in evaluated]
+    first = min((line["time"] for node in world.nodes for line in node.all("trained")), default=None)
+    return RunResult(
+        outcome=outcome,
+        run_id=world.run_id,
+        started_at=datetime.fromtimestamp(world.started, UTC).isoformat(timespec="seconds"),
+        wall_seconds=end - world.started,
+        first_round_seconds=None if first is None else first - world.started,
+        rounds=rounds,
+        loss=[mean_loss(losses.get(number, {})) for number in range(rounds)],
+        heldout_loss=curve[-1].loss if curve else None,
+        heldout_curve=list({point.round: point for point in curve}.values()),
+        unigram_entropy=prepared.unigram_entropy,
+        baseline=baseline,
+        parameters=prepared.parameters,
+        update_bytes=prepared.update_bytes,
+        dense_bytes=dense,
+        update_bytes_total=committed * prepared.update_bytes,
+        dense_bytes_total=sum(dense_allreduce_bytes(prepared.parameters, n) * n for n in (len(m) for m in record.active.values())),
+        bytes_sent_total=sum(node.bytes_sent for node in nodes),
+        tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
+        peak_memory_bytes=world.memory.peak,
+        replicas_identical=identical,
+        weights_sha256=sha,
+        checks=checks,
+        checkpoint=_checkpoint(world),
+        nodes=nodes,
+        ledger=ledger,
+        timeline=timeline,
+        events=sorted(_events(world), key=lambda event: event.time),
+        settings=_flat(settings.model_dump(mode="json")),
+    )
+
+
+async def ledger_result(world: World) -> LedgerResult:
+    """Ask the ledger what the run cost."""
+    chain = world.chain
+    transactions, failed = await chain.transaction_counts()
+    pulse = await chain.pulse()
+    return LedgerResult(
+        rpc=world.rpc,
+        program_id=str(chain.program_id),
+        run_address=str(world.addresses.run),
+        transactions=transactions,
+        failed_transactions=failed,
+        lamports=0,
+        slots=pulse.slot,
+        slot_ms=world.settings.slot_ms,
+    )
+
+
+def _members_by_wallet(world: World) -> dict[str, Member]:
+    return {str(member.wallet): member for member in world.record.members}
+
+
+def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
+    member = _members_by_wallet(world).get(node.wallet)
+    finished = node.last("finished") or {}
+    newest = finished or node.last("trained") or {}
+    trained = node.all("trained")
+    return NodeResult(
+        name=node.name,
+        slot=None if member is None else member.slot,
+        wallet=node.wallet,
+        node_id=node.node_id,
+        status="outsider" if member is None else _status(member.status),
+        exit=_exit(node, outcome),
+        exit_code=node.process.process.poll(),
+        ended_at=None if node.ended_at is None else node.ended_at - world.started,
+        fault=node.fault,
+        device=_device(node),
+        weights_sha256=finished.get("weights_sha256"),
+        fingerprint=finished.get("fingerprint"),
+        bytes_sent=int(newest.get("bytes_sent", 0)),
+        bytes_received=int(newest.get("bytes_received", 0)),
+        train_seconds=finished.get("train_seconds", sum(line["seconds"] for line in trained)),
+        wait_seconds=finished.get("wait_seconds", 0.0),
+        updates_included=0 if member is None else member.updates_included,
+        credit=0 if member is None else member.credit,
+        peak_memory_bytes=world.memory.peaks.get(node.name, 0),
+    )
+
+
+def _status(status: MemberStatus) -> str:
+    return status.name.lower()
+
+
+def _exit(node: SimNode, outcome: Outcome) -> NodeExit:
+    if node.killed:
+        return "killed"
+    if node.last("finished") is not None:
+        return "finished"
+    if node.process.running or outcome == "interrupted" or node.fault is Fault.OUTSIDER:
+        return "stopped"
+    return "failed"
+
+
+def _device(node: SimNode) -> str:
+    started = node.last("started") or {}
+    return str(started.get("device", ""))
+
+
+def _losses(world: World) -> dict[int, dict[str, tuple[float, int]]]:
+    losses: dict[int, dict[str, tuple[float, int]]] = {}
+    for node in world.nodes:
+        for line in node.all("trained"):
+            losses.setdefault(int(line["round"]), {})[node.name] = (float(line["loss"]), int(line["tokens"]))
+    return losses
+
+
+def _checks(world: World) -> list[ReplicaCheck]:
+    found: dict[int, dict[str, str]] = {}
+    for node in world.nodes:
+        for line in node.all("applied"):
+            if line["weights_sha256"]:
+                found.setdefault(int(line["round"]) + 1, {})[node.name] = str(line["weights_sha256"])
+    return [ReplicaCheck(round=number, weights_sha256=hashes) for number, hashes in sorted(found.items())]
+
+
+def _timeline(world: World) -> Iterator[RoundRecord]:
+    record, members = world.record, _members_by_wallet(world)
+    starts = sorted(record.rounds_started.items())
+    nodes = {member.slot: node for node in world.nodes if (member := members.get(node.wallet)) is not None}
+    lines = {(node.name, int(line["round"])): line for node in world.nodes for line in node.all("trained")}
+    for position, (number, start) in enumerate(starts):
+        end = starts[position + 1][1] if position + 1 < len(starts) else (record.finished_at or time.time())
+        included = record.included.get(number, frozenset())
+        rows = []
+        tokens = 0
+        for slot in sorted(record.active.get(number, frozenset())):
+            if (node := nodes.get(slot)) is None:
+                continue
+            line = lines.get((node.name, number))
+            state = _state(slot, line, record.committed.get(number, frozenset()), included)
+            following = lines.get((node.name, number + 1))
+            row = MemberRound(node=node.name, state=state)
+            if line is not None:
+                done = line["started"] + line["seconds"]
+                row = MemberRound(
+                    node=node.name,
+                    state=state,
+                    train_start=line["started"] - world.started,
+                    train_end=done - world.started,
+                    wait_seconds=max(0.0, following["started"] - done) if following else 0.0,
+                    loss=line["loss"],
+                    tokens=line["tokens"],
+                    bytes_sent=max(0, following["bytes_sent"] - line["bytes_sent"]) if following else 0,
+                    bytes_received=max(0, following["bytes_received"] - line["bytes_received"]) if following else 0,
+                )
+            tokens += row.tokens if state == "included" else 0
+            rows.append(row)
+        yield RoundRecord(
+            round=number,
+            start=start - world.started,
+            end=end - world.started,
+            void=included is None,
+            tokens=tokens,
+            members=rows,
+        )
+
+
+def _state(
+    slot: int, line: dict[str, Any] | None, committed: frozenset[int], included: frozenset[int] | None
+) -> MemberState:
+    if slot in committed:
+        if included is None:
+            return "void"
+        return "included" if slot in included else "committed"
+    return "missed" if line is None else "trained"
+
+
+def _checkpoint(world: World) -> str | None:
+    final = world.settings.out / "model"
+    return str(final) if final.is_dir() else None
+
+
+def _events(world: World) -> Iterator[Event]:
+    """Rejections from the journals, kills and drops, void rounds, and the warnings and errors of the nodes' logs."""
+    for node in world.nodes:
+        if node.killed and node.ended_at is not None:
+            yield Event(time=node.ended_at - world.started, level="warning", message=f"{node.name} was killed with SIGKILL")
+        for line in _warnings(node.process.log):
+            level: Level = "error" if line["level"] in ("ERROR", "CRITICAL") else "warning"
+            yield Event(time=line["ts"] - world.started, level=level, node=node.name, message=str(line["msg"])[:500])
+    for number, included in world.record.included.items():
+        if included is None:
+            start = world.record.rounds_started.get(number, world.started)
+            yield Event(time=start - world.started, level="warning", round=number, message="void: too few attestations")
+
+
+def _warnings(log: Path, limit: int = 200) -> Iterator[dict[str, Any]]:
+    found = 0
+    for text in log.read_text(errors="replace").splitlines():
+        if not text.startswith("{"):
+            continue
+        try:
+            line = json.loads(text)
+        except ValueError:
+            continue
+        if line.get("level") in ("WARNING", "ERROR", "CRITICAL"):
+            found += 1
+            if found > limit:
+                return
+            yield line
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, str | int | float | bool | None]:
+    flat: dict[str, str | int | float | bool | None] = {}
+    for key, value in settings.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}."))
+        elif isinstance(value, list):
+            flat[prefix + key] = ", ".join(str(item) for item in value)
+        else:
+            flat[prefix + key] = value
+    return flat

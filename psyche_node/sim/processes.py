@@ -1,0 +1,109 @@
+"""The simulation's processes: started in their own sessions, and none of them outlives it."""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+_PR_SET_PDEATHSIG = 1
+
+
+def _end_with_parent() -> None:
+    """Ask Linux to send SIGTERM when the simulation dies, even by SIGKILL. Elsewhere Ctrl-C still ends everything."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+
+
+class Managed:
+    """A process of the simulation whose standard error goes to a log file."""
+
+    def __init__(self, name: str, module: str, arguments: list[str], log: Path, *, pipe: bool = False) -> None:
+        self.name, self.log = name, log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("ab") as errors:
+            self.process = subprocess.Popen(
+                [sys.executable, "-m", module, *arguments],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE if pipe else errors,
+                stderr=errors,
+                start_new_session=True,
+                preexec_fn=_end_with_parent,
+            )
+
+    @property
+    def running(self) -> bool:
+        return self.process.poll() is None
+
+    async def first_line(self, timeout: float) -> str:
+        """Return the first line of standard output. Raises RuntimeError with the end of the log if there is none."""
+        assert self.process.stdout is not None, "started without pipe=True"
+        try:
+            line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), timeout)
+        except TimeoutError:
+            line = b""
+        if not line:
+            raise RuntimeError(f"{self.name} did not start. The end of {self.log}:\n{self.tail()}")
+        return line.decode()
+
+    async def wait(self) -> int:
+        return await asyncio.to_thread(self.process.wait)
+
+    def kill(self) -> None:
+        """SIGKILL the process itself; what it started ends by itself."""
+        self.process.kill()
+
+    async def stop(self, grace: float = 15.0) -> int:
+        """SIGTERM, and SIGKILL for the whole session if that does not help. Return the exit status."""
+        if self.running:
+            self.process.terminate()
+            try:
+                await asyncio.wait_for(self.wait(), grace)
+            except TimeoutError:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                await self.wait()
+        if self.process.stdout is not None:
+            self.process.stdout.close()
+        return self.process.returncode
+
+    def tail(self, lines: int = 12) -> str:
+        """Return the last lines of the log."""
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+
+class MemoryWatch:
+    """Samples the resident memory of this process and of the process trees it is told to watch."""
+
+    def __init__(self) -> None:
+        self.peak = 0
+        self.peaks: dict[str, int] = {}
+        self._roots: dict[str, int] = {}
+
+    def watch(self, name: str, pid: int) -> None:
+        self._roots[name] = pid
+
+    def sample(self) -> None:
+        """Measure now; ``peak`` is all together, ``peaks`` each tree, in bytes."""
+        total = _resident(psutil.Process())
+        for name, pid in self._roots.items():
+            try:
+                process = psutil.Process(pid)
+                tree = _resident(process) + sum(_resident(child) for child in process.children(recursive=True))
+            except psutil.Error:
+                continue
+            self.peaks[name] = max(self.peaks.get(name, 0), tree)
+            total += tree
+        self.peak = max(self.peak, total)
+
+
+def _resident(process: psutil.Process) -> int:
+    try:
+        return int(process.memory_info().rss)
+    except psutil.Error:
+        return 0

@@ -1,0 +1,144 @@
+"""What a simulation is told: every field is a flag of `psyche-sim`, too."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Self
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from coordinator.state import Limits
+from psyche_node.faults import Fault
+
+
+class Kill(BaseModel):
+    """SIGKILL one node in one round."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    node: int
+    round: int
+
+    @classmethod
+    def parse(cls, text: str) -> Kill:
+        """Read ``NODE@ROUND``. Raises ValueError."""
+        node, separator, number = text.partition("@")
+        if not separator or not node.isdecimal() or not number.isdecimal():
+            raise ValueError(f"{text!r} is not NODE@ROUND, such as 2@30 (node 2 in round 30)")
+        return cls(node=int(node), round=int(number))
+
+
+class Recipe(BaseModel):
+    """How the model is trained: what goes on chain as the run's terms."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sequence_length: int = Field(default=256, ge=16)
+    """Tokens per packed sequence."""
+    batch: int = Field(default=64, ge=1)
+    """Sequences per round, all members together."""
+    topk: int = Field(default=128, ge=1, le=512)
+    """Coefficients kept of each block of 4,096: more is better and larger."""
+    learning_rate: float = Field(default=2e-3, gt=0)
+    """Step of each weight at the peak of the schedule."""
+    final_learning_rate: float = Field(default=1e-4, gt=0)
+    """Step at the end of the schedule."""
+    warmup_rounds: int = Field(default=8, ge=0)
+    """Rounds in which the learning rate rises."""
+    decay: float = Field(default=0.95, gt=0, lt=1)
+    """Decay of the momentum per round."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """Decoupled weight decay."""
+    clip_norm: float = Field(default=1.0, gt=0)
+    """The gradient of a member is clipped to this norm."""
+    overlap: int = Field(default=1, ge=0, le=1)
+    """1: updates travel while the next round is trained. 0: each round waits for its own."""
+    lookahead: bool = True
+    """Train on the weights that the own momentum predicts."""
+
+
+class SimSettings(BaseModel):
+    """One simulation. Unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    nodes: int = Field(default=4, ge=1, le=64)
+    """Honest nodes."""
+    rounds: int = Field(default=100, ge=2)
+    """Rounds of the run."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of the initial weights, the held-out split and the order of the data."""
+    out: Path
+    """Folder for the report, the model, the nodes' folders and logs; new or empty."""
+    data: Path | None = None
+    """JSONL of conversations to train on. Default: the documentation of Python's standard library."""
+    model: str | None = None
+    """Hugging Face folder, or JSON file with a model config. Default: a small Seed-OSS."""
+    adversaries: tuple[Fault, ...] = ()
+    """Dishonest nodes, beside the honest ones."""
+    kills: tuple[Kill, ...] = ()
+    """Nodes to kill with SIGKILL."""
+    baseline: bool = False
+    """Train the same model on the same tokens with AdamW in one process afterwards, and compare."""
+    check_every: int = Field(default=10, ge=0)
+    """Rounds between comparisons of all replicas' SHA-256; 0: only at the end."""
+    evaluate_every: int = Field(default=10, ge=0)
+    """Rounds between evaluations of the held-out loss; 0: only at the end."""
+    slot_ms: int = Field(default=50, ge=10, le=10_000)
+    """Length of the ledger's slot in milliseconds."""
+    port: int = Field(default=0, ge=0, le=65_534)
+    """Port of the ledger's JSON-RPC (WebSocket: one above). 0 picks one."""
+    hold: bool = False
+    """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
+    device: str = "auto"
+    """Device of the nodes."""
+    same_hosts: bool = False
+    """Start all nodes alike. By default node 2 uses another thread count and node 3 another micro-batch."""
+    recipe: Recipe = Recipe()
+    """How the model is trained."""
+
+    @model_validator(mode="after")
+    def _kills_exist(self) -> Self:
+        for kill in self.kills:
+            if kill.node >= self.nodes or kill.round >= self.rounds:
+                raise ValueError(f"cannot kill node {kill.node} in round {kill.round}: there are {self.nodes} nodes "
+                                 f"(from 0) and {self.rounds} rounds")
+        return self
+
+    def claim_out(self) -> None:
+        """Make the output folder. Raises FileExistsError if there is anything in it: nothing is overwritten."""
+        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
+            raise FileExistsError(f"{self.out} exists and is not empty; name a new folder with --out")
+        self.out.mkdir(parents=True, exist_ok=True)
+
+    def threads_of(self, index: int) -> int:
+        """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""
+        fair = max(1, (os.cpu_count() or 1) // self.nodes)
+        return fair + 1 if index == 2 and not self.same_hosts else fair
+
+    def micro_batch_of(self, index: int) -> int:
+        """Sequences per forward pass of node ``index``; 0 is the node's own choice."""
+        return 4 if index == 3 and not self.same_hosts else 0
+
+    def limits(self) -> Limits:
+        """The run's limits on chain, in slots. Generous maxima: the adaptive deadline is what ends a round."""
+        slots = 1000 // self.slot_ms or 1
+        members = self.nodes + sum(fault is not Fault.OUTSIDER for fault in self.adversaries)
+        return Limits(
+            init_min_members=members,
+            min_members=max(1, members // 2),
+            max_members=256,
+            witnesses=0,
+            overlap=self.recipe.overlap,
+            max_missed=2,
+            join_grace=1,
+            warmup_time=120 * slots,
+            max_round_train_time=120 * slots,
+            round_witness_time=10 * slots,
+            cooldown_time=30 * slots,
+            adaptive_grace=2 * slots,
+            batch=self.recipe.batch,
+            rounds_per_epoch=self.rounds,
+            total_rounds=self.rounds,
+        )

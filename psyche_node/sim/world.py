@@ -1,0 +1,258 @@
+"""A whole network on this machine: a ledger, the program, a run, its nodes and its adversaries, all as processes.
+
+What the nodes share is the RPC address and one bootstrap address. Everything the simulation learns, it learns from the
+chain and from the nodes' journals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import shutil
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from coordinator.client import CoordinatorClient, Pulse
+from coordinator.deploy import deploy, program_bytes
+from coordinator.instructions import create_run_instructions, run_addresses
+from coordinator.state import Member, Phase, Round
+from coordinator.wallet import load_or_create_keypair
+from psyche_node.faults import Fault
+from psyche_node.identity import load_or_create_node_key
+from psyche_node.node.journal import JournalReader
+from psyche_node.sim.prepare import Prepared
+from psyche_node.sim.processes import Managed, MemoryWatch
+from psyche_node.sim.settings import SimSettings
+
+LAMPORTS_PER_SOL = 1_000_000_000
+NODE_FUNDS = 10 * LAMPORTS_PER_SOL
+OWNER_FUNDS = 100 * LAMPORTS_PER_SOL
+PREPARE_TIMEOUT = 600.0
+POLL_SECONDS = 0.25
+
+
+class SimulationFailed(Exception):
+    """The network could not be started or did not finish; the message says which part and where its log is."""
+
+
+@dataclass(slots=True)
+class SimNode:
+    """One node of the simulation and what its journal has said so far."""
+
+    name: str
+    index: int
+    wallet: str
+    node_id: str
+    process: Managed
+    journal: JournalReader
+    fault: Fault | None = None
+    killed: bool = False
+    ended_at: float | None = None
+    lines: list[dict[str, Any]] = field(default_factory=list)
+
+    def all(self, kind: str) -> list[dict[str, Any]]:
+        return [line for line in self.lines if line["kind"] == kind]
+
+    def last(self, kind: str) -> dict[str, Any] | None:
+        return next((line for line in reversed(self.lines) if line["kind"] == kind), None)
+
+    @property
+    def done(self) -> bool:
+        """Whether nothing more is to be expected of it."""
+        return self.fault is Fault.OUTSIDER or not self.process.running or self.last("finished") is not None
+
+
+@dataclass(slots=True)
+class ChainRecord:
+    """What the simulation saw on chain."""
+
+    rounds_started: dict[int, float] = field(default_factory=dict)
+    included: dict[int, frozenset[int] | None] = field(default_factory=dict)
+    committed: dict[int, frozenset[int]] = field(default_factory=dict)
+    active: dict[int, frozenset[int]] = field(default_factory=dict)
+    finished_at: float | None = None
+    pulse: Pulse | None = None
+    members: tuple[Member, ...] = ()
+
+    def see(self, pulse: Pulse, rounds: tuple[Round, ...], members: tuple[Member, ...]) -> None:
+        now = time.time()
+        self.pulse, self.members = pulse, members
+        if pulse.run.phase is Phase.ROUND_TRAIN:
+            self.rounds_started.setdefault(pulse.run.round, now)
+        if pulse.run.phase is Phase.FINISHED and self.finished_at is None:
+            self.finished_at = now
+        for inclusion in pulse.run.inclusion:
+            self.included[inclusion.round] = None if inclusion.void else inclusion.members
+        for record in rounds:
+            self.committed[record.round] = frozenset(record.commitments)
+            self.active[record.round] = record.active
+
+
+class World:
+    """Starts everything, follows it, and ends it."""
+
+    def __init__(self, settings: SimSettings, started: float) -> None:
+        self.settings, self.started = settings, started
+        self.nodes: list[SimNode] = []
+        self.record = ChainRecord()
+        self.memory = MemoryWatch()
+        self.run_id = f"sim-{int(started)}"
+        self.prepared: Prepared
+        self.chain: CoordinatorClient
+        self.rpc = ""
+        self.spent_before = 0
+
+    @contextlib.asynccontextmanager
+    async def up(self) -> AsyncIterator[None]:
+        """The network is up inside, and nothing of it is left outside, whatever happens."""
+        out = self.settings.out
+        async with contextlib.AsyncExitStack() as stack:
+            ledger = Managed(
+                "psyche-ledger",
+                "coordinator.ledger",
+                ["run", "--port", str(self.settings.port), "--slot-ms", str(self.settings.slot_ms)],
+                out / "logs" / "ledger.log",
+                pipe=True,
+            )
+            stack.push_async_callback(ledger.stop)
+            self.memory.watch("ledger", ledger.process.pid)
+            self.prepared, _ = await asyncio.gather(self._prepare(), self._found(ledger, stack))
+            await self._create_run()
+            for index in range(self.settings.nodes + len(self.settings.adversaries)):
+                stack.push_async_callback((await self._start_node(index)).process.stop)
+            yield
+
+    async def _prepare(self) -> Prepared:
+        arguments = [self.settings.model_dump_json()]
+        process = Managed("preparation", "psyche_node.sim.prepare", arguments, self.settings.out / "logs" / "prepare.log", pipe=True)
+        try:
+            return Prepared.model_validate_json(await process.first_line(PREPARE_TIMEOUT))
+        finally:
+            await process.stop()
+
+    async def _found(self, ledger: Managed, stack: contextlib.AsyncExitStack) -> None:
+        """Deploy the program through the upgradeable loader, paid by the owner's funded wallet."""
+        self.rpc = str(json.loads(await ledger.first_line(30.0))["rpc"])
+        self.owner = load_or_create_keypair(self.settings.out / "owner.json")
+        program = load_or_create_keypair(self.settings.out / "program.json")
+        self.addresses = run_addresses(program.pubkey(), self.owner.pubkey(), self.run_id)
+        self.chain = CoordinatorClient([self.rpc], program.pubkey(), self.addresses, self.owner)
+        stack.push_async_callback(self.chain.close)
+        await self.chain.airdrop(self.owner.pubkey(), OWNER_FUNDS)
+        await deploy(self.chain, self.owner, program, program_bytes())
+
+    async def _create_run(self) -> None:
+        settings, prepared = self.settings, self.prepared
+        instructions = create_run_instructions(
+            self.chain.program_id,
+            self.owner.pubkey(),
+            self.run_id,
+            settings.limits(),
+            settings.terms(prepared),
+            self.chain.rent_exempt,
+        )
+        await self.chain.send(*instructions)
+
+    async def _start_node(self, index: int) -> SimNode:
+        settings, prepared = self.settings, self.prepared
+        honest = index < settings.nodes
+        fault = None if honest else settings.adversaries[index - settings.nodes]
+        name = f"node-{index}" if fault is None else f"{fault}-{index}"
+        folder = settings.out / "nodes" / name
+        shutil.copytree(prepared.model, folder / "model")
+        shutil.copytree(prepared.data, folder / "data")
+        wallet = load_or_create_keypair(folder / "wallet.json")
+        key = load_or_create_node_key(folder / "node.key")
+        await self.chain.airdrop(wallet.pubkey(), NODE_FUNDS)
+        port = _free_port()
+        if index == 0:
+            self.bootstrap = f"/ip4/127.0.0.1/tcp/{port}/p2p/{key.node_id}"
+        arguments = {
+            "--name": name,
+            "--run": str(self.addresses.run),
+            "--rpc": self.rpc,
+            "--folder": str(folder),
+            "--model": str(folder / "model"),
+            "--data": str(folder / "data"),
+            "--p2p-port": str(port),
+            "--device": settings.device,
+            "--threads": str(settings.threads_of(index)),
+            "--micro-batch": str(settings.micro_batch_of(index)),
+            "--check-every": str(settings.check_every),
+            "--evaluate-every": str(settings.evaluate_every if index == 0 else 0),
+        }
+        if index > 0:
+            arguments["--bootstrap"] = self.bootstrap
+        if fault is not None:
+            arguments["--fault"] = str(fault)
+        flags = [part for pair in arguments.items() for part in pair]
+        process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / "logs" / f"{name}.log")
+        self.memory.watch(name, process.process.pid)
+        node = SimNode(
+            name=name,
+            index=index,
+            wallet=str(wallet.pubkey()),
+            node_id=key.node_id,
+            process=process,
+            journal=JournalReader(folder / "journal.jsonl"),
+            fault=fault,
+        )
+        self.nodes.append(node)
+        return node
+
+    async def follow(self, on_change: Callable[[], None]) -> None:
+        """Return when the run is finished and every node that still runs has said so.
+
+        Raises SimulationFailed when no honest node is left, or none gets anywhere.
+        """
+        watcher = asyncio.create_task(self._watch_chain())
+        try:
+            while True:
+                self._look(on_change)
+                if self.record.finished_at is not None and all(node.done for node in self.nodes):
+                    return
+                if not any(node.process.running for node in self.nodes if node.fault is None):
+                    raise SimulationFailed(self._why())
+                if watcher.done():
+                    watcher.result()
+                await asyncio.sleep(POLL_SECONDS)
+        finally:
+            watcher.cancel()
+            await asyncio.gather(watcher, return_exceptions=True)
+
+    def _look(self, on_change: Callable[[], None]) -> None:
+        """Read the journals, carry out the kills that are due, and measure memory."""
+        for node in self.nodes:
+            node.lines += node.journal.read()
+            if not node.process.running and node.ended_at is None:
+                node.ended_at = time.time()
+        pulse = self.record.pulse
+        for kill in self.settings.kills:
+            node = self.nodes[kill.node]
+            if pulse is not None and pulse.run.phase is Phase.ROUND_TRAIN and pulse.run.round >= kill.round and not node.killed:
+                node.killed = True
+                node.process.kill()
+        self.memory.sample()
+        on_change()
+
+    async def _watch_chain(self) -> None:
+        async for pulse in self.chain.watch():
+            before = self.record.pulse
+            if before is not None and before.run == pulse.run and before.header.committed == pulse.header.committed:
+                self.record.pulse = pulse
+                continue
+            self.record.see(pulse, await self.chain.rounds(), await self.chain.members())
+
+    def _why(self) -> str:
+        parts = [f"{node.name} (exit status {node.process.process.returncode}): {node.process.log}\n{node.process.tail()}" for node in self.nodes]
+        return "every honest node has ended before the run was finished.\n" + "\n".join(parts)
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
