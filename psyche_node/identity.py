@@ -21,7 +21,7 @@ from solders.keypair import Keypair
 SEED_BYTES = 32
 KEY_BYTES = 32
 SIGNATURE_BYTES = 64
-# A PeerId of an Ed25519 key is an identity multihash (0x00, length 36) of libp2p's protobuf PublicKey {type: Ed25519, 32 bytes}.
+# The PeerId of an Ed25519 key: an identity multihash (0x00, length 36) of libp2p's PublicKey {Ed25519, 32 bytes}.
 _KEY_PROTOBUF = bytes.fromhex("08011220")
 _IDENTITY_MULTIHASH = bytes.fromhex("0024")
 
@@ -69,7 +69,7 @@ class NodeKey:
 
 
 def verify(public: bytes, message: bytes, signature: bytes) -> bool:
-    """Return whether ``signature`` is that of ``message`` by ``public``. Malformed input is False, never an exception."""
+    """Return whether ``signature`` is that of ``message`` by ``public``. Malformed input is False, not an exception."""
     if len(public) != KEY_BYTES or len(signature) != SIGNATURE_BYTES:
         return False
     try:

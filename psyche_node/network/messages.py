@@ -21,14 +21,14 @@ class Configure(Message):
     """The node's folder; the blob store is its ``blobs`` subfolder."""
     node_key_path: str
     listen_host: str = "127.0.0.1"
-    """IP address to listen on. An unspecified one (0.0.0.0, ::) is announced as the address towards the bootstrap node."""
+    """IP address to listen on. For 0.0.0.0 or ::, the interface towards the bootstrap node is what is announced."""
     p2p_port: int = Field(default=0, ge=0, le=65535)
     grpc_port: int = Field(default=0, ge=0, le=65535)
-    bootstrap: list[str] = []
+    bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
-    faults: list[str] = []
+    faults: list[str] = Field(default_factory=list)
 
 
 class Ready(Message):
@@ -45,7 +45,7 @@ class MemberEntry(Message):
 
 
 class SetMembers(Message):
-    """The members of the run, from the chain; replaces the earlier list and counts from the next call of any peer on."""
+    """The members of the run, from the chain; replaces the earlier list, and counts from the next call of any peer."""
 
     members: list[MemberEntry] = Field(max_length=MAX_MEMBERS)
 
@@ -94,7 +94,7 @@ class PeerStats(Message):
 
 
 class Stats(Message):
-    """The reply to ``GetStats``. Bytes are of message bodies, gossip and direct calls together, without TLS and TCP framing."""
+    """The reply to ``GetStats``. Bytes are of message bodies, gossip and direct calls together, without TLS and TCP."""
 
     bytes_sent: int
     bytes_received: int

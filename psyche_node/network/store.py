@@ -4,14 +4,15 @@
     FOLDER/<round>/<digest hex>.*.part   one being written; removed when its writer is gone
 
 A blob is cut into pieces of 1 MiB, the unit of transfer, verification and blame. Its digest is a BLAKE3 root over its
-length and the BLAKE3 digests of its pieces, so one digest from the chain vouches for every piece. Supervisor and network
-process use the same folder; nothing is cached between them but the files.
+length and the BLAKE3 digests of its pieces, so one digest from the chain vouches for every piece. Supervisor and
+network process use the same folder; nothing is cached between them but the files.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import secrets
 import shutil
 import struct
 import threading
@@ -167,7 +168,7 @@ class BlobStore:
 
     @staticmethod
     def _part(target: Path) -> Path:
-        return target.with_name(f"{target.name}.{os.getpid()}-{threading.get_ident()}.part")
+        return target.with_name(f"{target.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
 
 
 class Assembly:
@@ -182,7 +183,7 @@ class Assembly:
         self._open = True
 
     def missing(self, limit: int) -> tuple[int, int]:
-        """Return the first missing run of pieces as (index, count), count at most ``limit`` and 0 when none is missing."""
+        """Return the first run of missing pieces as (index, count), the count at most ``limit``; 0 is none missing."""
         with self._lock:
             if not self._missing:
                 return 0, 0
@@ -193,7 +194,7 @@ class Assembly:
             return first, count
 
     def write(self, index: int, piece: bytes) -> bool:
-        """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece that was committed to."""
+        """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece committed to."""
         manifest = self.manifest
         if not 0 <= index < len(manifest.pieces) or len(piece) != piece_length(manifest.length, index):
             return False
@@ -244,6 +245,10 @@ class Reader:
             while len(self._manifests) >= self._capacity:
                 del self._manifests[next(iter(self._manifests))]
             self._manifests[digest] = manifest
+
+    def holds(self, digest: bytes) -> bool:
+        """Return whether the blob is in the store, complete."""
+        return self._store.path(digest) is not None
 
     def manifest(self, digest: bytes) -> Manifest | None:
         """Return the manifest of a blob in the store, or None when it is not there (any more)."""

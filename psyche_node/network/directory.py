@@ -1,0 +1,103 @@
+"""Who is a member, how to reach whom, and who may not serve blobs any more. Shared by all threads of the process."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+from psyche_node.network.statements import NodeRecord
+
+MAX_CANDIDATES = 64
+# A record's seq starts at its node's clock in milliseconds; one from far in the future would never be replaced.
+MAX_SEQ_LEAD_MS = 86_400_000
+
+
+@dataclass(frozen=True, slots=True)
+class Known:
+    """A node record with its wire form, as it was signed."""
+
+    record: NodeRecord
+    raw: bytes
+
+
+class Directory:
+    """Members by slot and key, node records by key, bans by key.
+
+    Records of members are all kept. Those of others (members to be, or anybody) share ``MAX_CANDIDATES`` places.
+    """
+
+    def __init__(self, own_key: bytes) -> None:
+        self.own_key = own_key
+        self._lock = threading.Lock()
+        self._slots: dict[bytes, int] = {}
+        self._keys: dict[int, bytes] = {}
+        self._records: dict[bytes, Known] = {}
+        self._banned: set[bytes] = set()
+
+    def set_members(self, members: Mapping[int, bytes]) -> None:
+        """Replace the member list (slot to node key)."""
+        with self._lock:
+            self._keys = dict(members)
+            self._slots = {key: slot for slot, key in members.items()}
+
+    def slot(self, key: bytes) -> int | None:
+        """Return the slot of a member's node key; None is: not a member now."""
+        return self._slots.get(key)
+
+    def key(self, slot: int) -> bytes | None:
+        return self._keys.get(slot)
+
+    def others(self) -> dict[int, bytes]:
+        """Return the members other than this node, slot to node key."""
+        return {slot: key for slot, key in self._keys.items() if key != self.own_key}
+
+    def add(self, record: NodeRecord, raw: bytes) -> bool:
+        """Keep a record if it is newer than the one known. Returns whether it was."""
+        if record.seq > time.time() * 1000 + MAX_SEQ_LEAD_MS:
+            return False
+        with self._lock:
+            known = self._records.get(record.node_key)
+            if known is not None and known.record.seq >= record.seq:
+                return False
+            self._records.pop(record.node_key, None)
+            if record.node_key != self.own_key and record.node_key not in self._slots:
+                strangers = [key for key in self._records if key not in self._slots and key != self.own_key]
+                for key in strangers[: len(strangers) - MAX_CANDIDATES + 1]:
+                    del self._records[key]
+            self._records[record.node_key] = Known(record, raw)
+            return True
+
+    def record(self, key: bytes) -> NodeRecord | None:
+        known = self._records.get(key)
+        return None if known is None else known.record
+
+    def raw_records(self, limit: int) -> list[bytes]:
+        """Return wire forms for another node: this node's own first, then members', then the newest others'."""
+        with self._lock:
+            newest = list(self._records.items())[::-1]
+        newest.sort(key=lambda item: (item[0] != self.own_key, item[0] not in self._slots))
+        return [known.raw for _, known in newest[:limit]]
+
+    def unknown_members(self) -> list[int]:
+        """Return the slots of members of whom no record is known."""
+        return [slot for slot, key in self.others().items() if key not in self._records]
+
+    def ban(self, key: bytes) -> bool:
+        """Never take a blob from this node again. Returns whether that is new."""
+        with self._lock:
+            new = key not in self._banned
+            self._banned.add(key)
+            return new
+
+    def banned(self, key: bytes) -> bool:
+        return key in self._banned
+
+    def sources(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return those of ``keys`` that may serve blobs: members with a record, not banned, not this node."""
+        return [
+            key
+            for key in keys
+            if key in self._slots and key in self._records and key not in self._banned and key != self.own_key
+        ]

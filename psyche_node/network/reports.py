@@ -1,0 +1,80 @@
+"""What the network process tells its supervisor: events, refusals (limited in number), and byte counts."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import defaultdict
+from collections.abc import Callable
+
+from psyche_node.identity import node_id
+from psyche_node.ipc import Message
+from psyche_node.network.messages import Rejected
+
+log = logging.getLogger(__name__)
+REPEAT_SECONDS = 10.0
+_MAX_TRACKED = 4096
+
+
+class Reporter:
+    """Sends events; says each refusal at most once per peer, kind and ten seconds, and then how many it left out."""
+
+    def __init__(
+        self,
+        emit: Callable[[Message], None],
+        slot: Callable[[bytes], int | None],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.emit = emit
+        self._slot, self._clock = slot, clock
+        self._lock = threading.Lock()
+        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+
+    def rejected(self, what: str, peer: bytes | str, reason: str, *, always: bool = False) -> None:
+        """Log and report a refusal. ``peer`` is a node key, or an address when there is no key. Any thread."""
+        name = peer if isinstance(peer, str) else node_id(peer)
+        member = None if isinstance(peer, str) else self._slot(peer)
+        left_out = 0
+        if not always:
+            now = self._clock()
+            with self._lock:
+                since, count = self._said.get((what, name), (-REPEAT_SECONDS, 0))
+                if now - since < REPEAT_SECONDS:
+                    self._said[what, name] = (since, count + 1)
+                    return
+                left_out = count
+                if len(self._said) >= _MAX_TRACKED:
+                    self._said.pop(next(iter(self._said)))
+                self._said[what, name] = (now, 0)
+        if left_out:
+            reason = f"{reason} ({left_out} more like it since the last report)"
+        whose = "a peer that is not a member" if member is None else f"member {member}"
+        log.warning("rejected a %s of %s, %s: %s", what, whose, name, reason)
+        self.emit(Rejected(what=what, peer=name, member=member, reason=reason))
+
+
+class Traffic:
+    """Counts bytes of message bodies per peer key. Any thread."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._sent: defaultdict[bytes, int] = defaultdict(int)
+        self._received: defaultdict[bytes, int] = defaultdict(int)
+        self.blob_sent = 0
+        self.blob_received = 0
+
+    def sent(self, peer: bytes, count: int, *, blob: bool = False) -> None:
+        with self._lock:
+            self._sent[peer] += count
+            self.blob_sent += count if blob else 0
+
+    def received(self, peer: bytes, count: int, *, blob: bool = False) -> None:
+        with self._lock:
+            self._received[peer] += count
+            self.blob_received += count if blob else 0
+
+    def per_peer(self) -> dict[bytes, tuple[int, int]]:
+        """Return (sent, received) in bytes for every peer there was traffic with."""
+        with self._lock:
+            return {key: (self._sent[key], self._received[key]) for key in {*self._sent, *self._received}}
