@@ -1,0 +1,331 @@
+"""What a simulated run ends with: the model of ``report.json``.
+
+The docstring under each field is its documentation: ``docs/reference/report.md`` is generated from them. Times are
+seconds since the command was started unless a field says otherwise; losses are mean natural-log cross-entropy per
+trained token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity and no NaN; a loss that diverged is reported as unknown."""
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+Count = Annotated[int, Field(ge=0)]
+Loss = Annotated[float | None, BeforeValidator(_finite)]
+Seconds = Annotated[float, Field(ge=0)]
+Outcome = Literal["finished", "interrupted", "failed"]
+NodeExit = Literal["finished", "killed", "failed", "stopped"]
+MemberState = Literal["trained", "committed", "included", "missed", "void"]
+Level = Literal["info", "warning", "error"]
+
+
+class Record(BaseModel):
+    """Base of every object in the report: immutable, and unknown fields are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+
+
+class CurvePoint(Record):
+    """One evaluation on the held-out split."""
+
+    round: Count
+    """Rounds applied when the evaluation was made; 0 is the untrained model."""
+    loss: Loss
+    """Mean loss over the held-out tokens; null if it was not finite."""
+
+
+class Baseline(Record):
+    """A dense AdamW run of the same model on the same tokens in one process."""
+
+    name: str = "adamw"
+    """Which optimizer it was."""
+    loss: list[Loss]
+    """Training loss per step; step r sees the tokens that the network's members saw in round r."""
+    heldout_curve: list[CurvePoint]
+    """Held-out loss over the steps."""
+    heldout_loss: Loss
+    """Held-out loss at the end."""
+    learning_rate: float
+    """The peak learning rate, the best of those tried."""
+    wall_seconds: Seconds
+    """How long it took, the search for the learning rate not counted."""
+
+
+class NodeResult(Record):
+    """One node of the simulation: an honest member, an adversary or an outsider."""
+
+    name: str
+    """The simulation's name of the node; timeline, checks and events refer to it."""
+    slot: int | None
+    """Its member slot on chain; null for a node that never joined."""
+    wallet: str
+    """Address of its Solana wallet, base58."""
+    node_id: str
+    """Its libp2p peer id, derived from the node key that is registered on chain."""
+    status: str
+    """The member's status on chain at the end: pending, active, desynced, dropped, left, ejected; outsider if none."""
+    exit: NodeExit
+    """How its process ended: finished by itself, killed on purpose, failed with an error, stopped by the simulation."""
+    exit_code: int | None = None
+    """The process's exit code (docs/reference/exit-codes.md); negative: the signal that ended it."""
+    ended_at: Seconds | None = None
+    """When its process ended; null if that was with the run."""
+    fault: str | None = None
+    """The misbehaviour it was started with (tamper, length, outsider); null for an honest node."""
+    device: str = ""
+    """What it trained on, with threads and micro-batch where they were set."""
+    weights_sha256: str | None
+    """SHA-256 over the model's weights at the end; null for a node that was not there at the end."""
+    fingerprint: str | None
+    """The 64-bit fingerprint of the weights at the end, 16 hexadecimal digits."""
+    bytes_sent: Count
+    """Bytes that its network process sent, all protocols together."""
+    bytes_received: Count
+    """Bytes that its network process received, all protocols together."""
+    train_seconds: Seconds
+    """Time in forward, backward and encoding."""
+    wait_seconds: Seconds
+    """Time in which the model was idle: waiting for the chain, for updates, or for the other members."""
+    updates_included: Count
+    """Rounds whose inclusion set contains its update, as the chain counted them."""
+    credit: Count = 0
+    """Tokens credited to the member on chain: those of its included updates."""
+    peak_memory_bytes: Count = 0
+    """Largest resident memory of its processes together."""
+
+
+class LedgerResult(Record):
+    """What the run cost on chain."""
+
+    rpc: str = ""
+    """The JSON-RPC address that the nodes used."""
+    program_id: str
+    """Address of the coordinator program."""
+    run_address: str
+    """Address of the run's account; `psyche-admin run show` takes it."""
+    transactions: Count
+    """Transactions that the run put on chain, deployment and funding included."""
+    failed_transactions: Count = 0
+    """Those among them that the program refused (two nodes ticking at the same time, for example)."""
+    lamports: Count
+    """Fees paid by all wallets together."""
+    rent_lamports: Count = 0
+    """Deposits of the program's and the run's accounts; they come back when the accounts are closed."""
+    slots: Count = 0
+    """Slots that passed."""
+    slot_ms: Count = 0
+    """Length of a slot in milliseconds; 0 if it is the cluster's own."""
+    instructions: dict[str, int] = Field(default_factory=dict)
+    """How often each instruction of the program succeeded."""
+
+
+class MemberRound(Record):
+    """What one member did in one round. A member that is no longer active has no entry."""
+
+    node: str
+    """Name of the node."""
+    state: MemberState
+    """How far its update came: missed (none made in time), trained (made, not on chain), committed (on chain, not
+    in the inclusion set), included, void (committed, but the round had too few attestations)."""
+    train_start: float | None = None
+    """When it started to train the round."""
+    train_end: float | None = None
+    """When its update was encoded."""
+    wait_seconds: Seconds = 0.0
+    """How long it then waited until it could train the next round."""
+    loss: Loss = None
+    """Mean loss over the tokens it trained in this round."""
+    tokens: Count = 0
+    """Tokens it trained in this round."""
+    bytes_sent: Count = 0
+    """Bytes sent from the start of this round to the start of the next."""
+    bytes_received: Count = 0
+    """Bytes received in the same time."""
+
+
+class RoundRecord(Record):
+    """One round of the run."""
+
+    round: Count
+    """Its number, from 0."""
+    start: float
+    """When the chain opened it."""
+    end: float
+    """When the chain opened the next one, or ended the run."""
+    void: bool = False
+    """Whether it had too few attestations, so that nothing was applied and its data was requeued."""
+    tokens: Count = 0
+    """Tokens of the included updates."""
+    members: list[MemberRound]
+    """The members that were active in it."""
+
+
+class ReplicaCheck(Record):
+    """One comparison of all replicas (`--check-every`)."""
+
+    round: Count
+    """Rounds applied when the weights were hashed."""
+    weights_sha256: dict[str, str]
+    """SHA-256 of the weights, per node."""
+
+    @property
+    def identical(self) -> bool:
+        return len(set(self.weights_sha256.values())) <= 1
+
+
+class Event(Record):
+    """Something worth telling: a kill, a rejected update, a dropped member, a void round, a warning of a node."""
+
+    time: float
+    """When it happened."""
+    level: Level = "info"
+    """How bad it is."""
+    node: str | None = None
+    """The node that said it; null for the simulation itself."""
+    round: int | None = None
+    """The round it belongs to, where known."""
+    message: str
+    """What happened."""
+
+
+class RunResult(Record):
+    """Everything that `psyche-sim` knows about a run when it is over: the content of `report.json`."""
+
+    format: Literal[1] = 1
+    """Version of this format; raised when a field changes its meaning."""
+    outcome: Outcome
+    """finished: all rounds were trained; interrupted: stopped by the user; failed: see the events."""
+    run_id: str
+    """The run's name on chain."""
+    started_at: str
+    """Start of the command, ISO 8601, UTC."""
+    wall_seconds: Seconds
+    """From the command's start to the end of the last round (an AdamW baseline not counted)."""
+    first_round_seconds: Seconds | None = None
+    """From the command's start until the first update was committed."""
+    rounds: Count
+    """Rounds trained, void ones included."""
+    loss: list[Loss]
+    """Training loss per round: the mean over the members, weighted by tokens; null if no member reported one."""
+    heldout_loss: Loss
+    """Held-out loss at the end."""
+    heldout_curve: list[CurvePoint]
+    """Held-out loss over the rounds."""
+    unigram_entropy: float
+    """Entropy of the single tokens of the training data, in nats: the loss of a model that knows only frequencies."""
+    baseline: Baseline | None = None
+    """The dense run beside it; null if none was asked for."""
+    parameters: Count
+    """Trainable parameters of the model."""
+    update_bytes: Count
+    """Bytes of the update that one node makes in one round. Fixed by the model's shapes and `topk`."""
+    dense_bytes: Count
+    """Bytes that one node would have sent in one round, had the gradient been averaged by a ring all-reduce in fp32:
+    2 (n - 1) / n x 4 x parameters, for the n members that the run started with."""
+    update_bytes_total: Count
+    """`update_bytes` summed over the updates that were committed."""
+    dense_bytes_total: Count
+    """The dense all-reduce's bytes summed over rounds and the nodes active in them; compare with
+    `bytes_sent_total`."""
+    bytes_sent_total: Count
+    """Bytes that all network processes together sent: updates to every peer, announcements, handshakes."""
+    tokens_per_second: float
+    """Tokens trained by all members together, per second of the rounds."""
+    peak_memory_bytes: Count
+    """Largest resident memory of all processes of the simulation together."""
+    replicas_identical: bool
+    """Whether the nodes that were there at the end have byte-identical weights, and did at every check."""
+    weights_sha256: str | None = None
+    """The SHA-256 they have in common; null if they differ."""
+    checks: list[ReplicaCheck] = Field(default_factory=list)
+    """The comparisons made during the run."""
+    checkpoint: str | None
+    """Hugging Face folder of the final model."""
+    nodes: list[NodeResult]
+    """The nodes, in the order they were started."""
+    ledger: LedgerResult
+    """What happened on chain."""
+    timeline: list[RoundRecord]
+    """The rounds, in order."""
+    events: list[Event] = Field(default_factory=list)
+    """What happened, in order of time."""
+    settings: dict[str, str | int | float | bool | None] = Field(default_factory=dict)
+    """The resolved settings of the simulation."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        """Refuse a report that contradicts itself: no claim may be printed that the data denies."""
+        if len(self.loss) != self.rounds:
+            raise ValueError(
+                f"{len(self.loss)} losses for {self.rounds} rounds; give one per round, null where unknown"
+            )
+        names = Counter(node.name for node in self.nodes)
+        if doubled := [name for name, times in names.items() if times > 1]:
+            raise ValueError(f"two nodes are called {doubled[0]!r}; the timeline could not tell them apart")
+        for record in self.timeline:
+            if unknown := [member.node for member in record.members if member.node not in names]:
+                raise ValueError(f"round {record.round} of the timeline names {unknown[0]!r}, which is not a node")
+        if self.replicas_identical and not (
+            same(node.weights_sha256 for node in self.nodes) and all(check.identical for check in self.checks)
+        ):
+            raise ValueError("replicas_identical is true, but the weights' SHA-256 differ; compute it with `replicas`")
+        return self
+
+    @property
+    def members(self) -> list[NodeResult]:
+        """The nodes that were members of the run, outsiders left out."""
+        return [node for node in self.nodes if node.slot is not None]
+
+    @property
+    def void_rounds(self) -> list[int]:
+        return [record.round for record in self.timeline if record.void]
+
+    @property
+    def reduction(self) -> float | None:
+        """How many times fewer bytes were sent, everything counted, than a dense all-reduce would have."""
+        return self.dense_bytes_total / self.bytes_sent_total if self.bytes_sent_total else None
+
+
+def same(hashes: Iterable[str | None]) -> bool:
+    """Whether all hashes that are known are equal."""
+    return len({value for value in hashes if value is not None}) <= 1
+
+
+def replicas(nodes: Iterable[NodeResult], checks: Iterable[ReplicaCheck]) -> tuple[bool, str | None]:
+    """Return ``(replicas_identical, weights_sha256)``; a member that finished without telling its hash is different."""
+    nodes = list(nodes)
+    silent = any(node.slot is not None and node.exit == "finished" and node.weights_sha256 is None for node in nodes)
+    hashes = {node.weights_sha256 for node in nodes if node.weights_sha256 is not None}
+    identical = len(hashes) == 1 and not silent and all(check.identical for check in checks)
+    return identical, next(iter(hashes)) if len(hashes) == 1 else None
+
+
+def dense_allreduce_bytes(parameters: int, members: int) -> int:
+    """Bytes that each of ``members`` nodes sends when a gradient of fp32 values is averaged by a ring all-reduce.
+
+    A reduce-scatter and an all-gather move (n - 1) / n of the gradient each (Patarasuk and Yuan 2009), which is the
+    least any all-reduce can send.
+    """
+    return 2 * (members - 1) * 4 * parameters // members if members > 0 else 0
+
+
+def mean_loss(losses: Mapping[str, tuple[float, int]]) -> float | None:
+    """Return the mean of the nodes' ``(loss, tokens)``, weighted by tokens; None if nobody trained a token."""
+    tokens = sum(count for _, count in losses.values())
+    return sum(loss * count for loss, count in losses.values()) / tokens if tokens else None
+
+
+def load_result(path: Path) -> RunResult:
+    """Read a ``report.json``. Raises pydantic.ValidationError or OSError."""
+    return RunResult.model_validate_json(path.read_bytes())
