@@ -1,0 +1,205 @@
+"""The exit codes of `psyche-node` and `psyche-sim`, numbered in ranges per component.
+
+Each code says what it means and how to resolve it; ``docs/reference/exit-codes.md`` is generated from here. Codes from
+126 belong to the shell (126, 127, and 128 plus a signal's number), so the ranges end before.
+"""
+
+from __future__ import annotations
+
+import re
+from enum import IntEnum
+from typing import Self
+
+RANGES = (
+    (0, 9, "General"),
+    (10, 19, "Settings, keys and files"),
+    (20, 29, "Chain"),
+    (30, 39, "Network"),
+    (40, 49, "Data"),
+    (50, 59, "Training"),
+    (60, 69, "Processes of a node"),
+    (70, 79, "Simulation"),
+    (128, 159, "Signals"),
+)
+"""(first, last, component)"""
+
+
+class Exit(IntEnum):
+    """How a command ended."""
+
+    meaning: str
+    resolve: str
+
+    def __new__(cls, code: int, meaning: str, resolve: str) -> Self:
+        member = int.__new__(cls, code)
+        member._value_ = code
+        member.meaning, member.resolve = meaning, resolve
+        return member
+
+    OK = (0, "Everything that was asked for is done.", "Nothing to do.")
+    UNEXPECTED = (
+        1,
+        "Something happened that the program does not know how to handle.",
+        "The log ends with a traceback. Start it again; if it repeats, report it with that traceback and the version.",
+    )
+    USAGE = (
+        2,
+        "A flag is unknown, or its value cannot be used.",
+        "The message names the flag. `--help` lists all of them.",
+    )
+    CONFIG = (
+        10,
+        "A setting is missing, unknown or wrong, or this node's model or data is not the run's.",
+        "The message names the setting and what to write. After a wrong model root or data manifest: get the run's own "
+        "model and data, as its owner published them.",
+    )
+    WALLET = (
+        11,
+        "The wallet cannot be used: no file, not a Solana keypair, or readable by others.",
+        "Make one with `psyche-admin wallet new FILE`, or run `chmod 600 FILE` on the one you have.",
+    )
+    NODE_KEY = (
+        12,
+        "The node key cannot be used: not a key, or readable by others.",
+        "Run `chmod 600` on it, or restore it from your backup. A new key needs a new membership: the old one is on "
+        "chain.",
+    )
+    FILES = (
+        13,
+        "A file or folder could not be read or written.",
+        "The message names it. Look at permissions, free space (`df -h`) and whether the output folder is new.",
+    )
+    CHAIN_UNAVAILABLE = (
+        20,
+        "No RPC endpoint answered, after all retries.",
+        "Check the URLs with `psyche-admin run show RUN --rpc URL`. Give more than one `--rpc`: the node fails over.",
+    )
+    TRANSACTION_FAILED = (
+        21,
+        "The cluster refused a transaction before the program saw it, most often because the wallet is empty.",
+        "Look at the wallet's balance with `psyche-admin wallet show FILE`, fund it, and start again.",
+    )
+    PROGRAM_REFUSED = (
+        22,
+        "The coordinator program refused an instruction with one of its numbered errors.",
+        "The message has the error's name and the program's log. Compare with `psyche-admin run show RUN`: the run may "
+        "have gone on without this node.",
+    )
+    JOIN_REFUSED = (
+        23,
+        "The run does not take this node now.",
+        "Join while the run waits for members. A wallet that joined before must come with the same node key.",
+    )
+    STATE_UNREADABLE = (
+        24,
+        "An account of the run does not decode.",
+        "Check that RUN is a run's account and that the program is a version this release knows; upgrade the node.",
+    )
+    NETWORK = (
+        30,
+        "The network process could not listen or start.",
+        "Another process may hold the port: choose `--p2p-port` and `--grpc-port`, or 0 for any free one.",
+    )
+    UPDATE_MISSING = (
+        31,
+        "An update that the chain counts could not be had from anyone in time.",
+        "Check the link and the firewall (both ports must be reachable), raise `update_timeout` on a slow link.",
+    )
+    DATA = (
+        40,
+        "The data set cannot be read or prepared.",
+        "The message names the file and the line. Formats: messages, ShareGPT `conversations`, prompt/completion.",
+    )
+    DATA_MISMATCH = (
+        41,
+        "The prepared data set is not the one the run trains on, or a shard is damaged.",
+        "The message names the file. Copy the prepared folder again, or prepare it with the run's settings.",
+    )
+    MODEL = (
+        50,
+        "The model cannot be loaded or is not one that can be trained.",
+        "The folder must hold config.json and safetensors that `transformers` loads.",
+    )
+    SEPARATION = (
+        51,
+        "The start-up self-test found that packed documents see each other.",
+        "Use a version of transformers that the project pins; this would silently train the wrong thing.",
+    )
+    TRAINING = (
+        52,
+        "A step of training failed for good, or its numbers are not finite.",
+        "Lower the learning rate of the run or `micro_batch` of this node; the log says at which round.",
+    )
+    DESYNCED = (
+        53,
+        "This node's weights are not those of the majority, or it missed too much to go on.",
+        "Start it again with the run's model. If it repeats on one host only, suspect its memory or its GPU.",
+    )
+    CHILD_PROCESS = (
+        60,
+        "The training or network process of this node ended or stopped answering.",
+        "Its own last lines are in the log above. Exit status -9 is usually the kernel's out-of-memory killer.",
+    )
+    SIMULATION = (
+        70,
+        "The simulated network could not be started, or did not finish its run.",
+        "The message names the part and its log under `OUT/logs`.",
+    )
+    REPLICAS_DIFFER = (
+        71,
+        "The run ended, and the nodes' weights are not byte-identical.",
+        "This is a defect: report it with `report.json`, which says from which check on they differ.",
+    )
+    INTERRUPTED = (
+        130,
+        "Stopped by Ctrl-C or SIGTERM; no process is left behind.",
+        "Nothing to do. What was trained and credited stays on chain.",
+    )
+
+
+_EXITS: dict[str, Exit] = {
+    "psyche_node.node.config.ConfigError": Exit.CONFIG,
+    "coordinator.wallet.WalletError": Exit.WALLET,
+    "psyche_node.identity.IdentityError": Exit.NODE_KEY,
+    "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
+    "coordinator.transactions.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
+    "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
+    "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.network.node.NetworkError": Exit.NETWORK,
+    "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
+    "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
+    "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
+    "psyche_node.data.errors.DataError": Exit.DATA,
+    "psyche_node.training.errors.ModelError": Exit.MODEL,
+    "psyche_node.training.errors.SeparationError": Exit.SEPARATION,
+    "psyche_node.training.errors.TrainingError": Exit.TRAINING,
+    "optimizer.errors.OptimizerError": Exit.TRAINING,
+    "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
+    "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
+    "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,
+    "builtins.OSError": Exit.FILES,
+}
+"""By name, so that a command does not import torch to say how it ended."""
+
+_BY_CLASS_NAME = {name.rpartition(".")[2]: code for name, code in _EXITS.items()}
+_REMOTE = re.compile(r"[\w -]+: \w+: (\w+): ")
+
+
+def exit_for(error: BaseException) -> Exit:
+    """Return the code of what ended a command: that of its nearest known class, or UNEXPECTED.
+
+    Of a group, the first member's. What a child process reported (``RemoteFailure``: "training: Load: ModelError: ...")
+    counts as what it was there.
+    """
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, KeyboardInterrupt):
+        return Exit.INTERRUPTED
+    classes = type(error).__mro__
+    if any(one.__name__ == "RemoteFailure" for one in classes) and (there := _REMOTE.match(str(error))):
+        return _BY_CLASS_NAME.get(there.group(1), Exit.CHILD_PROCESS)
+    for one in classes:
+        if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
+            return code
+    return Exit.UNEXPECTED
