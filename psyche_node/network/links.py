@@ -1,8 +1,8 @@
 """gRPC calls to other nodes: probe, verify, pin, then call with a deadline.
 
 Python's gRPC cannot be told "this PeerId". So a probe handshake fetches the server's certificate, its libp2p extension
-must name the node that is meant, its hash must be the one in that node's signed record, and then a channel is made whose
-only root is this very leaf. If somebody else answers later, the handshake fails: the pinned key must be held.
+must name the node that is meant, its hash must be the one in that node's signed record, and then a channel is made
+whose only root is this very leaf. If somebody else answers later, the handshake fails: the pinned key must be held.
 """
 
 from __future__ import annotations

@@ -181,17 +181,21 @@ class Assembly:
         self._lock = threading.Lock()
         self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
         self._open = True
+        self._finished = False
 
-    def missing(self, limit: int) -> tuple[int, int]:
-        """Return the first run of missing pieces as (index, count), the count at most ``limit``; 0 is none missing."""
+    def missing(self, limit: int, *, last: bool = False) -> tuple[int, int]:
+        """Return a run of missing pieces as (index, count), the count at most ``limit``; 0 is none missing.
+
+        It is the first run, or the last one: two sources that work from both ends bring few pieces twice.
+        """
         with self._lock:
             if not self._missing:
                 return 0, 0
-            first = min(self._missing)
-            count = 1
-            while count < limit and first + count in self._missing:
-                count += 1
-            return first, count
+            step = -1 if last else 1
+            edge = end = max(self._missing) if last else min(self._missing)
+            while abs(end + step - edge) < limit and end + step in self._missing:
+                end += step
+            return min(edge, end), abs(end - edge) + 1
 
     def write(self, index: int, piece: bytes) -> bool:
         """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece committed to."""
@@ -209,13 +213,16 @@ class Assembly:
         return True
 
     def finish(self) -> Path:
-        """Give the complete blob its name. Raises StoreError while a piece is missing."""
+        """Give the complete blob its name, once. Raises StoreError while a piece is missing."""
         with self._lock:
+            if self._finished:
+                return self._target
             if self._missing or not self._open:
                 raise StoreError(f"{self._target.name[:16]} is not complete: {len(self._missing)} pieces are missing")
             os.fsync(self._descriptor)
             self._close()
             os.replace(self._part, self._target)
+            self._finished = True
         _sync_folder(self._target.parent)
         return self._target
 

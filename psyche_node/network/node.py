@@ -1,0 +1,327 @@
+"""The network process: puts its parts together and does what the supervisor asks. Runs on trio."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import logging
+import socket
+import time
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from pathlib import Path
+
+import base58
+import trio
+
+from psyche_node.faults import Faults
+from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
+from psyche_node.ipc import Message, Ok
+from psyche_node.network.announcements import Announcements, Outcome, Verdict
+from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
+from psyche_node.network.directory import Directory
+from psyche_node.network.fetcher import Fetcher
+from psyche_node.network.links import CallFailed, Links
+from psyche_node.network.messages import (
+    Announced,
+    Configure,
+    Forget,
+    GetStats,
+    NetworkShutdown,
+    PeerDown,
+    PeerStats,
+    PeerUp,
+    Publish,
+    Ready,
+    SetMembers,
+    Stats,
+    Want,
+)
+from psyche_node.network.reports import Reporter, Traffic
+from psyche_node.network.server import Guard, NodeService, Server
+from psyche_node.network.statements import (
+    RUN_BYTES,
+    Announcement,
+    Malformed,
+    NodeRecord,
+    join_address,
+    join_multiaddr,
+)
+from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.swarm import Swarm, new_seq, parse_bootstrap
+from psyche_node.network.threads import in_thread
+from psyche_node.network.wire import node_pb2 as wire
+
+log = logging.getLogger(__name__)
+MAX_PUSHED = 64
+PUSH_SECONDS = 5.0
+RENEW_EVERY = 3600.0
+
+
+class NetworkError(Exception):
+    """The network process cannot do what it was asked; the message says why and what to do."""
+
+
+class NetworkNode:
+    """One node's network. ``handle`` answers the supervisor's requests; everything it finds out goes to ``emit``."""
+
+    def __init__(self, configure: Configure, emit: Callable[[Message], None]) -> None:
+        """Read the node key and open the store. Raises IdentityError, Malformed, NetworkError or ValueError."""
+        self._key: NodeKey = load_or_create_node_key(Path(configure.node_key_path))
+        self._run = parse_run(configure.run)
+        self._bootstrap = [parse_bootstrap(address) for address in configure.bootstrap]
+        self._configure = configure
+        self._host = announced_host(configure.listen_host, self._bootstrap)
+        self._leaf: Leaf = issue(self._key)
+        self._directory = Directory(self._key.public)
+        self._reporter = Reporter(emit, self._directory.slot)
+        self._traffic = Traffic()
+        self._store = BlobStore(Path(configure.folder) / "blobs")
+        if swept := self._store.sweep():
+            log.info("removed %d unfinished downloads of an earlier process", swept)
+        self._reader = Reader(self._store)
+        self._announcements = Announcements(self._run, self._directory)
+        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
+        self._fetcher = Fetcher(
+            self._store,
+            self._reader,
+            self._links,
+            self._directory,
+            self._announcements,
+            self._reporter,
+            self._take_announcement,
+        )
+        self._faults = Faults.parse(configure.faults)
+        self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
+        self._up: set[int] = set()
+        self._token: trio.lowlevel.TrioToken | None = None
+        self._nursery: trio.Nursery | None = None
+        self._pushing = trio.CapacityLimiter(8)
+        self.stopping = trio.Event()
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[Ready]:
+        """Bring everything up; yields what to tell the supervisor. Raises NetworkError when a port cannot be had."""
+        configure = self._configure
+        self._token = trio.lowlevel.current_trio_token()
+        guard = Guard(self._directory, self._reporter)
+        service = NodeService(self._announcements, self._take_from_thread, self._reader, self._traffic, self._faults)
+        server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
+        try:
+            async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
+                self._nursery = nursery
+                self._grpc_address = join_address(self._host, server.port)
+                self._p2p_address = join_multiaddr(self._host, self._swarm.port)
+                await self._renew_record()
+                nursery.start_soon(self._fetcher.run)
+                nursery.start_soon(self._keep_leaf)
+                yield Ready(
+                    node_id=self._key.node_id,
+                    multiaddrs=[f"{self._p2p_address}/p2p/{self._key.node_id}"],
+                    grpc_address=self._grpc_address,
+                )
+                self._nursery = None
+        finally:
+            self._links.close()
+            server.stop()
+
+    async def handle(self, message: Message) -> Message:
+        """Do what the supervisor asks and return the reply. Raises NetworkError, which reaches it as a Failure."""
+        match message:
+            case SetMembers():
+                self._set_members(message)
+            case Publish():
+                await self._publish(message)
+            case Want():
+                self._announcements.reached(message.round)
+                for want in message.wants:
+                    self._fetcher.want(message.round, want.member, bytes.fromhex(want.digest), want.length)
+            case Forget():
+                self._fetcher.forget(message.before_round)
+                self._announcements.forget(message.before_round)
+                await in_thread(partial(self._store.forget, message.before_round))
+            case GetStats():
+                return self._stats()
+            case NetworkShutdown():
+                self.stopping.set()
+            case _:
+                raise NetworkError(f"the network process has no use for {type(message).__name__}")
+        return Ok()
+
+    # Requests --------------------------------------------------------------------------------------------------------
+
+    def _set_members(self, message: SetMembers) -> None:
+        members = {entry.slot: bytes.fromhex(entry.node_key) for entry in message.members}
+        if len(members) != len(message.members) or len(set(members.values())) != len(members):
+            raise NetworkError("two entries of the member list share a slot or a node key")
+        self._directory.set_members(members)
+        self._report_connections()
+        self._fetcher.sources_changed()
+        self._swarm.wake()
+
+    async def _publish(self, message: Publish) -> None:
+        digest = bytes.fromhex(message.digest)
+        manifest = await in_thread(partial(self._reader.manifest, digest))
+        if manifest is None or manifest.length != message.length:
+            found = "is not there" if manifest is None else f"has {manifest.length} bytes"
+            raise NetworkError(f"blob {message.digest[:16]} of {message.length} bytes {found} in {self._store.folder}")
+        self._announcements.reached(message.round)
+        announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
+        raw = announcement.sign(self._key)
+        self._announcements.offer(raw)
+        await self._swarm.gossip_announcement(raw)
+        # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too.
+        for key in self._directory.sources(self._directory.others().values())[:MAX_PUSHED]:
+            if self._nursery is not None:
+                self._nursery.start_soon(self._push, key, raw)
+
+    async def _push(self, key: bytes, raw: bytes) -> None:
+        request = wire.AnnounceRequest(announcements=[raw])
+        try:
+            await in_thread(
+                partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS), self._pushing
+            )
+        except CallFailed as error:
+            log.debug("announcing to %s failed: %s", node_id(key), error)
+
+    def _stats(self) -> Stats:
+        per_peer = self._traffic.per_peer()
+        connected = self._swarm.connected()
+        return Stats(
+            bytes_sent=sum(sent for sent, _ in per_peer.values()),
+            bytes_received=sum(received for _, received in per_peer.values()),
+            blob_bytes_sent=self._traffic.blob_sent,
+            blob_bytes_received=self._traffic.blob_received,
+            peers=len(connected),
+            connected=sorted(self._up),
+            per_peer=[
+                PeerStats(
+                    node_id=node_id(key),
+                    slot=self._directory.slot(key),
+                    connected=key in connected,
+                    bytes_sent=sent,
+                    bytes_received=received,
+                    banned=self._directory.banned(key),
+                )
+                for key, (sent, received) in sorted(per_peer.items())
+            ],
+        )
+
+    # What comes in ---------------------------------------------------------------------------------------------------
+
+    def _take_from_thread(self, raw: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        # The caller waits, so that a peer cannot queue more than it has calls open.
+        trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
+        outcome = self._announcements.offer(raw)
+        said = outcome.announcement
+        if outcome.verdict is Verdict.REFUSED:
+            blamed = sender if said is None else said.node_key
+            where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
+            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}")
+        elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:
+            self._reporter.emit(
+                Announced(round=said.round, member=outcome.slot, digest=said.digest.hex(), length=said.length)
+            )
+            self._fetcher.announced(said.digest, said.node_key)
+        return outcome
+
+    def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
+        return self._take_announcement(raw, forwarder).verdict in (Verdict.NEW, Verdict.KNOWN)
+
+    def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
+        return self._take_record(raw, forwarder)
+
+    def records_received(self, raw: list[bytes], sender: bytes) -> list[bytes]:
+        return [one for one in raw if self._take_record(one, sender)]
+
+    def _take_record(self, raw: bytes, sender: bytes | str) -> bool:
+        try:
+            record = NodeRecord.parse(raw, self._run)
+        except Malformed as error:
+            self._reporter.rejected("record", sender, str(error))
+            return False
+        if record.node_key == self._key.public or not self._directory.add(record, raw):
+            return False
+        log.debug("%s is at %s, %s", record.node_id, record.grpc_address, ", ".join(record.p2p_addresses))
+        self._fetcher.sources_changed()
+        self._swarm.wake()
+        return True
+
+    def connection_changed(self, peer: bytes, up: bool) -> None:
+        log.info("%s %s", node_id(peer), "connected" if up else "disconnected")
+        self._report_connections()
+
+    def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
+        self._traffic.sent(peer, sent)
+        self._traffic.received(peer, received)
+
+    def _report_connections(self) -> None:
+        connected = self._swarm.connected()
+        up = {slot for slot, key in self._directory.others().items() if key in connected}
+        for slot in sorted(up - self._up):
+            self._reporter.emit(PeerUp(slot=slot))
+        for slot in sorted(self._up - up):
+            self._reporter.emit(PeerDown(slot=slot))
+        self._up = up
+
+    # This node's own record ------------------------------------------------------------------------------------------
+
+    async def _keep_leaf(self) -> None:
+        while True:
+            await trio.sleep(RENEW_EVERY)
+            if self._leaf.expires - time.time() < LIFETIME_SECONDS / 2:
+                self._leaf = issue(self._key)
+                await self._renew_record()
+
+    async def _renew_record(self) -> None:
+        record = NodeRecord(
+            self._run,
+            self._key.public,
+            new_seq(),
+            (self._p2p_address,),
+            self._grpc_address,
+            self._leaf.der_hash,
+            self._leaf.expires,
+        )
+        raw = record.sign(self._key)
+        self._directory.add(record, raw)
+        await self._swarm.gossip_record(raw)
+
+
+def parse_run(text: str) -> bytes:
+    """Return the 32 bytes of a run account's address, given in hex or base58. Raises NetworkError."""
+    try:
+        run = bytes.fromhex(text) if len(text) == 2 * RUN_BYTES else base58.b58decode(text[:64])
+    except ValueError:
+        run = b""
+    if len(run) != RUN_BYTES:
+        raise NetworkError(f"{text[:80]!r} is not a run's address: give its 32 bytes in hex or base58")
+    return run
+
+
+def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
+    """Return the IP address to announce: ``listen_host``, or for 0.0.0.0 the interface towards the bootstrap node.
+
+    Raises NetworkError when ``listen_host`` is no IP address.
+    """
+    try:
+        ip = ipaddress.ip_address(listen_host)
+    except ValueError:
+        raise NetworkError(f"listen_host is {listen_host!r}; give an IP address of this machine, or 0.0.0.0") from None
+    if not ip.is_unspecified:
+        return str(ip)
+    family, target = (socket.AF_INET, "192.0.2.1") if ip.version == 4 else (socket.AF_INET6, "2001:db8::1")
+    for _, address in bootstrap:
+        towards = address.split("/")[2]
+        if ipaddress.ip_address(towards).version == ip.version:
+            target = towards
+    with socket.socket(family, socket.SOCK_DGRAM) as probe:
+        try:
+            # Connecting a datagram socket sends nothing; it only chooses the interface.
+            probe.connect((target, 9))
+        except OSError:
+            return "127.0.0.1" if ip.version == 4 else "::1"
+        return str(probe.getsockname()[0])
