@@ -261,7 +261,8 @@ HEADER: Final = Record(
         ("checkpoint_round", "I"),
         ("checkpoint_voted", "4Q"),
         ("checkpoint_root", "32s"),
-        ("reserved", "88s"),
+        ("grace_slot", "Q"),
+        ("reserved", "80s"),
     ],
 )
 

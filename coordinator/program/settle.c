@@ -1,0 +1,115 @@
+/* The end of a round: commitments close, then the inclusion set becomes final and its consequences follow. */
+#include "counter.h"
+#include "events.h"
+#include "random.h"
+
+static void drop(struct context *c, u64 slot, bitmap *dropped) {
+    struct member *member = &c->members->member[slot];
+    if (member->status != ACTIVE) return;
+    member->status = DROPPED;
+    c->rounds->header.active--;
+    c->rounds->header.members--;
+    set_bit(dropped, slot);
+}
+
+static void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members) {
+    if (zero_key((const key *)members)) return;
+    struct event_members event = {mark, c->rounds->header.run, round, 0, *members};
+    emit(event);
+}
+
+/* Boyer and Moore's majority vote over the committed fingerprints, with the second pass that proves a strict majority. */
+static int majority_fingerprint(const struct round *round, u64 *majority) {
+    u64 candidate = 0, lead = 0, votes = 0;
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
+        if (!has_bit(&round->committed, slot)) continue;
+        u64 fingerprint = round->fingerprint[slot];
+        if (lead == 0) candidate = fingerprint;
+        lead = fingerprint == candidate ? lead + 1 : lead - 1;
+    }
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++)
+        votes += has_bit(&round->committed, slot) && round->fingerprint[slot] == candidate;
+    *majority = candidate;
+    return 2 * votes > round->committed_count;
+}
+
+/* No more commitments: who is silent is counted, who trained on other weights than the majority is out of sync. */
+void close_round(struct context *c) {
+    struct run *run = c->run;
+    struct header *h = &c->rounds->header;
+    struct round *round = entry_of(c->rounds, run->round);
+    bitmap dropped = {{0, 0, 0, 0}}, desynced = {{0, 0, 0, 0}};
+    u64 majority;
+    int known = majority_fingerprint(round, &majority);
+    round->eligible = round->committed;
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
+        if (!has_bit(&round->expected, slot)) continue;
+        struct member *member = &c->members->member[slot];
+        if (!has_bit(&round->committed, slot)) {
+            if (++member->missed >= run->limits.max_missed) drop(c, slot, &dropped);
+            continue;
+        }
+        member->missed = 0;
+        if (!known || round->fingerprint[slot] == majority) continue;
+        clear_bit(&round->eligible, slot);
+        if (member->status != ACTIVE) continue;
+        member->status = DESYNCED;
+        member->ready = 0;
+        h->active--;
+        set_bit(&desynced, slot);
+    }
+    round->state = ROUND_CLOSED;
+    round->close_slot = c->slot;
+    emit_members(c, EVENT_MEMBERS_DROPPED, run->round, &dropped);
+    emit_members(c, EVENT_MEMBERS_DESYNCED, run->round, &desynced);
+}
+
+/* Members with a quorum of attestations are in: they get their credit. The positions of all others come back. */
+void finalize_round(struct context *c, struct round *round) {
+    struct run *run = c->run;
+    u64 quorum = two_thirds(round->witness_count), tokens = 0, any = 0;
+    bitmap dropped = {{0, 0, 0, 0}};
+    for (u64 w = 0; w < 4; w++)
+        any |= round->included.word[w] = round->eligible.word[w] & counts_at_least(round, w, quorum);
+    for (u64 slot = 0; any && slot < MAX_MEMBERS; slot++) {
+        if (!has_bit(&round->eligible, slot)) continue;
+        struct member *member = &c->members->member[slot];
+        if (!has_bit(&round->included, slot)) {
+            /* witnesses could not get it or it was malformed; in a void round nobody is to blame */
+            if (++member->excluded >= run->limits.max_missed) drop(c, slot, &dropped);
+            continue;
+        }
+        member->excluded = 0;
+        member->updates_included++;
+        member->credit = saturating_add(member->credit, round->tokens[slot]);
+        tokens += round->tokens[slot];
+    }
+    run->tokens = saturating_add(run->tokens, tokens);
+    round->state = ROUND_IS_FINAL;
+    round->final_slot = c->slot;
+    requeue_excluded(c, round);
+
+    struct inclusion *kept = &run->inclusion[round->round % INCLUSION_RING];
+    kept->round = round->round;
+    kept->flags = any ? INCLUSION_PRESENT : INCLUSION_PRESENT | INCLUSION_VOID;
+    kept->members = round->included;
+    struct event_round_final event = {EVENT_ROUND_FINAL, c->rounds->header.run, round->round, !any, tokens, round->included};
+    emit(event);
+    emit_members(c, EVENT_MEMBERS_DROPPED, round->round, &dropped);
+}
+
+/* The next round's seed: nobody who commits knows the slot hash yet, and nobody who ticks can choose the commitments. */
+void next_seed(struct context *c, const struct round *round) {
+    mix_seed(&c->run->seed, round->digest, sizeof round->digest);
+}
+
+/* The header shows the attestations of the oldest round that waits for them. */
+void publish_attested(struct context *c) {
+    const struct run *run = c->run;
+    const struct round *round = entry_of(c->rounds, run->round);
+    if (run->round > 0) {
+        const struct round *previous = entry_of(c->rounds, run->round - 1);
+        if (previous->state == ROUND_CLOSED) round = previous;
+    }
+    c->rounds->header.attested = round->round == run->round || round->state == ROUND_CLOSED ? round->attested_count : 0;
+}
