@@ -170,14 +170,18 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
+    "psyche_node.data.errors.BadSample": Exit.DATA,
     "psyche_node.data.errors.DataError": Exit.DATA,
     "psyche_node.training.errors.ModelError": Exit.MODEL,
     "psyche_node.training.errors.SeparationError": Exit.SEPARATION,
     "psyche_node.training.errors.TrainingError": Exit.TRAINING,
+    "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
     "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,
+    "builtins.TimeoutError": Exit.UNEXPECTED,
+    "builtins.ConnectionError": Exit.UNEXPECTED,
     "builtins.OSError": Exit.FILES,
 }
 """By name, so that a command does not import torch to say how it ended."""

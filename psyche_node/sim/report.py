@@ -6,6 +6,8 @@ import base64
 import hashlib
 import json
 import os
+import re
+import shlex
 from collections.abc import Sequence
 from importlib.resources import files
 from pathlib import Path
@@ -16,10 +18,11 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from psyche_node.sim import charts, units
-from psyche_node.sim.result import NodeResult, RunResult
+from psyche_node.sim.result import Event, NodeResult, RunResult
 
 _SHOWN_EVENTS = 250
 _WIDTH = 1080
+_DIGITS = re.compile(r"[0-9a-f]{16,}|[0-9]+")
 _STATES = {
     "included": "included",
     "committed": "committed, not included",
@@ -72,13 +75,13 @@ def headline(result: RunResult) -> str:
     killed = [node for node in members if node.exit == "killed"]
     left = len(members) - len(killed)
     if killed:
-        names = ", ".join(node.name for node in killed)
+        names = ", ".join(units.printable(node.name, 24) for node in killed)
         text += (
             f" {names} {'was' if len(killed) == 1 else 'were'} killed on the way; the other {_number(left)} went on."
         )
     faulty = [node for node in result.nodes if node.fault is not None]
     if faulty:
-        text += " " + ", ".join(f"{node.name} misbehaved ({node.fault})" for node in faulty) + "."
+        text += " " + ", ".join(f"{units.printable(node.name, 24)} misbehaved ({node.fault})" for node in faulty) + "."
     return text + (" All replicas ended byte-identical." if result.replicas_identical else " The replicas differ.")
 
 
@@ -96,21 +99,7 @@ def _view(result: RunResult) -> dict[str, Any]:
         "lanes": _lanes_chart(result, rows),
     }
     counts = {state: sum(value == state for row in rows for value in row.states.values()) for state in _STATES}
-    events = [
-        {
-            "time": units.clock_text(event.time),
-            "level": event.level,
-            "node": "" if event.node is None else units.printable(event.node, 40),
-            "round": "" if event.round is None else f"{event.round:,}",
-            "message": units.printable(event.message),
-        }
-        for event in result.events
-    ]
-    # What went wrong matters most when not all fits.
-    if len(events) > _SHOWN_EVENTS:
-        loud = [event for event in events if event["level"] != "info"]
-        kept = {id(event) for event in (loud + [event for event in events if event["level"] == "info"])[:_SHOWN_EVENTS]}
-        events = [event for event in events if id(event) in kept]
+    events = _events(result)
     return {
         "result": result,
         "headline": headline(result),
@@ -131,17 +120,17 @@ def _view(result: RunResult) -> dict[str, Any]:
         "ledger": _ledger_rows(result),
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,
-        "events_left_out": len(result.events) - len(events),
+        "events_left_out": len(result.events) - sum(event["times"] for event in events),
+        "run_id": units.printable(result.run_id, 64), "started_at": units.printable(result.started_at, 40),
+        "checkpoint": None if result.checkpoint is None else units.printable(result.checkpoint, 400),
         "settings": [(name, "none" if value is None else str(value)) for name, value in result.settings.items()],
-        "chat": None if result.checkpoint is None else chat_command(result.checkpoint),
+        "chat": None if result.checkpoint is None else units.printable(chat_command(result.checkpoint), 500),
         "wall": units.seconds_text(result.wall_seconds),
     }  # fmt: skip
 
 
 def chat_command(checkpoint: str) -> str:
     """Return the shell command that talks to the trained model."""
-    import shlex
-
     return f'psyche-sim chat {shlex.quote(checkpoint)} "What does os.path.join do?"'
 
 
@@ -149,6 +138,27 @@ def _script_json(data: object) -> Markup:
     """JSON that cannot end the script element it is put into, whatever the strings in it say."""
     text = json.dumps(data, separators=(",", ":"))
     return Markup(text.replace("&", "\\u0026").replace("<", "\\u003c").replace(">", "\\u003e"))
+
+
+def _events(result: RunResult) -> list[dict[str, Any]]:
+    """The events to show: those that say the same up to numbers are one line, and what went wrong goes first if not all
+    fit."""
+    groups: dict[tuple[str, str | None, str], list[Event]] = {}
+    for event in result.events:
+        groups.setdefault((event.level, event.node, _DIGITS.sub("#", event.message)), []).append(event)
+    kept = sorted(groups.values(), key=lambda group: group[0].level == "info")[:_SHOWN_EVENTS]
+    return [
+        {
+            "time": units.clock_text(group[0].time),
+            "level": group[0].level,
+            "node": units.printable(group[0].node or "", 40),
+            "round": "" if group[0].round is None else f"{group[0].round:,}",
+            "message": units.printable(group[0].message),
+            "times": len(group),
+            "until": units.clock_text(group[-1].time),
+        }
+        for group in sorted(kept, key=lambda group: group[0].time)
+    ]
 
 
 # The cards.
@@ -182,7 +192,7 @@ def _cards(result: RunResult) -> list[dict[str, Any]]:
              ("", "compared", f"{len(result.checks)} times"),
          ]},
         {"title": "Sent, against dense", "kind": "",
-         "value": "unknown" if reduction is None else f"{units.times_text(reduction)}\N{MULTIPLICATION SIGN} less",
+         "value": "unknown" if reduction is None else f"{units.times_text(reduction)} less",
          "note": f"{units.bytes_text(result.bytes_sent_total)}, not {units.bytes_text(result.dense_bytes_total)}",
          "lines": [
              ("", "one update", units.bytes_text(result.update_bytes)),

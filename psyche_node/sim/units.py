@@ -34,8 +34,8 @@ def count_text(count: float) -> str:
 
 
 def times_text(factor: float) -> str:
-    """A ratio to two or three digits: 3.4, 57, 1,240."""
-    return f"{factor:.1f}" if factor < 9.95 else f"{factor:,.0f}"
+    """A ratio: 3.4×, 57×, 1,240×."""
+    return (f"{factor:.1f}" if factor < 9.95 else f"{factor:,.0f}") + "\N{MULTIPLICATION SIGN}"
 
 
 def seconds_text(seconds: float) -> str:

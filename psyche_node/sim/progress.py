@@ -1,0 +1,374 @@
+"""A run as it goes: a live panel on a terminal, a line per round elsewhere, and the summary at the end.
+
+The display is fed with snapshots and holds no other state than what it needs for estimates; it never asks anybody.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import median
+from types import TracebackType
+from typing import Self
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.spinner import Spinner
+from rich.table import Table
+from rich.text import Text
+
+from psyche_node.sim import units
+from psyche_node.sim.report import chat_command
+from psyche_node.sim.result import Level, RunResult
+
+_STATUS = {
+    "training": "bright_blue",
+    "waiting": "dim",
+    "committed": "cyan",
+    "fetching": "cyan",
+    "starting": "yellow",
+    "joining": "yellow",
+    "ready": "green",
+    "finished": "green",
+    "missed": "yellow",
+    "desynced": "magenta",
+    "dropped": "red",
+    "killed": "red",
+    "failed": "red",
+}
+_LEVEL: dict[Level, str] = {"info": "dim", "warning": "yellow", "error": "red"}
+_BLOCKS = "▁▂▃▄▅▆▇█"
+_SHOWN_EVENTS = 4
+_SHOWN_MEMBERS = 12
+
+
+@dataclass(frozen=True, slots=True)
+class MemberProgress:
+    """One node in a snapshot."""
+
+    name: str
+    status: str
+    """One word: starting, joining, training, waiting, committed, missed, dropped, killed, finished, failed..."""
+    fault: str | None = None
+    """The misbehaviour it was started with."""
+    included: int = 0
+    """Updates in inclusion sets so far."""
+    rounds: int = 0
+    """Rounds it took part in so far."""
+    loss: float | None = None
+    """Of the last round it trained."""
+    bytes_sent: int = 0
+    bytes_received: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """A snapshot of the run."""
+
+    stage: str
+    """What is going on, in a few words: "starting the ledger", "training", "comparing with AdamW"."""
+    round: int = 0
+    """The round in flight; equal to ``rounds`` when all are done."""
+    rounds: int = 0
+    """Rounds of the whole run."""
+    phase: str = ""
+    """The run's state on chain: RoundTrain, RoundWitness..."""
+    loss: float | None = None
+    """Training loss of the last complete round."""
+    heldout: float | None = None
+    """Last held-out loss."""
+    entropy: float | None = None
+    """Entropy of single tokens, what the held-out loss has to beat."""
+    tokens_per_second: float = 0.0
+    bytes_sent: int = 0
+    """By all nodes so far."""
+    bytes_received: int = 0
+    dense_bytes: int = 0
+    """What dense all-reduces would have sent so far."""
+    memory_bytes: int = 0
+    """Resident memory of all processes together."""
+    members: tuple[MemberProgress, ...] = ()
+
+
+class Estimate:
+    """Time left, from the median of the last rounds' durations: a killed node's slow round does not disturb it."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 12) -> None:
+        self._clock = clock
+        self._starts: deque[tuple[int, float]] = deque(maxlen=window + 1)
+
+    def see(self, round_number: int) -> None:
+        if not self._starts or round_number > self._starts[-1][0]:
+            self._starts.append((round_number, self._clock()))
+
+    def seconds_left(self, rounds: int) -> float | None:
+        """None until two rounds were seen to begin."""
+        if len(self._starts) < 2:
+            return None
+        each = median((late - early) / (b - a) for (a, early), (b, late) in pairwise(self._starts))
+        number, began = self._starts[-1]
+        return max(0.0, (rounds - number) * each - (self._clock() - began))
+
+
+class ProgressDisplay:
+    """Context manager that shows snapshots. On a terminal a live panel, elsewhere one line per round and stage.
+
+    ``console`` decides which: ``console.is_terminal``. The clock is the caller's to replace in tests.
+    """
+
+    def __init__(
+        self, console: Console | None = None, *, title: str = "psyche-sim", clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.console = console or Console(highlight=False)
+        self._title, self._clock = title, clock
+        self._began = clock()
+        self._estimate = Estimate(clock)
+        self._losses: deque[float] = deque(maxlen=240)
+        self._events: deque[tuple[float, Level, str]] = deque(maxlen=_SHOWN_EVENTS)
+        self._now = Progress(stage="starting")
+        self._told: tuple[str, int] = ("", -1)
+        self._spinner = Spinner("dots", style="bright_blue")
+        self._live: Live | None = None
+        if self.console.is_terminal:
+            self._live = Live(console=self.console, get_renderable=self.render, refresh_per_second=8, transient=True)
+
+    def __enter__(self) -> Self:
+        if self._live is not None:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live is not None:
+            self._live.stop()
+
+    def update(self, progress: Progress) -> None:
+        """Show a newer snapshot."""
+        before, self._now = self._now, progress
+        if progress.rounds and progress.phase:
+            self._estimate.see(progress.round)
+        if progress.loss is not None and (progress.round, progress.loss) != (before.round, before.loss):
+            self._losses.append(progress.loss)
+        if self._live is None:
+            self._tell(progress)
+
+    def log(self, message: str, level: Level = "info") -> None:
+        """Show an event: in the panel's last lines, or as a line of its own. The text may be hostile."""
+        text = units.printable(message, 300)
+        at = self._clock() - self._began
+        self._events.append((at, level, text))
+        if self._live is None:
+            self._print(at, f"{level}: {text}" if level != "info" else text, _LEVEL[level] if level != "info" else "")
+
+    def _print(self, at: float, text: str, style: str = "") -> None:
+        self.console.print(Text(f"{units.clock_text(at):>7}  {text}", style=style), soft_wrap=True)
+
+    def _tell(self, progress: Progress) -> None:
+        """Print a line when the stage changes and one when a round is complete."""
+        stage, round_number = self._told
+        at = self._clock() - self._began
+        if progress.stage != stage:
+            self._print(at, progress.stage)
+        if progress.round > max(round_number, 0):
+            self._print(at, self._round_line(progress))
+        self._told = (progress.stage, max(progress.round, round_number))
+
+    def _round_line(self, progress: Progress) -> str:
+        width = len(str(progress.rounds))
+        parts = [f"round {progress.round:>{width}}/{progress.rounds}"]
+        if progress.loss is not None:
+            parts.append(f"loss {progress.loss:.3f}")
+        if progress.heldout is not None:
+            parts.append(f"held-out {progress.heldout:.3f}")
+        parts.append(f"{units.count_text(progress.tokens_per_second)} tok/s")
+        parts.append(_traffic(progress))
+        alive = sum(member.status not in ("killed", "dropped", "failed") for member in progress.members)
+        parts.append(f"{alive} of {len(progress.members)} nodes")
+        left = self._estimate.seconds_left(progress.rounds)
+        if left is not None and progress.round < progress.rounds:
+            parts.append(f"{units.clock_text(left)} left")
+        return " · ".join(parts)
+
+    # The live panel.
+
+    def render(self) -> RenderableType:
+        """Return the panel for the newest snapshot."""
+        now = self._now
+        parts: list[RenderableType] = [self._header(now)]
+        if now.rounds:
+            parts += [self._bar(now), Text(""), self._facts(now)]
+        if now.members:
+            parts += [Text(""), _member_table(now)]
+        if self._events:
+            parts += [Text(""), *(self._event_line(*event) for event in self._events)]
+        width = min(self.console.width, 112)
+        return Panel(Group(*parts), title=f"[bold]{self._title}[/]", title_align="left", border_style="dim",
+                     padding=(0, 2), width=width)  # fmt: skip
+
+    def _header(self, now: Progress) -> RenderableType:
+        table = Table.grid(expand=True, padding=(0, 1))
+        table.add_column(width=1)
+        table.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
+        table.add_column(justify="right", no_wrap=True)
+        text = Text(now.stage, style="bold")
+        if now.phase:
+            text.append(f"  {now.phase}", style="cyan")
+        right = Text(units.clock_text(self._clock() - self._began))
+        left = self._estimate.seconds_left(now.rounds)
+        if left is not None and now.round < now.rounds:
+            right.append(f"  about {units.clock_text(left)} left", style="dim")
+        table.add_row(self._spinner, text, right)
+        return table
+
+    def _bar(self, now: Progress) -> RenderableType:
+        table = Table.grid(expand=True, padding=(0, 1))
+        table.add_column(width=1)
+        table.add_column(ratio=1)
+        table.add_column(justify="right", no_wrap=True)
+        bar = ProgressBar(total=now.rounds, completed=min(now.round, now.rounds), complete_style="bright_blue",
+                          finished_style="green", style="grey23")  # fmt: skip
+        table.add_row("", bar, Text(f"round {min(now.round, now.rounds)} of {now.rounds}"))
+        return table
+
+    def _facts(self, now: Progress) -> RenderableType:
+        table = Table.grid(padding=(0, 3, 0, 0))
+        table.add_column(style="dim", no_wrap=True)
+        table.add_column(no_wrap=True)
+        loss = Text("-" if now.loss is None else f"{now.loss:.3f}", style="bold")
+        loss.append(f"   {sparkline(list(self._losses), 40)}", style="bright_blue")
+        table.add_row("  training loss", loss)
+        heldout = Text("-" if now.heldout is None else f"{now.heldout:.3f}", style="bold")
+        if now.entropy is not None:
+            heldout.append(f"   single tokens {now.entropy:.3f}", style="dim")
+        table.add_row("  held-out loss", heldout)
+        table.add_row("  sent", Text(_traffic(now)))
+        speed = f"{units.count_text(now.tokens_per_second)} tokens/s"
+        if now.memory_bytes:
+            speed += f" · {units.memory_text(now.memory_bytes)} of memory"
+        table.add_row("  speed", Text(speed))
+        return table
+
+    @staticmethod
+    def _event_line(at: float, level: Level, text: str) -> Text:
+        return Text(f"  {units.clock_text(at):>5}  {text}", style=_LEVEL[level], no_wrap=True, overflow="ellipsis")
+
+
+def _traffic(now: Progress) -> str:
+    text = f"{units.bytes_text(now.bytes_sent)} up, {units.bytes_text(now.bytes_received)} down"
+    if now.dense_bytes and now.bytes_sent:
+        text += f" ({units.times_text(now.dense_bytes / now.bytes_sent)} less than dense)"
+    return text
+
+
+def _member_table(now: Progress) -> RenderableType:
+    table = Table.grid(padding=(0, 3, 0, 0))
+    heads = ("  node", "", "included", "loss", "up", "down")
+    for head in heads:
+        table.add_column(justify="right" if head in heads[2:] else "left", no_wrap=True, max_width=28)
+    table.add_row(*(Text(head, style="dim") for head in heads))
+    for member in now.members[:_SHOWN_MEMBERS]:
+        status = units.printable(member.status, 16)
+        label = Text(f"  {units.printable(member.name, 20)}")
+        if member.fault is not None:
+            label.append(f" {member.fault}", style="yellow")
+        table.add_row(
+            label,
+            Text(f"● {status}", style=_STATUS.get(status, "")),
+            Text(f"{member.included}/{member.rounds}"),
+            Text("-" if member.loss is None else f"{member.loss:.3f}"),
+            Text(units.bytes_text(member.bytes_sent)),
+            Text(units.bytes_text(member.bytes_received)),
+        )
+    if (more := len(now.members) - _SHOWN_MEMBERS) > 0:
+        table.add_row(Text(f"  and {more} more", style="dim"))
+    return table
+
+
+def sparkline(values: list[float], width: int) -> str:
+    """Return ``values`` as at most ``width`` block characters, the means of equal stretches; "" for fewer than two."""
+    if len(values) < 2:
+        return ""
+    width = min(width, len(values))
+    edges = [index * len(values) // width for index in range(width + 1)]
+    means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
+    low, span = min(means), (max(means) - min(means)) or 1.0
+    return "".join(_BLOCKS[min(7, int((value - low) / span * 8))] for value in means)
+
+
+# The end.
+
+
+def print_summary(result: RunResult, *, report: str | None = None, console: Console | None = None) -> None:
+    """Print what matters about a run in about twenty lines. ``report`` is the path of ``report.html``."""
+    console = console or Console(highlight=False)
+    console.print()
+    mark, style = {"finished": ("✓", "green"), "interrupted": ("■", "yellow"), "failed": ("✗", "red")}[result.outcome]
+    title = Text(f"{mark} {result.outcome}", style=f"bold {style}")
+    title.append(f" after {result.rounds} rounds, {units.seconds_text(result.wall_seconds)}", style="not bold default")
+    console.print(title)
+    for name, text, kind in _summary(result):
+        console.print(Text(f"  {name:<15}", style="dim").append(text, style=f"not dim {kind}"), soft_wrap=True)
+    rows = [("report", report), ("model", result.checkpoint)]
+    places = [(name, units.printable(place, 400)) for name, place in rows if place]
+    if places:
+        console.print()
+    for name, place in places:
+        console.print(Text(f"  {name:<15}", style="dim").append(place, style="not dim"), soft_wrap=True)
+    if result.checkpoint:
+        command = units.printable(chat_command(result.checkpoint), 400)
+        console.print(Text(f"  {'talk to it':<15}", style="dim").append(command, style="not dim bold"), soft_wrap=True)
+
+
+def _summary(result: RunResult) -> list[tuple[str, str, str]]:
+    """(name, text, style)"""
+    rows: list[tuple[str, str, str]] = []
+    heldout, entropy = result.heldout_loss, result.unigram_entropy
+    if heldout is None:
+        rows.append(("held-out loss", "unknown", "yellow"))
+    else:
+        below = heldout < entropy
+        text = f"{heldout:.3f} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        rows.append(("held-out loss", text, "" if below else "yellow"))
+        if result.baseline is not None and result.baseline.heldout_loss is not None:
+            dense = result.baseline.heldout_loss
+            rows.append(("AdamW", f"{dense:.3f} on the same tokens in one process: {heldout / dense - 1:+.1%}", ""))
+    holders = sum(node.weights_sha256 is not None for node in result.members)
+    if result.replicas_identical and result.weights_sha256:
+        text = f"{holders} identical, byte for byte; compared {len(result.checks)} times on the way"
+        rows += [("replicas", text, "green"), ("", f"SHA-256 {result.weights_sha256}", "")]
+    elif holders:
+        rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
+    else:
+        rows.append(("replicas", "not compared: no node got to the end", "yellow"))
+    if result.reduction is not None:
+        text = (
+            f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
+            f"{units.bytes_text(result.dense_bytes_total)} ({units.times_text(result.reduction)} as much)"
+        )
+        rows.append(("sent", text, ""))
+    update = f"{units.bytes_text(result.update_bytes)} per node and round, for {units.count_text(result.parameters)}"
+    rows.append(("update", f"{update} parameters", ""))
+    speed = (
+        f"{units.count_text(result.tokens_per_second)} tokens/s, {units.memory_text(result.peak_memory_bytes)} at peak"
+    )
+    rows.append(("speed", f"{speed}, all processes together", ""))
+    ledger = result.ledger
+    rows.append(("on chain", f"{ledger.transactions:,} transactions, {units.sol_text(ledger.lamports)} in fees", ""))
+    rows.append(("run", units.printable(ledger.run_address, 60), ""))
+    gone = [
+        f"{units.printable(node.name, 30)} {node.exit}" for node in result.nodes if node.exit in ("killed", "failed")
+    ]
+    if gone:
+        rows.append(("nodes", ", ".join(gone[:6]) + (f" and {len(gone) - 6} more" if len(gone) > 6 else ""), "yellow"))
+    if result.void_rounds:
+        rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
+    loud = sum(event.level != "info" for event in result.events)
+    if loud:
+        rows.append(("warnings", f"{loud}, listed in the report", "yellow"))
+    return rows
