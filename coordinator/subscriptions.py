@@ -1,0 +1,177 @@
+"""Solana's WebSocket subscriptions over one connection that is kept alive: reconnects, re-subscribes, says so.
+
+A push is a hint that something changed. Nothing depends on one arriving: who subscribes also polls, more often while
+`connected` is false.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import json
+import logging
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from websockets.asyncio.client import ClientConnection, connect
+from websockets.exceptions import InvalidURI, WebSocketException
+
+from coordinator.rpc import Json, shown_url, websocket_url
+
+log = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES: Final = 2 * 2**20
+_FIRST_PAUSE: Final = 0.25
+_LONGEST_PAUSE: Final = 10.0
+# A connection that lived this long was a good one: the next pause starts small again.
+_GOOD_SECONDS: Final = 5.0
+
+Push = Callable[[Json], None]
+
+
+@dataclass(slots=True)
+class _Wanted:
+    """`push` gets the notification's value, or None after a reconnect: something may have been missed."""
+
+    kind: str
+    params: list[Any]
+    push: Push
+    server_id: int | None = None
+
+
+class Subscriptions:
+    """The subscriptions of one client. Connects at the first `subscribe`.
+
+    Args:
+        rpc_urls: the RPC endpoints, in order of preference; their WebSockets are found by Solana's rule.
+    """
+
+    def __init__(self, rpc_urls: Sequence[str]) -> None:
+        self._urls = [websocket_url(url) for url in rpc_urls]
+        self._wanted: dict[int, _Wanted] = {}
+        self._requests: dict[int, int] = {}
+        self._identities = itertools.count(1)
+        self._by_server_id: dict[int, int] = {}
+        self._socket: ClientConnection | None = None
+        self._task: asyncio.Task[None] | None = None
+        # Sends are queued by one task, so that `subscribe` needs no await and the order of requests is kept.
+        self._outgoing: asyncio.Queue[str] = asyncio.Queue()
+
+    @property
+    def connected(self) -> bool:
+        return self._socket is not None
+
+    def subscribe(self, kind: str, params: list[Any], push: Push) -> int:
+        """Ask for `kind` ("account", "signature", ...) notifications; returns a handle for `unsubscribe`."""
+        if self._task is None:
+            self._task = asyncio.create_task(self._keep_connected())
+        handle = next(self._identities)
+        self._wanted[handle] = _Wanted(kind, params, push)
+        if self._socket is not None:
+            self._request(handle)
+        return handle
+
+    def unsubscribe(self, handle: int) -> None:
+        """Forget a subscription. Does nothing if it is gone already."""
+        wanted = self._wanted.pop(handle, None)
+        if wanted is None or wanted.server_id is None:
+            return
+        self._by_server_id.pop(wanted.server_id, None)
+        # A signature's subscription ends by itself with its one notification; to end it twice is harmless.
+        if self._socket is not None:
+            self._send(f"{wanted.kind}Unsubscribe", [wanted.server_id], next(self._identities))
+
+    async def close(self) -> None:
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+            self._task = None
+
+    # ------------------------------------------------------------------ the connection
+
+    async def _keep_connected(self) -> None:
+        loop = asyncio.get_running_loop()
+        failures = 0
+        while True:
+            url = self._urls[failures % len(self._urls)]
+            started = loop.time()
+            try:
+                await self._connection(url)
+                reason = "closed by the endpoint"
+            except (OSError, TimeoutError, WebSocketException, InvalidURI, ValueError) as error:
+                reason = str(error) or type(error).__name__
+            failures = 1 if loop.time() - started > _GOOD_SECONDS else failures + 1
+            pause = min(_FIRST_PAUSE * 2 ** min(failures - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+            log.warning("%s: WebSocket lost (%s); polling, next attempt in %.1f s", shown_url(url), reason, pause)
+            await asyncio.sleep(pause)
+
+    async def _connection(self, url: str) -> None:
+        async with connect(
+            url, max_size=MAX_MESSAGE_BYTES, compression=None, close_timeout=1, open_timeout=10
+        ) as socket:
+            self._outgoing = asyncio.Queue()
+            self._requests.clear()
+            self._by_server_id.clear()
+            self._socket = socket
+            writer = asyncio.create_task(self._write(socket))
+            try:
+                for handle, wanted in tuple(self._wanted.items()):
+                    wanted.server_id = None
+                    self._request(handle)
+                async for message in socket:
+                    self._read(message)
+            finally:
+                self._socket = None
+                writer.cancel()
+                await asyncio.gather(writer, return_exceptions=True)
+
+    async def _write(self, socket: ClientConnection) -> None:
+        while True:
+            await socket.send(await self._outgoing.get())
+
+    def _request(self, handle: int) -> None:
+        wanted = self._wanted[handle]
+        identity = next(self._identities)
+        self._requests[identity] = handle
+        self._send(f"{wanted.kind}Subscribe", wanted.params, identity)
+
+    def _send(self, method: str, params: list[Any], identity: int) -> None:
+        text = json.dumps({"jsonrpc": "2.0", "id": identity, "method": method, "params": params})
+        self._outgoing.put_nowait(text)
+
+    def _read(self, message: str | bytes) -> None:
+        """Raises ValueError, which ends the connection, for a message that is not JSON."""
+        try:
+            received = json.loads(message)
+        except RecursionError:
+            raise ValueError("a message is nested too deeply") from None
+        if not isinstance(received, dict):
+            return
+        if received.get("id") in self._requests:
+            self._confirmed(self._requests.pop(received["id"]), received)
+            return
+        params = received.get("params")
+        if not isinstance(params, dict):
+            return
+        server_id = params.get("subscription")
+        handle = self._by_server_id.get(server_id) if isinstance(server_id, int) else None
+        wanted = self._wanted.get(handle) if handle is not None else None
+        if wanted is not None:
+            wanted.push(params.get("result"))
+
+    def _confirmed(self, handle: int, received: dict[str, Json]) -> None:
+        wanted = self._wanted.get(handle)
+        server_id = received.get("result")
+        if wanted is None:
+            return  # no longer wanted: what comes for it is ignored
+        if not isinstance(server_id, int):
+            log.warning("%sSubscribe refused: %.200s; polling instead", wanted.kind, received.get("error"))
+            return
+        wanted.server_id = server_id
+        self._by_server_id[server_id] = handle
+        # What changed before the subscription stood was not pushed.
+        wanted.push(None)
