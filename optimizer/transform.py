@@ -10,12 +10,12 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from optimizer.layout import BLOCK, SIDE
+from optimizer.layout import SIDE
 
 # Integers up to here are exact in bfloat16, the narrowest format that a matrix unit may silently use for fp32 operands.
 NARROW = 256
-# fp32 accumulates integers exactly below 2^24, so that many votes of one coefficient can be inverted.
-MOST_VOTES = (1 << 24) // BLOCK - 1
+# Up to this bound on votes two such integers hold any sum over a row of 64; fp32 itself would be exact up to 4,095.
+MOST_VOTES = NARROW * NARROW // SIDE
 
 
 @cache
@@ -40,7 +40,7 @@ def invert_votes(votes_NC: Tensor, bound: int) -> Tensor:
     precision setting of matrix products (TF32, bf16): operands stay within `NARROW`, sums below 2^24. Raises ValueError
     if `bound` does not allow it.
     """
-    if not 0 < bound <= min(MOST_VOTES, 64 * NARROW):
+    if not 0 < bound <= MOST_VOTES:
         raise ValueError(f"votes up to {bound} cannot be inverted exactly; at most {MOST_VOTES} members may vote")
     H = hadamard(votes_NC.device)
     with torch.autocast(votes_NC.device.type, enabled=False):
@@ -59,7 +59,7 @@ def _product(blocks: Tensor, H: Tensor) -> Tensor:
 def _exact_product(blocks: Tensor, H: Tensor, bound: int) -> Tensor:
     if bound <= NARROW:
         return _product(blocks, H)
-    # x = 256 high + low, both within NARROW (bound <= 2^16), and the product is linear.
+    # x = 256 high + low, both within NARROW as bound <= NARROW^2, and the product is linear.
     high = torch.round(blocks / NARROW)
     low = blocks - high * NARROW
     return _product(high, H) * NARROW + _product(low, H)

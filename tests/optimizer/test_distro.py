@@ -1,0 +1,420 @@
+"""The optimizer against a plain oracle in numpy, and its promises: exact steps, exact lookahead, nothing lost."""
+
+import itertools
+import struct
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+
+from optimizer import DisTrO, MalformedUpdate, Update, decode, encode
+from optimizer.errors import NonFiniteGradient, OptimizerError, UnknownRound
+from optimizer.rates import rate, rate_bits
+
+Named = list[tuple[str, torch.nn.Parameter]]
+Make = Callable[..., Named]
+RUN = bytes(range(32))
+H = np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(64)] for i in range(64)], np.int64)
+
+
+def bits(tensors: Named) -> list[bytes]:
+    return [
+        t.detach().view(torch.int16 if t.element_size() == 2 else torch.int32).numpy().tobytes() for _, t in tensors
+    ]
+
+
+def give_gradients(named: Named, seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for _, p in named:
+        p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+
+
+def updates(optimizer: DisTrO, members: int, round: int = 0, seed: int = 0) -> list[bytes]:
+    """Random updates that fit the optimizer."""
+    layout, made = optimizer.layout, []
+    for member in range(members):
+        generator = np.random.default_rng([seed, round, member])
+        keys = generator.random((layout.blocks, 4096))
+        indices = np.sort(np.argsort(keys, axis=1)[:, : layout.topk], axis=1).astype(np.uint16)
+        update = Update(RUN, round, member, indices, generator.random(indices.shape) < 0.5)
+        made.append(encode(update, layout))
+    return made
+
+
+def tiles(values: np.ndarray, matrix: tuple[int, int]) -> list[np.ndarray]:
+    """64x64 tiles of a matrix with zeros beyond its edges, by the definition."""
+    height, width = matrix
+    padded = np.zeros((-(-height // 64) * 64, -(-width // 64) * 64), values.dtype)
+    padded[:height, :width] = values.reshape(matrix)
+    return [padded[i : i + 64, j : j + 64] for i in range(0, len(padded), 64) for j in range(0, padded.shape[1], 64)]
+
+
+@pytest.mark.parametrize("clip", [True, False])
+@pytest.mark.parametrize("weight_decay", [0.0, 0.1])
+def test_apply_equals_an_oracle_in_integers(make: Make, clip: bool, weight_decay: float) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, topk=32, weight_decay=weight_decay, clip_votes=clip, slab_blocks=3)
+    blobs = updates(optimizer, 5)
+    before = {name: p.detach().numpy().copy() for name, p in named}
+    optimizer.apply(blobs, lr=0.003)
+
+    lr = np.float32(0.003)
+    share = np.float32(1.0 - float(lr) * float(np.float32(weight_decay)))
+    votes = np.zeros((optimizer.layout.blocks, 4096), np.int64)
+    for update in (decode(blob, optimizer.layout) for blob in blobs):
+        for block, (indices, signs) in enumerate(zip(update.indices, update.signs, strict=True)):
+            votes[block, indices] += np.where(signs, -1, 1)
+    if clip:
+        votes = np.clip(votes, -1, 1)
+    steps = np.sign(H @ votes.reshape(-1, 64, 64).transpose(0, 2, 1) @ H).astype(np.float32) * lr
+    assert (steps == 0).mean() > 0.001  # exact ties happen, and do not move
+    for placement in optimizer.layout.placements:
+        mine = steps[placement.first : placement.first + placement.blocks]
+        weights = before[placement.name]
+        if placement.matrix is None:
+            step = mine.reshape(-1)[placement.offset : placement.offset + placement.numel].reshape(placement.shape)
+        else:
+            down, across = -(-placement.matrix[0] // 64), -(-placement.matrix[1] // 64)
+            whole = mine.reshape(down, across, 64, 64).swapaxes(1, 2).reshape(down * 64, across * 64)
+            step = whole[: placement.matrix[0], : placement.matrix[1]].reshape(placement.shape)
+        if weight_decay:
+            weights = weights * share
+        want = weights - step
+        assert want.dtype == np.float32
+        got = dict(named)[placement.name].detach().numpy()
+        assert got.tobytes() == want.tobytes(), placement.name
+
+
+@pytest.mark.parametrize("overlap", [True, False])
+def test_encode_equals_an_oracle(overlap: bool) -> None:
+    """Momentum, selection and error feedback over three rounds of one ragged matrix, in float64."""
+    weight = torch.nn.Parameter(torch.zeros(70, 66))
+    optimizer = DisTrO([("w", weight)], lr=0.5, decay=0.9, topk=8, overlap=overlap)
+    momentum, message = np.zeros((4, 4096)), np.zeros((4, 4096))
+    for round in range(3):
+        gradient = np.random.default_rng(round).normal(size=(70, 66)).astype(np.float32)
+        weight.grad = torch.from_numpy(gradient)
+        update = decode(optimizer.encode(run=RUN, round=round, member=3), optimizer.layout)
+        assert weight.grad is None
+        coefficients = [(H @ tile.T @ H).ravel() / 64 for tile in tiles(gradient.astype(np.float64), (70, 66))]
+        momentum = (momentum - message) * 0.9 + 0.5 * np.array(coefficients)
+        for block in range(4):
+            top = np.sort(np.argsort(-np.abs(momentum[block]), kind="stable")[:8])
+            assert update.indices[block].tolist() == top.tolist()
+            assert update.signs[block].tolist() == (momentum[block, top] < 0).tolist()
+            message[block] = 0
+            message[block, top] = np.sign(momentum[block, top]) * np.abs(momentum[block, top]).mean()
+        assert (update.run, update.round, update.member) == (RUN, round, 3)
+        held = momentum if overlap else momentum - message
+        assert np.allclose(optimizer.state_dict()["momentum"].numpy(), held, atol=1e-5)
+
+
+def test_order_grouping_slabs_and_threads_do_not_matter(make: Make) -> None:
+    blobs = updates(DisTrO(make(), lr=0.01, topk=32), 4)
+    results = set()
+    for order, slab, threads in zip(
+        itertools.islice(itertools.permutations(blobs), 0, 24, 3),
+        itertools.cycle([1, 2, 7, 256]),
+        [1, 2] * 4,
+        strict=False,
+    ):
+        torch.set_num_threads(threads)
+        named = make()
+        optimizer = DisTrO(named, lr=0.01, topk=32, weight_decay=0.1, slab_blocks=slab, clip_votes=False)
+        optimizer.apply(list(order), lr=0.01)
+        results.add((b"".join(bits(named)), optimizer.fingerprint()))
+    assert len(results) == 1
+    assert next(iter(results))[0] != b"".join(bits(make()))
+
+
+def test_encode_does_not_depend_on_slabs(make: Make) -> None:
+    blobs = []
+    for slab in (1, 3, 256):
+        named = make()
+        optimizer = DisTrO(named, lr=0.01, topk=16, slab_blocks=slab)
+        give_gradients(named, 4)
+        blobs.append(optimizer.encode(run=RUN, round=0, member=0))
+    assert blobs[0] == blobs[1] == blobs[2]
+
+
+def test_bits_and_floats_are_the_same_rate(make: Make) -> None:
+    results = []
+    for lr in (0.00317, rate_bits(0.00317)):
+        named = make()
+        optimizer = DisTrO(named, lr=lr, topk=8)
+        assert optimizer.lr == float(np.float32(0.00317))
+        optimizer.apply(updates(optimizer, 2), lr=lr)
+        results.append(bits(named))
+    assert results[0] == results[1]
+    for bad in (float("nan"), float("inf"), -0.1, 1e39, 1 << 32, -1, 0x7F800000, 0x80000001, True):
+        with pytest.raises(ValueError, match="learning rate"):
+            rate(bad)
+
+
+def test_void_round_changes_nothing(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, weight_decay=0.5)
+    optimizer.apply([], lr=0.01)
+    assert bits(named) == bits(make())
+
+
+def test_negative_zero_and_padding(make: Make) -> None:
+    """A weight that does not move keeps its bits, -0.0 too: lr 0 moves nothing."""
+    weight = torch.nn.Parameter(torch.full((65, 3), -0.0))
+    optimizer = DisTrO([("w", weight)], lr=0.01, topk=8)
+    optimizer.apply(updates(optimizer, 2), lr=0.0)
+    assert torch.signbit(weight).all()
+
+
+def test_a_bad_blob_is_refused_before_anything_changes(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, topk=32, slab_blocks=1)
+    good = updates(optimizer, 3)
+    spoiled = bytearray(good[2])
+    spoiled[-40:] = bytes(40)
+    for blobs, reason in (
+        ([good[0], good[1], bytes(spoiled)], "bitmap"),
+        ([good[0], good[1][:-1]], "bytes"),
+        ([good[0], good[0]], "member 0 has more than one"),
+        ([good[0], updates(optimizer, 2, round=1)[1]], "apply one round at a time"),
+    ):
+        with pytest.raises(MalformedUpdate, match=reason):
+            optimizer.apply(blobs, lr=0.01)
+    assert bits(named) == bits(make())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookahead_shows_the_momentum_and_restores_every_bit(make: Make, dtype: torch.dtype) -> None:
+    named = make(dtype=dtype)
+    optimizer = DisTrO(named, lr=0.01, topk=32, slab_blocks=2)
+    give_gradients(named, 1)
+    optimizer.encode(run=RUN, round=0, member=0)
+    before = bits(named)
+    originals = [p.detach().float() for _, p in named]
+    matrix = originals[0].numpy()
+    blocks = optimizer.state_dict()["momentum"].numpy().astype(np.float64)
+    with optimizer.lookahead():
+        moved = [(p.float() - o).abs().max().item() for (_, p), o in zip(named, originals, strict=True)]
+        assert all(m > 0.009 for m in moved)
+        if dtype == torch.float32:
+            first = optimizer.layout.placements[[p.name for p in optimizer.layout.placements].index("ragged")].first
+            step = np.sign(H @ blocks[first].reshape(64, 64).T @ H)
+            assert np.allclose(named[0][1].detach().numpy()[:64, :64], matrix[:64, :64] - 0.01 * step, atol=1e-6)
+        sum((p.float() * 3).sum() for _, p in named).backward()
+    assert bits(named) == before
+    assert all(p.grad is not None and (p.grad == 3).all() for _, p in named)
+    with pytest.raises(RuntimeError, match="boom"), optimizer.lookahead():
+        raise RuntimeError("boom")
+    assert bits(named) == before
+    with optimizer.lookahead():
+        for call in (
+            lambda: optimizer.apply([], lr=0.1),
+            optimizer.fingerprint,
+            lambda: optimizer.lookahead().__enter__(),
+        ):
+            with pytest.raises(OptimizerError, match="inside lookahead"):
+                call()
+    assert bits(named) == before
+
+
+def test_lookahead_can_be_turned_off(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, lookahead=False)
+    give_gradients(named, 1)
+    optimizer.encode(run=RUN, round=0, member=0)
+    with optimizer.lookahead():
+        assert bits(named) == bits(make())
+
+
+def momentum_after(make: Make, fate: str, overlap: bool, when: str) -> torch.Tensor:
+    """Momentum after rounds 0 and 1; `early`: the fate of round 0's update is known before round 1 is encoded."""
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, decay=0.9, topk=32, overlap=overlap)
+    for round in (0, 1):
+        give_gradients(named, round)
+        optimizer.encode(run=RUN, round=round, member=0)
+        if (round == 0) == (when == "early") and fate != "kept":
+            getattr(optimizer, fate)(0)
+    return optimizer.state_dict()["momentum"].clone()
+
+
+def test_restore_puts_back_what_settle_leaves_out(make: Make) -> None:
+    """Overlap and the moment at which the fate becomes known change nothing about what is left in the momentum."""
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, decay=0.9, topk=32)
+    whole = torch.zeros(optimizer.layout.blocks, 4096)
+    for round in (0, 1):  # what momentum alone accumulates, without any message
+        fresh = make()
+        single = DisTrO(fresh, lr=0.01, decay=0.9, topk=32)
+        give_gradients(fresh, round)
+        single.encode(run=RUN, round=0, member=0)
+        whole = whole * 0.9 + single.state_dict()["momentum"]
+    restored = [momentum_after(make, "restore", True, when) for when in ("early", "late")]
+    for momentum in restored:
+        assert torch.allclose(momentum, whole, atol=1e-6)  # round 1's own update is still in it: overlap
+    settled = [momentum_after(make, "settle", True, when) for when in ("early", "late")]
+    assert torch.allclose(settled[0], settled[1], atol=1e-6)
+    assert torch.equal(settled[1], momentum_after(make, "kept", True, "late"))
+    gone = (whole - settled[0]).abs()
+    assert ((gone > 1e-4).sum(dim=1) == 32).all()
+    # Without overlap the update of round 1 is taken out at once; put back, it is the same momentum.
+    for when in ("early", "late"):
+        for fate in ("settle", "restore"):
+            sync = DisTrO(make(), lr=0.01, decay=0.9, topk=32, overlap=False)
+            momentum = momentum_after(make, fate, False, when)
+            assert momentum.shape == (sync.layout.blocks, 4096)
+            if fate == "settle":
+                assert not torch.allclose(momentum, settled[0], atol=1e-4)
+
+
+def test_restore_without_overlap_is_exact_to_rounding(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, decay=0.9, topk=32, overlap=False)
+    others = make()
+    other = DisTrO(others, lr=0.01, decay=0.9, topk=32, overlap=True)
+    give_gradients(named, 0)
+    give_gradients(others, 0)
+    optimizer.encode(run=RUN, round=0, member=0)
+    other.encode(run=RUN, round=0, member=0)
+    assert not torch.allclose(optimizer.state_dict()["momentum"], other.state_dict()["momentum"])
+    optimizer.restore(0)
+    other.restore(0)
+    assert torch.allclose(optimizer.state_dict()["momentum"], other.state_dict()["momentum"], atol=1e-7)
+
+
+def test_fates_are_decided_once(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01)
+    give_gradients(named, 0)
+    optimizer.encode(run=RUN, round=7, member=0)
+    with pytest.raises(OptimizerError, match="round 7 was encoded already"):
+        optimizer.encode(run=RUN, round=7, member=0)
+    with pytest.raises(UnknownRound, match=r"round 6 is kept \(kept: 7\)"):
+        optimizer.settle(6)
+    optimizer.settle(7)
+    with pytest.raises(UnknownRound, match="kept: none"):
+        optimizer.restore(7)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), 1e35])
+def test_a_gradient_that_is_not_finite_changes_nothing(make: Make, bad: float) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01)
+    give_gradients(named, 0)
+    optimizer.encode(run=RUN, round=0, member=0)
+    before = optimizer.state_dict()["momentum"].clone()
+    give_gradients(named, 1)
+    dict(named)["long"].grad[4999] = bad
+    with pytest.raises(NonFiniteGradient, match="gradient of long"):
+        optimizer.encode(run=RUN, round=1, member=0)
+    assert torch.equal(optimizer.state_dict()["momentum"], before)
+    give_gradients(named, 1)
+    optimizer.encode(run=RUN, round=1, member=0)
+
+
+def test_blocks_without_gradient_cancel_out(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, topk=8)
+    blobs = [optimizer.encode(run=RUN, round=r, member=m) for r, m in ((0, 0), (1, 1))]
+    signs = [decode(blob, optimizer.layout).signs for blob in blobs]
+    assert np.array_equal(signs[0], signs[1])
+    other = decode(optimizer.encode(run=RUN, round=2, member=1), optimizer.layout)
+    assert np.array_equal(other.signs, ~signs[0])
+
+
+def test_tied_and_frozen_parameters(make: Make) -> None:
+    named = make()
+    named[1][1].requires_grad_(False)
+    optimizer = DisTrO([*named, ("again", named[0][1])], lr=0.01)
+    assert {name for name, _ in optimizer.shapes} == {name for name, _ in named} - {"square"}
+    assert optimizer.layout.numel == sum(p.numel() for _, p in named) - named[1][1].numel()
+
+
+@pytest.mark.parametrize(
+    ("named", "text"),
+    [
+        ([], "no parameter requires a gradient"),
+        ([("a", torch.nn.Parameter(torch.zeros(3, dtype=torch.float64)))], "a is torch.float64"),
+        ([("a", torch.nn.Parameter(torch.zeros(3, 4).t()))], "a is not contiguous"),
+        ([("a", torch.nn.Parameter(torch.zeros(3))), ("a", torch.nn.Parameter(torch.zeros(3)))], "one name"),
+    ],
+)
+def test_parameters_that_cannot_be_trained_are_named(named: Named, text: str) -> None:
+    with pytest.raises(ValueError, match=text):
+        DisTrO(named, lr=0.01)
+
+
+def test_low_precision_parameters_have_fp32_masters(make: Make) -> None:
+    """Steps far below the resolution of bf16 add up, and replicas in bf16 and fp32 hold the same weights."""
+    coarse, fine = (
+        make(dtype=torch.bfloat16),
+        [(n, torch.nn.Parameter(p.detach().bfloat16().float())) for n, p in make()],
+    )
+    a, b = DisTrO(coarse, lr=1e-4, topk=8), DisTrO(fine, lr=1e-4, topk=8)
+    for round in range(20):
+        blobs = updates(a, 3, round)
+        a.apply(blobs, lr=1e-4)
+        b.apply(blobs, lr=1e-4)
+    assert a.fingerprint() == b.fingerprint()
+    for (_, x), (_, y) in zip(coarse, fine, strict=True):
+        assert torch.equal(x, y.bfloat16())
+    assert bits(coarse) != bits(make(dtype=torch.bfloat16))
+
+
+def test_fingerprint_notices_one_bit_and_sums_by_definition(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01)
+    first = optimizer.fingerprint()
+    assert 0 <= first < 1 << 64
+    weights = dict(named)["ragged"].detach().view(torch.int32)
+    for bit in (0, 13, 31):
+        weights[69, 129] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+        assert optimizer.fingerprint() != first
+        weights[69, 129] ^= torch.tensor(1 << bit, dtype=torch.int64).to(torch.int32)
+    assert optimizer.fingerprint() == first
+
+    one = torch.nn.Parameter(torch.tensor([[1.5, -2.0]]))
+    optimizer = DisTrO([("w", one)], lr=0.01)
+    mask, state, drawn = (1 << 64) - 1, int.from_bytes(optimizer.layout.digest[:8], "little"), []
+    for _ in range(4097):  # SplitMix64 as published
+        state = (state + 0x9E3779B97F4A7C15) & mask
+        x = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & mask
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & mask
+        drawn.append((x ^ (x >> 31)) | 1)
+    words = struct.unpack("<2I", struct.pack("<2f", 1.5, -2.0))
+    assert optimizer.fingerprint() == (words[0] * drawn[0] + words[1] * drawn[1]) * drawn[4096] & mask
+
+
+def test_state_survives_a_restart_to_the_same_bytes(make: Make) -> None:
+    def play(optimizer: DisTrO, named: Named, rounds: range) -> bytes:
+        blob = b""
+        for round in rounds:
+            give_gradients(named, round)
+            blob = optimizer.encode(run=RUN, round=round, member=1)
+            if round:
+                optimizer.restore(round - 1) if round == 2 else optimizer.settle(round - 1)
+        return blob
+
+    for dtype in (torch.float32, torch.bfloat16):
+        named = make(dtype=dtype)
+        optimizer = DisTrO(named, lr=0.01, topk=16)
+        play(optimizer, named, range(3))
+        optimizer.apply(updates(optimizer, 2), lr=0.01)
+        saved = {k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in optimizer.state_dict().items()}
+        fresh = [(n, torch.nn.Parameter(p.detach().clone())) for n, p in named]
+        again = DisTrO(fresh, lr=0.5, topk=16)
+        again.load_state_dict(saved)
+        assert again.fingerprint() == optimizer.fingerprint()
+        assert play(optimizer, named, range(3, 5)) == play(again, fresh, range(3, 5))
+    with pytest.raises(ValueError, match="model or topk differ"):
+        DisTrO(make(), lr=0.01, topk=17).load_state_dict(saved)
+
+
+def test_gathering_of_low_precision_gradients(make: Make) -> None:
+    coarse, fine = make(dtype=torch.bfloat16), make()
+    a, b = DisTrO(coarse, lr=0.01), DisTrO(fine, lr=0.01)
+    give_gradients(coarse, 3)
+    for (_, x), (_, y) in zip(coarse, fine, strict=True):
+        y.grad = x.grad.float()
+    assert a.encode(run=RUN, round=0, member=0) == b.encode(run=RUN, round=0, member=0)
