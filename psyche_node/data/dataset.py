@@ -76,6 +76,19 @@ class PackedDataset:
     def sequence_length(self) -> int:
         return self.manifest.sequence_length
 
+    @property
+    def vocabulary(self) -> int:
+        return self.manifest.vocabulary
+
+    @property
+    def digest(self) -> bytes:
+        """The manifest's SHA-256, which identifies the data."""
+        return self.manifest.digest
+
+    @property
+    def unigram_entropy(self) -> float:
+        return self.manifest.unigram_entropy
+
     def indices(self, positions: Many[int], seed: bytes) -> list[int]:
         """Return the training sequences that ``positions`` are: each pass is its own permutation, keyed by ``seed``."""
         result = [0] * len(positions)

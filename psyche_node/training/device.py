@@ -1,0 +1,75 @@
+"""The choices made once, each with a reason that is printed: device, precision, threads, micro-batch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass, field
+
+import torch
+
+from psyche_node.training.errors import TrainingError
+
+# A forward pass of about this many tokens keeps a core's caches warm; larger ones were no faster.
+_CPU_TOKENS = 2048
+_GPU_TOKENS = 32768
+
+
+@dataclass(slots=True)
+class Device:
+    """Where and how the model runs."""
+
+    torch: torch.device
+    micro_batch: int
+    words: str
+    reasons: list[str] = field(default_factory=list)
+
+    def compute(self) -> contextlib.AbstractContextManager[object]:
+        """The context for forward passes: bf16 on a GPU, with fp32 weights; fp32 on a CPU."""
+        if self.torch.type == "cuda":
+            return torch.autocast("cuda", dtype=torch.bfloat16)
+        return contextlib.nullcontext()
+
+
+def choose_device(name: str, sequence_length: int, micro_batch: int, threads: int) -> Device:
+    """Return the device called ``name`` ("auto" picks), and set this process's CPU threads if ``threads`` is not 0.
+
+    Raises:
+        TrainingError: there is no such device here.
+    """
+    reasons = []
+    if threads:
+        torch.set_num_threads(threads)
+        reasons.append(f"{threads} CPU thread(s): as asked")
+    else:
+        reasons.append(f"{torch.get_num_threads()} CPU thread(s): PyTorch's choice on {os.cpu_count()} cores")
+    cuda = torch.cuda.is_available()
+    if name == "auto":
+        name = "cuda" if cuda else "cpu"
+        reasons.append("device cuda: a GPU is there" if cuda else "device cpu: PyTorch sees no CUDA device")
+    else:
+        reasons.append(f"device {name}: as asked")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise TrainingError(f"device {name!r} is unknown ({error}). Use auto, cpu, or cuda:0") from error
+    if device.type not in ("cpu", "cuda"):
+        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, or cuda:0")
+    if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
+        raise TrainingError(
+            f"device {name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices. "
+            "Use --device auto, or install a torch build with CUDA"
+        )
+    if device.type == "cuda":
+        words = torch.cuda.get_device_name(device)
+        reasons.append("bf16 compute, fp32 weights: matrix units are fastest in bf16, signed steps need fp32 weights")
+    else:
+        words = f"CPU, {torch.get_num_threads()} thread(s)"
+        reasons.append("fp32 compute: a CPU gains nothing from bf16 at this size")
+    if micro_batch:
+        reasons.append(f"micro-batch {micro_batch}: as asked")
+    else:
+        tokens = _GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS
+        micro_batch = max(1, tokens // sequence_length)
+        reasons.append(f"micro-batch {micro_batch}: about {tokens} tokens per forward pass on a {device.type} device")
+    return Device(device, micro_batch, words, reasons)

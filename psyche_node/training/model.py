@@ -1,0 +1,205 @@
+"""Models: from a config with seeded weights, or from a Hugging Face folder; always fp32, and without dropout."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from psyche_node.training.errors import ModelError
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "tokenizer.model",
+    "vocab.json",
+    "merges.txt",
+)
+_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
+
+DEMO_MODEL: Mapping[str, Any] = {
+    "model_type": "seed_oss",
+    "hidden_size": 128,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "intermediate_size": 352,
+    "max_position_embeddings": 2048,
+    "tie_word_embeddings": True,
+}
+"""About a million parameters with a vocabulary of 2,048: a Seed-OSS as Hermes 4.3's, only small."""
+
+
+def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path, seed: int) -> int:
+    """Write a Hugging Face folder with initial weights and the tokenizer; return the number of parameters.
+
+    ``source`` is a config (a mapping, a JSON file, or a folder with a config.json) to be initialised from ``seed``, or
+    a folder with weights, which are copied in fp32. ``vocab_size`` and the special tokens follow the tokenizer where
+    the config does not say. The same seed gives the same weights on one kind of machine; members compare the model root.
+
+    Raises:
+        ModelError: no such model type, a bad config, or a vocabulary smaller than the tokenizer's.
+    """
+    from transformers import AutoModelForCausalLM
+
+    _no_bars()
+
+    if isinstance(source, Path) and source.is_dir() and any((source / name).is_file() for name in _WEIGHTS):
+        model, _ = load_model(source, torch.device("cpu"))
+    else:
+        config = _config(source, tokenizer)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            try:
+                model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+                raise ModelError(f"no causal language model can be built from this config: {error}") from error
+    _check_vocabulary(model, tokenizer)
+    out.mkdir(parents=True, exist_ok=True)
+    model.save_pretrained(out)
+    copy_tokenizer(tokenizer, out)
+    return parameter_count(model)
+
+
+def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
+    """Return a causal language model in fp32 in training mode, and a line for each setting that was changed.
+
+    Raises:
+        ModelError: there is no such model, or its folder lacks weights.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    _no_bars()
+
+    if not (folder / "config.json").is_file():
+        raise ModelError(f"{folder} has no config.json. Name a Hugging Face model folder")
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        reasons = without_dropout(config)
+        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
+            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
+    if lacking:
+        raise ModelError(
+            f"{folder} lacks {len(lacking)} tensors of its own config, the first being {lacking[0]}. "
+            "Fetch the whole model"
+        )
+    model = model.to(device)
+    model.train()
+    return model, reasons
+
+
+def without_dropout(config: Any) -> list[str]:
+    """Set every dropout of ``config`` to 0; return a line for each that was not."""
+    reasons = []
+    for name, value in sorted(config.to_dict().items()):
+        if ("dropout" in name or name.endswith("_pdrop")) and isinstance(value, float) and value != 0.0:
+            setattr(config, name, 0.0)
+            reasons.append(
+                f"{name} 0 (the config says {value:g}): post-training of large models uses none, and its masks would "
+                "differ from host to host"
+            )
+    return reasons
+
+
+def copy_tokenizer(source: Path, out: Path) -> None:
+    """Copy the tokenizer's files and chat template of a folder. Raises ModelError if it has none."""
+    present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if "tokenizer_config.json" not in present:
+        raise ModelError(f"{source} has no tokenizer_config.json. Name a folder with a tokenizer")
+    for name in present:
+        if (source / name).resolve() != (out / name).resolve():
+            shutil.copyfile(source / name, out / name)
+
+
+def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
+    from transformers import AutoConfig
+
+    if isinstance(source, Path):
+        path = source / "config.json" if source.is_dir() else source
+        try:
+            values = json.loads(path.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ModelError(
+                f"{path} cannot be read as a model config: {error}. Name a JSON file or a folder"
+            ) from error
+    else:
+        values = dict(source)
+    if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
+        raise ModelError(
+            "the model config names no model_type. Add one that transformers knows, such as seed_oss or llama"
+        )
+    values.setdefault("vocab_size", _tokens(tokenizer))
+    special = _special_tokens(tokenizer)
+    for name, token in special.items():
+        values.setdefault(name, token)
+    # Seed-OSS's own defaults are 0.1 and 0.1; they are part of the initial model, not of a later correction.
+    for name in ("attention_dropout", "residual_dropout"):
+        if values["model_type"] == "seed_oss":
+            values.setdefault(name, 0.0)
+    kind = values.pop("model_type")
+    try:
+        config = AutoConfig.for_model(kind, **values)
+    except (ValueError, TypeError, KeyError) as error:
+        raise ModelError(f"the config of a {kind} model is not valid: {error}") from error
+    without_dropout(config)
+    return config
+
+
+def _check_vocabulary(model: Any, tokenizer: Path) -> None:
+    has, needs = model.get_input_embeddings().weight.shape[0], _tokens(tokenizer)
+    if has < needs:
+        raise ModelError(
+            f"the model has {has} token embeddings, its tokenizer {needs} tokens. Set vocab_size to at least {needs}, "
+            "or use the model's own tokenizer"
+        )
+
+
+def _tokens(tokenizer: Path) -> int:
+    from tokenizers import Tokenizer
+
+    try:
+        loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises bare Exception
+        raise ModelError(
+            f"{tokenizer}/tokenizer.json cannot be read: {error}. Name a folder with a tokenizer"
+        ) from error
+    return max(loaded.get_vocab(with_added_tokens=True).values()) + 1
+
+
+def _special_tokens(tokenizer: Path) -> dict[str, int]:
+    from tokenizers import Tokenizer
+
+    loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token"):
+        value = config.get(name)
+        text = value.get("content") if isinstance(value, dict) else value
+        if isinstance(text, str) and (token := loaded.token_to_id(text)) is not None:
+            found[f"{name}_id"] = token
+    return found
+
+
+def _no_bars() -> None:
+    """Keep transformers' progress bars out of the log, which is one JSON object a line."""
+    from transformers.utils import logging
+
+    logging.disable_progress_bar()
+
+
+def parameter_count(model: nn.Module) -> int:
+    """Parameters of a model, tied ones counted once."""
+    return sum(parameter.numel() for parameter in model.parameters())

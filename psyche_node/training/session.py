@@ -1,0 +1,232 @@
+"""One model, its optimizer and its data on one device: positions in, updates out; updates in, new weights.
+
+Legend: B sequences of a micro-batch, L places.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from optimizer import DisTrO
+from psyche_node.training.checkpoint import save_checkpoint
+from psyche_node.training.device import Device, choose_device
+from psyche_node.training.errors import ModelError
+from psyche_node.training.forward import LossFunction, logits
+from psyche_node.training.hashing import model_root, weights_sha256
+from psyche_node.training.model import load_model, parameter_count
+from psyche_node.training.reader import DataReader, PackedBatch
+from psyche_node.training.schedule import lr_bits
+from psyche_node.training.separation import check_separation
+from psyche_node.training.terms import TrainingTerms, fp32
+
+HELDOUT_SEQUENCES = 64
+"""Held-out sequences of an evaluation, unless asked otherwise."""
+
+
+@dataclass(frozen=True, slots=True)
+class TrainResult:
+    """One member's share of a round. ``loss`` is the mean over the ``tokens`` trained tokens, in nats."""
+
+    blob: bytes
+    loss: float
+    tokens: int
+    seconds: float
+    fingerprint_before: int
+    gradient_norm: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """A model ready for training: on its device, checked, with its loss; and why it is as it is."""
+
+    model: Any
+    device: Device
+    loss: LossFunction
+    reasons: list[str]
+
+
+def prepare_model(folder: Path, data: DataReader, device: str, micro_batch: int, threads: int) -> Trainable:
+    """Load a model and make sure that it can be trained on ``data``.
+
+    Raises:
+        ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
+        SeparationError: packed documents see each other.
+        TrainingError: there is no such device.
+    """
+    chosen = choose_device(device, data.sequence_length, micro_batch, threads)
+    model, reasons = load_model(folder, chosen.torch)
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if vocabulary < data.vocabulary:
+        raise ModelError(
+            f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
+            "the data with this model's tokenizer"
+        )
+    with chosen.compute():
+        separation = check_separation(
+            lambda tokens, places: logits(model, tokens, places), data.vocabulary, chosen.torch
+        )
+    loss = LossFunction(model)
+    return Trainable(model, chosen, loss, [*chosen.reasons, *reasons, separation, loss.reason])
+
+
+class Session:
+    """Everything that a training process holds.
+
+    Args:
+        model_dir: Hugging Face folder of the initial weights, with the tokenizer.
+        data: the prepared data; see ``DataReader``.
+        terms: the run's terms.
+        device: "auto", "cpu" or "cuda:0".
+        micro_batch: sequences per forward pass; 0 chooses. The gradient is the mean over all trained tokens of the
+            member's share, whatever this is.
+        threads: CPU threads; 0 lets PyTorch choose.
+
+    Raises: see ``prepare_model``.
+    """
+
+    def __init__(
+        self,
+        model_dir: Path,
+        data: DataReader,
+        terms: TrainingTerms,
+        device: str = "auto",
+        micro_batch: int = 0,
+        threads: int = 0,
+    ) -> None:
+        ready = prepare_model(model_dir, data, device, micro_batch, threads)
+        self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons
+        self.terms, self._data, self._model_dir = terms, data, model_dir
+        self._seed = bytes.fromhex(terms.data_seed) or data.digest
+        self.optimizer = DisTrO(
+            self.model.named_parameters(),
+            lr=lr_bits(terms, 0),
+            decay=fp32(terms.decay_bits),
+            topk=terms.topk,
+            weight_decay=fp32(terms.weight_decay_bits),
+            overlap=terms.overlap,
+            lookahead=terms.lookahead,
+            clip_votes=terms.clip_votes,
+        )
+        self._heldout: dict[int | None, PackedBatch] = {}
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        """Names and shapes of the trained tensors, in the layout's order."""
+        return self.optimizer.shapes
+
+    @property
+    def parameters(self) -> int:
+        return parameter_count(self.model)
+
+    def model_root(self) -> bytes:
+        """The 32-byte root of the current weights."""
+        return model_root(self.model)
+
+    def weights_sha256(self) -> str:
+        """The SHA-256 of the current weights, in hexadecimal."""
+        return weights_sha256(self.model)
+
+    def fingerprint(self) -> int:
+        """The 64-bit fingerprint of the current weights."""
+        return self.optimizer.fingerprint()
+
+    def train(self, round: int, positions: Sequence[int], *, run: bytes, member: int) -> TrainResult:
+        """Train the sequences at ``positions`` and make this member's update of ``round``; weights do not change.
+
+        Without any trained token, the update is what momentum still holds. Raises what ``DisTrO.encode`` raises, such
+        as NonFiniteGradient; then this member leaves the round out, and nothing has changed.
+        """
+        started = time.perf_counter()
+        before = self.fingerprint()
+        self.optimizer.set_lr(lr_bits(self.terms, round))
+        self.optimizer.zero_grad(set_to_none=True)
+        batch = self._data.batch(positions, self._seed)
+        tokens = int(batch.trained.sum())
+        loss = norm = 0.0
+        if tokens:
+            with self.optimizer.lookahead():
+                loss = accumulate(self._loss, batch, self.device)
+                norm = clip_gradient(self.model, fp32(self.terms.clip_norm_bits))
+        blob = self.optimizer.encode(run=run, round=round, member=member)
+        return TrainResult(blob, loss, tokens, time.perf_counter() - started, before, norm)
+
+    def apply(self, round: int, blobs: Sequence[bytes], included: bool | None) -> None:
+        """Step by the updates of ``round`` that count; no blob is a void round, which changes nothing.
+
+        ``included`` says whether the own update of the round is among them (then it leaves the momentum for good) or
+        not (then it goes back into it); None: there was none. Raises MalformedUpdate, with nothing changed.
+        """
+        self.optimizer.apply(blobs, lr=lr_bits(self.terms, round))
+        if included is True:
+            self.optimizer.settle(round)
+        elif included is False:
+            self.optimizer.restore(round)
+
+    def evaluate(self, sequences: int | None = HELDOUT_SEQUENCES) -> tuple[float, int]:
+        """Return the mean loss in nats over the trained tokens of held-out sequences, and how many tokens these are.
+
+        At most ``sequences`` of them, the same ones every time; None takes all. (0, 0) if none is held out.
+        """
+        if sequences not in self._heldout:
+            self._heldout[sequences] = self._data.heldout(sequences)
+        return heldout_loss(self._loss, self._heldout[sequences], self.device)
+
+    def save(self, folder: Path, provenance: dict[str, str] | None = None) -> None:
+        """Write the current weights as a Hugging Face folder. Raises OSError."""
+        rows = {
+            **(provenance or {}),
+            "model root (BLAKE3)": self.model_root().hex(),
+            "weights SHA-256": self.weights_sha256(),
+            "data manifest (SHA-256)": self._data.digest.hex(),
+            "parameters": f"{self.parameters:,}",
+            "optimizer": f"DisTrO, topk {self.terms.topk}, peak learning rate {fp32(self.terms.peak_lr_bits):g}",
+        }
+        save_checkpoint(self.model, self._model_dir, folder, rows)
+
+
+def accumulate(loss: LossFunction, batch: PackedBatch, device: Device) -> float:
+    """Add the gradient of the mean loss over all trained tokens of ``batch``; return that mean, in nats."""
+    tokens = int(batch.trained.sum())
+    total = 0.0
+    for part in micro_batches(batch, device):
+        with device.compute():
+            summed = loss(*part)
+        (summed / tokens).backward()  # type: ignore[no-untyped-call]
+        total += float(summed.detach())
+    return total / tokens
+
+
+@torch.no_grad()
+def heldout_loss(loss: LossFunction, batch: PackedBatch, device: Device) -> tuple[float, int]:
+    """Return the mean loss over the trained tokens of ``batch`` and their number; (0, 0) if there is none."""
+    tokens = int(batch.trained.sum())
+    total = 0.0
+    for part in micro_batches(batch, device):
+        with device.compute():
+            total += float(loss(*part))
+    return (total / tokens if tokens else 0.0), tokens
+
+
+def clip_gradient(model: Any, norm: float) -> float:
+    """Clip the gradient of ``model`` to ``norm`` (0: leave it); return its norm before."""
+    limit = norm if norm > 0 else float("inf")
+    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+
+
+def micro_batches(batch: PackedBatch, device: Device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (tokens_BL, trained_BL, places_BL) on the device; sequences without a trained token are left out."""
+    rows = np.flatnonzero(batch.trained.any(axis=1))
+    for start in range(0, len(rows), device.micro_batch):
+        part = rows[start : start + device.micro_batch]
+        tokens_BL, trained_BL, places_BL = (
+            torch.from_numpy(values[part]).to(device.torch) for values in (batch.tokens, batch.trained, batch.places)
+        )
+        yield tokens_BL, trained_BL, places_BL
