@@ -37,12 +37,9 @@ def main() -> None:
     arguments = parser.parse_args()
     # Ctrl-C in a terminal reaches the whole process group; when to end is the supervisor's decision.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    configure_log("network", arguments.log_level)
-    for name in ("libp2p", "multiaddr", "async_service", "grpc"):
-        logger = logging.getLogger(name)
-        # libp2p reports every peer that goes away as an error of its own.
-        logger.setLevel(logging.CRITICAL if name == "libp2p" else logging.ERROR)
-        logger.propagate = True
+    configure_log("network", "WARNING")
+    logging.getLogger("psyche_node").setLevel(arguments.log_level)
+    _silence_libraries()
     channel = BlockingChannel(arguments.fd)
     frame = channel.receive()
     if frame is None:
@@ -69,6 +66,14 @@ def _refusal(error: BaseException) -> BaseException | None:
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
     return error if isinstance(error, _REFUSED) else None
+
+
+def _silence_libraries() -> None:
+    # libp2p reports each peer that goes away as an error, in several places; what matters of that is in this log.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    # One of its modules sets its own level.
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
+    logging.getLogger("grpc").setLevel(logging.ERROR)
 
 
 class _Events:

@@ -21,6 +21,7 @@ from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
+from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.links import CallFailed, Links
 from psyche_node.network.messages import (
     Announced,
@@ -48,7 +49,7 @@ from psyche_node.network.statements import (
     join_multiaddr,
 )
 from psyche_node.network.store import BlobStore, Reader
-from psyche_node.network.swarm import Swarm, new_seq, parse_bootstrap
+from psyche_node.network.swarm import Swarm
 from psyche_node.network.threads import in_thread
 from psyche_node.network.wire import node_pb2 as wire
 
@@ -169,7 +170,7 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        await self._swarm.gossip_announcement(raw)
+        await self._swarm.gossip.announcement(raw)
         # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too.
         for key in self._directory.sources(self._directory.others().values())[:MAX_PUSHED]:
             if self._nursery is not None:
@@ -243,6 +244,9 @@ class NetworkNode:
         except Malformed as error:
             self._reporter.rejected("record", sender, str(error))
             return False
+        # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
+        if sender != record.node_key and not self._vouches(sender) and not self._vouches(record.node_key):
+            return False
         if record.node_key == self._key.public or not self._directory.add(record, raw):
             return False
         log.debug("%s is at %s, %s", record.node_id, record.grpc_address, ", ".join(record.p2p_addresses))
@@ -250,8 +254,13 @@ class NetworkNode:
         self._swarm.wake()
         return True
 
+    def _vouches(self, peer: bytes | str) -> bool:
+        return isinstance(peer, bytes) and (
+            self._directory.slot(peer) is not None or any(peer == key for key, _ in self._bootstrap)
+        )
+
     def connection_changed(self, peer: bytes, up: bool) -> None:
-        log.info("%s %s", node_id(peer), "connected" if up else "disconnected")
+        log.debug("%s %s", node_id(peer), "connected" if up else "disconnected")
         self._report_connections()
 
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
@@ -280,7 +289,7 @@ class NetworkNode:
         record = NodeRecord(
             self._run,
             self._key.public,
-            new_seq(),
+            int(time.time() * 1000),  # larger than those of earlier lives of this node
             (self._p2p_address,),
             self._grpc_address,
             self._leaf.der_hash,
@@ -288,7 +297,7 @@ class NetworkNode:
         )
         raw = record.sign(self._key)
         self._directory.add(record, raw)
-        await self._swarm.gossip_record(raw)
+        await self._swarm.gossip.record(raw)
 
 
 def parse_run(text: str) -> bytes:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import os
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -32,7 +31,8 @@ class Process:
         self.events: list[Message] = []
         self._arrived = asyncio.Event()
 
-    async def start(self, bootstrap: list[str], faults: list[str] | None = None) -> Process:
+    async def launch(self) -> None:
+        """Start the process, without a word to it."""
         ours, theirs = socket.socketpair()
         self.log = (self.folder / "network.log").open("wb")
         self.process = subprocess.Popen(
@@ -43,6 +43,10 @@ class Process:
         )
         theirs.close()
         self.endpoint = await Endpoint.over("network", ours, self._on_event)
+
+    async def start(self, bootstrap: list[str], faults: list[str] | None = None) -> Process:
+        """Start the process and configure it."""
+        await self.launch()
         self.ready = await self.endpoint.call(
             Configure(
                 folder=str(self.folder),
@@ -119,11 +123,3 @@ async def network(folder: Path, count: int, faults: dict[int, list[str]] | None 
             if hasattr(process, "process") and process.process.poll() is None:
                 process.process.kill()
                 process.process.wait()
-
-
-def run_async(test: Callable[[], Any]) -> None:
-    asyncio.run(test())
-
-
-def environment() -> dict[str, str]:
-    return dict(os.environ)

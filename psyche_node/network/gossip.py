@@ -1,0 +1,88 @@
+"""Gossip of announcements and node records over libp2p's gossipsub."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+
+import trio
+from libp2p.abc import IHost
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.pb import rpc_pb2
+from libp2p.pubsub.pubsub import Pubsub
+from libp2p.tools.anyio_service import background_trio_service
+
+from psyche_node.network.host import Handlers, key_of
+
+
+class Gossip:
+    """Two topics of one run. What arrives goes to the handlers, which say whether it is passed on."""
+
+    def __init__(self, host: IHost, run: bytes, own_key: bytes, handlers: Handlers) -> None:
+        prefix = f"/psyche/1/{run.hex()[:32]}"
+        self._announcements, self._records = f"{prefix}/announcements", f"{prefix}/records"
+        self._own_key, self._handlers = own_key, handlers
+        self._router = GossipSub(
+            [PROTOCOL_ID_V12, PROTOCOL_ID_V11, PROTOCOL_ID],
+            degree=4,
+            degree_low=3,
+            degree_high=6,
+            heartbeat_interval=1,  # the default is 120 s
+            spam_protection_enabled=False,  # it drops all but 10 messages a second and forwarder, without an error
+            eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
+            adaptive_gossip_enabled=False,
+        )
+        self._pubsub = Pubsub(
+            host,
+            self._router,
+            msg_id_constructor=lambda message: message.data,  # a signed statement has exactly one encoding
+            validation_cache_ttl=1,  # a refusal must not outlive the next list of members
+            max_inbound_rpc_size=256 * 1024,
+            max_subscriptions_per_peer=8,
+            allowed_topics={self._announcements, self._records},
+        )
+        for topic, take in (
+            (self._announcements, handlers.gossip_announcement),
+            (self._records, handlers.gossip_record),
+        ):
+            self._pubsub.set_topic_validator(topic, self._validator(take), False)
+
+    @contextlib.asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        async with background_trio_service(self._pubsub), background_trio_service(self._router):
+            await self._pubsub.wait_until_ready()
+            async with trio.open_nursery() as nursery:
+                for topic in (self._announcements, self._records):
+                    nursery.start_soon(self._drain, topic)
+                yield
+                nursery.cancel_scope.cancel()
+
+    async def announcement(self, raw: bytes) -> None:
+        await self._publish(self._announcements, raw)
+
+    async def record(self, raw: bytes) -> None:
+        await self._publish(self._records, raw)
+
+    async def _publish(self, topic: str, raw: bytes) -> None:
+        listeners = [key for peer in self._pubsub.peer_topics.get(topic, ()) if (key := key_of(peer)) is not None]
+        await self._pubsub.publish(topic, raw)
+        for key in listeners[: self._router.degree]:
+            self._handlers.gossip_bytes(key, len(raw), 0)
+
+    def _validator(self, take: Callable[[bytes, bytes | str], bool]) -> Callable[[ID, rpc_pb2.Message], bool]:
+        def validate(forwarder: ID, message: rpc_pb2.Message) -> bool:
+            key = key_of(forwarder)
+            if key == self._own_key:
+                return True
+            if key is not None:
+                self._handlers.gossip_bytes(key, 0, len(message.data))
+            return take(message.data, str(forwarder) if key is None else key)
+
+        return validate
+
+    async def _drain(self, topic: str) -> None:
+        # The validators have done all the work; an unread subscription would only log that it is full.
+        subscription = await self._pubsub.subscribe(topic)
+        async for _ in subscription:
+            pass

@@ -1,0 +1,321 @@
+"""Real network processes on loopback, driven as the supervisor drives them. No process is simulated here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import signal
+from pathlib import Path
+
+import pytest
+from driver import RUN, Process, network
+
+from psyche_node.identity import NodeKey
+from psyche_node.ipc import RemoteFailure
+from psyche_node.network.messages import (
+    Announced,
+    Configure,
+    Fetched,
+    FetchFailed,
+    Forget,
+    GetStats,
+    PeerDown,
+    PeerUp,
+    Publish,
+    Ready,
+    Rejected,
+    Stats,
+    Want,
+    WantEntry,
+)
+from psyche_node.network.store import PIECE_BYTES, BlobStore, blob_digest
+
+pytestmark = pytest.mark.timeout(120)
+
+
+def blob_of(size: int, seed: int = 0) -> bytes:
+    return bytes((index * 31 + seed * 7 + index // 251) % 256 for index in range(size))
+
+
+async def publish(author: Process, member: int, round: int, data: bytes) -> WantEntry:
+    digest, length = author.store.put(data, round)
+    await author.ask(Publish(round=round, member=member, digest=digest.hex(), length=length))
+    return WantEntry(member=member, digest=digest.hex(), length=length)
+
+
+def read(process: Process, entry: WantEntry) -> bytes:
+    path = process.store.path(bytes.fromhex(entry.digest))
+    assert path is not None
+    return path.read_bytes()
+
+
+async def meet(processes: list[Process]) -> None:
+    """Make all of them members and wait until each is connected to each."""
+    for process in processes:
+        await process.members(*processes)
+    for process in processes:
+        for slot, other in enumerate(processes):
+            if other is not process:
+                await process.wait(PeerUp, slot=slot)
+
+
+def test_announce_fetch_and_serve_on_when_the_author_is_gone(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 3) as (author, second, third):
+            await meet([author, second, third])
+            data = blob_of(2 * PIECE_BYTES + 12_345)
+            entry = await publish(author, 0, 5, data)
+            heard = await second.wait(Announced, round=5, member=0)
+            assert (heard.digest, heard.length) == (entry.digest, entry.length)
+            await third.wait(Announced, round=5, member=0)
+
+            await second.ask(Want(round=5, wants=[entry]))
+            fetched = await second.wait(Fetched, round=5, member=0)
+            assert fetched.source == author.key.node_id
+            assert read(second, entry) == data
+
+            author.process.kill()
+            await third.wait(PeerDown, slot=0)
+            await third.ask(Want(round=5, wants=[entry]))
+            fetched = await third.wait(Fetched, round=5, member=0)
+            assert fetched.source == second.key.node_id
+            assert read(third, entry) == data
+
+            stats = await third.endpoint.call(GetStats(), Stats)
+            assert stats.blob_bytes_received == len(data)
+            assert stats.bytes_received > stats.blob_bytes_received
+            assert stats.connected == [1]
+            served = await second.endpoint.call(GetStats(), Stats)
+            assert served.blob_bytes_sent == len(data)
+
+            await third.ask(Forget(before_round=6))
+            assert third.store.path(bytes.fromhex(entry.digest)) is None
+            assert [await process.stop() for process in (second, third)] == [0, 0]
+
+    asyncio.run(scenario())
+
+
+def test_a_want_is_answered_before_and_after_the_blob_exists(tmp_path: Path) -> None:
+    """The commitment on chain can be seen before the author has said anything, and before it is connected."""
+
+    async def scenario() -> None:
+        async with network(tmp_path, 2) as (author, other):
+            data = blob_of(60_000)
+            digest = blob_digest(data)
+            entry = WantEntry(member=0, digest=digest.hex(), length=len(data))
+            await other.ask(Want(round=3, wants=[entry]))
+            await other.wait(FetchFailed, round=3, member=0)
+            await meet([author, other])
+            failed = await other.wait(FetchFailed, reason="its author " + author.key.node_id + ": " + MISSING)
+            assert failed.round == 3
+            author.store.put(data, 3)
+            await other.wait(Fetched, round=3, member=0)
+            assert read(other, entry) == data
+            # A want of something that is here already is answered at once, by this node itself.
+            other.events.clear()
+            await other.ask(Want(round=3, wants=[entry]))
+            assert (await other.wait(Fetched, round=3, member=0)).source == other.key.node_id
+
+    asyncio.run(scenario())
+
+
+MISSING = "not there: this node does not hold the blob"
+
+
+def test_a_tamperer_is_banned_and_another_holder_used(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 3, faults={1: ["tamper"]}) as (honest, tamperer, third):
+            await meet([honest, tamperer, third])
+            small, large = blob_of(60_000, 1), blob_of(PIECE_BYTES + 999, 2)
+            entries = [await publish(tamperer, 1, 2, small), await publish(tamperer, 1, 3, large)]
+            honest.store.put(large, 3)
+            for entry, round in zip(entries, (2, 3), strict=True):
+                await third.ask(Want(round=round, wants=[entry]))
+            rejected = await third.wait(Rejected, what="piece", peer=tamperer.key.node_id)
+            assert rejected.member == 1
+            assert "banned" in rejected.reason
+            # The large one exists elsewhere; the small one nowhere, and nothing of it is kept.
+            fetched = await third.wait(Fetched, round=3, member=1)
+            assert fetched.source == honest.key.node_id
+            assert read(third, entries[1]) == large
+            assert third.store.path(blob_digest(small)) is None
+            # Not even a good copy is taken from the banned node.
+            stats = await third.endpoint.call(GetStats(), Stats)
+            assert [peer.slot for peer in stats.per_peer if peer.banned] == [1]
+            # The small one comes from whoever has it, later.
+            honest.store.put(small, 2)
+            assert (await third.wait(Fetched, round=2, member=1)).source == honest.key.node_id
+            assert read(third, entries[0]) == small
+            warning = next(line for line in third.log_text().splitlines() if "banned" in line)
+            for part in ("WARNING", tamperer.key.node_id, "member 1", "round ", entries[0].digest[:8]):
+                assert part in warning or entries[1].digest[:8] in warning
+            assert await third.stop() == 0
+            assert not list(third.folder.glob("blobs/*/*.part"))
+
+    asyncio.run(scenario())
+
+
+def test_a_blob_of_another_length_than_committed_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 2) as (author, other):
+            await meet([author, other])
+            data = blob_of(60_000)
+            digest, length = author.store.put(data, 1)
+            with pytest.raises(RemoteFailure, match="60000 bytes"):
+                await author.ask(Publish(round=1, member=0, digest=digest.hex(), length=length + 1))
+            await other.ask(Want(round=1, wants=[WantEntry(member=0, digest=digest.hex(), length=length - 7)]))
+            rejected = await other.wait(Rejected, what="piece", member=0)
+            assert "59993 are committed to" in rejected.reason
+            assert other.store.path(digest) is None
+
+    asyncio.run(scenario())
+
+
+def test_a_manifest_of_another_length_than_committed_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 2) as (author, other):
+            await meet([author, other])
+            digest, length = author.store.put(blob_of(PIECE_BYTES + 5), 1)
+            await other.ask(
+                Want(round=1, wants=[WantEntry(member=0, digest=digest.hex(), length=length + PIECE_BYTES)])
+            )
+            rejected = await other.wait(Rejected, what="manifest", member=0)
+            assert f"{length + PIECE_BYTES} are committed to" in rejected.reason
+            assert not list(other.folder.glob("blobs/*/*"))
+
+    asyncio.run(scenario())
+
+
+def test_an_outsider_is_refused_in_every_way(tmp_path: Path) -> None:
+    """Its key is nobody's; it announces by gossip and directly, and tries to fetch."""
+
+    async def scenario() -> None:
+        async with network(tmp_path, 3) as (first, second, outsider):
+            for process in (first, second, outsider):
+                await process.members(first, second)
+            await first.wait(PeerUp, slot=1)
+            await outsider.wait(PeerUp, slot=0)
+            await outsider.wait(PeerUp, slot=1)
+            entry = await publish(first, 0, 1, blob_of(60_000))
+            await publish(outsider, 2, 1, blob_of(60_000, 9))
+            await outsider.ask(Want(round=1, wants=[entry]))
+            failed = await outsider.wait(FetchFailed, round=1, member=0)
+            while not failed.reason.startswith(f"its author {first.key.node_id}: refused"):
+                outsider.events.remove(failed)
+                failed = await outsider.wait(FetchFailed, round=1, member=0)
+            for member in (first, second):
+                refused = await member.wait(Rejected, what="call", peer=outsider.key.node_id)
+                assert refused.member is None
+                by_gossip = await member.wait(Rejected, what="announcement", peer=outsider.key.node_id)
+                assert "not a member" in by_gossip.reason
+                assert not [event for event in member.seen(Announced) if event.member == 2]
+                lines = [line for line in member.log_text().splitlines() if outsider.key.node_id in line]
+                assert any('"WARNING"' in line and "not a member" in line for line in lines)
+            await second.ask(Want(round=1, wants=[entry]))
+            await second.wait(Fetched, round=1, member=0)
+            assert outsider.store.path(bytes.fromhex(entry.digest)) is None
+            # Membership is asked on every call: once it is one, the open connection serves it.
+            for process in (first, second):
+                await process.members(first, second, outsider)
+            await outsider.wait(Fetched, round=1, member=0)
+
+    asyncio.run(scenario())
+
+
+def test_a_frozen_peer_does_not_hold_up_a_fetch_and_is_noticed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 3) as (frozen, holder, third):
+            await meet([frozen, holder, third])
+            data = blob_of(60_000)
+            entry = await publish(frozen, 0, 1, data)
+            holder.store.put(data, 1)
+            # The channel to it is up, so that nothing but its silence tells.
+            warm = await publish(third, 2, 0, blob_of(1000))
+            await frozen.ask(Want(round=0, wants=[warm]))
+            await frozen.wait(Fetched, round=0)
+            frozen.process.send_signal(signal.SIGSTOP)
+            await asyncio.to_thread(os.waitid, os.P_PID, frozen.process.pid, os.WSTOPPED | os.WNOWAIT)
+            started = asyncio.get_running_loop().time()
+            await third.ask(Want(round=1, wants=[entry]))
+            assert (await third.wait(Fetched, round=1)).source == holder.key.node_id
+            assert asyncio.get_running_loop().time() - started < 4.5, "the fetch waited for the frozen peer's deadline"
+            frozen.process.send_signal(signal.SIGCONT)
+
+    asyncio.run(scenario())
+
+
+def test_it_ends_with_its_supervisor_and_leaves_nothing(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        async with network(tmp_path, 2) as (first, second):
+            first.process.send_signal(signal.SIGINT)
+            assert await first.endpoint.call(GetStats(), Stats)
+            assert await first.stop() == 0
+            second.process.send_signal(signal.SIGTERM)
+            assert await asyncio.to_thread(second.process.wait, 10) == 0
+            for process in (first, second):
+                assert "Traceback" not in process.log_text()
+                assert all(re.match(r'\{"ts": ', line) for line in process.log_text().splitlines())
+
+    asyncio.run(scenario())
+
+
+def test_what_an_earlier_process_left_unfinished_is_removed(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        store = BlobStore(tmp_path / "0" / "blobs")
+        (store.folder / "4").mkdir()
+        (store.folder / "4" / ("ab" * 32 + ".1-x.part")).write_bytes(b"half")
+        digest, _ = store.put(b"whole", 4)
+        process = Process(tmp_path / "0")
+        await process.start([])
+        assert [path.name for path in (store.folder / "4").iterdir()] == [digest.hex()]
+        assert await process.stop() == 0
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        ({"run": "xyz"}, "not a run's address"),
+        ({"listen_host": "example.org"}, "give an IP address"),
+        ({"bootstrap": ["/dns4/example.org/tcp/1/p2p/" + NodeKey(bytes(32)).node_id]}, "not TCP over IP"),
+        ({"bootstrap": ["/ip4/127.0.0.1/tcp/1"]}, "not TCP over IP"),
+        ({"faults": ["lie"]}, "the faults are"),
+        ({"grpc_port": "taken"}, "Is the port taken"),
+        ({"p2p_port": "taken"}, "Is the port taken"),
+    ],
+)
+def test_a_configuration_that_cannot_work_is_refused_with_a_reason(
+    tmp_path: Path, change: dict[str, object], reason: str
+) -> None:
+    async def scenario() -> None:
+        import socket
+
+        with socket.socket() as taken:
+            taken.bind(("127.0.0.1", 0))
+            taken.listen()
+            fields = {name: taken.getsockname()[1] if value == "taken" else value for name, value in change.items()}
+            process = Process(tmp_path)
+            await process.launch()
+            configure = Configure(
+                **{"folder": str(tmp_path), "node_key_path": str(tmp_path / "node.key"), "run": RUN.hex(), **fields}
+            )
+            with pytest.raises(RemoteFailure, match=reason):
+                await process.endpoint.call(configure, Ready)
+            assert await process.stop() == 2
+
+    asyncio.run(scenario())
+
+
+def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = Process(tmp_path)
+        os.chmod(tmp_path / "node.key", 0o640)
+        await process.launch()
+        configure = Configure(folder=str(tmp_path), node_key_path=str(tmp_path / "node.key"), run=RUN.hex())
+        with pytest.raises(RemoteFailure, match="chmod 600"):
+            await process.endpoint.call(configure, Ready)
+        assert await process.stop() == 2
+
+    asyncio.run(scenario())
