@@ -94,7 +94,7 @@ def synthetic_run(
             elif name == bad:
                 state = "committed"
             elif rng.random() < 0.012:
-                state = rng.choice(["committed", "missed"])  # type: ignore[arg-type]
+                state = rng.choice(["committed", "missed"])
             busy = min(speed[name] * (0.96 + 0.08 * rng.random()), 0.97) * round_seconds
             tokens = TOKENS // len(active)
             out = UPDATE * (len(active) - 1) + rng.randrange(6_000, 11_000)

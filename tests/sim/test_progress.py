@@ -1,0 +1,153 @@
+"""The live display: estimates, lines per round, and no escape sequence of a peer reaches the terminal."""
+
+from __future__ import annotations
+
+import io
+
+from report_data import synthetic_run
+from rich.console import Console
+
+from psyche_node.sim.progress import Estimate, MemberProgress, Progress, ProgressDisplay, print_summary, sparkline
+from psyche_node.sim.result import RunResult
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 100.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def display(clock: Clock, *, terminal: bool) -> tuple[ProgressDisplay, io.StringIO]:
+    stream = io.StringIO()
+    console = Console(file=stream, force_terminal=terminal, width=110, color_system=None, highlight=False)
+    return ProgressDisplay(console, clock=clock), stream
+
+
+def snapshot(round_number: int, rounds: int = 10, **fields: object) -> Progress:
+    members = (
+        MemberProgress("node-0", "training", included=round_number, rounds=round_number, loss=5.0),
+        MemberProgress("node-1\x1b[2J", "killed", fault="tamper"),
+    )
+    values: dict[str, object] = {
+        "stage": "training",
+        "phase": "RoundTrain",
+        "round": round_number,
+        "rounds": rounds,
+        "tokens_per_second": 1_455.0,
+        "bytes_sent": 1_000 * round_number,
+        "bytes_received": 900 * round_number,
+        "dense_bytes": 57_000 * round_number,
+        "loss": 6.0 - 0.1 * round_number,
+        "members": members,
+    }
+    return Progress(**(values | fields))  # type: ignore[arg-type]
+
+
+def test_estimate_is_the_median_round_and_forgives_one_slow_round() -> None:
+    clock = Clock()
+    estimate = Estimate(clock)
+    assert estimate.seconds_left(60) is None
+    for number in range(10):
+        estimate.see(number)
+        estimate.see(number)
+        clock.now += 30.0 if number == 5 else 2.0
+    assert estimate.seconds_left(60) == 51 * 2.0 - 2.0
+    clock.now += 1_000
+    assert estimate.seconds_left(60) == 0.0
+
+
+def test_estimate_counts_rounds_that_were_not_seen() -> None:
+    clock = Clock()
+    estimate = Estimate(clock)
+    estimate.see(0)
+    clock.now += 8.0
+    estimate.see(4)
+    assert estimate.seconds_left(10) == 12.0
+
+
+def test_without_a_terminal_there_is_one_line_per_round_and_stage() -> None:
+    clock = Clock()
+    shown, stream = display(clock, terminal=False)
+    with shown:
+        shown.update(Progress(stage="starting the ledger"))
+        shown.update(Progress(stage="starting the ledger"))
+        for number in range(4):
+            shown.update(snapshot(number))
+            shown.update(snapshot(number))
+            clock.now += 2.0
+        shown.log("node-1 was killed\nwith SIGKILL", "warning")
+    lines = stream.getvalue().splitlines()
+    assert [line.split()[1] for line in lines] == ["starting", "training", "round", "round", "round", "warning:"]
+    assert "round  3/10 · loss 5.700" in lines[4]
+    assert "57\N{MULTIPLICATION SIGN} less than dense" in lines[4]
+    assert "1 of 2 nodes" in lines[4]
+    assert "0:14 left" in lines[4]
+    assert "\x1b" not in stream.getvalue()
+
+
+def test_the_panel_shows_the_run_and_nothing_of_a_peers_escapes() -> None:
+    clock = Clock()
+    shown, stream = display(clock, terminal=True)
+    for number in range(4):
+        shown.update(snapshot(number, heldout=5.5, entropy=5.914, memory_bytes=3 * 2**30))
+        clock.now += 2.0
+    shown.log("rejected \x1b[31m[bold]x[/bold]", "error")
+    shown.console.print(shown.render())
+    text = stream.getvalue()
+    for expected in (
+        "round 3 of 10",
+        "RoundTrain",
+        "5.700",
+        "5.500",
+        "single tokens 5.914",
+        "57\N{MULTIPLICATION SIGN} less",
+        "3.00 GiB",
+        "● training",
+        "● killed",
+        "tamper",
+        "about 0:12 left",
+        "[bold]x[/bold]",
+    ):
+        assert expected in text, expected
+    assert "\x1b" not in text
+
+
+def test_sparkline() -> None:
+    assert sparkline([], 10) == ""
+    assert sparkline([1.0], 10) == ""
+    assert sparkline([0.0, 1.0], 10) == "▁█"
+    assert len(sparkline([float(n) for n in range(100)], 40)) == 40
+    assert sparkline([2.0, 2.0, 2.0], 3) == "▁▁▁"
+
+
+def summary(result: RunResult) -> str:
+    stream = io.StringIO()
+    print_summary(result, report="out/report.html", console=Console(file=stream, width=40, highlight=False))
+    return stream.getvalue()
+
+
+def test_summary_says_the_essentials() -> None:
+    text = summary(synthetic_run())
+    assert 12 <= len(text.splitlines()) <= 24
+    for expected in (
+        "✓ finished after 60 rounds",
+        "below the entropy of single tokens",
+        "AdamW",
+        "identical",
+        "node-3 killed",
+        "out/report.html",
+        'psyche-sim chat runs/2026-03-02/checkpoint "What does',
+    ):
+        assert expected in text, expected
+    assert synthetic_run().weights_sha256 in text.split(), "never broken, however narrow"
+
+
+def test_summary_of_different_replicas_is_loud() -> None:
+    raw = synthetic_run(texts="\x1b[31m").model_dump()
+    raw["nodes"][0]["weights_sha256"] = "0" * 64
+    raw |= {"replicas_identical": False, "weights_sha256": None}
+    text = summary(RunResult.model_validate(raw))
+    assert "DIFFERENT" in text
+    assert "\x1b" not in text
