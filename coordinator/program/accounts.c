@@ -5,8 +5,9 @@
 #define NOT_DUPLICATE 0xff
 #define GROWTH_ROOM 10240 /* the runtime leaves this much behind every account's data */
 
-/* Layout: account count; per account either the index of an earlier one, or flags, address, owner, lamports, data length, data,
- * room, rent epoch; then the instruction data with its length and the program's address, which may be unaligned. */
+/* Layout: account count; per account either the index of an earlier one, or flags, address, owner, lamports, data
+ * length, data, room, rent epoch; then the instruction data with its length and the program's address, which may be
+ * unaligned. */
 u64 read_input(const u8 *raw, struct input *input, u64 *mark) {
     u64 count = *(const u64 *)raw;
     const u8 *at = raw + 8;
@@ -86,7 +87,8 @@ u64 find_member(const struct members *members, const key *wallet) {
     u64 first = wallet->word[0];
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         const struct member *member = &members->member[slot];
-        if (member->wallet.word[0] == first && member->status != EMPTY && same_key(&member->wallet, wallet)) return slot;
+        if (member->wallet.word[0] != first || member->status == EMPTY) continue;
+        if (same_key(&member->wallet, wallet)) return slot;
     }
     return NO_MEMBER;
 }

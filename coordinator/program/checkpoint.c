@@ -1,4 +1,5 @@
-/* checkpoint: members report the model root that they reached, in Cooldown. Accounts: wallet (signer), run, members, rounds. */
+/* checkpoint: members report the model root that they reached, in Cooldown. Accounts: wallet (signer), run, members,
+ * rounds. */
 #include "events.h"
 
 struct checkpoint_arguments {
@@ -26,7 +27,7 @@ u64 checkpoint(const struct input *input) {
     c.rounds->vote[slot] = a->root;
     h->checkpoint_votes++;
     u64 same = 0;
-    for (u64 i = 0; i < MAX_MEMBERS; i++) same += has_bit(&h->checkpoint_voted, i) && same_key(&c.rounds->vote[i], &a->root);
+    for_each (voter, &h->checkpoint_voted) same += same_key(&c.rounds->vote[voter], &a->root);
     if (!h->checkpoint_agreed && same >= two_thirds(h->active)) {
         /* the next tick, due at once, carries it into the run account */
         h->checkpoint_agreed = 1;

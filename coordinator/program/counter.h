@@ -1,5 +1,5 @@
-/* Attestation counts of 256 members at once: plane p holds bit p of everybody's count. Adding a bitmap and comparing all
- * counts with a number take a few operations per 64-bit word instead of one loop step per member. */
+/* Attestation counts of 256 members at once: plane p holds bit p of everybody's count. Adding a bitmap and comparing
+ * all counts with a number take a few operations per 64-bit word instead of one loop step per member. */
 #pragma once
 
 #include "state.h"

@@ -1,4 +1,4 @@
-/* Events: Anchor's form, a mark and fixed-size fields, logged as "Program data: <base64>". Every event names its run. */
+/* Events in Anchor's form, a mark and fixed-size fields, logged as "Program data: <base64>". Each names its run. */
 #pragma once
 
 #include "marks.h"

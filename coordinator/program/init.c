@@ -68,7 +68,8 @@ static u64 check_terms(const struct terms *t) {
     return 0;
 }
 
-/* create_account_with_seed's address: SHA-256(owner, seed, program), seed = hex of SHA-256(run id)'s first 14 bytes and a tag. */
+/* create_account_with_seed's address: SHA-256(owner, seed, program), seed = hex of SHA-256(run id)'s first 14 bytes
+ * and a tag. */
 static u64 check_address(const struct input *input, const struct account *account, u8 *seed, const char *tag) {
     for (u64 i = 0; i < 3; i++) seed[2 * STEM_BYTES + i] = (u8)tag[i];
     slice parts[3] = {{input->account[0].address, 32}, {seed, SEED_LENGTH}, {&input->program, 32}};

@@ -1,4 +1,5 @@
-/* Anchor's 8-byte marks, as little-endian words: the first 8 bytes of SHA-256 of the quoted text. A test recomputes them. */
+/* Anchor's 8-byte marks, as little-endian words: the first 8 bytes of SHA-256 of the quoted text. A test recomputes
+ * them. */
 #pragma once
 
 #define IX_INIT_RUN 0x2a65dfe6ac796994ull /* "global:init_run" */

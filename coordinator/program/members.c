@@ -11,7 +11,8 @@ struct ready_arguments {
 
 INLINE int live(u64 status) { return status == PENDING || status == ACTIVE || status == DESYNCED; }
 
-/* Where a joining wallet goes: back into its own slot, into an empty one, or into one that was given up without credit. */
+/* Where a joining wallet goes: back into its own slot, into an empty one, or into one that was given up without
+ * credit. */
 static u64 find_place(const struct members *members, const key *wallet, const key *node_key, u64 *place) {
     u64 empty = NO_MEMBER, given_up = NO_MEMBER, own = NO_MEMBER;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
@@ -29,7 +30,8 @@ static u64 find_place(const struct members *members, const key *wallet, const ke
             continue;
         }
         if (own_wallet) own = slot;
-        if (status != STATUS_EJECTED && !member->credit && !member->reward_claimed && given_up == NO_MEMBER) given_up = slot;
+        int worthless = status != STATUS_EJECTED && !member->credit && !member->reward_claimed;
+        if (worthless && given_up == NO_MEMBER) given_up = slot;
     }
     *place = own != NO_MEMBER ? own : empty != NO_MEMBER ? empty : given_up;
     return 0;
@@ -74,8 +76,9 @@ u64 join(const struct input *input) {
     return 0;
 }
 
-/* In Warmup every pending member reports ready. Later a desynced member does, when it has loaded the checkpoint and replayed the
- * rounds since; it is active again from the next round, and its next fingerprint shows whether it spoke the truth. */
+/* In Warmup every pending member reports ready. Later a desynced member does, when it has loaded the checkpoint and
+ * replayed the rounds since; it is active again from the next round, and its next fingerprint shows whether it spoke
+ * the truth. */
 u64 ready(const struct input *input) {
     struct context c;
     require(input->length == sizeof(struct ready_arguments), BAD_INSTRUCTION_DATA);

@@ -59,5 +59,5 @@ void next_seed(struct context *c, const struct round *round);
 void publish_attested(struct context *c);
 
 /* requeue.c */
-u64 draw_positions(struct context *c, struct round *round, u64 members);
+u64 draw_positions(struct context *c, struct round *round, u64 members); /* 0: all of them for one member */
 void requeue_excluded(struct context *c, const struct round *round);

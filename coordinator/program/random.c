@@ -10,8 +10,8 @@ struct slot_hash {
 };
 
 void mix_seed(key *seed, const void *data, u64 length) {
-    /* The account is a count, then entries with the newest first. Right after genesis it is empty: the call then fails and
-     * leaves the zeros, and the run goes on with the randomness that it has. */
+    /* The account is a count, then entries with the newest first. Right after genesis it is empty: the call then fails
+     * and leaves the zeros, and the run goes on with the randomness that it has. */
     struct slot_hash newest = {0};
     sol_get_sysvar(SLOT_HASHES, (u8 *)&newest, 8, sizeof newest);
     key mixed;

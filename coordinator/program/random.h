@@ -3,7 +3,8 @@
 
 #include "program.h"
 
-/* seed = SHA-256(seed, data, newest slot hash). Nobody knows the hash before the slot, nor the commitments before the round. */
+/* seed = SHA-256(seed, data, newest slot hash). Nobody knows the hash before the slot, nor the commitments before the
+ * round. */
 void mix_seed(key *seed, const void *data, u64 length);
 
 /* SplitMix64 (Steele, Lea, Flood 2014): cheap draws from a seed that is already uniform. */

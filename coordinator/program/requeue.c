@@ -1,10 +1,11 @@
-/* The positions that a round did not train come back, and the next rounds draw them first: over a pass every sample is trained
- * exactly once. The queue is a ring of ranges; every position below the cursor is in it, in a round that is not final, or
- * included.
+/* The positions that a round did not train come back, and the next rounds draw them first: over a pass every sample is
+ * trained exactly once. The queue is a ring of ranges; every position below the cursor is in it, in a round that is
+ * not final, or included.
  *
- * The ring cannot overflow. A round's slices are contiguous in its batch, so what comes back from one over n members and k
- * ranges is at most (n + 1) / 2 + k ranges; that room is kept free for every round that is not final. Where it cannot be
- * (hundreds of members failing in turn), a round draws one whole range for one member: one range out, at most one back. */
+ * The ring cannot overflow. A round's slices are contiguous in its batch, so what comes back from one over n members
+ * and k ranges is at most (n + 1) / 2 + k ranges; that room is kept free for every round that is not final. Where it
+ * cannot be (hundreds of members failing in turn), a round draws one whole range for one member: one range out, at
+ * most one back. */
 #include "program.h"
 
 static struct range *queue_at(struct rounds *rounds, u64 index) {
@@ -31,12 +32,13 @@ static u64 worst_of_open_rounds(const struct context *c, const struct round *exc
     u64 worst = 0;
     for (u64 i = 0; i < ROUND_RING; i++) {
         const struct round *round = &c->rounds->ring[i];
-        if (round != except && (round->state == ROUND_OPEN || round->state == ROUND_CLOSED)) worst += round->worst_requeue;
+        int open = round->state == ROUND_OPEN || round->state == ROUND_CLOSED;
+        if (round != except && open) worst += round->worst_requeue;
     }
     return worst;
 }
 
-/* Give the round its positions. Returns among how many members they may be divided: all, or one when the queue is crowded. */
+/* Give the round its positions. Returns 0 when the queue is crowded, and they must all go to one member. */
 u64 draw_positions(struct context *c, struct round *round, u64 members) {
     struct header *h = &c->rounds->header;
     u64 pieces = (members + 1) / 2;
@@ -68,40 +70,59 @@ u64 draw_positions(struct context *c, struct round *round, u64 members) {
     round->range_count = (u8)ranges;
     round->positions = drawn;
     round->worst_requeue = crowded ? 1 : (u32)(pieces + ranges);
-    return crowded ? 1 : members;
+    return !crowded;
 }
 
-/* Push [from, to) of the round's batch; `range` and `base` remember where the last call ended, for from only grows. */
-static void push_piece(struct context *c, const struct round *round, u64 from, u64 to, u64 *range, u64 *base) {
+/* A run of neighbours whose slices come back: [from, to) of the batch, and where push_piece stands. */
+struct piece {
+    u64 from;
+    u64 to;
+    u64 range;
+    u64 base;
+};
+
+/* Push the piece's positions. Pieces come in the order of the batch, so the walk over the ranges goes on from the last
+ * one. */
+static void push_piece(struct context *c, const struct round *round, struct piece *piece) {
+    u64 from = piece->from, to = piece->to;
     while (from < to) {
-        const struct range *r = &round->range[*range];
-        if (from >= *base + r->count) {
-            *base += r->count;
-            ++*range;
+        const struct range *r = &round->range[piece->range];
+        u64 range_end = piece->base + r->count;
+        if (from >= range_end) {
+            piece->base = range_end;
+            piece->range++;
             continue;
         }
-        u64 end = smaller(to, *base + r->count);
-        push_range(c, r->start + (from - *base), end - from);
+        u64 end = smaller(to, range_end);
+        push_range(c, r->start + (from - piece->base), end - from);
         from = end;
     }
 }
 
-/* Put back the slices of all members assigned and not included, neighbours together. */
-void requeue_excluded(struct context *c, const struct round *round) {
-    u64 range = 0, base = 0, from = 0, to = 0;
-    bitmap excluded;
-    u64 any = 0;
-    for (u64 w = 0; w < 4; w++) any |= excluded.word[w] = round->assigned.word[w] & ~round->included.word[w];
-    if (!any) return;
-    for (u64 i = 0; i < MAX_MEMBERS; i++) {
-        u64 slot = (round->first_slot + i) % MAX_MEMBERS;
-        if (!has_bit(&excluded, slot)) continue;
+static void add_slices(struct context *c, const struct round *round, const bitmap *members, struct piece *piece) {
+    for_each (slot, members) {
         u64 offset = round->slice_offset[slot];
-        if (offset != to) {
-            push_piece(c, round, from, to, &range, &base);
-            from = offset;
+        if (offset != piece->to) {
+            push_piece(c, round, piece);
+            piece->from = offset;
         }
-        to = offset + round->slice_count[slot];
+        piece->to = offset + round->slice_count[slot];
     }
-    push_piece(c, round, from, to, &range, &base);
+}
+
+/* Put back the slices of all members assigned and not included, neighbours together, in the order of the batch: from
+ * the rotated first member to the last, then from the first. */
+void requeue_excluded(struct context *c, const struct round *round) {
+    struct piece piece = {0, 0, 0, 0};
+    bitmap front, back;
+    for (u64 w = 0; w < 4; w++) {
+        u64 excluded = round->assigned.word[w] & ~round->included.word[w];
+        u64 first = round->first_slot, low = 64 * w;
+        u64 from_first = first <= low ? U64_MAX : first >= low + 64 ? 0 : U64_MAX << (first - low);
+        front.word[w] = excluded & from_first;
+        back.word[w] = excluded & ~from_first;
+    }
+    add_slices(c, round, &front, &piece);
+    add_slices(c, round, &back, &piece);
+    push_piece(c, round, &piece);
 }

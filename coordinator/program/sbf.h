@@ -50,19 +50,11 @@ INLINE int has_bit(const bitmap *b, u64 slot) { return (b->word[(slot >> 6) & 3]
 INLINE void set_bit(bitmap *b, u64 slot) { b->word[(slot >> 6) & 3] |= 1ull << (slot & 63); }
 INLINE void clear_bit(bitmap *b, u64 slot) { b->word[(slot >> 6) & 3] &= ~(1ull << (slot & 63)); }
 
-INLINE u64 popcount(u64 x) {
-    x -= (x >> 1) & 0x5555555555555555ull;
-    x = (x & 0x3333333333333333ull) + ((x >> 2) & 0x3333333333333333ull);
-    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0full;
-    return (x * 0x0101010101010101ull) >> 56;
-}
-
-INLINE u64 count_bits(const bitmap *b) {
-    return popcount(b->word[0]) + popcount(b->word[1]) + popcount(b->word[2]) + popcount(b->word[3]);
-}
-
-/* Index of the lowest set bit of x, which is not 0. */
-INLINE u64 lowest_bit(u64 x) { return popcount((x & (0 - x)) - 1); }
+/* Run the statement for every set bit of a bitmap, in ascending order. `break` leaves only the word at hand. */
+#define for_each(slot, bits) \
+    for (u64 word_ = 0; word_ < 4; word_++) \
+        for (u64 rest_ = (bits)->word[word_], slot = 64 * word_; rest_; rest_ >>= 1, slot++) \
+            if (rest_ & 1)
 
 INLINE u64 saturating_add(u64 a, u64 b) { return a + b < a ? U64_MAX : a + b; }
 INLINE u64 smaller(u64 a, u64 b) { return a < b ? a : b; }

@@ -1,5 +1,5 @@
-/* When the next tick is due. Every instruction that changes anything ends here, so that `due_slot` is always the first slot
- * at which `tick` succeeds and no client needs a copy of these rules. */
+/* When the next tick is due. Every instruction that changes anything ends here, so that `due_slot` is always the first
+ * slot at which `tick` succeeds and no client needs a copy of these rules. */
 #include "counter.h"
 #include "program.h"
 

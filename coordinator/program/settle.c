@@ -18,17 +18,15 @@ static void emit_members(const struct context *c, u64 mark, u32 round, const bit
     emit(event);
 }
 
-/* Boyer and Moore's majority vote over the committed fingerprints, with the second pass that proves a strict majority. */
+/* Boyer and Moore's majority vote over the committed fingerprints, with the second pass that proves the majority. */
 static int majority_fingerprint(const struct round *round, u64 *majority) {
     u64 candidate = 0, lead = 0, votes = 0;
-    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
-        if (!has_bit(&round->committed, slot)) continue;
+    for_each (slot, &round->committed) {
         u64 fingerprint = round->fingerprint[slot];
         if (lead == 0) candidate = fingerprint;
         lead = fingerprint == candidate ? lead + 1 : lead - 1;
     }
-    for (u64 slot = 0; slot < MAX_MEMBERS; slot++)
-        votes += has_bit(&round->committed, slot) && round->fingerprint[slot] == candidate;
+    for_each (slot, &round->committed) votes += round->fingerprint[slot] == candidate;
     *majority = candidate;
     return 2 * votes > round->committed_count;
 }
@@ -42,8 +40,7 @@ void close_round(struct context *c) {
     u64 majority;
     int known = majority_fingerprint(round, &majority);
     round->eligible = round->committed;
-    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
-        if (!has_bit(&round->expected, slot)) continue;
+    for_each (slot, &round->expected) {
         struct member *member = &c->members->member[slot];
         if (!has_bit(&round->committed, slot)) {
             if (++member->missed >= run->limits.max_missed) drop(c, slot, &dropped);
@@ -71,14 +68,15 @@ void finalize_round(struct context *c, struct round *round) {
     bitmap dropped = {{0, 0, 0, 0}};
     for (u64 w = 0; w < 4; w++)
         any |= round->included.word[w] = round->eligible.word[w] & counts_at_least(round, w, quorum);
-    for (u64 slot = 0; any && slot < MAX_MEMBERS; slot++) {
-        if (!has_bit(&round->eligible, slot)) continue;
+    bitmap refused = {{0, 0, 0, 0}};
+    /* in a void round nobody is to blame */
+    for (u64 w = 0; any && w < 4; w++) refused.word[w] = round->eligible.word[w] & ~round->included.word[w];
+    for_each (slot, &refused) {
+        /* the witnesses could not get it, or it was malformed */
+        if (++c->members->member[slot].excluded >= run->limits.max_missed) drop(c, slot, &dropped);
+    }
+    for_each (slot, &round->included) {
         struct member *member = &c->members->member[slot];
-        if (!has_bit(&round->included, slot)) {
-            /* witnesses could not get it or it was malformed; in a void round nobody is to blame */
-            if (++member->excluded >= run->limits.max_missed) drop(c, slot, &dropped);
-            continue;
-        }
         member->excluded = 0;
         member->updates_included++;
         member->credit = saturating_add(member->credit, round->tokens[slot]);
@@ -93,12 +91,13 @@ void finalize_round(struct context *c, struct round *round) {
     kept->round = round->round;
     kept->flags = any ? INCLUSION_PRESENT : INCLUSION_PRESENT | INCLUSION_VOID;
     kept->members = round->included;
-    struct event_round_final event = {EVENT_ROUND_FINAL, c->rounds->header.run, round->round, !any, tokens, round->included};
+    struct event_round_final event = {
+        EVENT_ROUND_FINAL, c->rounds->header.run, round->round, !any, tokens, round->included};
     emit(event);
     emit_members(c, EVENT_MEMBERS_DROPPED, round->round, &dropped);
 }
 
-/* The next round's seed: nobody who commits knows the slot hash yet, and nobody who ticks can choose the commitments. */
+/* The next round's seed: who commits does not know the slot hash yet, who ticks cannot choose the commitments. */
 void next_seed(struct context *c, const struct round *round) {
     mix_seed(&c->run->seed, round->digest, sizeof round->digest);
 }

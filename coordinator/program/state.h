@@ -1,8 +1,9 @@
-/* The three accounts of a run, as they lie in memory. Little-endian, natural alignment, padding written out, so that offsets
- * are the same for every compiler; coordinator/layout.py is the Python side, and a test compares field by field.
+/* The three accounts of a run, as they lie in memory. Little-endian, natural alignment, padding written out, so that
+ * offsets are the same for every compiler; coordinator/layout.py is the Python side, and a test compares field by
+ * field.
  *
- * Who writes what: `run` is what every node subscribes to, written by ticks (and by the owner's instructions) only. Joins,
- * commits, attestations and votes go to `members` and `rounds`, whose header says when the next tick is due. */
+ * Who writes what: `run` is what every node subscribes to, written by ticks (and by the owner's instructions) only.
+ * Joins, commits, attestations and votes go to `members` and `rounds`, whose header says when the next tick is due. */
 #pragma once
 
 #include "sbf.h"

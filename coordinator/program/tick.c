@@ -64,7 +64,8 @@ static void begin_cooldown(struct context *c) {
     enter(c, COOLDOWN);
 }
 
-/* Leave RoundWitness r: round r-1 becomes final, and round r too without overlap or when it is the last before a cooldown. */
+/* Leave RoundWitness r: round r-1 becomes final, and round r too without overlap or when it is the last before a
+ * cooldown. */
 static void end_witnessing(struct context *c) {
     struct run *run = c->run;
     struct header *h = &c->rounds->header;

@@ -1,0 +1,76 @@
+"""Compute units of every instruction with a given number of members, over paths chosen to be the dearest."""
+
+from __future__ import annotations
+
+from program_harness import Chain, Outcome, RunDriver
+
+BUDGET = 60_000
+SMALL_BUDGET = 10_000
+SMALL = ("commit", "attest")
+
+
+def measure(members: int) -> dict[str, int]:
+    """The highest compute units seen per instruction; ticks are named by the transition."""
+    chain = Chain()
+    chain.svm.airdrop(chain.payer.pubkey(), 10**14)
+    run = RunDriver(
+        chain,
+        "cost",
+        init_min_members=members,
+        min_members=1 + members // 8,
+        batch=max(1000, 2 * members),
+        rounds_per_epoch=4,
+        total_rounds=7,
+        witnesses=min(32, 1 + members // 8),
+        max_missed=255,
+    )
+    worst: dict[str, int] = {}
+
+    def note(name: str, outcome: Outcome) -> None:
+        run.must(outcome)
+        worst[name] = max(worst.get(name, 0), outcome.units)
+
+    def tick(name: str) -> None:
+        due = run.header.due_slot
+        chain.set_slot(max(chain.slot, due))
+        note(f"tick {name}", run.tick())
+
+    everybody = range(members)
+    odd = [member for member in everybody if member % 2]
+    note("init_run", run.create())
+    for member in everybody:
+        note("join", run.join(member))
+    tick("WaitingForMembers -> Warmup")
+    for member in everybody:
+        note("ready", run.ready(member))
+    tick("Warmup -> RoundTrain")
+    # Round 0 is whole. In round 1 every second member is left out, which tears the batch into the most ranges that come
+    # back; round 2 draws them; in round 3 a scattered minority is out of sync and the epoch drains two rounds at once.
+    for number, (committers, vouched) in enumerate(
+        [(list(everybody), list(everybody)), (list(everybody), odd), (odd, odd), (list(everybody), odd)]
+    ):
+        for member in committers:
+            off = number == 3 and member % 4 == 1
+            note("commit", run.commit(member, number, fingerprint=8 if off else 7))
+        tick("RoundTrain -> RoundWitness")
+        last = number == 3
+        for witness in run.rounds[number].witnesses:
+            note("attest", run.attest(witness, number, vouched))
+        tick("RoundWitness -> Cooldown (two rounds final)" if last else "RoundWitness -> RoundTrain (one round final)")
+    root = b"\x05" * 32
+    for member in everybody:
+        if run.members[member].status.name == "ACTIVE":
+            note("checkpoint", run.checkpoint(member, root))
+    for member in everybody:
+        if run.members[member].status.name == "DESYNCED":
+            note("ready", run.ready(member, b"\x01" * 32))
+    tick("Cooldown -> RoundTrain")
+    note("leave", run.leave(members - 1))
+    return worst
+
+
+def over_budget(costs: dict[str, int]) -> dict[str, int]:
+    """The instructions that break the protocol's budgets."""
+    return {
+        name: units for name, units in costs.items() if units >= (SMALL_BUDGET if name in SMALL else BUDGET)
+    }
