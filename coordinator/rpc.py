@@ -18,6 +18,8 @@ from urllib.parse import urlsplit, urlunsplit
 import httpx2
 
 log = logging.getLogger(__name__)
+# It logs every request at INFO, several per second; what matters of them is logged here.
+logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 Json = Any
 

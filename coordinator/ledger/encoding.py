@@ -17,40 +17,20 @@ from solders.transaction_status import (
     TransactionStatus,
 )
 
+from coordinator.base58 import base58_encode
+
 if TYPE_CHECKING:
     from coordinator.ledger.bank import Record
 
 Json = Any
 
 MAX_BASE58_BYTES: Final = 128
-_ALPHABET: Final = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
-_DIGITS: Final = {character: value for value, character in enumerate(_ALPHABET)}
 # Rent no longer moves an account between epochs; clusters report the largest u64.
 _RENT_EPOCH: Final = 2**64 - 1
 
 
 class UnsupportedEncoding(ValueError):
     """The data cannot be given in the encoding asked for."""
-
-
-def base58_encode(data: bytes) -> str:
-    number = int.from_bytes(data, "big")
-    text = ""
-    while number:
-        number, digit = divmod(number, 58)
-        text = _ALPHABET[digit] + text
-    return "1" * (len(data) - len(data.lstrip(b"\0"))) + text
-
-
-def base58_decode(text: str) -> bytes:
-    """Raises ValueError on a character outside the alphabet. Bound the length first: this is quadratic."""
-    number = 0
-    for character in text:
-        if character not in _DIGITS:
-            raise ValueError(f"{character!r} is not a base58 character")
-        number = number * 58 + _DIGITS[character]
-    zeros = len(text) - len(text.lstrip("1"))
-    return bytes(zeros) + number.to_bytes((number.bit_length() + 7) // 8, "big")
 
 
 def error_json(error: TransactionErrorType) -> Json:

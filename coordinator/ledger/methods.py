@@ -11,9 +11,7 @@ from coordinator.ledger.bank import LAMPORTS_PER_SIGNATURE, SLOTS_PER_EPOCH, Exe
 from coordinator.ledger.dispatch import API_VERSION, Rpc, method
 from coordinator.ledger.encoding import Json, account_json, keyed_account_json
 from coordinator.ledger.params import (
-    INTERNAL_ERROR,
     MAX_TRANSACTION_TEXT,
-    RpcError,
     decode_text,
     encoding_of,
     invalid,
@@ -157,5 +155,5 @@ def request_airdrop(rpc: Rpc, params: list[Any]) -> Json:
     wire = rpc.bank.airdrop_transaction(to, lamports)
     record = rpc.bank.apply(Execute(wire))
     if record is None or record.error is not None:
-        raise RpcError(INTERNAL_ERROR, f"airdrop failed: {record.error if record else 'the faucet is empty'}")
+        raise invalid(f"the faucet cannot give {lamports} lamports: {record.error if record else 'it is empty'}")
     return str(record.signature)

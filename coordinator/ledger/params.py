@@ -11,7 +11,8 @@ from solders.account import Account
 from solders.pubkey import Pubkey
 from solders.signature import Signature
 
-from coordinator.ledger.encoding import Json, base58_decode
+from coordinator.base58 import base58_decode
+from coordinator.ledger.encoding import Json
 
 PARSE_ERROR: Final = -32700
 INVALID_REQUEST: Final = -32600

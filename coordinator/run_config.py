@@ -1,0 +1,184 @@
+"""The settings of a new run, as an owner writes them: a TOML file, overrides from the command line, or both."""
+
+from __future__ import annotations
+
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any, Final, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from coordinator.state import Limits, Terms, float_bits
+
+_MAX_FILE_BYTES: Final = 1 << 20
+_SCHEDULES: Final = {"constant": 0, "linear": 1, "cosine": 2, "wsd": 3}
+_U32: Final = 2**32 - 1
+
+Slots = Annotated[int, Field(ge=1, le=_U32)]
+Hash = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
+Source = Annotated[str, Field(max_length=64)]
+
+
+class ConfigError(Exception):
+    """Settings that cannot be used; the message names each key and what it must be."""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class LimitSettings(_Settings):
+    """Sizes, quorums and deadlines. Times are slots: 0.4 s on mainnet, 50 ms on the embedded ledger by default."""
+
+    init_min_members: int = Field(ge=1, le=256)
+    """Members that must have joined before the run starts."""
+    min_members: int = Field(ge=1, le=256)
+    """Members below which the run stops and waits for more."""
+    max_members: int = Field(default=256, ge=1, le=256)
+    """Members at once."""
+    witnesses: int = Field(default=0, ge=0, le=32)
+    """Witnesses elected per round; 0 elects everybody, up to 32."""
+    overlap: int = Field(default=1, ge=0, le=1)
+    """1: updates travel while the next round trains. 0: every round waits for its own updates."""
+    max_missed: int = Field(default=2, ge=1, le=255)
+    """Rounds in a row that a member may miss before it is dropped."""
+    join_grace: int = Field(default=20, ge=0, le=_U32)
+    """How long to wait for more members once there are enough."""
+    warmup_time: Slots = 1200
+    """How long members may take to load the model."""
+    max_round_train_time: Slots = 6000
+    """A round ends after this, whoever has committed."""
+    round_witness_time: Slots = 600
+    """A round's attestations are waited for no longer than this."""
+    cooldown_time: Slots = 1200
+    """A checkpoint is waited for no longer than this."""
+    adaptive_grace: int = Field(default=20, ge=0, le=_U32)
+    """Added to 1.5 times the median commit time; raise it when slow members keep missing rounds by little."""
+    batch: int = Field(ge=1, le=2**24)
+    """Positions (packed sequences) per round."""
+    rounds_per_epoch: int = Field(ge=1, le=_U32)
+    """Rounds between checkpoints."""
+    total_rounds: int = Field(ge=1, lt=2**31)
+    """Rounds of the whole run."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> LimitSettings:
+        if not self.min_members <= self.init_min_members <= self.max_members:
+            raise ValueError("must hold: min_members <= init_min_members <= max_members")
+        if self.witnesses > self.min_members:
+            raise ValueError("witnesses must be at most min_members")
+        if self.adaptive_grace > self.max_round_train_time:
+            raise ValueError("adaptive_grace must be at most max_round_train_time")
+        if self.batch < self.min_members:
+            raise ValueError("batch must be at least min_members")
+        return self
+
+
+class TermSettings(_Settings):
+    """What is trained: every member must have the same. Roots and digests are 32 bytes in hex."""
+
+    model_root: Hash
+    """Root of the start model's weights."""
+    layout_digest: Hash
+    """Digest of the update's layout, which follows from the model's shapes and topk."""
+    data_manifest: Hash
+    """SHA-256 of the prepared data's manifest."""
+    samples: int = Field(ge=1, le=2**63)
+    """Packed sequences in the data."""
+    sequence_length: int = Field(ge=1, le=2**24)
+    """Tokens per packed sequence."""
+    update_bytes: int = Field(ge=1, le=2**40)
+    """Exact size of an update."""
+    topk: int = Field(default=32, ge=1, le=65536)
+    """Components sent per block."""
+    lookahead: bool = True
+    """Whether gradients are taken at the weights after the expected vote."""
+    clip_votes: bool = True
+    """Whether a component counts by the sign of its votes."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_rounds: int = Field(default=0, ge=0, le=_U32)
+    """Rounds over which the learning rate rises."""
+    decay_rounds: int = Field(default=0, ge=0, le=_U32)
+    """Rounds over which wsd falls at the end."""
+    decay: float = Field(default=0.999, ge=0, le=1, allow_inf_nan=False)
+    """Momentum kept per round."""
+    peak_lr: float = Field(gt=0, le=1, allow_inf_nan=False)
+    """Highest learning rate."""
+    final_lr: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Learning rate at the end."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Weight decay per round, times the learning rate."""
+    clip_norm: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
+    """Gradients are clipped to this norm; 0 does not clip."""
+    model_source: Source = ""
+    """Where members find the model, for people: a path, a URL or a hub name."""
+    data_source: Source = ""
+    """Where members find the data."""
+
+
+class RunSettings(_Settings):
+    """A whole run."""
+
+    run_id: str = Field(min_length=1, max_length=32)
+    """The run's name, 1 to 32 bytes, unique for its owner."""
+    limits: LimitSettings
+    terms: TermSettings
+
+    def on_chain(self) -> tuple[Limits, Terms]:
+        """In the form that the program takes."""
+        terms = self.terms.model_dump()
+        for name in ("model_root", "layout_digest", "data_manifest"):
+            terms[name] = bytes.fromhex(terms[name])
+        for name in ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm"):
+            terms[f"{name}_bits"] = float_bits(terms.pop(name))
+        terms["schedule"] = _SCHEDULES[terms["schedule"]]
+        return Limits(**self.limits.model_dump()), Terms(**terms)
+
+
+def load_settings(run_id: str | None, file: Path | None, overrides: list[str]) -> RunSettings:
+    """Settings from a TOML file and KEY=VALUE overrides such as `limits.batch=64`; unknown keys are refused.
+
+    Raises:
+        ConfigError: with one line per key that is missing, unknown or out of range.
+    """
+    table: dict[str, Any] = {} if file is None else _read(file)
+    if run_id is not None:
+        table["run_id"] = run_id
+    for override in overrides:
+        _override(table, override)
+    try:
+        return RunSettings.model_validate(table)
+    except ValidationError as error:
+        lines = [f"  {'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in error.errors()]
+        raise ConfigError("the run's settings cannot be used:\n" + "\n".join(lines)) from None
+
+
+def _read(file: Path) -> dict[str, Any]:
+    try:
+        with file.open("rb") as stream:
+            raw = stream.read(_MAX_FILE_BYTES + 1)
+        if len(raw) > _MAX_FILE_BYTES:
+            raise ConfigError(f"{file} is over {_MAX_FILE_BYTES} bytes; is it the right file?")
+        return tomllib.loads(raw.decode())
+    except OSError as error:
+        raise ConfigError(f"{file} cannot be read: {error.strerror or error}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file} is not TOML: {error}") from error
+
+
+def _override(table: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    *path, name = key.strip().split(".")
+    if not equals or not name or not all(path):
+        raise ConfigError(f"--set {override!r} must look like limits.batch=64")
+    try:
+        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
+    except tomllib.TOMLDecodeError:
+        parsed = value.strip()  # a string need not be quoted on the command line
+    for part in path:
+        inner = table.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"--set {override!r}: {part} is not a section")
+        table = inner
+    table[name] = parsed

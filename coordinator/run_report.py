@@ -1,0 +1,278 @@
+"""A run as an operator reads it: a value with everything that the chain says, as JSON and as tables."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+from solders.pubkey import Pubkey
+
+from coordinator.addresses import RunAddresses
+from coordinator.base58 import peer_id
+from coordinator.client import Pulse
+from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Round
+
+_ROWS: Final = 16
+_PHASE_STYLES: Final = {
+    Phase.ROUND_TRAIN: "bold green",
+    Phase.ROUND_WITNESS: "bold green",
+    Phase.WARMUP: "bold cyan",
+    Phase.COOLDOWN: "bold cyan",
+    Phase.FINISHED: "bold blue",
+    Phase.PAUSED: "bold yellow",
+}
+_STATUS_STYLES: Final = {
+    MemberStatus.ACTIVE: "green",
+    MemberStatus.PENDING: "cyan",
+    MemberStatus.DESYNCED: "yellow",
+    MemberStatus.DROPPED: "red",
+    MemberStatus.EJECTED: "red",
+    MemberStatus.LEFT: "dim",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class RunReport:
+    """What the chain says of a run."""
+
+    program: Pubkey
+    addresses: RunAddresses
+    pulse: Pulse
+    members: tuple[Member, ...]
+    rounds: tuple[Round, ...]
+
+    # ------------------------------------------------------------------ JSON
+
+    def to_json(self) -> dict[str, Any]:
+        """Everything, with keys and digests as the tools print them: base58 for addresses, hex for the rest."""
+        run, header = self.pulse.run, self.pulse.header
+        return {
+            "run_id": run.run_id,
+            "address": str(self.addresses.run),
+            "members_address": str(self.addresses.members),
+            "rounds_address": str(self.addresses.rounds),
+            "program": str(self.program),
+            "owner": str(run.owner),
+            "slot": self.pulse.slot,
+            "state": run.phase.name,
+            "state_since_slot": run.phase_slot,
+            "due_slot": None if header.due_slot == UNKNOWN_SLOT else header.due_slot,
+            "round": run.round,
+            "total_rounds": run.limits.total_rounds,
+            "final_rounds": run.final_rounds,
+            "epoch": run.epoch,
+            "cursor": run.cursor,
+            "tokens": run.tokens,
+            "requeued_positions": header.requeued,
+            "checkpoint": {"round": run.checkpoint_round, "root": run.checkpoint_root.hex()},
+            "limits": asdict(run.limits),
+            "terms": {key: _plain(value) for key, value in asdict(run.terms).items()},
+            "members": [self._member(member) for member in self.members],
+            "rounds": [self._round(entry) for entry in self.rounds],
+            "inclusion_sets": [
+                {"round": kept.round, "members": sorted(kept.members), "void": kept.void} for kept in run.inclusion
+            ],
+            "credit": {
+                "total": sum(member.credit for member in self.members),
+                "by_wallet": {str(member.wallet): member.credit for member in self.members},
+            },
+        }
+
+    @staticmethod
+    def _member(member: Member) -> dict[str, Any]:
+        return {
+            "slot": member.slot,
+            "wallet": str(member.wallet),
+            "node_key": member.node_key.hex(),
+            "node_id": peer_id(member.node_key),
+            "status": member.status.name,
+            "share": member.share,
+            "ready": member.ready,
+            "joined_round": member.joined_round,
+            "missed": member.missed,
+            "credit": member.credit,
+            "updates_included": member.updates_included,
+        }
+
+    def _round(self, entry: Round) -> dict[str, Any]:
+        return {
+            "round": entry.round,
+            "state": _round_state(entry),
+            "start_slot": entry.start_slot,
+            "active": sorted(entry.active),
+            "witnesses": list(entry.witnesses),
+            "ranges": [list(one) for one in entry.ranges],
+            "slices": {str(slot): list(one) for slot, one in entry.slices.items()},
+            "commitments": [
+                {
+                    "member": one.member,
+                    "digest": one.digest.hex(),
+                    "length": one.length,
+                    "tokens": one.tokens,
+                    "fingerprint": f"{one.fingerprint:016x}",
+                    "slot": one.slot,
+                }
+                for one in entry.commitments.values()
+            ],
+            "attestations": {str(witness): sorted(members) for witness, members in entry.attestations.items()},
+            "included": sorted(entry.included) if entry.final else None,
+        }
+
+    # ------------------------------------------------------------------ tables
+
+    def render(self, *, everything: bool = False) -> RenderableType:
+        """For a terminal of 100 columns or more. `everything` lists all members and commitments."""
+        rows = None if everything else _ROWS
+        parts: list[RenderableType] = [self._summary(), self._members_table(rows)]
+        if self.rounds:
+            parts += [self._rounds_table(), self._commitments_table(rows)]
+        if self.pulse.run.inclusion:
+            parts.append(self._inclusion_table())
+        return Group(*parts)
+
+    def _summary(self) -> RenderableType:
+        run, header = self.pulse.run, self.pulse.header
+        limits, terms = run.limits, run.terms
+        grid = Table.grid(padding=(0, 2))
+        grid.add_column(style="dim", no_wrap=True)
+        grid.add_column(overflow="fold")
+        state = Text(run.phase.name, style=_PHASE_STYLES.get(run.phase, "bold"))
+        state.append(f"  since slot {run.phase_slot:,}", style="dim")
+        if header.due_slot != UNKNOWN_SLOT and run.phase is not Phase.FINISHED:
+            wait = header.due_slot - self.pulse.slot
+            state.append(f", next step {f'in {wait:,} slots' if wait > 0 else 'due'}", style="dim")
+        grid.add_row("state", state)
+        done = f"{run.final_rounds:,} of {limits.total_rounds:,} final"
+        grid.add_row("round", f"{run.round:,}  [dim]({done}, epoch {run.epoch:,})[/dim]")
+        counts = f"{header.members:,} of {limits.max_members:,}, {header.active:,} active"
+        grid.add_row("members", f"{counts}  [dim](at least {limits.min_members:,})[/dim]")
+        credit = sum(member.credit for member in self.members)
+        balanced = "" if credit == run.tokens else f"  [red]but the run counts {run.tokens:,}[/red]"
+        grid.add_row("credit", f"{credit:,} tokens in included updates{balanced}")
+        batch = f"{limits.batch:,} sequences of {terms.sequence_length:,} tokens per round"
+        again = f", {header.requeued:,} to be drawn again" if header.requeued else ""
+        grid.add_row("data", f"{batch}  [dim](position {run.cursor:,} of {terms.samples:,} per pass{again})[/dim]")
+        grid.add_row("update", f"{terms.update_bytes:,} bytes per member and round")
+        if terms.model_source or terms.data_source:
+            grid.add_row("sources", Text(" · ".join(filter(None, (terms.model_source, terms.data_source)))))
+        checkpoint = run.checkpoint_root.hex()
+        grid.add_row("checkpoint", f"before round {run.checkpoint_round:,}  [dim]{checkpoint[:32]}…[/dim]")
+        grid.add_row("address", str(self.addresses.run))
+        grid.add_row("owner", str(run.owner))
+        grid.add_row("program", str(self.program))
+        title = Text(f" {run.run_id} ", style="bold")
+        subtitle = Text(f" slot {self.pulse.slot:,} ", style="dim")
+        return Panel(grid, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", padding=(1, 2))
+
+    def _members_table(self, rows: int | None) -> RenderableType:
+        table = _table("Members")
+        for name in ("#", "wallet / node id", "status"):
+            table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
+        for name in ("share", "updates", "missed", "credit"):
+            table.add_column(name, justify="right")
+        shown = self.members[:rows]
+        for member in shown:
+            identity = Text(str(member.wallet))
+            identity.append(f"\n{peer_id(member.node_key)}", style="dim")
+            status = Text(member.status.name, style=_STATUS_STYLES.get(member.status, ""))
+            if member.ready and self.pulse.run.phase is Phase.WARMUP:
+                status.append("\nready", style="dim")
+            table.add_row(
+                str(member.slot),
+                identity,
+                status,
+                f"{member.share:,}",
+                f"{member.updates_included:,}",
+                f"{member.missed:,}",
+                f"{member.credit:,}",
+            )
+        return _with_rest(table, len(self.members) - len(shown), "members")
+
+    def _rounds_table(self) -> RenderableType:
+        table = _table("Rounds kept in full")
+        for name in ("round", "state", "started", "active", "committed", "attested", "included"):
+            table.add_column(name, justify="left" if name in ("state", "included") else "right")
+        for entry in self.rounds:
+            included = _ranges(entry.included) or "nobody: void" if entry.final else "[dim]not final[/dim]"
+            table.add_row(
+                f"{entry.round:,}",
+                _round_state(entry),
+                f"{entry.start_slot:,}",
+                f"{len(entry.active):,}",
+                f"{len(entry.commitments):,}",
+                f"{len(entry.attestations):,} of {len(entry.witnesses):,}",
+                included,
+            )
+        return Padding(table, (1, 0, 0, 0))
+
+    def _commitments_table(self, rows: int | None) -> RenderableType:
+        table = _table("Commitments")
+        for name in ("round", "member", "update digest", "bytes", "tokens", "weights", "slot", "attested"):
+            table.add_column(name, justify="left" if name in ("update digest", "weights") else "right", no_wrap=True)
+        entries = [(entry, one) for entry in reversed(self.rounds) for one in entry.commitments.values()]
+        for entry, one in entries[:rows]:
+            votes = sum(one.member in held for held in entry.attestations.values())
+            mark = " [green]✓[/green]" if entry.final and one.member in entry.included else ""
+            mark = mark or (" [red]✗[/red]" if entry.final else "  ")
+            table.add_row(
+                f"{entry.round:,}",
+                str(one.member),
+                one.digest.hex()[:16] + "…",
+                f"{one.length:,}",
+                f"{one.tokens:,}",
+                f"{one.fingerprint:016x}",
+                f"{one.slot:,}",
+                f"{votes} of {len(entry.witnesses)}{mark}",
+            )
+        hidden = 0 if rows is None else max(len(entries) - rows, 0)
+        return _with_rest(table, hidden, "commitments")
+
+    def _inclusion_table(self) -> RenderableType:
+        table = _table("Inclusion sets")
+        table.add_column("round", justify="right")
+        table.add_column("members", justify="right")
+        table.add_column("which", overflow="fold")
+        for kept in self.pulse.run.inclusion:
+            which = (
+                "[yellow]void: nothing applied, positions drawn again[/yellow]" if kept.void else _ranges(kept.members)
+            )
+            table.add_row(f"{kept.round:,}", f"{len(kept.members):,}", which)
+        return Padding(table, (1, 0, 0, 0))
+
+
+def _table(title: str) -> Table:
+    return Table(
+        title=title, title_justify="left", title_style="bold", box=None, header_style="dim", padding=(0, 2, 0, 0)
+    )
+
+
+def _with_rest(table: Table, hidden: int, what: str) -> RenderableType:
+    if hidden <= 0:
+        return Padding(table, (1, 0, 0, 0))
+    more = Text(f"… {hidden:,} more {what}: --all shows them", style="dim")
+    return Padding(Group(table, more), (1, 0, 0, 0))
+
+
+def _round_state(entry: Round) -> str:
+    return "final" if entry.final else "closed" if entry.closed else "open"
+
+
+def _plain(value: object) -> object:
+    return value.hex() if isinstance(value, bytes) else value
+
+
+def _ranges(slots: Iterable[int]) -> str:
+    """`0-3, 7` for {0, 1, 2, 3, 7}."""
+    runs: list[list[int]] = []
+    for slot in sorted(slots):
+        if runs and slot == runs[-1][1] + 1:
+            runs[-1][1] = slot
+        else:
+            runs.append([slot, slot])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
