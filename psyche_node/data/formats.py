@@ -78,7 +78,7 @@ def parse_sample(line: bytes, where: str) -> Sample:
     except (ValueError, RecursionError) as error:
         raise BadSample(where, f"this is not JSON ({error})", "Write one JSON object per line, in UTF-8") from error
     if not isinstance(record, dict):
-        raise BadSample(where, f"this is a JSON {_kind(record)}, not an object", f"Note that {_KNOWN}")
+        raise BadSample(where, f"this is {_kind(record)}, not an object", f"Note that {_KNOWN}")
     if "messages" in record:
         messages = _messages(record["messages"], where, "messages")
     elif "conversations" in record:
@@ -100,10 +100,10 @@ def parse_sample(line: bytes, where: str) -> Sample:
         )
     tools = record.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise BadSample(where, f"`tools` is a {_kind(tools)}", "Make it a list of tool descriptions")
+        raise BadSample(where, f"`tools` is {_kind(tools)}", "Make it a list of tool descriptions")
     group = record.get("group")
     if group is not None and not isinstance(group, str):
-        raise BadSample(where, f"`group` is a {_kind(group)}", "Make it a string; samples of one group stay together")
+        raise BadSample(where, f"`group` is {_kind(group)}", "Make it a string; samples of one group stay together")
     key = group if group is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False)
     return Sample(tuple(messages), train, None if tools is None else tuple(tools), key.encode(), where)
 
@@ -115,7 +115,7 @@ def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         at = f"`{field}[{index}]`"
         if not isinstance(message, dict):
-            raise BadSample(where, f"{at} is a {_kind(message)}", "Make it an object with `role` and `content`")
+            raise BadSample(where, f"{at} is {_kind(message)}", "Make it an object with `role` and `content`")
         role = message.get("role")
         if role not in _ROLES:
             raise BadSample(where, f"{at} has the role {role!r}", f"Use one of {', '.join(sorted(_ROLES))}")
@@ -132,7 +132,7 @@ def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
     for index, turn in enumerate(value):
         at = f"`conversations[{index}]`"
         if not isinstance(turn, dict):
-            raise BadSample(where, f"{at} is a {_kind(turn)}", "Make it an object with `from` and `value`")
+            raise BadSample(where, f"{at} is {_kind(turn)}", "Make it an object with `from` and `value`")
         # Some exports put OpenAI-style messages under this name.
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
@@ -179,9 +179,9 @@ def _check_train(message: dict[str, Any], at: str, where: str) -> None:
 
 
 def _described(value: Any) -> str:
-    return "missing or null" if value is None else "empty" if value == [] else f"a {_kind(value)}"
+    return "missing or null" if value is None else "empty" if value == [] else _kind(value)
 
 
 def _kind(value: Any) -> str:
-    names = {dict: "object", list: "list", str: "string", bool: "boolean", int: "number", float: "number"}
+    names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")

@@ -44,7 +44,8 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
 
     ``source`` is a config (a mapping, a JSON file, or a folder with a config.json) to be initialised from ``seed``, or
     a folder with weights, which are copied in fp32. ``vocab_size`` and the special tokens follow the tokenizer where
-    the config does not say. The same seed gives the same weights on one kind of machine; members compare the model root.
+    the config does not say. The same seed gives the same weights on one kind of machine; members compare the
+    model root.
 
     Raises:
         ModelError: no such model type, a bad config, or a vocabulary smaller than the tokenizer's.
@@ -197,7 +198,7 @@ def _no_bars() -> None:
     """Keep transformers' progress bars out of the log, which is one JSON object a line."""
     from transformers.utils import logging
 
-    logging.disable_progress_bar()
+    cast(Any, logging).disable_progress_bar()
 
 
 def parameter_count(model: nn.Module) -> int:

@@ -1,0 +1,168 @@
+"""Prepared folders: what is in them, that they are what they say, and what becomes of every sample."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from psyche_node.data import ChatTemplate, DataError, DataMismatch, PackedDataset, prepare, read_samples
+from psyche_node.data.manifest import Manifest, unigram_entropy
+
+LENGTH = 96
+SEED = b"order"
+
+
+@pytest.fixture(scope="module")
+def packed(chat: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("packed")
+    prepare(chat, tokenizer, out, LENGTH, heldout=0.1)
+    return out
+
+
+def documents(dataset: PackedDataset, *, heldout: bool) -> Counter[tuple[tuple[int, ...], tuple[bool, ...]]]:
+    """The documents of one pass (or of the held-out split), padding left out."""
+    batch = dataset.heldout() if heldout else dataset.batch(range(len(dataset)), SEED)
+    found: Counter[tuple[tuple[int, ...], tuple[bool, ...]]] = Counter()
+    for tokens, trained, places in zip(batch.tokens, batch.trained, batch.places, strict=True):
+        for ids, mask in zip(*(np.split(v, np.flatnonzero(places == 0)[1:]) for v in (tokens, trained)), strict=True):
+            if mask.any():
+                found[tuple(ids.tolist()), tuple(mask.tolist())] += 1
+            else:
+                assert set(ids.tolist()) == {dataset.manifest.pad}, "only padding is never trained on"
+    return found
+
+
+def test_every_sample_comes_once_on_one_side_with_its_mask(chat: Path, tokenizer: Path, packed: Path) -> None:
+    dataset = PackedDataset(packed)
+    encoded = ChatTemplate(tokenizer).encode(list(read_samples(chat)))
+    fitting = Counter((tuple(i.tolist()), tuple(t.tolist())) for i, t in encoded if len(i) <= LENGTH)
+    train, held = documents(dataset, heldout=False), documents(dataset, heldout=True)
+    assert train + held == fitting
+    counts = dataset.manifest.counts
+    assert counts.samples == 200 == counts.train + counts.heldout + counts.too_long + counts.untrained
+    assert (counts.train, counts.heldout) == (train.total(), held.total())
+    assert 8 <= counts.heldout <= 35
+    assert counts.too_long == 200 - fitting.total()
+    assert dataset.manifest.tokens == sum(len(ids) * n for (ids, _), n in train.items())
+    assert dataset.manifest.trained_tokens == sum(sum(mask) * n for (_, mask), n in train.items())
+
+
+def test_entropy_of_the_trained_tokens(packed: Path) -> None:
+    dataset = PackedDataset(packed)
+    counts: Counter[int] = Counter()
+    for (ids, mask), times in documents(dataset, heldout=False).items():
+        counts.update(Counter(t for t, m in zip(ids, mask, strict=True) if m for _ in range(times)))
+    total = counts.total()
+    expected = -sum(c / total * math.log(c / total) for c in counts.values())
+    assert dataset.manifest.unigram_entropy == pytest.approx(expected, abs=2e-9)
+    assert unigram_entropy({3: 5, 4: 5}) == pytest.approx(math.log(2), abs=1e-9)
+    assert unigram_entropy({3: 9}) == 0.0 == unigram_entropy({})
+
+
+def test_each_pass_is_another_permutation(packed: Path) -> None:
+    dataset = PackedDataset(packed)
+    n = len(dataset)
+    first, second = dataset.indices(range(n), SEED), dataset.indices(range(n, 2 * n), SEED)
+    assert sorted(first) == sorted(second) == list(range(n))
+    assert first != second
+    assert first != dataset.indices(range(n), b"another order")
+    one = dataset.sample(n + 3, SEED)
+    assert np.array_equal(one.tokens, dataset.batch([0, n + 3], SEED).tokens[1:])
+    with pytest.raises(ValueError, match="negative"):
+        dataset.indices([-1], SEED)
+
+
+def test_the_same_inputs_give_the_same_bytes(chat: Path, tokenizer: Path, packed: Path, tmp_path: Path) -> None:
+    manifest = prepare(chat, tokenizer, tmp_path, LENGTH, heldout=0.1)
+    assert manifest.digest == PackedDataset(packed).digest
+    assert sorted(os.listdir(tmp_path)) == sorted(os.listdir(packed))
+    other = prepare(chat, tokenizer, tmp_path / "other", LENGTH, heldout=0.1, seed=1)
+    assert other.digest != manifest.digest
+    assert other.counts.heldout != 0
+
+
+def test_adding_a_sample_moves_no_other_across_the_split(
+    chat: Path, tokenizer: Path, packed: Path, tmp_path: Path
+) -> None:
+    more = tmp_path / "more.jsonl"
+    more.write_bytes(b'{"prompt": "new", "completion": "sample"}\n' + chat.read_bytes())
+    prepare(more, tokenizer, tmp_path / "out", LENGTH, heldout=0.1)
+    before = documents(PackedDataset(packed), heldout=True)
+    after = documents(PackedDataset(tmp_path / "out"), heldout=True)
+    assert not before - after
+    assert (after - before).total() <= 1
+
+
+def test_a_changed_file_is_named(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    manifest = prepare(chat, tokenizer, tmp_path, LENGTH)
+    shard = tmp_path / manifest.heldout[0].file
+    good = shard.read_bytes()
+    shard.write_bytes(good[:-1] + bytes([good[-1] ^ 2]))
+    with pytest.raises(DataMismatch, match=manifest.heldout[0].file):
+        PackedDataset(tmp_path)
+    shard.write_bytes(good[:-1])
+    with pytest.raises(DataMismatch, match=rf"{manifest.heldout[0].file} has \d+ bytes, not \d+"):
+        PackedDataset(tmp_path)
+    shard.unlink()
+    with pytest.raises(DataMismatch, match=rf"{manifest.heldout[0].file} cannot be read"):
+        PackedDataset(tmp_path)
+    shard.write_bytes(good)
+    PackedDataset(tmp_path, expect=manifest.digest)
+    with pytest.raises(DataMismatch, match="but the run trains on 0000"):
+        PackedDataset(tmp_path, expect=bytes(32))
+
+
+def test_an_edited_manifest_is_refused(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    manifest = prepare(chat, tokenizer, tmp_path, LENGTH)
+    path = tmp_path / "manifest.json"
+    values = json.loads(path.read_bytes())
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataMismatch, match="edited"):
+        Manifest.read(tmp_path)
+    values["train"][0]["file"] = "../../etc/passwd"
+    path.write_text(json.dumps(values))
+    with pytest.raises(DataMismatch, match="not a manifest"):
+        Manifest.read(tmp_path)
+    path.write_bytes(manifest.to_bytes())
+    assert Manifest.read(tmp_path) == manifest
+    path.unlink()
+    with pytest.raises(DataError, match="Prepare the data into this folder first"):
+        Manifest.read(tmp_path)
+
+
+def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    records = [{"prompt": "q", "completion": "alpha " * n} for n in (2, 60, 61)]
+    records.append({"prompt": "alpha " * 60, "completion": "a"})
+    path.write_text("".join(json.dumps(r) + "\n" for r in records))
+    dropped = prepare(path, tokenizer, tmp_path / "d", 48, heldout=0).counts
+    assert (dropped.train, dropped.too_long, dropped.cut, dropped.untrained) == (1, 3, 0, 0)
+    cut = prepare(path, tokenizer, tmp_path / "c", 48, heldout=0, too_long="cut").counts
+    assert (cut.train, cut.too_long, cut.cut, cut.untrained) == (3, 0, 2, 1), (
+        "a prompt that leaves no answer trains nothing"
+    )
+    with pytest.raises(DataError, match="none of its 4 samples can be trained on"):
+        prepare(path, tokenizer, tmp_path / "n", 4)
+    with pytest.raises(DataError, match="not in"):
+        prepare(path, tokenizer, tmp_path / "n", 48, heldout=1.0)
+
+
+def test_a_small_set_still_holds_something_out(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    path.write_text("".join(json.dumps({"prompt": "q", "completion": w}) + "\n" for w in ("a", "b", "c")))
+    counts = prepare(path, tokenizer, tmp_path / "out", 48, heldout=0.0001).counts
+    assert (counts.train, counts.heldout) == (2, 1)
+
+
+def test_samples_of_a_group_stay_together(tokenizer: Path, tmp_path: Path) -> None:
+    path = tmp_path / "chat.jsonl"
+    lines = [{"prompt": f"{g} {i}", "completion": "a", "group": f"g{g}"} for g in range(40) for i in range(5)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    counts = prepare(path, tokenizer, tmp_path / "out", 48, heldout=0.2).counts
+    assert counts.heldout % 5 == 0 < counts.heldout < 200
