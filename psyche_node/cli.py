@@ -38,7 +38,9 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; 0 lets PyTorch choose.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
-    evaluate_every: Annotated[int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")] = None,
+    evaluate_every: Annotated[
+        int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
+    ] = None,
     check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
     name: Annotated[str, typer.Option(help="Name of this node in its log.")] = "node",

@@ -14,7 +14,7 @@ _NOISY = ("httpx", "httpcore", "websockets", "solanaweb3", "libp2p", "asyncio", 
 
 
 class JsonLines(logging.Formatter):
-    """One JSON object a line: ``ts`` (seconds), ``level``, ``name``, ``msg``, ``node`` and, with an exception, ``exc``."""
+    """One JSON object a line: ``ts`` (seconds), ``level``, ``name``, ``msg``, ``node`` and, if it has one, ``exc``."""
 
     def __init__(self, node: str) -> None:
         super().__init__()

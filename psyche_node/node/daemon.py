@@ -14,7 +14,7 @@ from coordinator.client import CoordinatorClient, Pulse
 from coordinator.state import Member, MemberStatus, Phase, Run
 from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
-from psyche_node.faults import Faults
+from psyche_node.faults import Fault, Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key
 from psyche_node.ipc import IpcError, Message, Ok
 from psyche_node.network.messages import Configure, GetStats, MemberEntry, PeerDown, PeerUp, Ready, SetMembers, Stats
@@ -23,11 +23,13 @@ from psyche_node.node.changes import Changes
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
+from psyche_node.node.outsider import intrude
 from psyche_node.node.processes import Child
 from psyche_node.node.roundloop import Cadence, RoundLoop
 from psyche_node.node.ticker import keep_ticking
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
+from psyche_node.terms import training_terms
 from psyche_node.training.messages import Load, Loaded, Weights, WeightsAre
 
 log = logging.getLogger(__name__)
@@ -80,11 +82,13 @@ class Node:
             for task in background:
                 task.cancel()
 
-    async def _take_part(
-        self, parts: _Parts, tasks: asyncio.TaskGroup, background: list[asyncio.Task[None]]
-    ) -> None:
+    async def _take_part(self, parts: _Parts, tasks: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> None:
         run = (await parts.view.until(lambda pulse: True)).run
         self._check_terms(run, parts.loaded)
+        if Fault.OUTSIDER in self._faults:
+            background.append(tasks.create_task(self._follow_members(parts)))
+            await intrude(parts.chain, parts.view, parts.network.endpoint, parts.store)
+            return
         member = self._member = await self._join(parts)
         background.append(tasks.create_task(self._follow_members(parts)))
         await self._get_ready(parts, member)
@@ -96,6 +100,7 @@ class Node:
             witness=witness,
             exchange=parts.exchange,
             trainer=parts.trainer.endpoint,
+            network=parts.network.endpoint,
             store=parts.store,
             journal=parts.journal,
             faults=self._faults,
@@ -152,6 +157,7 @@ class Node:
             device=config.device,
             threads=config.threads,
             micro_batch=config.micro_batch,
+            data_manifest=run.terms.data_manifest.hex(),
         )
 
     def _configure_message(self, run: str) -> Configure:
@@ -170,9 +176,24 @@ class Node:
     def _check_terms(self, run: Run, loaded: Loaded) -> None:
         terms = run.terms
         for what, here, there, fix in (
-            ("the model root", loaded.model_root, terms.model_root.hex(), f"get the run's model into {self._config.model}"),
-            ("the data manifest", loaded.data_manifest, terms.data_manifest.hex(), f"get the run's data into {self._config.data}"),
-            ("the layout digest", loaded.layout_digest, terms.layout_digest.hex(), "use the run's model and this version's optimizer"),
+            (
+                "the model root",
+                loaded.model_root,
+                terms.model_root.hex(),
+                f"get the run's model into {self._config.model}",
+            ),
+            (
+                "the data manifest",
+                loaded.data_manifest,
+                terms.data_manifest.hex(),
+                f"get the run's data into {self._config.data}",
+            ),
+            (
+                "the layout digest",
+                loaded.layout_digest,
+                terms.layout_digest.hex(),
+                "use the run's model and this version's optimizer",
+            ),
         ):
             if here != there:
                 raise ConfigError(f"{what} of this node is {here}, the run's is {there}: {fix}")
@@ -228,7 +249,10 @@ class Node:
             if members != known:
                 await parts.network.endpoint.call(SetMembers(members=members), Ok)
                 known = members
-            await parts.view.until(lambda p, seen=seen: _membership(p) != _membership(seen))
+            await self._membership_changes(parts.view, seen)
+
+    async def _membership_changes(self, view: ChainView, seen: Pulse) -> None:
+        await view.until(lambda pulse: _membership(pulse) != _membership(seen))
 
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run

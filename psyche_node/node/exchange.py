@@ -1,7 +1,7 @@
 """The updates of the rounds in flight: what is committed, what has arrived, what has been validated.
 
-A blob becomes usable here and nowhere else: its digest is the committed one (the network checks every piece), its length
-is the layout's, it decodes in the one canonical way, and it names this run, round and member.
+A blob becomes usable here and nowhere else: its digest is the committed one (the network checks every piece), its
+length is the layout's, it decodes in the one canonical way, and it names this run, round and member.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ class UpdateExchange:
         if isinstance(message, Fetched):
             self._spawn(self._validate(message.round, message.member))
         elif isinstance(message, FetchFailed):
-            log.info("update of member %d, round %d: %s; looking further", message.member, message.round, message.reason)
+            log.info(
+                "update of member %d, round %d: %s; looking further", message.member, message.round, message.reason
+            )
         elif isinstance(message, Rejected):
             self._journal.write(
                 "rejected", what=message.what, peer=message.peer, member=message.member, reason=message.reason
@@ -80,9 +82,7 @@ class UpdateExchange:
 
     async def publish(self, round_number: int, member: int, digest: bytes, length: int) -> None:
         """Announce my own update, committed on chain, whose blob is in the store."""
-        await self._network.call(
-            Publish(round=round_number, member=member, digest=digest.hex(), length=length), Ok
-        )
+        await self._network.call(Publish(round=round_number, member=member, digest=digest.hex(), length=length), Ok)
 
     def held(self, round_number: int) -> frozenset[int]:
         """Return the members whose update of the round is here and valid."""
@@ -106,8 +106,8 @@ class UpdateExchange:
         except TimeoutError:
             missing = [member for member in wanted if member not in self.held(round_number)]
             raise UpdateMissing(
-                f"round {round_number}: no peer served the update of member(s) {missing} within {timeout:.0f} s, and it "
-                "counts. Check the links to the other nodes (their addresses are in the log), then start this node again"
+                f"round {round_number}: no peer served the update of member(s) {missing} within {timeout:.0f} s, and "
+                "it counts. Check the links to the other nodes (the log has their addresses), then start this node again"
             ) from None
         paths = []
         for member in wanted:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 
-from coordinator.client import CoordinatorClient
+from coordinator.client import CoordinatorClient, Pulse
 from coordinator.state import Phase
 from psyche_node.ipc import Endpoint, Ok
 from psyche_node.network.messages import Publish, Want, WantEntry
@@ -16,12 +16,10 @@ log = logging.getLogger(__name__)
 
 
 async def intrude(chain: CoordinatorClient, view: ChainView, network: Endpoint, store: BlobStore) -> None:
-    """Every round, claim to be member 0 with made-up bytes, and ask for everybody's updates, until the run is finished."""
+    """Every round, claim to be member 0 with made-up bytes, and ask for all updates, until the run is finished."""
     seen = -1
     while True:
-        pulse = await view.until(
-            lambda p, last=seen: p.run.phase is Phase.FINISHED or (p.run.phase is Phase.ROUND_TRAIN and p.run.round > last)
-        )
+        pulse = await _next_round(view, seen)
         if pulse.run.phase is Phase.FINISHED:
             return
         seen = pulse.run.round
@@ -34,3 +32,11 @@ async def intrude(chain: CoordinatorClient, view: ChainView, network: Endpoint, 
             ]
             if wants:
                 await network.call(Want(round=record.round, wants=wants), Ok)
+
+
+async def _next_round(view: ChainView, seen: int) -> Pulse:
+    def news(pulse: Pulse) -> bool:
+        run = pulse.run
+        return run.phase is Phase.FINISHED or (run.phase is Phase.ROUND_TRAIN and run.round > seen)
+
+    return await view.until(news)

@@ -18,6 +18,7 @@ from coordinator.client import CoordinatorClient, ProgramError, Pulse
 from coordinator.state import InclusionSet, Phase, Round
 from psyche_node.faults import Faults
 from psyche_node.ipc import Endpoint, Ok
+from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
@@ -58,6 +59,7 @@ class RoundLoop:
         witness: Witness,
         exchange: UpdateExchange,
         trainer: Endpoint,
+        network: Endpoint,
         store: BlobStore,
         journal: Journal,
         faults: Faults,
@@ -68,10 +70,17 @@ class RoundLoop:
         update_timeout: float,
     ) -> None:
         self._chain, self._view, self._witness, self._exchange = chain, view, witness, exchange
-        self._trainer, self._store, self._journal, self._faults = trainer, store, journal, faults
+        self._trainer, self._network, self._store, self._journal, self._faults = (
+            trainer,
+            network,
+            store,
+            journal,
+            faults,
+        )
         self._cadence, self._run_key, self._member = cadence, run_key, member
         self._folder, self._update_timeout = folder, update_timeout
         self._applied = 0
+        self._trained = -1
         self._sent: dict[int, int] = {}
         self._checkpointed = -1
         self.train_seconds = 0.0
@@ -82,30 +91,28 @@ class RoundLoop:
 
         Raises Desynced, UpdateMissing, or what chain and processes raise when they are gone for good.
         """
-        pulse = self._view.pulse
-        trained = -1
         waiting_since = time.monotonic()
         while True:
-            pulse = await self._view.until(lambda p, last=trained: self._has_work(p, last))
-            if trained >= 0:
+            pulse = await self._view.until(self._has_work)
+            if self._trained >= 0:
                 self.wait_seconds += time.monotonic() - waiting_since
             await self._apply_final(pulse)
             run = pulse.run
-            if run.phase is Phase.ROUND_TRAIN and run.round > trained:
+            if run.phase is Phase.ROUND_TRAIN and run.round > self._trained:
                 await self._train(pulse)
-                trained = run.round
+                self._trained = run.round
             elif run.phase is Phase.COOLDOWN and run.round > self._checkpointed:
                 await self._checkpoint(run.round)
             elif run.phase is Phase.FINISHED:
                 return
             waiting_since = time.monotonic()
 
-    def _has_work(self, pulse: Pulse, trained: int) -> bool:
+    def _has_work(self, pulse: Pulse) -> bool:
         run = pulse.run
         return (
             run.phase is Phase.FINISHED
             or run.final_rounds > self._applied
-            or (run.phase is Phase.ROUND_TRAIN and run.round > trained)
+            or (run.phase is Phase.ROUND_TRAIN and run.round > self._trained)
             or (run.phase is Phase.COOLDOWN and run.round > self._checkpointed)
         )
 
@@ -187,6 +194,7 @@ class RoundLoop:
             self._journal.write("late", round=number, reason=str(error))
         else:
             await self._exchange.publish(number, self._member, digest, length)
+        stats = await self._network.call(GetStats(), Stats)
         self._journal.write(
             "trained",
             round=number,
@@ -195,6 +203,8 @@ class RoundLoop:
             started=round(started_at, 4),
             seconds=round(seconds, 4),
             update_bytes=length,
+            bytes_sent=stats.bytes_sent,
+            bytes_received=stats.bytes_received,
             fingerprint=f"{reply.fingerprint_before:016x}",
         )
         log.info(
@@ -218,8 +228,8 @@ class RoundLoop:
             record = self._witness.rounds.get(number)
         if record is None:
             raise Desynced(
-                f"round {number} is no longer on chain: this node was away for too long. Start it again with the newest "
-                "checkpoint"
+                f"round {number} is no longer on chain: this node was away for too long. Start it again with the "
+                "newest checkpoint"
             )
         return record
 

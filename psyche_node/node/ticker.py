@@ -21,7 +21,9 @@ SLOTS_PER_RANK = 4
 async def keep_ticking(chain: CoordinatorClient, view: ChainView, rank: Callable[[Pulse], int]) -> None:
     """Run until the run is finished. ``rank`` gives this node's place in the queue of tickers, 0 first."""
     while True:
-        pulse = await view.until(lambda p: p.run.phase is Phase.FINISHED or p.slot >= p.header.due_slot + _wait(p, rank))
+        pulse = await view.until(
+            lambda p: p.run.phase is Phase.FINISHED or p.slot >= p.header.due_slot + _wait(p, rank)
+        )
         if pulse.run.phase is Phase.FINISHED:
             return
         try:

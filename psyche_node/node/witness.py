@@ -20,11 +20,9 @@ class Witness:
     gone by while the whole run waits for attestations.
     """
 
-    def __init__(
-        self, chain: CoordinatorClient, view: ChainView, exchange: UpdateExchange, run_key: bytes, member: int
-    ) -> None:
+    def __init__(self, chain: CoordinatorClient, view: ChainView, exchange: UpdateExchange, member: int) -> None:
         self._chain, self._view, self._exchange = chain, view, exchange
-        self._run_key, self._member = run_key, member
+        self._member = member
         self._attested: set[int] = set()
         self.rounds: dict[int, Round] = {}
 
@@ -36,10 +34,7 @@ class Witness:
             for record in self.rounds.values():
                 await self._exchange.follow(record.round, record.commitments.values())
                 await self._attest(record)
-            await first(
-                self._view.until(lambda pulse, seen=seen: self._situation(pulse) != seen),
-                self._exchange.changes.beyond(version),
-            )
+            await first(self._different(seen), self._exchange.changes.beyond(version))
 
     async def _attest(self, record: Round) -> None:
         run = self._view.pulse.run
@@ -54,7 +49,9 @@ class Witness:
                 log.warning("round %d: attested without the updates of members %s", record.round, sorted(missing))
         except ProgramError as error:
             self._attested.add(record.round)
-            log.info("attestation of round %d came too late (%s; the run is in round %d)", record.round, error, run.round)
+            log.info(
+                "attestation of round %d came too late (%s; the run is in round %d)", record.round, error, run.round
+            )
         except ChainUnavailable as error:
             log.warning("attestation of round %d not sent, trying again: %s", record.round, error)
 
@@ -72,6 +69,9 @@ class Witness:
     def _is_late(pulse: Pulse) -> bool:
         waited = pulse.slot - pulse.run.phase_slot
         return pulse.run.phase is Phase.ROUND_WITNESS and waited * 2 >= pulse.run.limits.round_witness_time
+
+    async def _different(self, seen: tuple[object, ...]) -> None:
+        await self._view.until(lambda pulse: self._situation(pulse) != seen)
 
     def _situation(self, pulse: Pulse) -> tuple[object, ...]:
         run, header = pulse.run, pulse.header

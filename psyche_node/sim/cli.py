@@ -110,7 +110,8 @@ async def _simulate(settings: SimSettings, started: float) -> int:
     loop, task = asyncio.get_running_loop(), asyncio.create_task(run(settings, started))
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
-    return await task
+    code: int = await task
+    return code
 
 
 def main() -> None:

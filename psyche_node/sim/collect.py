@@ -66,7 +66,9 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         update_bytes=prepared.update_bytes,
         dense_bytes=dense,
         update_bytes_total=committed * prepared.update_bytes,
-        dense_bytes_total=sum(dense_allreduce_bytes(prepared.parameters, n) * n for n in (len(m) for m in record.active.values())),
+        dense_bytes_total=sum(
+            dense_allreduce_bytes(prepared.parameters, n) * n for n in (len(m) for m in record.active.values())
+        ),
         bytes_sent_total=sum(node.bytes_sent for node in nodes),
         tokens_per_second=tokens / seconds if seconds > 0 else 0.0,
         peak_memory_bytes=world.memory.peak,
@@ -228,7 +230,9 @@ def _events(world: World) -> Iterator[Event]:
     """Rejections from the journals, kills and drops, void rounds, and the warnings and errors of the nodes' logs."""
     for node in world.nodes:
         if node.killed and node.ended_at is not None:
-            yield Event(time=node.ended_at - world.started, level="warning", message=f"{node.name} was killed with SIGKILL")
+            yield Event(
+                time=node.ended_at - world.started, level="warning", message=f"{node.name} was killed with SIGKILL"
+            )
         for line in _warnings(node.process.log):
             level: Level = "error" if line["level"] in ("ERROR", "CRITICAL") else "warning"
             yield Event(time=line["ts"] - world.started, level=level, node=node.name, message=str(line["msg"])[:500])

@@ -1,32 +1,86 @@
-"""Data, tokenizer and initial model of a simulation, made in a process of its own: `python -m psyche_node.sim.prepare`.
+"""Data, tokenizer and initial model of a simulation, in a process of its own: `python -m psyche_node.sim.prepare JSON`.
 
-Its memory goes back to the machine before the nodes start. It prints one JSON line, `Prepared`.
+Its memory goes back to the machine before the nodes start. It prints one JSON line: `Prepared`.
 """
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
-from pydantic import BaseModel, ConfigDict
+import torch
 
-from psyche_node.sim.settings import SimSettings
+from optimizer.layout import Layout
+from psyche_node import log
+from psyche_node.data.errors import DataError
+from psyche_node.data.sources import build_data
+from psyche_node.exits import exit_for
+from psyche_node.sim.settings import Prepared, SimSettings
+from psyche_node.training.errors import ModelError
+from psyche_node.training.hashing import model_root
+from psyche_node.training.model import DEMO_MODEL, load_model, make_demo_model
 
 
-class Prepared(BaseModel):
-    """What the run's terms and the nodes' folders are made from."""
+def prepare(settings: SimSettings, cache: Path) -> Prepared:
+    """Make what the run's terms and the nodes' folders need. What depends on content alone is kept in ``cache``.
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    Raises DataError or ModelError, which say what to change.
+    """
+    recipe = settings.recipe
+    source = Path(settings.model) if settings.model is not None else None
+    own_tokenizer = source if source is not None and (source / "tokenizer.json").is_file() else None
+    data = build_data(
+        cache,
+        jsonl=settings.data,
+        tokenizer=own_tokenizer,
+        vocabulary=recipe.vocabulary,
+        sequence_length=recipe.sequence_length,
+        seed=settings.seed,
+    )
+    folder = settings.out / "initial-model"
+    parameters = make_demo_model(DEMO_MODEL if source is None else source, data.tokenizer, folder, settings.seed)
+    model, _ = load_model(folder, torch.device("cpu"))
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    layout = Layout.build(shapes, recipe.topk)
+    return Prepared(
+        model=folder,
+        data=data.packed,
+        model_root=model_root(model).hex(),
+        layout_digest=layout.digest.hex(),
+        data_manifest=data.manifest.digest.hex(),
+        samples=data.manifest.sequences,
+        sequence_length=recipe.sequence_length,
+        update_bytes=layout.update_bytes,
+        parameters=parameters,
+        unigram_entropy=data.manifest.unigram_entropy,
+        model_source=_short(settings.model or "demo"),
+        data_source=_short(str(settings.data or "Python standard library documentation")),
+    )
 
-    model: Path
-    data: Path
-    model_root: str
-    layout_digest: str
-    data_manifest: str
-    samples: int
-    sequence_length: int
-    update_bytes: int
-    parameters: int
-    unigram_entropy: float
-    model_source: str
-    data_source: str
+
+def cache_folder() -> Path:
+    """Where built data is kept between runs, by content: XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "psyche-node"
+
+
+def _short(text: str) -> str:
+    """The end of ``text`` that fits the 64 bytes which the run's terms have for it."""
+    return text.encode()[-64:].decode(errors="ignore")
+
+
+def main() -> int:
+    log.configure("prepare")
+    settings = SimSettings.model_validate_json(sys.argv[1])
+    try:
+        prepared = prepare(settings, cache_folder())
+    except (DataError, ModelError, OSError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return exit_for(error)
+    print(prepared.model_dump_json())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -81,7 +81,7 @@ class MemoryWatch:
     """Samples the resident memory of this process and of the process trees it is told to watch."""
 
     def __init__(self) -> None:
-        self.peak = 0
+        self.peak = self.now = 0
         self.peaks: dict[str, int] = {}
         self._roots: dict[str, int] = {}
 
@@ -99,7 +99,7 @@ class MemoryWatch:
                 continue
             self.peaks[name] = max(self.peaks.get(name, 0), tree)
             total += tree
-        self.peak = max(self.peak, total)
+        self.now, self.peak = total, max(self.peak, total)
 
 
 def _resident(process: psutil.Process) -> int:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from coordinator.state import Limits
+from coordinator.state import Limits, Terms, float_bits
 from psyche_node.faults import Fault
+from psyche_node.training.schedule import Schedule
 
 
 class Kill(BaseModel):
@@ -44,6 +45,10 @@ class Recipe(BaseModel):
     """Step of each weight at the peak of the schedule."""
     final_learning_rate: float = Field(default=1e-4, gt=0)
     """Step at the end of the schedule."""
+    schedule: Literal["constant", "linear", "cosine"] = "linear"
+    """How the learning rate falls after the warm-up."""
+    vocabulary: int = Field(default=2048, ge=300)
+    """Tokens of the tokenizer that is trained on the data when the model brings none."""
     warmup_rounds: int = Field(default=8, ge=0)
     """Rounds in which the learning rate rises."""
     decay: float = Field(default=0.95, gt=0, lt=1)
@@ -56,6 +61,28 @@ class Recipe(BaseModel):
     """1: updates travel while the next round is trained. 0: each round waits for its own."""
     lookahead: bool = True
     """Train on the weights that the own momentum predicts."""
+
+
+class Prepared(BaseModel):
+    """Data, tokenizer and initial model, ready to be copied into the nodes' folders (psyche_node.sim.prepare)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: Path
+    """Hugging Face folder of the initial weights, with the tokenizer."""
+    data: Path
+    """Prepared data folder."""
+    model_root: str
+    layout_digest: str
+    data_manifest: str
+    samples: int
+    """Packed training sequences."""
+    sequence_length: int
+    update_bytes: int
+    parameters: int
+    unigram_entropy: float
+    model_source: str
+    data_source: str
 
 
 class SimSettings(BaseModel):
@@ -102,8 +129,10 @@ class SimSettings(BaseModel):
     def _kills_exist(self) -> Self:
         for kill in self.kills:
             if kill.node >= self.nodes or kill.round >= self.rounds:
-                raise ValueError(f"cannot kill node {kill.node} in round {kill.round}: there are {self.nodes} nodes "
-                                 f"(from 0) and {self.rounds} rounds")
+                raise ValueError(
+                    f"cannot kill node {kill.node} in round {kill.round}: there are {self.nodes} nodes "
+                    f"(from 0) and {self.rounds} rounds"
+                )
         return self
 
     def claim_out(self) -> None:
@@ -111,6 +140,31 @@ class SimSettings(BaseModel):
         if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
             raise FileExistsError(f"{self.out} exists and is not empty; name a new folder with --out")
         self.out.mkdir(parents=True, exist_ok=True)
+
+    def terms(self, prepared: Prepared) -> Terms:
+        """The run's terms of training on chain."""
+        recipe = self.recipe
+        return Terms(
+            model_root=bytes.fromhex(prepared.model_root),
+            layout_digest=bytes.fromhex(prepared.layout_digest),
+            data_manifest=bytes.fromhex(prepared.data_manifest),
+            samples=prepared.samples,
+            sequence_length=prepared.sequence_length,
+            update_bytes=prepared.update_bytes,
+            topk=recipe.topk,
+            lookahead=recipe.lookahead,
+            clip_votes=True,
+            schedule=Schedule[recipe.schedule.upper()],
+            warmup_rounds=recipe.warmup_rounds,
+            decay_rounds=0,
+            decay_bits=float_bits(recipe.decay),
+            peak_lr_bits=float_bits(recipe.learning_rate),
+            final_lr_bits=float_bits(recipe.final_learning_rate),
+            weight_decay_bits=float_bits(recipe.weight_decay),
+            clip_norm_bits=float_bits(recipe.clip_norm),
+            model_source=prepared.model_source,
+            data_source=prepared.data_source,
+        )
 
     def threads_of(self, index: int) -> int:
         """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""

@@ -18,15 +18,14 @@ from typing import Any
 
 from coordinator.client import CoordinatorClient, Pulse
 from coordinator.deploy import deploy, program_bytes
-from coordinator.instructions import create_run_instructions, run_addresses
+from coordinator.instructions import run_addresses
 from coordinator.state import Member, Phase, Round
 from coordinator.wallet import load_or_create_keypair
 from psyche_node.faults import Fault
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.journal import JournalReader
-from psyche_node.sim.prepare import Prepared
 from psyche_node.sim.processes import Managed, MemoryWatch
-from psyche_node.sim.settings import SimSettings
+from psyche_node.sim.settings import Prepared, SimSettings
 
 LAMPORTS_PER_SOL = 1_000_000_000
 NODE_FUNDS = 10 * LAMPORTS_PER_SOL
@@ -74,6 +73,7 @@ class ChainRecord:
     included: dict[int, frozenset[int] | None] = field(default_factory=dict)
     committed: dict[int, frozenset[int]] = field(default_factory=dict)
     active: dict[int, frozenset[int]] = field(default_factory=dict)
+    positions: dict[int, list[int]] = field(default_factory=dict)
     finished_at: float | None = None
     pulse: Pulse | None = None
     members: tuple[Member, ...] = ()
@@ -88,6 +88,9 @@ class ChainRecord:
         for inclusion in pulse.run.inclusion:
             self.included[inclusion.round] = None if inclusion.void else inclusion.members
         for record in rounds:
+            self.positions[record.round] = [
+                position for start, count in record.ranges for position in range(start, start + count)
+            ]
             self.committed[record.round] = frozenset(record.commitments)
             self.active[record.round] = record.active
 
@@ -104,7 +107,6 @@ class World:
         self.prepared: Prepared
         self.chain: CoordinatorClient
         self.rpc = ""
-        self.spent_before = 0
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
@@ -128,7 +130,9 @@ class World:
 
     async def _prepare(self) -> Prepared:
         arguments = [self.settings.model_dump_json()]
-        process = Managed("preparation", "psyche_node.sim.prepare", arguments, self.settings.out / "logs" / "prepare.log", pipe=True)
+        process = Managed(
+            "preparation", "psyche_node.sim.prepare", arguments, self.settings.out / "logs" / "prepare.log", pipe=True
+        )
         try:
             return Prepared.model_validate_json(await process.first_line(PREPARE_TIMEOUT))
         finally:
@@ -147,15 +151,7 @@ class World:
 
     async def _create_run(self) -> None:
         settings, prepared = self.settings, self.prepared
-        instructions = create_run_instructions(
-            self.chain.program_id,
-            self.owner.pubkey(),
-            self.run_id,
-            settings.limits(),
-            settings.terms(prepared),
-            self.chain.rent_exempt,
-        )
-        await self.chain.send(*instructions)
+        await self.chain.create_run(self.run_id, settings.limits(), settings.terms(prepared))
 
     async def _start_node(self, index: int) -> SimNode:
         settings, prepared = self.settings, self.prepared
@@ -224,6 +220,12 @@ class World:
             watcher.cancel()
             await asyncio.gather(watcher, return_exceptions=True)
 
+    async def stop_nodes(self) -> None:
+        """SIGTERM every node, wait for all of them, and read the last of their journals."""
+        await asyncio.gather(*(node.process.stop() for node in self.nodes))
+        for node in self.nodes:
+            node.lines += node.journal.read()
+
     def _look(self, on_change: Callable[[], None]) -> None:
         """Read the journals, carry out the kills that are due, and measure memory."""
         for node in self.nodes:
@@ -233,7 +235,12 @@ class World:
         pulse = self.record.pulse
         for kill in self.settings.kills:
             node = self.nodes[kill.node]
-            if pulse is not None and pulse.run.phase is Phase.ROUND_TRAIN and pulse.run.round >= kill.round and not node.killed:
+            if (
+                pulse is not None
+                and pulse.run.phase is Phase.ROUND_TRAIN
+                and pulse.run.round >= kill.round
+                and not node.killed
+            ):
                 node.killed = True
                 node.process.kill()
         self.memory.sample()
@@ -245,10 +252,14 @@ class World:
             if before is not None and before.run == pulse.run and before.header.committed == pulse.header.committed:
                 self.record.pulse = pulse
                 continue
-            self.record.see(pulse, await self.chain.rounds(), await self.chain.members())
+            rounds, members = await asyncio.gather(self.chain.rounds(), self.chain.members())
+            self.record.see(pulse, rounds, members)
 
     def _why(self) -> str:
-        parts = [f"{node.name} (exit status {node.process.process.returncode}): {node.process.log}\n{node.process.tail()}" for node in self.nodes]
+        parts = [
+            f"{node.name} (exit status {node.process.process.returncode}): {node.process.log}\n{node.process.tail()}"
+            for node in self.nodes
+        ]
         return "every honest node has ended before the run was finished.\n" + "\n".join(parts)
 
 

@@ -1,0 +1,194 @@
+"""One simulation from start to report."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+
+from coordinator.state import Member, MemberStatus, Phase
+from psyche_node.exits import Exit, exit_for
+from psyche_node.sim.baseline import BaselineRequest
+from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.processes import Managed
+from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay, print_summary
+from psyche_node.sim.report import write_report
+from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
+from psyche_node.sim.settings import SimSettings
+from psyche_node.sim.world import SimNode, SimulationFailed, World
+from psyche_node.terms import training_terms
+
+BASELINE_TIMEOUT = 3600.0
+
+
+async def run(settings: SimSettings, started: float) -> Exit:
+    """Simulate, write the report, print the summary. Cancel to stop early: what was trained is still reported."""
+    console = Console(highlight=False)
+    try:
+        settings.claim_out()
+        world = World(settings, started)
+        async with world.up():
+            result = await _train(world, console)
+            html = write_report(result, settings.out)[1]
+            _point_latest(settings.out)
+            print_summary(result, report=str(html), console=console)
+            if settings.hold and result.outcome == "finished":
+                console.print(
+                    f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}"
+                )
+                await asyncio.Event().wait()
+    except asyncio.CancelledError:
+        console.print("psyche-sim: stopped; no process is left behind")
+        return Exit.INTERRUPTED
+    except Exception as error:
+        console.print(f"[red]psyche-sim: {escape(str(error))}[/red]")
+        console.print(f"Logs: {settings.out / 'logs'}")
+        return exit_for(error)
+    if result.outcome == "interrupted":
+        return Exit.INTERRUPTED
+    if result.outcome == "failed":
+        return Exit.SIMULATION
+    return Exit.OK if result.replicas_identical else Exit.REPLICAS_DIFFER
+
+
+async def _train(world: World, console: Console) -> RunResult:
+    """Follow the run to its end, or to Ctrl-C, and return what there is to tell."""
+    baseline: Baseline | None = None
+    outcome: Outcome = "finished"
+    with ProgressDisplay(console) as display:
+        display.log(f"ledger {world.rpc}, run {world.addresses.run}")
+        try:
+            await world.follow(lambda: display.update(snapshot(world)))
+        except asyncio.CancelledError:
+            outcome = "interrupted"
+            _be_able_to_wait_again()
+        except SimulationFailed as error:
+            outcome = "failed"
+            display.log(str(error), "error")
+        display.update(snapshot(world, stage="stopping the nodes"))
+        ledger = await ledger_result(world)
+        await world.stop_nodes()
+        _keep_model(world)
+        if world.settings.baseline and outcome == "finished":
+            display.update(snapshot(world, stage="comparing with AdamW on the same tokens, in one process"))
+            baseline = await _baseline(world)
+    return collect(world, outcome, ledger, baseline)
+
+
+def snapshot(world: World, stage: str = "") -> Progress:
+    """Return what the display shows, from the chain and the nodes' journals."""
+    settings, prepared, pulse = world.settings, world.prepared, world.record.pulse
+    members = {str(member.wallet): member for member in world.record.members}
+    trained = [line for node in world.nodes for line in node.all("trained")]
+    newest = max((int(line["round"]) for line in trained), default=-1)
+    last = [line for line in trained if int(line["round"]) == newest]
+    tokens = sum(int(line["tokens"]) for line in trained)
+    since = min((line["started"] for line in trained), default=0.0)
+    until = max((line["started"] + line["seconds"] for line in trained), default=0.0)
+    evaluated = [line for node in world.nodes for line in node.all("evaluated")]
+    sent = [node.last("finished") or node.last("trained") or {} for node in world.nodes]
+    honest = settings.nodes
+    rounds_done = newest + 1
+    return Progress(
+        stage=stage or ("training" if trained else "starting the nodes"),
+        round=0 if pulse is None else pulse.run.final_rounds if pulse.run.phase is Phase.FINISHED else pulse.run.round,
+        rounds=settings.rounds,
+        phase="" if pulse is None else "".join(word.capitalize() for word in pulse.run.phase.name.split("_")),
+        loss=_weighted(last),
+        heldout=max(evaluated, key=lambda line: line["time"])["heldout_loss"] if evaluated else None,
+        entropy=prepared.unigram_entropy,
+        tokens_per_second=tokens / (until - since) if until > since else 0.0,
+        bytes_sent=sum(int(line.get("bytes_sent", 0)) for line in sent),
+        bytes_received=sum(int(line.get("bytes_received", 0)) for line in sent),
+        dense_bytes=rounds_done * honest * dense_allreduce_bytes(prepared.parameters, honest),
+        memory_bytes=world.memory.now,
+        members=tuple(_member_progress(node, members.get(node.wallet)) for node in world.nodes),
+    )
+
+
+def _weighted(lines: list[dict[str, Any]]) -> float | None:
+    tokens = sum(int(line["tokens"]) for line in lines)
+    return sum(line["loss"] * line["tokens"] for line in lines) / tokens if tokens else None
+
+
+def _member_progress(node: SimNode, member: Member | None) -> MemberProgress:
+    trained = node.last("trained") or {}
+    traffic = node.last("finished") or trained
+    return MemberProgress(
+        name=node.name,
+        status=_status(node, member),
+        fault=node.fault,
+        included=0 if member is None else member.updates_included,
+        rounds=len(node.all("trained")),
+        loss=trained.get("loss"),
+        bytes_sent=int(traffic.get("bytes_sent", 0)),
+        bytes_received=int(traffic.get("bytes_received", 0)),
+    )
+
+
+def _status(node: SimNode, member: Member | None) -> str:
+    if node.killed:
+        return "killed"
+    if node.last("finished") is not None:
+        return "finished"
+    if not node.process.running:
+        return "failed"
+    if member is None:
+        return "starting" if node.last("started") is None else "joining"
+    if member.status is MemberStatus.ACTIVE:
+        return str(node.lines[-1]["kind"]).replace("applied", "training").replace("trained", "committed")
+    return member.status.name.lower()
+
+
+async def _baseline(world: World) -> Baseline:
+    """Train the same model on the same positions with AdamW. Raises SimulationFailed."""
+    settings, prepared = world.settings, world.prepared
+    assert world.record.pulse is not None, "the run is finished, so its state was seen"
+    request = BaselineRequest(
+        model=prepared.model,
+        data=prepared.data,
+        terms=training_terms(world.record.pulse.run),
+        rounds=[world.record.positions[number] for number in sorted(world.record.positions)],
+        evaluate_every=settings.evaluate_every or settings.rounds,
+        device=settings.device,
+        threads=os.cpu_count() or 1,
+    )
+    file = settings.out / "baseline-request.json"
+    file.write_text(request.model_dump_json())
+    process = Managed(
+        "AdamW baseline", "psyche_node.sim.baseline", [str(file)], settings.out / "logs" / "baseline.log", pipe=True
+    )
+    try:
+        return Baseline.model_validate_json(await process.first_line(BASELINE_TIMEOUT))
+    except RuntimeError as error:
+        raise SimulationFailed(str(error)) from error
+    finally:
+        await process.stop()
+
+
+def _keep_model(world: World) -> None:
+    """Copy the final model of the first honest node that has one to OUT/model."""
+    for node in world.nodes:
+        if node.fault is None and (saved := node.last("checkpoint")) is not None:
+            shutil.copytree(str(saved["folder"]), world.settings.out / "model")
+            return
+
+
+def _point_latest(out: Path) -> None:
+    """Make ``latest`` beside the output folder point to it, if that is a place where runs are kept."""
+    link = out.parent / "latest"
+    if out.parent.name == "runs" and (link.is_symlink() or not link.exists()):
+        link.unlink(missing_ok=True)
+        link.symlink_to(out.name)
+
+
+def _be_able_to_wait_again() -> None:
+    """Take the cancellation as noticed: what follows is the orderly end."""
+    task = asyncio.current_task()
+    if task is not None:
+        task.uncancel()
