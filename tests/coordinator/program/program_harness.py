@@ -162,9 +162,10 @@ class Chain:
         return Outcome(code, None if code is not None else text, units, tuple(result.meta().logs()))
 
 
-def deploy(chain: Chain, program: bytes) -> Pubkey:
+def deploy(chain: Chain, program: bytes, key_seed: int = 9) -> Pubkey:
     """The loader's own path: buffer, writes of at most 900 bytes, deploy with its strict verification."""
-    buffer, key = Keypair.from_seed(b"\x08" * 32).pubkey(), Keypair.from_seed(b"\x09" * 32).pubkey()
+    buffer_pair, key_pair = (Keypair.from_seed(bytes([seed]) * 32) for seed in (key_seed + 100, key_seed))
+    buffer, key = buffer_pair.pubkey(), key_pair.pubkey()
     payer = chain.payer.pubkey()
     rent = chain.svm.minimum_balance_for_rent_exemption
     space = 37 + len(program)
@@ -178,7 +179,7 @@ def deploy(chain: Chain, program: bytes) -> Pubkey:
         )
 
     initialize = loader(struct.pack("<I", 0), (buffer, False, True), (payer, False, False))
-    outcomes = [chain.send([create(buffer, space), initialize])]
+    outcomes = [chain.send([create(buffer, space), initialize], [buffer_pair])]
     for at in range(0, len(program), WRITE_CHUNK):
         chunk = program[at : at + WRITE_CHUNK]
         data = struct.pack("<IIQ", 1, at, len(chunk)) + chunk
@@ -195,7 +196,7 @@ def deploy(chain: Chain, program: bytes) -> Pubkey:
         (SYSTEM, False, False),
         (payer, True, False),
     )
-    outcomes.append(chain.send([create(key, 36), deploy_now]))
+    outcomes.append(chain.send([create(key, 36), deploy_now], [key_pair]))
     failed = [outcome for outcome in outcomes if not outcome.ok]
     if failed:
         raise AssertionError(f"deploy failed: {failed[0]}")

@@ -1,0 +1,463 @@
+"""Every error number of the program is reached, by the instruction that should give it, and leaves every account as it was."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import pytest
+from program_harness import LIMITS, TERMS, Chain, Outcome, RunDriver
+from solders.account import Account
+from solders.instruction import AccountMeta, Instruction
+from solders.keypair import Keypair
+from solders.pubkey import Pubkey
+
+from coordinator import instructions as ix
+from coordinator import layout
+from coordinator.addresses import run_addresses, run_seeds
+from coordinator.errors import ErrorCode
+from coordinator.state import MemberStatus, Terms
+
+E = ErrorCode
+REACHED: set[ErrorCode] = set()
+
+
+@pytest.fixture(scope="module")
+def chain() -> Chain:
+    return Chain()
+
+
+class Names:
+    """Distinct run ids on the shared chain."""
+
+    count = 0
+
+    @classmethod
+    def fresh(cls) -> str:
+        cls.count += 1
+        return f"run-{cls.count}"
+
+
+def new_run(chain: Chain, **limits: int) -> RunDriver:
+    return RunDriver(chain, Names.fresh(), **limits)
+
+
+def waiting(chain: Chain) -> RunDriver:
+    run = new_run(chain)
+    run.must(run.create())
+    for member in range(3):
+        run.must(run.join(member))
+    return run
+
+
+def training(chain: Chain, **limits: int) -> RunDriver:
+    run = new_run(chain, **limits)
+    run.start()
+    return run
+
+
+def refused(run: RunDriver, code: ErrorCode, act: Callable[[], Outcome]) -> None:
+    before = run.snapshot()
+    outcome = act()
+    assert outcome.code == code, f"expected {code.name}, got {outcome}"
+    assert run.snapshot() == before
+    REACHED.add(code)
+
+
+def changed(
+    instruction: Instruction, *, data: bytes | None = None, accounts: list[AccountMeta] | None = None
+) -> Instruction:
+    return Instruction(
+        instruction.program_id,
+        instruction.data if data is None else data,
+        instruction.accounts if accounts is None else accounts,
+    )
+
+
+def with_meta(instruction: Instruction, index: int, **flags: object) -> Instruction:
+    metas = instruction.accounts
+    old = metas[index]
+    metas[index] = AccountMeta(
+        flags.get("pubkey", old.pubkey),  # type: ignore[arg-type]
+        bool(flags.get("signer", old.is_signer)),
+        bool(flags.get("writable", old.is_writable)),
+    )
+    return changed(instruction, accounts=metas)
+
+
+def every_instruction(run: RunDriver) -> dict[str, Instruction]:
+    a, p, w = run.addresses, run.chain.program, run.wallet(0)
+    return {
+        "join": ix.join(a, p, run.wallet(50), run.node(50)),
+        "ready": ix.ready(a, p, w, bytes(32)),
+        "commit": ix.commit(a, p, w, 0, bytes(32), 5000, 1, 1),
+        "attest": ix.attest(a, p, w, 0, [0]),
+        "tick": ix.tick(a, p, w),
+        "checkpoint": ix.checkpoint(a, p, w, 0, bytes(32)),
+        "leave": ix.leave(a, p, w),
+    }
+
+
+def test_instruction_data(chain: Chain) -> None:
+    run = training(chain)
+    for name, instruction in every_instruction(run).items():
+        send = chain.send
+        longer = changed(instruction, data=instruction.data + b"\0")
+        shorter = changed(instruction, data=instruction.data[:-1])
+        refused(run, E.BAD_INSTRUCTION_DATA, lambda i=longer: send(i))
+        refused(run, E.BAD_INSTRUCTION_DATA, lambda i=shorter: send(i))
+        unknown = changed(instruction, data=b"\xff" + instruction.data[1:])
+        refused(run, E.UNKNOWN_INSTRUCTION, lambda i=unknown: send(i))
+        if name in ("commit", "attest", "checkpoint"):
+            reserved = changed(instruction, data=instruction.data[:12] + b"\1" + instruction.data[13:])
+            refused(run, E.BAD_INSTRUCTION_DATA, lambda i=reserved: send(i))
+    refused(run, E.BAD_INSTRUCTION_DATA, lambda: chain.send(Instruction(chain.program, b"", [])))
+
+
+@pytest.mark.parametrize("name", ["join", "ready", "commit", "attest", "tick", "checkpoint", "leave"])
+def test_accounts(chain: Chain, name: str) -> None:
+    run, other = training(chain), training(chain)
+    instruction = every_instruction(run)[name]
+    signers = 2 if name == "join" else 1
+    send = chain.send
+    refused(run, E.MISSING_ACCOUNTS, lambda: send(changed(instruction, accounts=instruction.accounts[:-1])))
+    refused(run, E.MISSING_ACCOUNTS, lambda: send(changed(instruction, accounts=[])))
+    for index in range(signers):
+        refused(run, E.MISSING_SIGNER, lambda i=index: send(with_meta(instruction, i, signer=False)))
+    for index, field in enumerate(("run", "members", "rounds"), start=signers):
+        foreign = getattr(other.addresses, field)
+        refused(run, E.ACCOUNT_MISMATCH, lambda i=index, f=foreign: send(with_meta(instruction, i, pubkey=f)))
+        stranger = run.wallet(0)
+        refused(run, E.WRONG_ACCOUNT_OWNER, lambda i=index, s=stranger: send(with_meta(instruction, i, pubkey=s)))
+        wrong_kind = run.addresses.members if field != "members" else run.addresses.rounds
+        refused(run, E.WRONG_ACCOUNT_SIZE, lambda i=index, k=wrong_kind: send(with_meta(instruction, i, pubkey=k)))
+        if instruction.accounts[index].is_writable:
+            refused(run, E.ACCOUNT_NOT_WRITABLE, lambda i=index: send(with_meta(instruction, i, writable=False)))
+        address = getattr(run.addresses, field)
+        for offset, size, code in ((0, 8, E.WRONG_ACCOUNT_TYPE), (8, 4, E.WRONG_ACCOUNT_VERSION)):
+            good = run.data(address)[offset : offset + size]
+            run.patch(address, offset, bytes([good[0] ^ 1]) + good[1:])
+            refused(run, code, lambda: send(instruction))
+            run.patch(address, offset, good)
+
+
+def test_links_stored_in_the_tables_are_checked(chain: Chain) -> None:
+    run = training(chain)
+    for address, offset in ((run.addresses.members, 16), (run.addresses.rounds, 16)):
+        good = run.data(address)[offset : offset + 32]
+        run.patch(address, offset, bytes(32))
+        refused(run, E.ACCOUNT_MISMATCH, lambda: run.commit(0))
+        run.patch(address, offset, good)
+    run.must(run.commit(0))
+
+
+@pytest.mark.parametrize(
+    ("change", "code"),
+    [
+        ({"min_members": 0}, E.BAD_MEMBER_LIMITS),
+        ({"min_members": 5}, E.BAD_MEMBER_LIMITS),
+        ({"max_members": 3}, E.BAD_MEMBER_LIMITS),
+        ({"max_members": 257}, E.BAD_MEMBER_LIMITS),
+        ({"witnesses": 4}, E.BAD_WITNESSES),
+        ({"witnesses": 33, "min_members": 40, "init_min_members": 40}, E.BAD_WITNESSES),
+        ({"overlap": 2}, E.BAD_OVERLAP),
+        ({"max_missed": 0}, E.BAD_MAX_MISSED),
+        ({"max_missed": 256}, E.BAD_MAX_MISSED),
+        ({"warmup_time": 0}, E.BAD_TIMES),
+        ({"max_round_train_time": 0}, E.BAD_TIMES),
+        ({"round_witness_time": 0}, E.BAD_TIMES),
+        ({"cooldown_time": 0}, E.BAD_TIMES),
+        ({"adaptive_grace": 1001}, E.BAD_TIMES),
+        ({"batch": 2}, E.BAD_BATCH),
+        ({"batch": 2**24 + 1}, E.BAD_BATCH),
+        ({"rounds_per_epoch": 0}, E.BAD_ROUNDS),
+        ({"total_rounds": 0}, E.BAD_ROUNDS),
+        ({"total_rounds": 2**31}, E.BAD_ROUNDS),
+    ],
+)
+def test_limits(chain: Chain, change: dict[str, int], code: ErrorCode) -> None:
+    run = RunDriver(chain, "limits", **change)
+    assert run.create().code == code
+    assert chain.svm.get_account(run.addresses.run) is None
+    REACHED.add(code)
+
+
+@pytest.mark.parametrize(
+    ("terms", "code"),
+    [
+        (replace(TERMS, samples=0), E.BAD_DATA_TERMS),
+        (replace(TERMS, sequence_length=0), E.BAD_DATA_TERMS),
+        (replace(TERMS, sequence_length=2**24 + 1), E.BAD_DATA_TERMS),
+        (replace(TERMS, update_bytes=0), E.BAD_UPDATE_TERMS),
+        (replace(TERMS, update_bytes=2**40 + 1), E.BAD_UPDATE_TERMS),
+        (replace(TERMS, topk=0), E.BAD_UPDATE_TERMS),
+        (replace(TERMS, topk=2**16 + 1), E.BAD_UPDATE_TERMS),
+        (replace(TERMS, schedule=4), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, decay_bits=0x3F800000), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, peak_lr_bits=0), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, peak_lr_bits=0x7F800000), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, final_lr_bits=0x80000001), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, weight_decay_bits=0x7FC00000), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, clip_norm_bits=0xFF800000), E.BAD_OPTIMIZER_TERMS),
+    ],
+)
+def test_terms(chain: Chain, terms: Terms, code: ErrorCode) -> None:
+    run = RunDriver(chain, "terms", terms)
+    assert run.create().code == code
+    REACHED.add(code)
+
+
+def init_with(chain: Chain, run: RunDriver, offset: int, new: bytes) -> Outcome:
+    """The creating transaction with some bytes of init_run's data (behind the mark) replaced."""
+    rent = chain.svm.minimum_balance_for_rent_exemption
+    *created, init = ix.create_run_instructions(
+        chain.program, run.owner, run.run_id, run.limits, run.terms, rent, chain.payer.pubkey()
+    )
+    data = bytearray(init.data)
+    data[8 + offset : 8 + offset + len(new)] = new
+    return chain.send([*created, changed(init, data=bytes(data))])
+
+
+@pytest.mark.parametrize(
+    ("offset", "new", "code"),
+    [
+        (0, b"\0", E.BAD_RUN_ID),
+        (31, b"x", E.BAD_RUN_ID),
+        (32, b"\0", E.BAD_RUN_ID),
+        (32, b"\x21", E.BAD_RUN_ID),
+        (32, b"\x05", E.BAD_RUN_ID),
+        (33, b"\1", E.BAD_INSTRUCTION_DATA),
+        (40 + layout.LIMITS.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
+        (104 + layout.TERMS.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
+        (104 + layout.TERMS.offsets["lookahead"], b"\2", E.BAD_OPTIMIZER_TERMS),
+        (104 + layout.TERMS.offsets["clip_votes"], b"\2", E.BAD_OPTIMIZER_TERMS),
+        (104 + layout.TERMS.offsets["model_source"] + 63, b"x", E.BAD_SOURCE),
+        (104 + layout.TERMS.offsets["data_source"] + 20, b"x", E.BAD_SOURCE),
+        (0, b"another", E.WRONG_ADDRESS),
+    ],
+)
+def test_init_data(chain: Chain, offset: int, new: bytes, code: ErrorCode) -> None:
+    run = RunDriver(chain, "init-data"[:7])
+    assert init_with(chain, run, offset, new).code == code
+    REACHED.add(code)
+
+
+def test_init_accounts(chain: Chain) -> None:
+    run = new_run(chain)
+    rent = chain.svm.minimum_balance_for_rent_exemption
+    *created, init = ix.create_run_instructions(
+        chain.program, run.owner, run.run_id, run.limits, run.terms, rent, chain.payer.pubkey()
+    )
+    assert chain.send(init).code == E.WRONG_ACCOUNT_OWNER, "the accounts must exist and be the program's"
+    assert chain.send([*created, changed(init, accounts=init.accounts[:3])]).code == E.MISSING_ACCOUNTS
+    for index in (1, 2, 3):
+        assert chain.send([*created[: index - 1], *created[index:], init]).code == E.WRONG_ACCOUNT_OWNER
+    swapped = [init.accounts[0], init.accounts[2], init.accounts[1], init.accounts[3]]
+    assert chain.send([*created, changed(init, accounts=swapped)]).code == E.WRONG_ACCOUNT_SIZE
+    run.must(chain.send([*created, init]))
+    refused(run, E.ALREADY_INITIALIZED, lambda: chain.send(init))
+    # another owner cannot pass this owner's accounts off as its own
+    thief = new_run(chain)
+    for address, size in zip(
+        (thief.addresses.run, thief.addresses.members, thief.addresses.rounds),
+        (layout.RUN_SIZE, layout.MEMBERS_SIZE, layout.ROUNDS_SIZE),
+        strict=True,
+    ):
+        chain.svm.set_account(address, Account(rent(size), bytes(size), chain.program, False, 0))
+    genuine = ix.init_run(chain.program, thief.owner, thief.run_id, thief.limits, thief.terms)
+    refused(thief, E.MISSING_SIGNER, lambda: chain.send(with_meta(genuine, 0, signer=False)))
+    refused(thief, E.WRONG_ADDRESS, lambda: chain.send(with_meta(genuine, 0, pubkey=thief.wallet(3))))
+    for index in (1, 2, 3):
+        refused(thief, E.ACCOUNT_NOT_WRITABLE, lambda i=index: chain.send(with_meta(genuine, i, writable=False)))
+    thief.must(chain.send(genuine))
+
+
+def test_the_runtime_refuses_accounts_that_are_not_rent_exempt(chain: Chain) -> None:
+    run = new_run(chain)
+    full = chain.svm.minimum_balance_for_rent_exemption
+    short = ix.create_run_instructions(
+        chain.program, run.owner, run.run_id, run.limits, run.terms, lambda s: full(s) - 1, chain.payer.pubkey()
+    )
+    outcome = chain.send(short)
+    assert not outcome.ok
+    assert "InsufficientFundsForRent" in str(outcome.other)
+
+
+def test_builders_refuse_what_does_not_fit() -> None:
+    program, owner = Pubkey.new_unique(), Pubkey.new_unique()
+    addresses = run_addresses(program, owner, "x")
+    with pytest.raises(ValueError, match="1 to 32"):
+        run_seeds("x" * 33)
+    with pytest.raises(ValueError, match="1 to 32"):
+        run_seeds("")
+    with pytest.raises(ValueError, match="32"):
+        ix.ready(addresses, program, owner, b"short")
+    with pytest.raises(ValueError, match="slot 256"):
+        ix.attest(addresses, program, owner, 0, [256])
+    with pytest.raises(ValueError, match="commit"):
+        ix.commit(addresses, program, owner, 0, bytes(32), 2**64, 0, 0)
+    with pytest.raises(ValueError, match=r"terms\.model_source"):
+        ix.init_run(program, owner, "x", LIMITS, replace(TERMS, model_source="x" * 65))
+    with pytest.raises(ValueError, match=r"limits\.batch"):
+        ix.init_run(program, owner, "x", replace(LIMITS, batch=-1), TERMS)
+    with pytest.raises(ValueError, match=r"terms\.samples"):
+        ix.init_run(program, owner, "x", LIMITS, replace(TERMS, samples=2**64))
+
+
+def test_join(chain: Chain) -> None:
+    run = waiting(chain)
+    refused(run, E.ALREADY_A_MEMBER, lambda: run.join(1))
+    refused(run, E.NODE_KEY_IN_USE, lambda: run.join(9, node=1))
+    refused(run, E.BAD_SHARE, lambda: run.join(9, share=0))
+    refused(run, E.BAD_SHARE, lambda: run.join(9, share=1_000_001))
+    run.patch(run.addresses.run, layout.RUN.offsets["join_authority"], b"\1" * 32)
+    refused(run, E.NOT_PERMISSIONLESS, lambda: run.join(9))
+    run.patch(run.addresses.run, layout.RUN.offsets["join_authority"], bytes(32))
+    status = layout.MEMBERS.offsets["member"] + 2 * layout.MEMBER.size + layout.MEMBER.offsets["status"]
+    run.patch(run.addresses.members, status, bytes([MemberStatus.EJECTED]))
+    refused(run, E.EJECTED, lambda: run.join(2, node=9))
+    refused(run, E.EJECTED, lambda: run.join(9, node=2))
+    run.must(run.join(9))
+    refused(training(chain), E.WRONG_PHASE, lambda: chain.send(every_instruction(training(chain))["join"]))
+
+
+def test_run_full(chain: Chain) -> None:
+    run = new_run(chain, max_members=4)
+    run.must(run.create())
+    for member in range(4):
+        run.must(run.join(member))
+    refused(run, E.RUN_FULL, lambda: run.join(4))
+    run.must(run.leave(2))
+    run.must(run.join(4))
+
+
+def test_slots_with_credit_are_not_given_away(chain: Chain) -> None:
+    run = new_run(chain)
+    run.must(run.create())
+    base, size = layout.MEMBERS.offsets["member"], layout.MEMBER.size
+    for slot in range(256):
+        record = layout.MEMBER.pack(
+            wallet=bytes(run.wallet(1000 + slot)),
+            node_key=bytes(run.node(1000 + slot)),
+            status=MemberStatus.LEFT,
+            credit=0 if slot == 77 else 5,
+        )
+        run.patch(run.addresses.members, base + slot * size, record)
+    run.must(run.join(1))
+    assert run.members[77].wallet == run.wallet(1)
+    refused(run, E.RUN_FULL, lambda: run.join(2))
+    run.must(run.join(1003))
+    assert (run.members[3].status, run.members[3].credit) == (MemberStatus.PENDING, 5)
+
+
+def test_ready(chain: Chain) -> None:
+    run = waiting(chain)
+    refused(run, E.WRONG_PHASE, lambda: run.ready(0))
+    run.must(run.join(3))
+    run.tick_when_due()
+    refused(run, E.NOT_A_MEMBER, lambda: run.ready(9))
+    refused(run, E.WRONG_MODEL_ROOT, lambda: run.ready(0, bytes(32)))
+    run.must(run.ready(0))
+    refused(run, E.ALREADY_READY, lambda: run.ready(0))
+    run.must(run.leave(1))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.ready(1))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.leave(1))
+    refused(run, E.NOT_A_MEMBER, lambda: run.leave(9))
+    active = training(chain)
+    refused(active, E.MEMBER_NOT_ACTIVE, lambda: active.ready(0))
+
+
+def test_commit(chain: Chain) -> None:
+    run = training(chain)
+    refused(run, E.WRONG_ROUND, lambda: run.commit(0, 1))
+    refused(run, E.NOT_A_MEMBER, lambda: run.commit(9))
+    refused(run, E.WRONG_LENGTH, lambda: run.commit(0, length=4999))
+    limit = 16 * run.terms.sequence_length
+    refused(run, E.TOO_MANY_TOKENS, lambda: run.commit(0, tokens=limit + 1))
+    refused(run, E.TOO_MANY_TOKENS, lambda: run.commit(0, tokens=2**64 - 1))
+    run.must(run.commit(0, tokens=limit))
+    refused(run, E.ALREADY_COMMITTED, lambda: run.commit(0))
+    run.must(run.leave(1))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.commit(1))
+    run.must(run.commit(2))
+    run.must(run.commit(3))
+    run.tick_when_due()
+    refused(run, E.WRONG_PHASE, lambda: run.commit(2))
+    tiny = new_run(chain, batch=3)
+    tiny.start()
+    idle = next(slot for slot, (_, count) in tiny.rounds[0].slices.items() if count == 0)
+    refused(tiny, E.NOTHING_ASSIGNED, lambda: tiny.commit(idle))
+
+
+def test_attest(chain: Chain) -> None:
+    run = training(chain, witnesses=2, overlap=0)
+    refused(run, E.ROUND_NOT_CLOSED, lambda: run.attest(0, 0, [0]))
+    refused(run, E.WRONG_ROUND, lambda: run.attest(0, 4, [0]))
+    refused(run, E.WRONG_ROUND, lambda: run.attest(0, 2**32 - 1, [0]))
+    run.train([0, 1, 2])
+    elected = run.rounds[0].witnesses
+    other = next(slot for slot in range(4) if slot not in elected)
+    refused(run, E.NOT_A_WITNESS, lambda: run.attest(other, 0, [0]))
+    refused(run, E.NOT_A_MEMBER, lambda: run.attest(9, 0, [0]))
+    refused(run, E.ATTESTED_UNCOMMITTED, lambda: run.attest(elected[0], 0, [0, 3]))
+    refused(run, E.ATTESTED_UNCOMMITTED, lambda: run.attest(elected[0], 0, [255]))
+    run.must(run.attest(elected[0], 0, [0, 1, 2]))
+    refused(run, E.ALREADY_ATTESTED, lambda: run.attest(elected[0], 0, [0, 1, 2]))
+    run.must(run.leave(elected[1]))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.attest(elected[1], 0, [0]))
+    run.tick_when_due()
+    refused(run, E.ROUND_FINAL, lambda: run.attest(elected[0], 0, [0]))
+
+
+def test_tick_checkpoint_and_the_end(chain: Chain) -> None:
+    run = training(chain, rounds_per_epoch=1, total_rounds=1)
+    refused(run, E.NOT_DUE, run.tick)
+    refused(run, E.WRONG_PHASE, lambda: run.checkpoint(0, bytes(32)))
+    run.train([0, 1, 2])
+    run.attest_all(0, range(4), [0, 1, 2])
+    run.tick_when_due()
+    refused(run, E.NOT_DUE, run.tick)
+    refused(run, E.WRONG_ROUND, lambda: run.checkpoint(0, bytes(32), 0))
+    refused(run, E.NOT_A_MEMBER, lambda: run.checkpoint(9, bytes(32)))
+    run.must(run.checkpoint(0, bytes(32)))
+    refused(run, E.ALREADY_VOTED, lambda: run.checkpoint(0, bytes(32)))
+    run.must(run.leave(1))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.checkpoint(1, bytes(32)))
+    run.tick_when_due()
+    for act in (
+        run.tick,
+        lambda: run.join(9),
+        lambda: run.ready(0),
+        lambda: run.commit(0),
+        lambda: run.checkpoint(0, bytes(32)),
+        lambda: run.leave(0),
+    ):
+        refused(run, E.RUN_FINISHED, act)
+    waits = waiting(chain)
+    refused(waits, E.NOT_DUE, waits.tick)
+
+
+def test_signatures_are_really_needed() -> None:
+    """With signature checks on: nobody registers another's node key, and a forged signature does not pass."""
+    chain = Chain(sigverify=True)
+    owner, wallet, node = (Keypair.from_seed(bytes([seed]) * 32) for seed in (41, 42, 43))
+    for key in (owner, wallet):
+        chain.svm.airdrop(key.pubkey(), 10**11)
+    rent = chain.svm.minimum_balance_for_rent_exemption
+    create = ix.create_run_instructions(chain.program, owner.pubkey(), "signed", LIMITS, TERMS, rent, chain.payer.pubkey())
+    assert chain.send(create, [owner]).ok
+    addresses = run_addresses(chain.program, owner.pubkey(), "signed")
+    join = ix.join(addresses, chain.program, wallet.pubkey(), node.pubkey())
+    with pytest.raises(BaseException, match="NotEnoughSigners"):
+        chain.send(join, [wallet])
+    chain.sigverify = False  # unsigned bytes, as an attacker would send them; the runtime still verifies
+    assert not chain.send(join).ok
+    chain.sigverify = True
+    assert chain.send(join, [wallet, node]).ok
+
+
+def test_every_error_is_reached() -> None:
+    """Last in the file: the tests above name them all (they must have run, in one process)."""
+    if len(REACHED) < 20:
+        pytest.skip("run the whole file")
+    assert set(ErrorCode) - REACHED == set()
