@@ -37,7 +37,7 @@ class Announcements:
     def __init__(self, run: bytes, directory: Directory) -> None:
         self._run, self._directory = run, directory
         self._lock = threading.Lock()
-        self._raw: dict[int, dict[bytes, tuple[Announcement, bytes]]] = {}
+        self._raw: dict[int, dict[bytes, bytes]] = {}
         self.first = 0
         self._current = 0
 
@@ -70,9 +70,9 @@ class Announcements:
                 return Outcome(Verdict.OUTSIDE, announcement, slot)
             known = self._raw.setdefault(announcement.round, {})
             if announcement.node_key not in known:
-                known[announcement.node_key] = (announcement, raw)
+                known[announcement.node_key] = raw
                 return Outcome(Verdict.NEW, announcement, slot)
-            if known[announcement.node_key][0] == announcement:
+            if known[announcement.node_key] == raw:
                 return Outcome(Verdict.KNOWN, announcement, slot)
         return Outcome(
             Verdict.REFUSED, announcement, slot, f"a second, different announcement for round {announcement.round}"
@@ -91,7 +91,7 @@ class Announcements:
     def missing_from(self, round: int, have: bytes) -> list[bytes]:
         """Return the wire forms of the announcements of ``round`` that are not in the bitmap ``have``."""
         with self._lock:
-            known = [(key, raw) for key, (_, raw) in self._raw.get(round, {}).items()]
+            known = list(self._raw.get(round, {}).items())
         return [
             raw
             for key, raw in known

@@ -64,7 +64,7 @@ class Directory:
             self._records.pop(record.node_key, None)
             if record.node_key != self.own_key and record.node_key not in self._slots:
                 strangers = [key for key in self._records if key not in self._slots and key != self.own_key]
-                for key in strangers[: len(strangers) - MAX_CANDIDATES + 1]:
+                for key in strangers[: max(0, len(strangers) - MAX_CANDIDATES + 1)]:
                     del self._records[key]
             self._records[record.node_key] = Known(record, raw)
             return True

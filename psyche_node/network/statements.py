@@ -39,12 +39,15 @@ class Announcement:
     digest: bytes
     length: int
 
+    def body(self) -> bytes:
+        """Return what is signed."""
+        return wire.Announcement(
+            run=self.run, round=self.round, node_key=self.node_key, digest=self.digest, length=self.length
+        ).SerializeToString(deterministic=True)
+
     def sign(self, key: NodeKey) -> bytes:
         """Return the wire form, at most 512 bytes. ``key`` must be the one that ``node_key`` names."""
-        body = wire.Announcement(
-            run=self.run, round=self.round, node_key=self.node_key, digest=self.digest, length=self.length
-        )
-        return _sign(body.SerializeToString(deterministic=True), _ANNOUNCEMENT_CONTEXT, key)
+        return _sign(self.body(), _ANNOUNCEMENT_CONTEXT, key)
 
     @classmethod
     def parse(cls, raw: bytes, run: bytes) -> Announcement:
@@ -57,7 +60,9 @@ class Announcement:
         _require(body.round <= MAX_ROUND, f"round {body.round} is out of range")
         _require(1 <= body.length <= MAX_BLOB_BYTES, f"a length of {body.length} bytes is out of range")
         _check_signature(signed, _ANNOUNCEMENT_CONTEXT, body.node_key)
-        return cls(body.run, body.round, body.node_key, body.digest, body.length)
+        announcement = cls(body.run, body.round, body.node_key, body.digest, body.length)
+        _require(announcement.body() == signed.body, "its body is not in the one canonical encoding")
+        return announcement
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,9 +81,9 @@ class NodeRecord:
     def node_id(self) -> str:
         return node_id(self.node_key)
 
-    def sign(self, key: NodeKey) -> bytes:
-        """Return the wire form, at most 2048 bytes."""
-        body = wire.NodeRecord(
+    def body(self) -> bytes:
+        """Return what is signed."""
+        return wire.NodeRecord(
             run=self.run,
             node_key=self.node_key,
             seq=self.seq,
@@ -86,8 +91,11 @@ class NodeRecord:
             grpc_address=self.grpc_address,
             tls_leaf=self.tls_leaf,
             tls_expires=self.tls_expires,
-        )
-        return _sign(body.SerializeToString(deterministic=True), _RECORD_CONTEXT, key)
+        ).SerializeToString(deterministic=True)
+
+    def sign(self, key: NodeKey) -> bytes:
+        """Return the wire form, at most 2048 bytes."""
+        return _sign(self.body(), _RECORD_CONTEXT, key)
 
     @classmethod
     def parse(cls, raw: bytes, run: bytes) -> NodeRecord:
@@ -103,7 +111,9 @@ class NodeRecord:
             split_multiaddr(address)
         split_address(body.grpc_address)
         _check_signature(signed, _RECORD_CONTEXT, body.node_key)
-        return cls(body.run, body.node_key, body.seq, addresses, body.grpc_address, body.tls_leaf, body.tls_expires)
+        record = cls(body.run, body.node_key, body.seq, addresses, body.grpc_address, body.tls_leaf, body.tls_expires)
+        _require(record.body() == signed.body, "its body is not in the one canonical encoding")
+        return record
 
 
 def split_address(address: str) -> tuple[str, int]:
@@ -126,7 +136,10 @@ def split_multiaddr(address: str) -> tuple[str, int]:
     read it resolve it.
     """
     parts = address[: MAX_ADDRESS + 1].split("/")
-    _require(len(parts) == 5 and parts[0] == "" and parts[3] == "tcp", f"{address[:64]!r} is not TCP over IP")
+    _require(
+        len(parts) == 5 and parts[0] == "" and parts[1] in ("ip4", "ip6") and parts[3] == "tcp",
+        f"{address[:64]!r} is not TCP over IP",
+    )
     ip, port = _endpoint(parts[2], parts[4], address)
     _require(parts[1] == ("ip6" if ":" in ip else "ip4"), f"{address[:64]!r} is not TCP over IP")
     return ip, port
@@ -145,6 +158,7 @@ def _endpoint(host: str, port: str, address: str) -> tuple[str, int]:
         ip = ipaddress.ip_address(host)
     except ValueError:
         raise Malformed(f"{address[:64]!r} is not IP and port") from None
+    _require("%" not in host, f"{address[:64]!r} names an interface, which means something on one machine only")
     _require(not ip.is_multicast and not ip.is_unspecified, f"nobody can be reached at {address[:64]!r}")
     return str(ip), int(port)
 
@@ -157,8 +171,10 @@ def _open(raw: bytes, limit: int, what: str) -> wire.Signed:
     _require(len(raw) <= limit, f"{len(raw)} bytes; {what} has at most {limit}")
     signed = wire.Signed()
     _decode(signed, raw)
-    # A second encoding of the same statement would travel as another message; there is only one.
-    _require(signed.SerializeToString(deterministic=True) == raw, "it is not in the one canonical encoding")
+    # A second encoding of a statement would travel as another message, so there is only one. It is built anew, because
+    # a parsed message keeps the fields it does not know.
+    again = wire.Signed(body=signed.body, signature=signed.signature)
+    _require(again.SerializeToString(deterministic=True) == raw, "it is not in the one canonical encoding")
     return signed
 
 

@@ -30,6 +30,7 @@ LONGEST_BACKOFF = 30.0
 # Of two nodes one dials, and the other only when that has not happened within this time.
 YIELD_SECONDS = 3.0
 PING_EVERY = 5.0
+PING_SECONDS = 5.0
 PING_MISSES = 3
 RECORDS_EVERY = 30.0
 RECORDS_EVERY_WHEN_INCOMPLETE = 2.0
@@ -172,9 +173,10 @@ class Swarm:
         peer = peer_of(key)
         with ping.scope:
             while self._network.get_connections(peer) and ping.misses < PING_MISSES:
-                await trio.sleep(PING_EVERY * random.uniform(0.9, 1.1))
+                if not ping.misses:
+                    await trio.sleep(PING_EVERY * random.uniform(0.9, 1.1))
                 try:
-                    with trio.fail_after(PING_EVERY):
+                    with trio.fail_after(PING_SECONDS):
                         # One stream for all pings: a new one each time costs five times the CPU.
                         if ping.stream is None:
                             ping.stream = await self._host.new_stream(peer, [PING])
@@ -188,6 +190,7 @@ class Swarm:
                     log.debug("ping %d of %s failed: %r", ping.misses, peer, error)
                     await reset(ping.stream)
                     ping.stream = None
+                    await trio.sleep(PING_EVERY / 10)
             if ping.misses >= PING_MISSES:
                 log.warning("%s has not answered %d pings; closing its connection", peer, ping.misses)
                 await self._close(key)
