@@ -29,6 +29,8 @@ from coordinator.wallet import WalletError, create_keypair, load_keypair, load_o
 LAMPORTS_PER_SOL: Final = 1_000_000_000
 DEFAULT_RPC: Final = "http://127.0.0.1:8899"
 _PLAIN_WIDTH: Final = 100
+# Somebody is waiting in front of it.
+_PATIENCE: Final = 10.0
 
 
 class AdminExit(IntEnum):
@@ -85,7 +87,7 @@ def program_deploy(
         wallet = load_keypair(payer)
         program = load_or_create_keypair(program_keypair or payer.with_name(f"{payer.stem}.program.json"))
         data = program_bytes() if so is None else _file(so)
-        async with Chain(rpc, wallet, priority_fee=priority_fee) as chain:
+        async with Chain(rpc, wallet, priority_fee=priority_fee, patience=_PATIENCE) as chain:
             before = await chain.balance(wallet.pubkey())
             address = await deploy(chain, wallet, program, data)
             cost = before - await chain.balance(wallet.pubkey())
@@ -116,7 +118,9 @@ def run_create(
         limits, terms = settings.on_chain()
         wallet = load_keypair(payer)
         address = _pubkey(program, "--program")
-        async with CoordinatorClient(rpc, address, None, wallet, priority_fee=priority_fee) as client:
+        async with CoordinatorClient(
+            rpc, address, None, wallet, priority_fee=priority_fee, patience=_PATIENCE
+        ) as client:
             before = await client.balance(wallet.pubkey())
             run = (await client.create_run(settings.run_id, limits, terms)).run
             cost = before - await client.balance(wallet.pubkey())
@@ -141,9 +145,9 @@ def run_show(
     async def act() -> None:
         program_key = _pubkey(program, "--program") if program else None
         owner_key = _pubkey(owner, "--owner") if owner else None
-        async with Chain(rpc) as chain:
+        async with Chain(rpc, patience=_PATIENCE) as chain:
             address = await find_run(chain, run, program_key, owner_key)
-        async with await CoordinatorClient.open(rpc, address) as client:
+        async with await CoordinatorClient.open(rpc, address, patience=_PATIENCE) as client:
             report = RunReport(
                 program=client.program_id,
                 addresses=client.addresses,
@@ -185,7 +189,7 @@ def wallet_show(
         result: dict[str, Any] = {"address": str(address)}
         text = f"[bold]{address}[/bold]"
         if rpc:
-            async with Chain(rpc) as chain:
+            async with Chain(rpc, patience=_PATIENCE) as chain:
                 result["lamports"] = await chain.balance(address)
             text += f"  {_sol(result['lamports'])} SOL"
         _print(result, as_json, text)
@@ -206,7 +210,7 @@ def airdrop(
         path = Path(to)
         address = load_keypair(path).pubkey() if path.is_file() else _pubkey(to, "the receiver")
         lamports = _lamports(amount)
-        async with Chain(rpc) as chain:
+        async with Chain(rpc, patience=_PATIENCE) as chain:
             await chain.airdrop(address, lamports)
             balance = await chain.balance(address)
         _print(
@@ -239,7 +243,8 @@ def _fail(text: str, status: AdminExit) -> NoReturn:
 def _go(action: Coroutine[Any, Any, None]) -> None:
     """Run a command; what can go wrong ends in one message and an exit status."""
     logging.basicConfig(
-        level=logging.WARNING,
+        # Retries are not news here: what they come to is said at the end.
+        level=logging.ERROR,
         format="%(message)s",
         handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
     )

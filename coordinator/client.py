@@ -45,6 +45,7 @@ __all__ = [
     "ProgramError",
     "Pulse",
     "RpcError",
+    "RunExists",
     "RunNotFound",
     "TransactionFailed",
 ]
@@ -62,6 +63,10 @@ _SIGNATURES_PER_PAGE: Final = 1000
 
 class RunNotFound(ChainError):
     """There is no run where one was looked for."""
+
+
+class RunExists(ChainError):
+    """The owner has a run of this name already."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,12 +248,20 @@ class CoordinatorClient(Chain):
     # ------------------------------------------------------------------ acting
 
     async def create_run(self, run_id: str, limits: Limits, terms: Terms) -> RunAddresses:
-        """Create a run owned by the wallet. Raises ProgramError for limits or terms that the program refuses."""
+        """Create a run owned by the wallet.
+
+        Raises:
+            RunExists: the wallet has a run of this name.
+            ProgramError: for limits or terms that the program refuses.
+        """
         owner = self._signer()
+        addresses = run_addresses(self.program_id, owner, run_id)
+        if await self.account(addresses.run, (0, 0)) is not None:
+            raise RunExists(f"{owner} has a run {run_id!r} already, at {addresses.run}; choose another name")
         await self.load_rent()
         created = instructions.create_run_instructions(self.program_id, owner, run_id, limits, terms, self.rent_exempt)
         await self.send(*created)
-        return run_addresses(self.program_id, owner, run_id)
+        return addresses
 
     async def join(self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE) -> Signature:
         """Become a member with this node key, which signs too."""

@@ -157,7 +157,7 @@ class RunReport:
         grid.add_row("credit", f"{credit:,} tokens in included updates{balanced}")
         batch = f"{limits.batch:,} sequences of {terms.sequence_length:,} tokens per round"
         again = f", {header.requeued:,} to be drawn again" if header.requeued else ""
-        grid.add_row("data", f"{batch}  [dim](position {run.cursor:,} of {terms.samples:,} per pass{again})[/dim]")
+        grid.add_row("data", f"{batch}  [dim](position {run.cursor:,}, {terms.samples:,} per pass{again})[/dim]")
         grid.add_row("update", f"{terms.update_bytes:,} bytes per member and round")
         if terms.model_source or terms.data_source:
             grid.add_row("sources", Text(" · ".join(filter(None, (terms.model_source, terms.data_source)))))

@@ -1,0 +1,56 @@
+"""A real `psyche-ledger` process, shared by the tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import pytest
+
+
+@dataclass(frozen=True)
+class Ledger:
+    """A running ledger."""
+
+    rpc: str
+    ws: str
+    process: subprocess.Popen[str]
+
+    @property
+    def port(self) -> int:
+        return int(self.rpc.rpartition(":")[2])
+
+
+def start_ledger(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "coordinator.ledger", "run", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def _running(slot_ms: int) -> Iterator[Ledger]:
+    process = start_ledger("--port", "0", "--slot-ms", str(slot_ms))
+    try:
+        assert process.stdout is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["slot_ms"] == slot_ms
+        yield Ledger(ready["rpc"], ready["ws"], process)
+        assert process.poll() is None, "the ledger ended during the tests"
+    finally:
+        process.terminate()
+        _, errors = process.communicate(timeout=10)
+    assert process.returncode == 0
+    assert "Traceback" not in errors, errors
+
+
+@pytest.fixture(scope="session")
+def ledger() -> Iterator[Ledger]:
+    """Slots of 20 ms: blockhashes last 3 s."""
+    yield from _running(20)
+
+
+@pytest.fixture(scope="session")
+def fast_ledger() -> Iterator[Ledger]:
+    """Slots of 2 ms: blockhashes expire after 0.3 s."""
+    yield from _running(2)
