@@ -1,0 +1,89 @@
+"""The chunked loss at trained places equals the plain one over full logits."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny import RandomData
+from torch.nn import functional
+
+from psyche_node.training import ModelError, load_model, loss
+from psyche_node.training.forward import LossFunction, logits
+
+CPU = torch.device("cpu")
+
+
+def batch(data: RandomData) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    packed = data.batch(range(5), b"")
+    return torch.from_numpy(packed.tokens), torch.from_numpy(packed.trained), torch.from_numpy(packed.places)
+
+
+def test_loss_and_gradients_equal_full_logits(
+    model_dir: Path, data: RandomData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.training.loss.CHUNK_LOGITS", 7 * 300)  # several chunks, the last one short
+    model, _ = load_model(model_dir, CPU)
+    tokens, trained, places = batch(data)
+    function = LossFunction(model)
+    assert function.reason.startswith("loss from hidden states")
+    found = function(tokens, trained, places)
+    found.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    full = logits(model, tokens, places)
+    labels = torch.where(trained, tokens, -100)
+    expected = functional.cross_entropy(full[:, :-1].reshape(-1, 300), labels[:, 1:].reshape(-1), reduction="sum")
+    expected.backward()
+    assert found.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=2e-4, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
+def test_only_trained_tokens_count(model_dir: Path, data: RandomData) -> None:
+    model, _ = load_model(model_dir, CPU)
+    tokens, trained, places = batch(data)
+    function = LossFunction(model)
+    one = torch.zeros_like(trained)
+    one[2, 9] = True
+    expected = functional.cross_entropy(logits(model, tokens, places)[2, 8], tokens[2, 9])
+    assert function(tokens, one, places).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_a_model_that_scales_its_logits_takes_the_long_way(model_dir: Path, data: RandomData) -> None:
+    model, _ = load_model(model_dir, CPU)
+    plain = type(model).forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        output = plain(model, *args, **kwargs)
+        output.logits = output.logits * 0.5
+        return output
+
+    model.forward = scaled
+    tokens, trained, places = batch(data)
+    function = LossFunction(model)
+    assert function.reason.startswith("loss from full logits")
+    expected = functional.cross_entropy(
+        logits(model, tokens, places)[:, :-1][trained[:, 1:]], tokens[:, 1:][trained[:, 1:]], reduction="sum"
+    )
+    assert function(tokens, trained, places).item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_gradcheck() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(5, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn(11, 3, generator=generator, dtype=torch.float64, requires_grad=True)
+    targets = torch.tensor([0, 3, 3, 10, 7])
+    found = torch.autograd.grad(3 * loss.cross_entropy_sum(hidden, weight, targets), (hidden, weight))
+    expected = torch.autograd.grad(
+        3 * functional.cross_entropy(hidden @ weight.T, targets, reduction="sum"), (hidden, weight)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-6)
+
+
+def test_a_missing_model_says_what_to_name(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_model(tmp_path, CPU)
