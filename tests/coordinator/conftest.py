@@ -3,30 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import pytest
-
-
-@dataclass(frozen=True)
-class Ledger:
-    """A running ledger."""
-
-    rpc: str
-    ws: str
-    process: subprocess.Popen[str]
-
-    @property
-    def port(self) -> int:
-        return int(self.rpc.rpartition(":")[2])
-
-
-def start_ledger(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "coordinator.ledger", "run", *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+from ledger_process import Ledger, start_ledger
 
 
 def _running(slot_ms: int) -> Iterator[Ledger]:
