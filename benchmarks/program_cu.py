@@ -1,6 +1,7 @@
 """Compute units of the on-chain program, per instruction and number of members: `python benchmarks/program_cu.py`.
 
-Prints a table and, with `--json FILE`, writes the figures. They are deterministic: the same program gives the same numbers.
+Prints a table and, with `--json FILE`, writes the figures. They are deterministic: the same program gives the same
+numbers.
 """
 
 from __future__ import annotations

@@ -23,7 +23,15 @@ PROGRAM: Final = PROGRAM_FOLDER / "coordinator.so"
 # -mcpu=v2 is not a choice: with 32-bit instructions LLVM assumes zero extension where the machine extends the sign.
 FLAGS: Final = (
     *("-target", "bpfel-freestanding", "-mcpu=v2", "-Os", "-std=c11", "-g0", "-Wall", "-Wextra", "-Werror"),
-    *("-ffreestanding", "-fno-builtin", "-nostdinc", "-fno-jump-tables", "-fno-pic", "-fno-strict-aliasing", "-fno-unroll-loops"),
+    *(
+        "-ffreestanding",
+        "-fno-builtin",
+        "-nostdinc",
+        "-fno-jump-tables",
+        "-fno-pic",
+        "-fno-strict-aliasing",
+        "-fno-unroll-loops",
+    ),
     *("-fno-asynchronous-unwind-tables", "-fno-unwind-tables", "-fno-stack-protector", "-fno-ident"),
     *("-mllvm", "-bpf-stack-size=4096", "-Xclang", "-target-feature", "-Xclang", "+allows-misaligned-mem-access"),
 )

@@ -71,6 +71,4 @@ def measure(members: int) -> dict[str, int]:
 
 def over_budget(costs: dict[str, int]) -> dict[str, int]:
     """The instructions that break the protocol's budgets."""
-    return {
-        name: units for name, units in costs.items() if units >= (SMALL_BUDGET if name in SMALL else BUDGET)
-    }
+    return {name: units for name, units in costs.items() if units >= (SMALL_BUDGET if name in SMALL else BUDGET)}

@@ -1,4 +1,4 @@
-"""A run on LiteSVM, driven instruction by instruction: deploys through the upgradeable loader, signs nothing it need not."""
+"""A run on LiteSVM, driven instruction by instruction; deployed through the upgradeable loader, mostly unsigned."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def digest_of(*parts: object) -> bytes:
 
 
 class Chain:
-    """A LiteSVM with the program deployed. Signatures are not verified: tests of signers use the instruction's flags."""
+    """A LiteSVM with the program deployed. Signatures are not verified unless asked for; signer flags are."""
 
     def __init__(self, arch: str = "v3", sigverify: bool = False) -> None:
         self.svm = LiteSVM().with_sigverify(sigverify).with_transaction_history(0)

@@ -1,4 +1,4 @@
-"""Known answers for instruction bytes and account contents: `python program_vectors.py` rewrites tests/vectors/*.json."""
+"""Known answers for instructions and accounts: `python program_vectors.py` rewrites the files in tests/vectors/."""
 
 from __future__ import annotations
 

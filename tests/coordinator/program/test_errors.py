@@ -1,4 +1,4 @@
-"""Every error number of the program is reached, by the instruction that should give it, and leaves every account as it was."""
+"""Every error number of the program is reached by the instruction that should give it, and changes no account."""
 
 from __future__ import annotations
 
@@ -100,8 +100,8 @@ def every_instruction(run: RunDriver) -> dict[str, Instruction]:
 
 def test_instruction_data(chain: Chain) -> None:
     run = training(chain)
+    send = chain.send
     for name, instruction in every_instruction(run).items():
-        send = chain.send
         longer = changed(instruction, data=instruction.data + b"\0")
         shorter = changed(instruction, data=instruction.data[:-1])
         refused(run, E.BAD_INSTRUCTION_DATA, lambda i=longer: send(i))
@@ -444,7 +444,9 @@ def test_signatures_are_really_needed() -> None:
     for key in (owner, wallet):
         chain.svm.airdrop(key.pubkey(), 10**11)
     rent = chain.svm.minimum_balance_for_rent_exemption
-    create = ix.create_run_instructions(chain.program, owner.pubkey(), "signed", LIMITS, TERMS, rent, chain.payer.pubkey())
+    create = ix.create_run_instructions(
+        chain.program, owner.pubkey(), "signed", LIMITS, TERMS, rent, chain.payer.pubkey()
+    )
     assert chain.send(create, [owner]).ok
     addresses = run_addresses(chain.program, owner.pubkey(), "signed")
     join = ix.join(addresses, chain.program, wallet.pubkey(), node.pubkey())

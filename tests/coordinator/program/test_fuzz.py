@@ -33,7 +33,9 @@ def plausible(random: random.Random, run: RunDriver) -> Instruction:
             lambda: ix.ready(a, p, wallet, root),
             lambda: ix.commit(a, p, wallet, number, root, random.choice([5000, 5000, wide]), wide, wide),
             lambda: ix.attest(a, p, wallet, number, [s for s in range(256) if random.random() < 0.02] + [0]),
-            lambda: ix.attest(a, p, wallet, number, list(run.rounds[min(run.rounds)].commitments) if run.rounds else []),
+            lambda: ix.attest(
+                a, p, wallet, number, list(run.rounds[min(run.rounds)].commitments) if run.rounds else []
+            ),
             lambda: ix.tick(a, p, wallet),
             lambda: ix.tick(a, p, wallet),
             lambda: ix.checkpoint(a, p, wallet, number, root),

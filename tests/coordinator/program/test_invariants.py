@@ -1,4 +1,4 @@
-"""Random schedules of members who commit, stay silent, lie, leave and come back, checked against the model after every tick."""
+"""Random schedules of members who commit, stay silent, lie, leave and come back, checked against the model."""
 
 from __future__ import annotations
 
@@ -98,7 +98,10 @@ class Watched:
             needed = [e for e in rounds.values() if e.closed and not e.final]
             if run.limits.overlap and not header.draining:
                 needed = [e for e in needed if e.round < state.round]
-            assert header.due(run.chain.slot) == all(decided(entry) for entry in needed) or header.due_slot <= run.chain.slot
+            assert (
+                header.due(run.chain.slot) == all(decided(entry) for entry in needed)
+                or header.due_slot <= run.chain.slot
+            )
 
     def act(self, choice: int) -> None:
         """One wave: most members do the usual thing, some do not. `choice` decides who and what."""

@@ -14,9 +14,7 @@ from coordinator.toolchain.build import PROGRAM_FOLDER
 from coordinator.values import MemberStatus, Phase
 
 STATE = (PROGRAM_FOLDER / "state.h").read_text()
-DEFINES = {
-    name: value for name, value in re.findall(r"^#define (\w+) (\d+)\b", STATE, re.MULTILINE)
-}
+DEFINES = dict(re.findall(r"^#define (\w+) (\d+)\b", STATE, re.MULTILINE))
 SIZES = {"u8": (1, 1), "u16": (2, 2), "u32": (4, 4), "u64": (8, 8), "key": (32, 8), "bitmap": (32, 8)}
 RECORDS = {
     "inclusion": layout.INCLUSION,
@@ -54,9 +52,7 @@ def c_structs() -> dict[str, list[tuple[str, int, int]]]:
 @pytest.mark.parametrize("name", RECORDS)
 def test_structs_match(name: str) -> None:
     record = RECORDS[name]
-    python = [
-        (field, record.offsets[field], struct.calcsize("<" + code)) for field, code in record.fields
-    ]
+    python = [(field, record.offsets[field], struct.calcsize("<" + code)) for field, code in record.fields]
     assert python == c_structs()[name]
 
 

@@ -246,11 +246,9 @@ def test_a_quorum_lost_while_witnessing_drains_before_the_cooldown() -> None:
 
 
 def test_a_torn_queue_never_overflows() -> None:
-    """Every second of 64 members stays out of every round: the batch tears into more ranges than a round can draw, until
-    the crowded queue is drawn range by range. No position may be lost or doubled meanwhile."""
-    run = long_run(
-        overlap=1, init_min_members=64, min_members=8, batch=256, max_missed=255, witnesses=1, join_grace=0
-    )
+    """Every second of 64 members stays out of every round: the batch tears into more ranges than a round can draw,
+    until the crowded queue is drawn range by range. No position may be lost or doubled meanwhile."""
+    run = long_run(overlap=1, init_min_members=64, min_members=8, batch=256, max_missed=255, witnesses=1, join_grace=0)
     run.start(64)
     kept: set[int] = set()
     crowded = longest = 0

@@ -1,5 +1,5 @@
-"""The build is reproducible wherever the tree lies, the linker refuses what the machine would get wrong, and the real loader
-accepts both of its outputs."""
+"""The build is reproducible wherever the tree lies, the linker refuses what the machine would get wrong, and the real
+loader accepts both of its outputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 from elftools.elf.elffile import ELFFile
-from program_harness import Chain, RunDriver
+from program_harness import Chain, RunDriver, deploy
+from solders.instruction import Instruction
 
+from coordinator.program import DamagedProgram, program_bytes
 from coordinator.toolchain import build as builder
 from coordinator.toolchain.build import PROGRAM, PROGRAM_FOLDER, BuildError, build, compile_objects, recorded_hash
 from coordinator.toolchain.elf import LinkError, read_object
@@ -33,7 +35,9 @@ def test_rebuild_gives_the_checked_in_bytes(tmp_path: Path) -> None:
     assert str(tmp_path).encode() not in rebuilt
 
 
-def test_check_finds_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_finds_a_difference(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert builder.main(["--check"]) == 0
     copy = tmp_path / "coordinator.so"
     copy.write_bytes(PROGRAM.read_bytes()[:-8] + bytes(8))
@@ -41,6 +45,15 @@ def test_check_finds_a_difference(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(builder, "PROGRAM", copy)
     assert builder.main(["--check"]) == 1
     assert "DIFFERS" in capsys.readouterr().out
+
+
+def test_the_packaged_program_is_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert program_bytes() == PROGRAM.read_bytes()
+    shutil.copy(f"{PROGRAM}.sha256", tmp_path)
+    (tmp_path / "coordinator.so").write_bytes(PROGRAM.read_bytes() + b"\0")
+    monkeypatch.setattr("coordinator.program.files", lambda _: tmp_path)
+    with pytest.raises(DamagedProgram, match="make program"):
+        program_bytes()
 
 
 def test_v3_file_is_what_the_strict_parser_wants() -> None:
@@ -94,7 +107,10 @@ ENTRY = "u64 entrypoint(const u8 *in)"
         (f"u64 seen; {ENTRY} {{ return seen += *in; }}", "writable data"),
         (f"u64 seen = 5; {ENTRY} {{ return seen += *in; }}", "writable data"),
         (f"u64 nowhere(u64); {ENTRY} {{ return nowhere(*in); }}", "nowhere is neither defined nor a system call"),
-        (f"u64 sol_remaining_compute_units(void); {ENTRY} {{ return *in + sol_remaining_compute_units(); }}", "mainnet"),
+        (
+            f"u64 sol_remaining_compute_units(void); {ENTRY} {{ return *in + sol_remaining_compute_units(); }}",
+            "mainnet",
+        ),
         ("u64 main(const u8 *in) { return *in; }", "no object defines the function 'entrypoint'"),
         (f"extern const u64 table[]; {ENTRY} {{ return table[*in]; }}", "table is not defined"),
         (f"{ENTRY} {{ return ((unsigned __int128)*(u64 *)in * *(u64 *)(in + 8)) >> 64; }}", "__multi3"),
@@ -119,8 +135,10 @@ def test_linker_refuses_32_bit_instructions(tmp_path: Path, monkeypatch: pytest.
     add = compiled(tmp_path, {"bad.c": f"{ENTRY} {{ u32 a = *(u32 *)in, b = *(u32 *)(in + 4); return a * b + 1; }}"})
     with pytest.raises(LinkError, match="32-bit arithmetic"):
         link(add, arch)
-    jump = compiled(tmp_path, {"bad.c": f"{ENTRY} {{ u32 a = *(u32 *)in; if (a < 9) return *(u64 *)(in + 8); return 5; }}"})
-    with pytest.raises(LinkError, match="32-bit (jump|arithmetic)"):
+    jump = compiled(
+        tmp_path, {"bad.c": f"{ENTRY} {{ u32 a = *(u32 *)in; if (a < 9) return *(u64 *)(in + 8); return 5; }}"}
+    )
+    with pytest.raises(LinkError, match=r"32-bit (jump|arithmetic)"):
         link(jump, arch)
 
 
@@ -160,9 +178,6 @@ def test_linked_code_computes_what_c_means(tmp_path: Path) -> None:
         letters = ("ab", "cde")[n & 1]
         value = (n * n if n & 1 else 2 * n) * 1000 + ord(letters[(n & 3) >> 1])
         return value + ((0xFFFFFFF0 + n & 0xFFFFFFFF) >> 28)
-
-    from program_harness import deploy
-    from solders.instruction import Instruction
 
     for arch in ("v3", "v0"):
         chain = Chain()

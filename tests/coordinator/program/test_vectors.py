@@ -1,4 +1,4 @@
-"""Bytes that must never change by accident: instructions as built, accounts as the program writes and Python reads them."""
+"""Bytes that must not change by accident: instructions as built, accounts as the program writes and Python reads."""
 
 from __future__ import annotations
 
@@ -112,5 +112,3 @@ def test_positions_follow_the_slices(stored: tuple[bytes, bytes, bytes]) -> None
         for slot, (offset, count) in entry.slices.items():
             assert entry.positions(slot) == batch[offset : offset + count]
         assert entry.positions(250) == []
-
-
