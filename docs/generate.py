@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from coordinator.run_config import LimitSettings, RunSettings, TermSettings
 from psyche_node.exits import RANGES, Exit
 from psyche_node.node.config import NodeConfig
 from psyche_node.sim.result import Record, RunResult
@@ -74,19 +75,24 @@ def report_format() -> str:
 def settings() -> str:
     lines = [
         "# Settings\n",
-        "Every key of a node's TOML file and of a simulation, with its default. Unknown keys are errors. The commands' "
-        "`--help` lists their flags.\n",
+        "Every key of a node's TOML file, of a run's and of a simulation, with its default. Unknown keys are errors.",
+        "The commands' `--help` lists their flags.\n",
     ]
     for title, model in (
         ("psyche-node run", NodeConfig),
+        ("psyche-admin run create", RunSettings),
+        ("psyche-admin run create: [limits]", LimitSettings),
+        ("psyche-admin run create: [terms]", TermSettings),
         ("psyche-sim", SimSettings),
         ("psyche-sim: how the model is trained", Recipe),
     ):
         documented = _documented(model)
         lines += [f"## {title}\n", "| key | type | default | meaning |", "|---|---|---|---|"]
         for name, field in model.model_fields.items():
-            default = "required" if field.is_required() else f"`{_default(field.default)}`"
-            lines.append(f"| `{name}` | {_type(field.annotation)} | {default} | {_one_line(documented[name])} |")
+            default = "required" if field.is_required() else _default(field.default)
+            lines.append(
+                f"| `{name}` | {_type(field.annotation)} | {default} | {_one_line(documented.get(name, 'see below'))} |"
+            )
         lines.append("")
     return "\n".join(lines)
 
@@ -106,9 +112,9 @@ def _documented(model: type[BaseModel]) -> dict[str, str]:
 def _default(value: object) -> str:
     if isinstance(value, BaseModel):
         return "see below"
-    if value == () or value is None:
+    if value in ((), None, ""):
         return "none"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 
 def _first_line(model: type[BaseModel]) -> str:

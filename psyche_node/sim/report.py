@@ -9,6 +9,7 @@ import os
 import re
 import shlex
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
 from statistics import median
@@ -121,12 +122,25 @@ def _view(result: RunResult) -> dict[str, Any]:
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,
         "events_left_out": len(result.events) - sum(event["times"] for event in events),
-        "run_id": units.printable(result.run_id, 64), "started_at": units.printable(result.started_at, 40),
+        "run_id": units.printable(result.run_id, 64), "started_at": _when(result.started_at),
         "checkpoint": None if result.checkpoint is None else units.printable(result.checkpoint, 400),
-        "settings": [(name, "none" if value is None else str(value)) for name, value in result.settings.items()],
+        "settings": [(name, _setting(value)) for name, value in result.settings.items()],
         "chat": None if result.checkpoint is None else units.printable(chat_command(result.checkpoint), 500),
         "wall": units.seconds_text(result.wall_seconds),
     }  # fmt: skip
+
+
+def _when(iso: str) -> str:
+    try:
+        return f"{datetime.fromisoformat(iso).astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+    except ValueError:
+        return units.printable(iso, 40)
+
+
+def _setting(value: str | int | float | bool | None) -> str:
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return "none" if value in (None, "") else units.printable(str(value), 200)
 
 
 def chat_command(checkpoint: str) -> str:
