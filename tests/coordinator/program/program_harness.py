@@ -13,7 +13,7 @@ from solders.account import Account
 from solders.hash import Hash
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
-from solders.litesvm import LiteSVM
+from solders.litesvm import FeatureSet, LiteSVM
 from solders.message import Message
 from solders.pubkey import Pubkey
 from solders.signature import Signature
@@ -115,8 +115,11 @@ def digest_of(*parts: object) -> bytes:
 class Chain:
     """A LiteSVM with the program deployed. Signatures are not verified unless asked for; signer flags are."""
 
-    def __init__(self, arch: str = "v3", sigverify: bool = False) -> None:
-        self.svm = LiteSVM().with_sigverify(sigverify).with_transaction_history(0)
+    def __init__(self, arch: str = "v3", sigverify: bool = False, all_features: bool = False) -> None:
+        svm = LiteSVM()
+        if all_features:  # what mainnet may become; the set must be chosen before the built-in programs
+            svm = svm.with_feature_set(FeatureSet.all_enabled()).with_builtins()
+        self.svm = svm.with_sigverify(sigverify).with_transaction_history(0)
         self.payer = Keypair.from_seed(b"\x07" * 32)
         self.svm.airdrop(self.payer.pubkey(), 10**13)
         self.sigverify = sigverify

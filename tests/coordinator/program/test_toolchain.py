@@ -76,9 +76,9 @@ def test_v3_file_is_what_the_strict_parser_wants() -> None:
     assert syscalls <= numbers
 
 
-@pytest.mark.parametrize("arch", ["v3", "v0"])
-def test_the_loader_deploys_it_and_it_runs(arch: str) -> None:
-    run = RunDriver(Chain(arch))
+@pytest.mark.parametrize(("arch", "all_features"), [("v3", False), ("v0", False), ("v3", True)])
+def test_the_loader_deploys_it_and_it_runs(arch: str, all_features: bool) -> None:
+    run = RunDriver(Chain(arch, all_features=all_features))
     run.start()
     run.train(range(4))
     assert run.rounds[0].closed
