@@ -204,7 +204,8 @@ def _doc(item: object) -> str | None:
 def _signature(item: object, method_of: type | None = None) -> inspect.Signature | None:
     try:
         signature = inspect.signature(item)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+        str(signature)
+    except Exception:  # none, or defaults and annotations that do not evaluate or print: it has none to show
         return None
     parameters = list(signature.parameters.values())
     if method_of is not None and parameters and parameters[0].name in ("self", "cls", "type"):
