@@ -16,7 +16,7 @@ class Fault(StrEnum):
     TAMPER = "tamper"
     """Serve bytes other than those committed to on chain."""
     LENGTH = "length"
-    """Commit to an update that is shorter than the layout says."""
+    """Commit to the digest of an update that is shorter than the layout says, under the length that the layout says."""
     OUTSIDER = "outsider"
     """Never join; announce an update and try to fetch, with a key that is not a member's."""
 

@@ -107,7 +107,7 @@ class UpdateExchange:
             missing = [member for member in wanted if member not in self.held(round_number)]
             raise UpdateMissing(
                 f"round {round_number}: no peer served the update of member(s) {missing} within {timeout:.0f} s, and "
-                "it counts. Check the links to the other nodes (the log has their addresses), then start this node again"
+                "it counts. Check the links to the other nodes (addresses are in the log), then start this node again"
             ) from None
         paths = []
         for member in wanted:

@@ -81,7 +81,7 @@ class RoundLoop:
         self._folder, self._update_timeout = folder, update_timeout
         self._applied = 0
         self._trained = -1
-        self._sent: dict[int, int] = {}
+        self._sent: set[int] = set()
         self._checkpointed = -1
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
@@ -136,7 +136,7 @@ class RoundLoop:
             await self._exchange.follow(number, (await self._record(number)).commitments.values())
         paths = await self._exchange.obtain(number, members, self._update_timeout)
         included = self._member in members if number in self._sent else None
-        self._sent.pop(number, None)
+        self._sent.discard(number)
         fetched = time.monotonic()
         reply = await self._trainer.call(
             Apply(
@@ -163,7 +163,7 @@ class RoundLoop:
         self.wait_seconds += fetched - started
         if self._cadence.evaluates(number):
             await self.evaluate(number)
-        await self._exchange.forget(number - KEPT_ROUNDS)
+        await self._exchange.forget(max(0, number - KEPT_ROUNDS))
 
     async def _train(self, pulse: Pulse) -> None:
         number = pulse.run.round
@@ -185,8 +185,9 @@ class RoundLoop:
         )
         seconds = time.monotonic() - started
         self.train_seconds += seconds
-        digest, length = await asyncio.to_thread(self._adopt, blob_path, number)
-        self._sent[number] = length
+        length = blob_path.stat().st_size
+        digest = await asyncio.to_thread(self._adopt, blob_path, number)
+        self._sent.add(number)
         try:
             await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
         except ProgramError as error:
@@ -216,10 +217,11 @@ class RoundLoop:
             length,
         )
 
-    def _adopt(self, path: Path, number: int) -> tuple[bytes, int]:
+    def _adopt(self, path: Path, number: int) -> bytes:
+        """Move the update into the store and return its digest."""
         if self._faults.active:
             path.write_bytes(self._faults.committed(path.read_bytes()))
-        return self._store.adopt(path, number)
+        return self._store.adopt(path, number)[0]
 
     async def _record(self, number: int) -> Round:
         record = self._witness.rounds.get(number)

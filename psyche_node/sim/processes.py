@@ -21,6 +21,14 @@ def _end_with_parent() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
+class ProcessEnded(Exception):
+    """A process ended, or said nothing, where it should have gone on. ``code`` is its exit status."""
+
+    def __init__(self, name: str, code: int | None, log: Path, last_words: str) -> None:
+        super().__init__(f"{last_words}\n({name}: exit status {code}, log {log})")
+        self.code = code
+
+
 class Managed:
     """A process of the simulation whose standard error goes to a log file."""
 
@@ -42,14 +50,14 @@ class Managed:
         return self.process.poll() is None
 
     async def first_line(self, timeout: float) -> str:
-        """Return the first line of standard output. Raises RuntimeError with the end of the log if there is none."""
+        """Return the first line of standard output. Raises ProcessEnded with the end of the log if there is none."""
         assert self.process.stdout is not None, "started without pipe=True"
         try:
             line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), timeout)
         except TimeoutError:
             line = b""
         if not line:
-            raise RuntimeError(f"{self.name} did not start. The end of {self.log}:\n{self.tail()}")
+            raise ProcessEnded(self.name, self.process.poll() or await self.stop(), self.log, self.tail())
         return line.decode()
 
     async def wait(self) -> int:

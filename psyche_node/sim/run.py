@@ -15,7 +15,7 @@ from coordinator.state import Member, MemberStatus, Phase
 from psyche_node.exits import Exit, exit_for
 from psyche_node.sim.baseline import BaselineRequest
 from psyche_node.sim.collect import collect, ledger_result
-from psyche_node.sim.processes import Managed
+from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay, print_summary
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
@@ -45,9 +45,12 @@ async def run(settings: SimSettings, started: float) -> Exit:
     except asyncio.CancelledError:
         console.print("psyche-sim: stopped; no process is left behind")
         return Exit.INTERRUPTED
+    except ProcessEnded as error:
+        console.print(f"[red]psyche-sim: {escape(str(error))}[/red]", soft_wrap=True)
+        return next((code for code in Exit if code == error.code), Exit.SIMULATION)
     except Exception as error:
-        console.print(f"[red]psyche-sim: {escape(str(error))}[/red]")
-        console.print(f"Logs: {settings.out / 'logs'}")
+        console.print(f"[red]psyche-sim: {escape(f'{type(error).__name__}: {error}')}[/red]", soft_wrap=True)
+        console.print(f"Logs: {settings.out / 'logs'}", soft_wrap=True)
         return exit_for(error)
     if result.outcome == "interrupted":
         return Exit.INTERRUPTED
@@ -146,7 +149,7 @@ def _status(node: SimNode, member: Member | None) -> str:
 
 
 async def _baseline(world: World) -> Baseline:
-    """Train the same model on the same positions with AdamW. Raises SimulationFailed."""
+    """Train the same model on the same positions with AdamW. Raises ProcessEnded."""
     settings, prepared = world.settings, world.prepared
     assert world.record.pulse is not None, "the run is finished, so its state was seen"
     request = BaselineRequest(
@@ -165,8 +168,6 @@ async def _baseline(world: World) -> Baseline:
     )
     try:
         return Baseline.model_validate_json(await process.first_line(BASELINE_TIMEOUT))
-    except RuntimeError as error:
-        raise SimulationFailed(str(error)) from error
     finally:
         await process.stop()
 

@@ -1,0 +1,56 @@
+"""Real processes: each test starts `psyche-sim` as a user would, and nothing of it may be left at the end."""
+
+from __future__ import annotations
+
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from e2e_harness import Finished, Simulate, environment, processes_of, sim_command, until
+
+
+@pytest.fixture
+def simulate(tmp_path: Path) -> Iterator[Simulate]:
+    """Run `psyche-sim` with these flags to its end; nothing of it may be left then."""
+    out = tmp_path / "sim"
+
+    def run(*arguments: str, timeout: float = 300) -> Finished:
+        done = subprocess.run(
+            sim_command(out, *arguments),
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            stdin=subprocess.DEVNULL,
+            env=environment(out),
+        )
+        return Finished(out, done.returncode, done.stdout + done.stderr)
+
+    yield run
+    assert processes_of(out) == []
+
+
+@pytest.fixture
+def started(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str], Path]]]:
+    """Start `psyche-sim` with these flags; the test decides how it ends."""
+    out = tmp_path / "sim"
+    running: list[subprocess.Popen[str]] = []
+
+    def start(*arguments: str) -> tuple[subprocess.Popen[str], Path]:
+        process = subprocess.Popen(
+            sim_command(out, *arguments),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            stdin=subprocess.DEVNULL,
+            env=environment(out),
+            start_new_session=True,
+        )
+        running.append(process)
+        return process, out
+
+    yield start
+    for process in running:
+        process.kill()
+        process.communicate()
+    until(lambda: processes_of(out) == [], "the end of every process of the simulation", 30)
