@@ -10,7 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, TypeVar
@@ -145,11 +145,15 @@ class Links:
             lambda count: self._traffic.received(peer, count, blob=True),
         )
 
-    def close(self) -> None:
+    def retain(self, peers: Container[bytes]) -> None:
+        """Close the channels to all other nodes."""
         with self._lock:
-            links, self._links = list(self._links.values()), {}
-        for link in links:
+            gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
+        for link in gone:
             link.channel.close()
+
+    def close(self) -> None:
+        self.retain(())
 
     def _link(self, peer: bytes) -> _Link:
         record = self._directory.record(peer)

@@ -156,6 +156,7 @@ class NetworkNode:
         if len(members) != len(message.members) or len(set(members.values())) != len(members):
             raise NetworkError("two entries of the member list share a slot or a node key")
         self._directory.set_members(members)
+        self._links.retain(set(members.values()))
         self._report_connections()
         self._fetcher.sources_changed()
         self._swarm.wake()
@@ -171,8 +172,11 @@ class NetworkNode:
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
         await self._swarm.gossip.announcement(raw)
-        # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too.
-        for key in self._directory.sources(self._directory.others().values())[:MAX_PUSHED]:
+        # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too. Those that are
+        # known to be up come first, so that they do not wait for the deadlines of the others.
+        connected = self._swarm.connected()
+        reachable = self._directory.sources(self._directory.others().values())
+        for key in sorted(reachable, key=lambda key: key not in connected)[:MAX_PUSHED]:
             if self._nursery is not None:
                 self._nursery.start_soon(self._push, key, raw)
 

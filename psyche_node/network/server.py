@@ -1,13 +1,14 @@
 """The gRPC server: one guard in front of every method, and the four methods of ``proto/node.proto``.
 
 The guard asks, on every call: is this TLS 1.3, whose certificate is it, is that node a member now, does the call have a
-deadline. What a stranger can cost is a TLS handshake.
+deadline, has this peer not called too often. What a stranger can cost is a TLS handshake.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -33,6 +34,8 @@ MAX_ANNOUNCEMENTS_PER_CALL = 64
 MAX_STREAMS = 8
 MAX_STREAMS_PER_PEER = 2
 MAX_DEADLINE_SECONDS = 600.0
+CALLS_PER_SECOND = 100.0
+CALLS_AT_ONCE = 600.0
 # The largest request is a SinceRequest that looks for a blob of every member.
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = PIECE_BYTES + 64 * 1024
@@ -42,11 +45,31 @@ _WORKERS = 2 * MAX_STREAMS
 Context = Any  # grpc.ServicerContext; grpcio has no types
 
 
+class Pace:
+    """Calls per second and peer: a bucket that holds ``burst`` calls and refills at ``rate`` calls a second."""
+
+    def __init__(
+        self, rate: float = CALLS_PER_SECOND, burst: float = CALLS_AT_ONCE, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._rate, self._burst, self._clock = rate, burst, clock
+        self._buckets: dict[bytes, tuple[float, float]] = {}
+        self._lock = threading.Lock()
+
+    def allows(self, peer: bytes) -> bool:
+        now = self._clock()
+        with self._lock:
+            left, since = self._buckets.get(peer, (self._burst, now))
+            left = min(self._burst, left + (now - since) * self._rate)
+            self._buckets[peer] = (left - 1 if left >= 1 else left, now)
+            return left >= 1
+
+
 class Guard:
     """The gate of the server. ``caller`` says who a call is from, and refuses it unless that is a member."""
 
     def __init__(self, directory: Directory, reporter: Reporter) -> None:
         self._directory, self._reporter = directory, reporter
+        self._pace = Pace()
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         """Put the guard in front of a method (gRPC calls this for every call)."""
@@ -77,6 +100,8 @@ class Guard:
         remaining = context.time_remaining()
         if remaining is None or remaining > MAX_DEADLINE_SECONDS:
             context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"set a deadline of at most {MAX_DEADLINE_SECONDS:.0f} s")
+        if not self._pace.allows(key):
+            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {CALLS_PER_SECOND:.0f} calls a second")
         return key
 
     def _guarded(self, behaviour: Callable[[bytes, bytes, Context], Any]) -> Callable[[bytes, Context], Any]:

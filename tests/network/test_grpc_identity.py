@@ -41,6 +41,7 @@ from psyche_node.network.server import (
     SERVICE,
     Guard,
     NodeService,
+    Pace,
     Server,
     Streams,
 )
@@ -78,8 +79,8 @@ class Node:
             Traffic(),
             Faults(),
         )
-        guard = Guard(self.directory, self.reporter)
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, guard, service)
+        self.guard = Guard(self.directory, self.reporter)
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service)
         self.address = f"127.0.0.1:{self.server.port}"
         self.links = Links(lambda: self.leaf, self.directory, self.reporter, Traffic())
 
@@ -372,6 +373,27 @@ def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     assert not streams.enter(b"another")
     streams.leave(peers[0])
     assert streams.enter(b"another")
+
+
+def test_calls_are_paced_per_peer() -> None:
+    now = 50.0
+    pace = Pace(rate=2.0, burst=4.0, clock=lambda: now)
+    assert [pace.allows(b"a") for _ in range(5)] == [True] * 4 + [False]
+    assert pace.allows(b"b")
+    now += 1.0
+    assert [pace.allows(b"a") for _ in range(3)] == [True, True, False]
+
+
+def test_a_peer_that_calls_too_often_is_told_so(make: Callable[[], Node]) -> None:
+    a, b = make(), make()
+    a.knows(b)
+    b.knows(a)
+    b.guard._pace = Pace(rate=0.0, burst=3.0)
+    for _ in range(3):
+        a.ask(b)
+    with pytest.raises(CallFailed) as failure:
+        a.ask(b)
+    assert failure.value.cause is Cause.BUSY
 
 
 def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[], Node]) -> None:

@@ -344,6 +344,28 @@ def test_it_ends_with_its_supervisor_and_leaves_nothing(tmp_path: Path) -> None:
     asyncio.run(scenario())
 
 
+def test_it_ends_when_its_supervisor_does_not_wait_for_it(tmp_path: Path) -> None:
+    """Gone before the first word, and gone while the network comes up."""
+
+    async def scenario() -> None:
+        for name, speak in (("silent", False), ("hasty", True)):
+            (tmp_path / name).mkdir()
+            process = Process(tmp_path / name)
+            await process.launch()
+            if speak:
+                configure = Configure(
+                    folder=str(process.folder), node_key_path=str(process.folder / "node.key"), run=RUN.hex()
+                )
+                asking = asyncio.create_task(process.endpoint.call(configure, Ready))
+                await asyncio.sleep(0)
+                asking.cancel()
+            assert await process.stop() == 0
+            assert "Traceback" not in process.log_text()
+            assert "CRITICAL" not in process.log_text()
+
+    asyncio.run(scenario())
+
+
 def test_what_an_earlier_process_left_unfinished_is_removed(tmp_path: Path) -> None:
     async def scenario() -> None:
         store = BlobStore(tmp_path / "0" / "blobs")

@@ -1,0 +1,136 @@
+"""The network process from its first message to its end."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+import threading
+import time
+from typing import NoReturn
+
+import trio
+
+from psyche_node.identity import IdentityError
+from psyche_node.ipc import BlockingChannel, Failure, IpcError, Message, serve
+from psyche_node.log import configure as configure_log
+from psyche_node.network.messages import Configure
+from psyche_node.network.node import NetworkError, NetworkNode
+from psyche_node.network.server import ServerUnavailable
+from psyche_node.network.statements import Malformed
+
+log = logging.getLogger(__name__)
+EXIT_SECONDS = 3.0
+_REFUSED = (IdentityError, Malformed, NetworkError, ServerUnavailable, ValueError, OSError)
+
+
+def main() -> None:
+    """Run until the supervisor is gone or says so. Exits with 2 when it cannot be configured, with 1 when it breaks."""
+    parser = argparse.ArgumentParser(prog="python -m psyche_node.network", description="A node's network process.")
+    parser.add_argument("--fd", type=int, required=True, help="inherited socket to the supervisor")
+    parser.add_argument("--log-level", default="INFO")
+    arguments = parser.parse_args()
+    configure_log("network", "WARNING")
+    logging.getLogger("psyche_node").setLevel(arguments.log_level)
+    _silence_libraries()
+    channel = BlockingChannel(arguments.fd)
+    try:
+        frame = channel.receive()
+    except IpcError as error:
+        log.error("the supervisor's first message cannot be read: %s", error)
+        sys.exit(2)
+    if frame is None:
+        return
+    request_id, message = frame
+    process = _Process(channel, request_id)
+    if not isinstance(message, Configure):
+        process.refuse(f"the first message must be Configure, not {type(message).__name__}")
+    try:
+        trio.run(process.run, NetworkNode(message, process.emit))
+    except (Exception, BaseExceptionGroup) as error:
+        refusal = _refusal(error)
+        if process.ready or refusal is None:
+            log.critical("the network process failed", exc_info=True)
+            sys.exit(1)
+        process.refuse(str(refusal))
+
+
+def _refusal(error: BaseException) -> BaseException | None:
+    """Return the foreseen error in ``error``, which trio may have wrapped in groups, or None."""
+    while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+        error = error.exceptions[0]
+    return error if isinstance(error, _REFUSED) else None
+
+
+def _silence_libraries() -> None:
+    # libp2p reports each peer that goes away as an error, in several places; what matters of that is in this log.
+    logging.getLogger("libp2p").setLevel(logging.CRITICAL)
+    # One of its modules sets its own level.
+    logging.getLogger("libp2p.network.auto_connector").setLevel(logging.CRITICAL)
+    logging.getLogger("grpc").setLevel(logging.ERROR)
+
+
+class _Process:
+    """The conversation with the supervisor."""
+
+    def __init__(self, channel: BlockingChannel, configure_id: int) -> None:
+        self._channel, self._configure_id = channel, configure_id
+        self.ready = False
+
+    def emit(self, message: Message) -> None:
+        self._reply(0, message)
+
+    def refuse(self, reason: str) -> NoReturn:
+        """Answer ``Configure`` with a Failure and end."""
+        log.error("%s", reason)
+        self._reply(self._configure_id, Failure(reason=reason))
+        sys.exit(2)
+
+    async def run(self, node: NetworkNode) -> None:
+        token = trio.lowlevel.current_trio_token()
+        async with node.running() as ready:
+            self._reply(self._configure_id, ready)
+            self.ready = True
+            threading.Thread(target=self._converse, args=(node, token), name="ipc", daemon=True).start()
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(_stop_on_signal, node)
+                await node.stopping.wait()
+                nursery.cancel_scope.cancel()
+            threading.Thread(target=_exit_anyway, name="exit", daemon=True).start()
+
+    def _converse(self, node: NetworkNode, token: trio.lowlevel.TrioToken) -> None:
+        """Answer the supervisor until it closes its end, then end the process."""
+
+        def handle(message: Message) -> Message:
+            return trio.from_thread.run(node.handle, message, trio_token=token)
+
+        try:
+            serve(self._channel, handle)
+        except (IpcError, OSError) as error:
+            log.error("the conversation with the supervisor broke: %s", error)
+        finally:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(node.stopping.set)
+
+    def _reply(self, request_id: int, message: Message) -> None:
+        try:
+            self._channel.reply(request_id, message)
+        except OSError as error:
+            # It is gone; the reading thread finds out, and ends the process.
+            log.debug("the supervisor is gone: %s", error)
+
+
+async def _stop_on_signal(node: NetworkNode) -> None:
+    with trio.open_signal_receiver(signal.SIGTERM) as signals:
+        async for _ in signals:
+            node.stopping.set()
+
+
+def _exit_anyway() -> None:
+    time.sleep(EXIT_SECONDS)
+    log.warning("still not ended after %.0f s; leaving", EXIT_SECONDS)
+    logging.shutdown()
+    os._exit(0)
