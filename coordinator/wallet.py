@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import stat
+import tempfile
 from pathlib import Path
 from typing import Final
 
@@ -63,10 +64,11 @@ def create_keypair(path: Path) -> Keypair:
         WalletError: the file exists, or cannot be written.
     """
     keypair = Keypair()
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        descriptor = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW, 0o600)
+        descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # mode 0600
+        part = Path(name)
         with os.fdopen(descriptor, "w") as file:
             json.dump(list(bytes(keypair)), file)
             file.flush()
@@ -78,7 +80,8 @@ def create_keypair(path: Path) -> Keypair:
     except OSError as error:
         raise WalletError(f"wallet {path} cannot be written: {error.strerror or error}") from error
     finally:
-        part.unlink(missing_ok=True)
+        if part is not None:
+            part.unlink(missing_ok=True)
     return keypair
 
 

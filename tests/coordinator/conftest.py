@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Iterator
 
 import pytest
 from ledger_process import Ledger, start_ledger
+from solders.keypair import Keypair
+from solders.pubkey import Pubkey
+
+from coordinator.chain import Chain
+from coordinator.deploy import deploy, program_bytes
 
 
 def _running(slot_ms: int) -> Iterator[Ledger]:
@@ -34,3 +40,17 @@ def ledger() -> Iterator[Ledger]:
 def fast_ledger() -> Iterator[Ledger]:
     """Slots of 2 ms: blockhashes expire after 0.3 s."""
     yield from _running(2)
+
+
+@pytest.fixture(scope="session")
+def program(ledger: Ledger) -> tuple[Keypair, Pubkey]:
+    """The coordinator program, deployed for the whole session: its authority's funded wallet, and its address."""
+    owner, key = Keypair(), Keypair()
+
+    async def run() -> None:
+        async with Chain([ledger.rpc], owner) as chain:
+            await chain.airdrop(owner.pubkey(), 1000 * 10**9)
+            await deploy(chain, owner, key, program_bytes())
+
+    asyncio.run(run())
+    return owner, key.pubkey()

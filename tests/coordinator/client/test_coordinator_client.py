@@ -1,0 +1,366 @@
+"""The client of a run, against the real program on a real ledger, also when parts of the way to it fail."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import contextlib
+import itertools
+from collections.abc import AsyncIterator
+from typing import Any
+
+import pytest
+from endpoints import Relay, endpoint, failure, forward, forwarding, result
+from ledger_process import SOL, Ledger
+from runs import LIMITS, ROOT, TERMS, close, joined, limits, take_part
+from solders.keypair import Keypair
+from solders.pubkey import Pubkey
+from solders.system_program import TransferParams, transfer
+
+from coordinator.chain import Chain, ChainError, ChainUnavailable, TransactionFailed
+from coordinator.client import CoordinatorClient, ProgramError, RunExists, RunNotFound
+from coordinator.state import MemberStatus, Phase
+
+_names = itertools.count()
+Program = tuple[Keypair, Pubkey]
+
+
+@contextlib.asynccontextmanager
+async def owned(ledger: Ledger, program: Program, **changes: int) -> AsyncIterator[CoordinatorClient]:
+    """The owner's client of a new run."""
+    wallet, address = program
+    async with CoordinatorClient([ledger.rpc], address, None, wallet) as owner:
+        addresses = await owner.create_run(f"client-{next(_names)}", limits(**changes), TERMS)
+    async with CoordinatorClient([ledger.rpc], address, addresses, wallet) as owner:
+        yield owner
+
+
+def test_a_run_from_its_creation_to_its_end(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        async with owned(ledger, program) as owner:
+            nodes = [await joined([ledger.rpc], owner.addresses.run) for _ in range(3)]
+            seen = await asyncio.gather(*(take_part(node) for node in nodes))
+            final = await owner.pulse()
+            assert final.run.phase is Phase.FINISHED
+            assert [kept.members for kept in final.run.inclusion] == [frozenset({0, 1, 2})] * 3
+            members = await owner.members()
+            assert [member.credit for member in members] == [30, 33, 36]
+            assert final.run.tokens == 99
+            assert all(member.updates_included == 3 for member in members)
+            for pulses in seen:
+                slots = [pulse.slot for pulse in pulses]
+                assert slots == sorted(slots)
+                assert all(pulse.header.phase == pulse.run.phase for pulse in pulses), "never half of a tick"
+            total, failed = await owner.transaction_counts()
+            assert total >= 1 + 3 * (1 + 1 + 3 + 3 + 1)
+            assert failed < total
+            await close(*nodes)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_program_errors_have_number_name_and_logs(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        async with owned(ledger, program) as owner:
+            node = await joined([ledger.rpc], owner.addresses.run)
+            with pytest.raises(ProgramError) as refused:
+                await node.join(Keypair())
+            assert (refused.value.code, refused.value.name) == (6027, "ALREADY_A_MEMBER")
+            assert refused.value.signature is None
+            assert any("custom program error: 0x178b" in line for line in refused.value.logs)
+            with pytest.raises(ProgramError, match="NOT_DUE"):
+                await node.tick()
+            with pytest.raises(ProgramError) as phase:
+                await node.ready(ROOT)
+            assert phase.value.name == "WRONG_PHASE"
+            await node.leave()
+            assert (await node.members())[0].status is MemberStatus.LEFT
+            await node.close()
+
+    asyncio.run(run())
+
+
+def test_other_failures_say_what_failed(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        pauper = Keypair()
+        async with Chain([ledger.rpc], pauper) as chain:
+            to_self = transfer(TransferParams(from_pubkey=pauper.pubkey(), to_pubkey=pauper.pubkey(), lamports=1))
+            with pytest.raises(TransactionFailed, match=f"wallet {pauper.pubkey()} cannot pay"):
+                await chain.send(to_self)
+            await chain.airdrop(pauper.pubkey(), SOL)
+            much = transfer(TransferParams(from_pubkey=pauper.pubkey(), to_pubkey=pauper.pubkey(), lamports=5 * SOL))
+            with pytest.raises(TransactionFailed) as failed:
+                await chain.send(much)
+            assert not isinstance(failed.value, ProgramError), "another program's number is not ours"
+            assert failed.value.error == {"InstructionError": [1, {"Custom": 1}]}
+            with pytest.raises(TransactionFailed, match="over the limit of 1232"):
+                await chain.send(
+                    *[
+                        transfer(
+                            TransferParams(from_pubkey=pauper.pubkey(), to_pubkey=Keypair().pubkey(), lamports=SOL)
+                        )
+                        for _ in range(30)
+                    ]
+                )
+            other = Keypair().pubkey()
+            with pytest.raises(TransactionFailed, match=f"sign for {other}"):
+                await chain.send(transfer(TransferParams(from_pubkey=other, to_pubkey=other, lamports=1)))
+        async with Chain([ledger.rpc]) as reader:
+            with pytest.raises(ChainError, match="no wallet"):
+                await reader.send(to_self)
+
+    asyncio.run(run())
+
+
+def test_what_is_no_run_is_refused(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        owner, address = program
+        for run_address in ("x", str(Keypair().pubkey()), str(owner.pubkey()), str(address)):
+            with pytest.raises(RunNotFound):
+                await CoordinatorClient.open([ledger.rpc], run_address)
+        async with owned(ledger, program) as client:
+            for part in (client.addresses.members, client.addresses.rounds):
+                with pytest.raises(RunNotFound):
+                    await CoordinatorClient.open([ledger.rpc], part)
+            name = (await client.pulse()).run.run_id
+            with pytest.raises(RunExists, match=name):
+                await client.create_run(name, LIMITS, TERMS)
+
+    asyncio.run(run())
+
+
+def test_equal_instructions_in_one_slot_are_two_transactions(ledger: Ledger) -> None:
+    async def run() -> None:
+        payer, to = Keypair(), Keypair().pubkey()
+        async with Chain([ledger.rpc], payer) as chain:
+            await chain.airdrop(payer.pubkey(), 100 * SOL)
+            same = transfer(TransferParams(from_pubkey=payer.pubkey(), to_pubkey=to, lamports=SOL))
+            signatures = await asyncio.gather(*(chain.send(same) for _ in range(20)))
+            assert len(set(signatures)) == 20
+            assert await chain.balance(to) == 20 * SOL
+
+    asyncio.run(run())
+
+
+def test_a_priority_fee_is_paid(ledger: Ledger) -> None:
+    async def run() -> None:
+        payer = Keypair()
+        async with Chain([ledger.rpc], payer, priority_fee=1_000_000) as chain:
+            await chain.airdrop(payer.pubkey(), SOL)
+            await chain.send(transfer(TransferParams(from_pubkey=payer.pubkey(), to_pubkey=payer.pubkey(), lamports=1)))
+            paid = SOL - await chain.balance(payer.pubkey())
+            assert 120_000 <= paid - 5000 < 130_000
+
+    asyncio.run(run())
+
+
+# ---------------------------------------------------------------------- pushes and polls
+
+
+def test_a_cut_websocket_is_replaced_by_polling_and_comes_back(ledger: Ledger, program: Program) -> None:
+    """The relay stands where the WebSocket of the front's URL is expected, and is cut and restored."""
+
+    async def run() -> None:
+        async def through(request: dict[str, Any]) -> None:
+            return None
+
+        async with owned(ledger, program) as owner, contextlib.AsyncExitStack() as stack:
+            relay = Relay(ledger.port + 1)
+            front, port = await _neighbours(stack, forwarding(ledger.rpc, through), relay)
+            run = owner.addresses.run
+            async with await CoordinatorClient.open([front], run) as client:
+                pulses = client.watch()
+
+                async def until(members: int) -> None:
+                    async with asyncio.timeout(10):
+                        while (await anext(pulses)).header.members != members:
+                            pass
+
+                await until(0)
+                while not client.subscriptions.connected:
+                    await anext(pulses)
+                nodes = [await joined([ledger.rpc], run)]
+                await until(1)
+                await relay.cut()
+                while client.subscriptions.connected:
+                    await anext(pulses)
+                nodes.append(await joined([ledger.rpc], run))
+                await until(2)
+                assert not client.subscriptions.connected
+                accepted = relay.accepted
+                await relay.up(port + 1)
+                while not client.subscriptions.connected:
+                    await anext(pulses)
+                assert relay.accepted > accepted
+                nodes.append(await joined([ledger.rpc], run))
+                await until(3)
+                await relay.cut()
+                await close(*nodes)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+async def _neighbours(stack: contextlib.AsyncExitStack, handler: Any, relay: Relay) -> tuple[str, int]:
+    """An endpoint, and the relay on the next port."""
+    for _ in range(50):
+        front = await stack.enter_async_context(endpoint(handler))
+        port = int(front.rpartition(":")[2])
+        with contextlib.suppress(OSError):
+            await relay.up(port + 1)
+            return front, port
+    raise AssertionError("no two neighbouring ports are free")
+
+
+def test_a_change_is_pushed_long_before_it_would_be_polled(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        async with owned(ledger, program) as owner:
+            run = owner.addresses.run
+            async with await CoordinatorClient.open([ledger.rpc], run) as client:
+                # With polling as slow as this only a push can wake the watch in time.
+                client._pace.pause = lambda *_, **__: 3600.0  # type: ignore[method-assign]
+                pulses = client.watch()
+                assert (await anext(pulses)).header.members == 0
+                waiting = asyncio.ensure_future(anext(pulses))
+                node = await joined([ledger.rpc], run)
+                async with asyncio.timeout(10):
+                    while (await waiting).header.members != 1:
+                        waiting = asyncio.ensure_future(anext(pulses))
+                await node.close()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        down = False
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            return (503, b"", "") if down else None
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run, patience=0.3) as client,
+        ):
+            pulses = client.watch()
+            first = await anext(pulses)
+            down = True
+            with pytest.raises(ChainUnavailable):
+                await client.slot()
+            waiting = asyncio.ensure_future(anext(pulses))
+            with pytest.raises(ChainUnavailable):
+                await client.slot()
+            down = False
+            async with asyncio.timeout(20):
+                assert (await waiting).slot > first.slot
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+# ---------------------------------------------------------------------- sending through trouble
+
+
+async def _pays_once(ledger: Ledger, urls: list[str], **options: Any) -> None:
+    payer, to = Keypair(), Keypair().pubkey()
+    async with Chain([ledger.rpc]) as direct:
+        await direct.airdrop(payer.pubkey(), 10 * SOL)
+        async with Chain(urls, payer, **options) as chain:
+            await chain.send(transfer(TransferParams(from_pubkey=payer.pubkey(), to_pubkey=to, lamports=SOL)))
+        assert await direct.balance(to) == SOL
+        assert await direct.balance(payer.pubkey()) == 9 * SOL - 5000
+
+
+def test_a_lost_transaction_expires_and_is_signed_again(fast_ledger: Ledger) -> None:
+    async def run() -> None:
+        lost: set[str] = set()
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            if request["method"] != "sendTransaction":
+                return None
+            wire = base64.b64decode(request["params"][0])
+            blockhash = wire[-60:].hex()
+            if not lost or blockhash in lost:
+                lost.add(blockhash)
+                return result(request, "1" * 64)
+            return None
+
+        async with endpoint(forwarding(fast_ledger.rpc, change)) as front:
+            await _pays_once(fast_ledger, [front])
+        assert len(lost) == 1
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_an_answer_lost_after_the_fact_does_no_harm(ledger: Ledger) -> None:
+    async def run() -> None:
+        sends = 0
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            nonlocal sends
+            if request["method"] == "sendTransaction":
+                sends += 1
+                if sends == 1:
+                    await forward(ledger.rpc, request)
+                    return 0, b"", ""
+            return None
+
+        async with endpoint(forwarding(ledger.rpc, change)) as front:
+            await _pays_once(ledger, [front])
+        assert sends == 2
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_sending_fails_over_between_endpoints(ledger: Ledger) -> None:
+    async def run() -> None:
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            return (429, b"", "retry-after: 20\r\n") if request["method"] == "sendTransaction" else None
+
+        async with endpoint(forwarding(ledger.rpc, change)) as limited:
+            await _pays_once(ledger, ["http://127.0.0.1:9", limited, ledger.rpc])
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_reads_do_not_go_back_to_an_endpoint_that_is_behind(ledger: Ledger, program: Program) -> None:
+    """The one in front refuses slots it has not reached, as a cluster's node does; the next one is asked."""
+
+    async def run() -> None:
+        asked: list[int] = []
+
+        async def behind(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            options = next((one for one in request.get("params", []) if isinstance(one, dict)), {})
+            if "minContextSlot" in options:
+                asked.append(options["minContextSlot"])
+                return failure(request, -32016, "Minimum context slot has not been reached")
+            return None
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, behind)) as front,
+            await CoordinatorClient.open([front, ledger.rpc], owner.addresses.run) as client,
+        ):
+            first = await client.pulse()
+            second = await client.pulse()
+            assert second.slot >= first.slot
+            assert asked == [first.slot]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_an_endpoint_that_never_confirms_is_given_up(ledger: Ledger) -> None:
+    async def run() -> None:
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            if request["method"] == "getSignatureStatuses":
+                return result(request, {"context": {"slot": 1}, "value": [None]})
+            if request["method"] == "getBlockHeight":
+                return result(request, 0)
+            return None
+
+        payer = Keypair()
+        async with endpoint(forwarding(ledger.rpc, change)) as front, Chain([front], payer) as chain:
+            chain._sender._patience = 0.5
+            with pytest.raises(ChainUnavailable, match="not confirmed"):
+                await chain.airdrop(payer.pubkey(), SOL)
+
+    asyncio.run(asyncio.wait_for(run(), 60))

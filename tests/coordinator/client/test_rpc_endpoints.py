@@ -1,0 +1,172 @@
+"""Fail-over, back-off and bounds of RPC calls, against endpoints that misbehave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from typing import Any
+
+import pytest
+from endpoints import endpoint, failure, result
+
+from coordinator import rpc as rpc_module
+from coordinator.rpc import BadUrl, ChainUnavailable, Endpoints, RpcError, shown_url, websocket_url
+
+DEAD = "http://127.0.0.1:9"
+
+
+async def good(request: dict[str, Any]) -> tuple[int, bytes, str]:
+    return result(request, "fine")
+
+
+def answering(body: bytes, status: int = 200, headers: str = "") -> Any:
+    async def handle(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return status, body, headers
+
+    return handle
+
+
+async def never(request: dict[str, Any]) -> tuple[int, bytes, str]:
+    await asyncio.Event().wait()
+    raise AssertionError
+
+
+def test_the_next_endpoint_takes_over_and_the_first_is_preferred_again() -> None:
+    calls = {"first": 0, "second": 0}
+    broken = True
+
+    async def first(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        calls["first"] += 1
+        return (503, b"", "") if broken else result(request, "first")
+
+    async def second(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        calls["second"] += 1
+        return result(request, "second")
+
+    async def run() -> None:
+        nonlocal broken
+        async with endpoint(first) as one, endpoint(second) as two:
+            rpc = Endpoints([one, two])
+            assert await rpc.call("getSlot") == "second"
+            assert calls == {"first": 1, "second": 1}
+            assert await rpc.call("getSlot") == "second", "the first is in a pause"
+            assert calls == {"first": 1, "second": 2}
+            broken = False
+            while await rpc.call("getSlot") != "first":
+                await asyncio.sleep(0.02)
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(
+    ("handler", "reason"),
+    [
+        (answering(b"{"), "not JSON"),
+        (answering(b"[]"), "not a JSON-RPC object"),
+        (answering(b"[" * 3000), "not JSON"),
+        (answering(b'{"id":1}'), "neither result nor error"),
+        (answering(b'{"id":1,"error":{"message":"x"}}'), "no code"),
+        (answering(b'{"id":1,"error":"x"}'), "no code"),
+        (answering(b'{"id":77,"result":1}'), "another request"),
+        (answering(b'{"id":1,"error":{"code":-32005,"message":"node is behind"}}'), "node is behind"),
+        (answering(b"", 302, "location: http://127.0.0.1:1/\r\n"), "status 302"),
+        (answering(b"", 500), "status 500"),
+        (answering(b"", 0), "disconnected"),
+        (answering(b"x" * 5000), "over 4000 bytes"),
+        (never, "no answer in time"),
+    ],
+)
+def test_what_an_endpoint_may_do_wrong(handler: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rpc_module, "MAX_RESPONSE_BYTES", 4000)
+
+    async def run() -> None:
+        async with endpoint(handler) as bad, endpoint(good) as fine:
+            alone = Endpoints([bad], request_seconds=0.2, patience=0.3)
+            with pytest.raises(ChainUnavailable, match=reason):
+                await alone.call("getSlot")
+            await alone.close()
+            rpc = Endpoints([bad, DEAD, fine], request_seconds=0.5)
+            assert await rpc.call("getSlot") == "fine"
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_an_error_of_the_request_is_not_tried_elsewhere() -> None:
+    calls = 0
+
+    async def refuse(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        nonlocal calls
+        calls += 1
+        return failure(request, -32602, "Invalid params: no")
+
+    async def run() -> None:
+        async with endpoint(refuse) as one, endpoint(refuse) as two:
+            rpc = Endpoints([one, two])
+            with pytest.raises(RpcError) as refused:
+                await rpc.call("getSlot")
+            assert (refused.value.code, calls) == (-32602, 1)
+            await rpc.close()
+
+    asyncio.run(run())
+
+
+def test_too_many_requests_are_waited_out_as_long_as_asked() -> None:
+    times: list[float] = []
+
+    async def limited(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        times.append(time.monotonic())
+        return (429, b"", "retry-after: 0.6\r\n") if len(times) == 1 else result(request, 1)
+
+    async def run() -> None:
+        async with endpoint(limited) as only:
+            rpc = Endpoints([only])
+            assert await rpc.call("getSlot") == 1
+            await rpc.close()
+
+    asyncio.run(run())
+    assert 0.6 <= times[1] - times[0] < 5
+
+
+def test_patience_is_bounded_and_the_message_names_every_endpoint_without_its_key() -> None:
+    async def run() -> None:
+        rpc = Endpoints([f"{DEAD}/secret-key?token=hush", "http://user:pass@127.0.0.1:10/"], patience=1.0)
+        started = time.monotonic()
+        with pytest.raises(ChainUnavailable) as unavailable:
+            await rpc.call("getSlot")
+        assert time.monotonic() - started < 5
+        text = str(unavailable.value)
+        assert "127.0.0.1:9 " in text
+        assert "127.0.0.1:10 " in text
+        assert not any(secret in text for secret in ("secret", "hush", "pass"))
+        await rpc.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("url", ["", "localhost:8899", "ws://x", "http://", "http://x:99999", "file:///etc/passwd"])
+def test_what_is_no_url_is_refused(url: str) -> None:
+    with pytest.raises(BadUrl, match="must look like"):
+        Endpoints([url])
+
+
+def test_no_endpoint_at_all_is_refused() -> None:
+    with pytest.raises(BadUrl):
+        Endpoints([])
+
+
+@pytest.mark.parametrize(
+    ("url", "expected"),
+    [
+        ("http://127.0.0.1:8899", "ws://127.0.0.1:8900"),
+        ("https://api.devnet.solana.com", "wss://api.devnet.solana.com"),
+        ("https://host/path/key?x=1", "wss://host/path/key?x=1"),
+        ("http://[::1]:8899", "ws://[::1]:8900"),
+        ("https://me:pw@host:443/", "wss://me:pw@host:444/"),
+    ],
+)
+def test_where_the_websocket_is(url: str, expected: str) -> None:
+    assert websocket_url(url) == expected
+    assert json.dumps(shown_url(url)).count("pw") == 0
