@@ -1,0 +1,109 @@
+"""A libp2p peer that sends rubbish to a real network process: it is refused, counted, and the process goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import struct
+from pathlib import Path
+
+import pytest
+import trio
+from network_driver import RUN, Process
+
+from psyche_node.identity import NodeKey
+from psyche_node.network.gossip import Gossip
+from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
+from psyche_node.network.messages import GetStats, Rejected, Stats
+from psyche_node.network.records import MAX_BYTES, PROTOCOL
+from psyche_node.network.statements import Announcement, NodeRecord
+from psyche_node.network.wire import node_pb2 as wire
+
+pytestmark = pytest.mark.timeout(60)
+
+
+class Indifferent:
+    """Handlers of a node that takes and passes on everything."""
+
+    def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
+        return True
+
+    def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
+        return True
+
+    def records_received(self, raw: list[bytes], sender: bytes) -> list[bytes]:
+        return []
+
+    def connection_changed(self, peer: bytes, up: bool) -> None:
+        pass
+
+    def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
+        pass
+
+
+def record_of(key: NodeKey) -> bytes:
+    return NodeRecord(RUN, key.public, 1, ("/ip4/127.0.0.1/tcp/9",), "127.0.0.1:9", bytes(32), 1).sign(key)
+
+
+async def attack(victim: bytes, address: str) -> list[bytes]:
+    """Send rubbish by gossip and over the record protocol; return the records that the victim gives to a stranger."""
+    key = NodeKey.generate()
+    host = make_host(key)
+    gossip = Gossip(host, RUN, key.public, Indifferent())
+    async with listening(host, "127.0.0.1", 0), gossip.running():
+        await dial(host, victim, address, 5.0)
+        with trio.fail_after(10):
+            for topic in (gossip._announcements, gossip._records):
+                await gossip._pubsub.wait_for_subscription(peer_of(victim), topic)
+        for rubbish in (b"", b"\xff" * 40, bytes(100_000), wire.Signed(body=b"x").SerializeToString()):
+            await gossip.announcement(rubbish)
+            await gossip.record(rubbish)
+        await gossip.announcement(Announcement(RUN, 0, key.public, bytes(32), 1).sign(key))
+        # Frames that lie about their length, that stop, that do not parse, that are no records.
+        for frame in (
+            struct.pack(">I", MAX_BYTES + 1),
+            struct.pack(">I", 2**32 - 1) + b"x",
+            struct.pack(">I", 4) + b"\xff" * 4,
+            b"\0",
+        ):
+            stream = await host.new_stream(peer_of(victim), [PROTOCOL])
+            await stream.write(frame)
+            await stream.close()
+        # It introduces itself, and a hundred made-up others.
+        made_up = [record_of(NodeKey.generate()) for _ in range(100)]
+        body = wire.Records(records=[record_of(key), b"rubbish", *made_up]).SerializeToString()
+        answers = []
+        for _ in range(2):
+            stream = await host.new_stream(peer_of(victim), [PROTOCOL])
+            await stream.write(struct.pack(">I", len(body)) + body)
+            with trio.fail_after(10):
+                answer = bytearray()
+                while len(answer) < 4 or len(answer) < 4 + struct.unpack(">I", answer[:4])[0]:
+                    answer += await stream.read(65536)
+            answers.append(bytes(answer[4:]))
+        message = wire.Records()
+        message.ParseFromString(answers[1])
+        return list(message.records)
+
+
+def test_rubbish_is_refused_and_the_process_goes_on(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = await Process(tmp_path).start([])
+        try:
+            await process.members(process)
+            victim, address = parse_bootstrap(process.ready.multiaddrs[0])
+            records = await asyncio.to_thread(trio.run, attack, victim, address)
+            # Its own record and the stranger's, and none of the made-up ones.
+            authors = [NodeRecord.parse(raw, RUN).node_id for raw in records]
+            assert authors[0] == process.key.node_id
+            assert len(authors) == 2
+            refused = {event.what for event in process.seen(Rejected)}
+            assert refused == {"announcement", "record"}
+            assert all(event.member is None for event in process.seen(Rejected))
+            await process.members(process)
+            assert (await process.endpoint.call(GetStats(), Stats)).bytes_received > 0
+            assert "Traceback" not in process.log_text()
+            assert "CRITICAL" not in process.log_text()
+        finally:
+            assert await process.stop() == 0
+
+    asyncio.run(scenario())
