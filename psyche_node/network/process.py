@@ -23,7 +23,7 @@ from psyche_node.network.server import ServerUnavailable
 from psyche_node.network.statements import Malformed
 
 log = logging.getLogger(__name__)
-EXIT_SECONDS = 3.0
+EXIT_SECONDS = 2.0
 _REFUSED = (IdentityError, Malformed, NetworkError, ServerUnavailable, ValueError, OSError)
 
 
@@ -131,6 +131,6 @@ async def _stop_on_signal(node: NetworkNode) -> None:
 
 def _exit_anyway() -> None:
     time.sleep(EXIT_SECONDS)
-    log.warning("still not ended after %.0f s; leaving", EXIT_SECONDS)
+    log.info("connections are still open after %.0f s; leaving them to their peers", EXIT_SECONDS)
     logging.shutdown()
     os._exit(0)
