@@ -10,6 +10,9 @@ REPETITION_PENALTY = 1.1
 NO_REPEAT = 12
 """No run of so many tokens comes twice: ends loops, and still lets a signature appear in question and answer."""
 
+SHORTEST = 8
+"""Tokens of the shortest answer: a model that has learned little would often end at once."""
+
 
 class ChatError(Exception):
     """The folder cannot be chatted with."""
@@ -27,7 +30,10 @@ def generate(folder: Path, prompt: str, max_tokens: int = 160, system: str | Non
         raise ChatError(f"{folder} has no config.json. Name a model folder, such as the checkpoint of a finished run")
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    silence: Any = transformers_logging.disable_progress_bar
+    silence()
     try:
         tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
         model: Any = AutoModelForCausalLM.from_pretrained(folder, local_files_only=True)
@@ -45,6 +51,7 @@ def generate(folder: Path, prompt: str, max_tokens: int = 160, system: str | Non
             input_ids=tokens,
             attention_mask=torch.ones_like(tokens),
             max_new_tokens=max_tokens,
+            min_new_tokens=min(SHORTEST, max_tokens),
             do_sample=False,
             repetition_penalty=REPETITION_PENALTY,
             no_repeat_ngram_size=NO_REPEAT,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import time
 from collections.abc import Iterator
@@ -9,6 +10,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from solders.pubkey import Pubkey
+
+from coordinator.deploy import program_data_address
 from coordinator.state import Member, MemberStatus
 from psyche_node.faults import Fault
 from psyche_node.sim.result import (
@@ -86,17 +90,28 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
 
 async def ledger_result(world: World) -> LedgerResult:
     """Ask the ledger what the run cost."""
-    chain = world.chain
-    transactions, failed = await chain.transaction_counts()
-    pulse = await chain.pulse()
+    chain, addresses = world.chain, world.addresses
+    _, failed = await chain.transaction_counts()
+    transactions = await chain.rpc.call("getTransactionCount", [{"commitment": "confirmed"}])
+    accounts = [
+        chain.program_id,
+        program_data_address(chain.program_id),
+        addresses.run,
+        addresses.members,
+        addresses.rounds,
+    ]
+    deposits = sum(await asyncio.gather(*(chain.balance(account) for account in accounts)))
+    wallets = [world.owner.pubkey(), *(Pubkey.from_string(node.wallet) for node in world.nodes)]
+    left = sum(await asyncio.gather(*(chain.balance(wallet) for wallet in wallets)))
     return LedgerResult(
         rpc=world.rpc,
         program_id=str(chain.program_id),
-        run_address=str(world.addresses.run),
-        transactions=transactions,
+        run_address=str(addresses.run),
+        transactions=int(str(transactions)),
         failed_transactions=failed,
-        lamports=0,
-        slots=pulse.slot,
+        lamports=world.funded - left - deposits,
+        rent_lamports=deposits,
+        slots=await chain.slot(),
         slot_ms=world.settings.slot_ms,
     )
 

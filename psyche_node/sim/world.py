@@ -16,6 +16,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from solders.pubkey import Pubkey
+
 from coordinator.client import CoordinatorClient, Pulse
 from coordinator.deploy import deploy, program_bytes
 from coordinator.instructions import run_addresses
@@ -107,6 +109,8 @@ class World:
         self.prepared: Prepared
         self.chain: CoordinatorClient
         self.rpc = ""
+        self.funded = 0
+        """Lamports that the faucet gave to all wallets."""
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
@@ -146,7 +150,7 @@ class World:
         self.addresses = run_addresses(program.pubkey(), self.owner.pubkey(), self.run_id)
         self.chain = CoordinatorClient([self.rpc], program.pubkey(), self.addresses, self.owner)
         stack.push_async_callback(self.chain.close)
-        await self.chain.airdrop(self.owner.pubkey(), OWNER_FUNDS)
+        await self._fund(self.owner.pubkey(), OWNER_FUNDS)
         await deploy(self.chain, self.owner, program, program_bytes())
 
     async def _create_run(self) -> None:
@@ -163,7 +167,7 @@ class World:
         shutil.copytree(prepared.data, folder / "data")
         wallet = load_or_create_keypair(folder / "wallet.json")
         key = load_or_create_node_key(folder / "node.key")
-        await self.chain.airdrop(wallet.pubkey(), NODE_FUNDS)
+        await self._fund(wallet.pubkey(), NODE_FUNDS)
         port = _free_port()
         if index == 0:
             self.bootstrap = f"/ip4/127.0.0.1/tcp/{port}/p2p/{key.node_id}"
@@ -199,6 +203,10 @@ class World:
         )
         self.nodes.append(node)
         return node
+
+    async def _fund(self, wallet: Pubkey, lamports: int) -> None:
+        await self.chain.airdrop(wallet, lamports)
+        self.funded += lamports
 
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Return when the run is finished and every node that still runs has said so.

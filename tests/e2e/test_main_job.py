@@ -63,8 +63,7 @@ def test_nodes_train_one_model_and_the_chain_tells_the_story(started, tmp_path: 
     )
     assert re.match(r"SeedOssForCausalLM 0\.0 0\.0 \d+", loaded.stdout)
     chat = [sys.executable, "-m", "psyche_node.sim.cli", "chat", str(model), "What does os.path.join do?"]
-    answer = subprocess.run(chat, capture_output=True, text=True, timeout=120, check=True)
-    assert answer.stdout.strip()
+    subprocess.run(chat, capture_output=True, text=True, timeout=120, check=True)
 
     process.terminate()
     assert process.wait(60) == 130
@@ -102,8 +101,9 @@ def test_adversaries_are_refused_and_the_run_matches(simulate: Simulate) -> None
     # The adversaries that follow the protocol otherwise apply what counts, too.
     assert result.replicas_identical
     assert by_fault["tamper"].weights_sha256 == honest[0].weights_sha256
-    logs = "".join(finished.logs(node.name) for node in honest)
+    logs = " ".join(finished.logs(node.name) for node in honest)
+    shorter = result.update_bytes - 7
+    assert f"it sent {shorter} bytes, {result.update_bytes} are committed to" in logs
     assert by_fault["length"].node_id in logs
-    assert "length" in logs
     assert by_fault["tamper"].node_id in logs
     assert by_fault["outsider"].node_id in logs

@@ -11,6 +11,7 @@ import pytest
 import torch
 from tiny import TINY, VOCABULARY, RandomData, terms
 
+from optimizer.errors import UnknownRound
 from psyche_node.training import (
     ModelError,
     Session,
@@ -201,3 +202,17 @@ def test_devices() -> None:
     assert chosen.micro_batch == 8
     assert any(line.startswith("micro-batch 8: about 2048 tokens") for line in chosen.reasons)
     assert choose_device("cpu", 256, 5, threads).micro_batch == 5
+
+
+def test_an_update_that_does_not_count_returns_to_the_momentum(model_dir: Path, data: RandomData) -> None:
+    def momentum(included: bool | None) -> float:
+        one = session(model_dir, data, overlap=False, lookahead=False)
+        blob = one.train(0, [0, 1], run=RUN, member=0).blob
+        one.apply(0, [] if included is None else [blob], included)
+        if included is not None:
+            with pytest.raises(UnknownRound):
+                one.apply(0, [], included)
+        return float(one.optimizer.state_dict()["momentum"].norm())
+
+    assert momentum(False) > momentum(True) * 1.01
+    assert momentum(None) == momentum(True), "without a fate nothing is put back"
