@@ -47,7 +47,8 @@ u64 tick(const struct input *input);
 
 /* schedule.c: when the next tick is due, from the state alone */
 void schedule(struct context *c);
-int decided(const struct round *round);
+int may_attest(const struct member *member);
+int decided(const struct context *c, const struct round *round);
 
 /* assign.c: the start of a round */
 void start_round(struct context *c);

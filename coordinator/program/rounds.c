@@ -70,9 +70,7 @@ u64 attest(const struct input *input) {
     require(round->state != ROUND_IS_FINAL, ROUND_FINAL);
     u64 slot = find_member(c.members, input->account[0].address);
     require(slot != NO_MEMBER, NOT_A_MEMBER);
-    /* a desynced witness has wrong weights, but what it says about bytes it holds is as good as before */
-    u64 status = c.members->member[slot].status;
-    require(status == ACTIVE || status == DESYNCED, MEMBER_NOT_ACTIVE);
+    require(may_attest(&c.members->member[slot]), MEMBER_NOT_ACTIVE);
     u64 witness = find_witness(round, slot);
     require(witness != MAX_WITNESSES, NOT_A_WITNESS);
     require(!(round->attested >> witness & 1), ALREADY_ATTESTED);

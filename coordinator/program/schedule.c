@@ -3,10 +3,15 @@
 #include "counter.h"
 #include "program.h"
 
-/* Nobody's inclusion can change any more: all witnesses have spoken, or what is missing cannot turn a member's fate. */
-int decided(const struct round *round) {
-    u64 quorum = two_thirds(round->witness_count);
-    u64 missing = round->witness_count - round->attested_count;
+/* A desynced witness has wrong weights, but what it says about bytes it holds is as good as before. */
+int may_attest(const struct member *member) { return member->status == ACTIVE || member->status == DESYNCED; }
+
+/* Nobody's inclusion can change any more: all witnesses have spoken, or what is missing cannot turn a member's fate.
+ * Who was dropped or has left will not speak; the quorum stays that of the elected. */
+int decided(const struct context *c, const struct round *round) {
+    u64 quorum = two_thirds(round->witness_count), missing = 0;
+    for (u64 w = 0; w < round->witness_count; w++)
+        missing += !(round->attested >> w & 1) && may_attest(&c->members->member[round->witness[w]]);
     if (missing == 0) return 1;
     u64 reachable = quorum > missing ? quorum - missing : 0;
     u64 open = 0;
@@ -59,9 +64,9 @@ static u64 witness_due(const struct context *c) {
     int open = 0;
     if (run->round > 0) {
         const struct round *previous = entry_of(rounds, run->round - 1);
-        open = previous->state == ROUND_CLOSED && !decided(previous);
+        open = previous->state == ROUND_CLOSED && !decided(c, previous);
     }
-    if (run->limits.overlap == 0 || rounds->header.drain) open |= !decided(entry_of(rounds, run->round));
+    if (run->limits.overlap == 0 || rounds->header.drain) open |= !decided(c, entry_of(rounds, run->round));
     return open ? saturating_add(run->phase_slot, run->limits.round_witness_time) : c->slot;
 }
 

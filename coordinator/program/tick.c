@@ -77,7 +77,7 @@ static void end_witnessing(struct context *c) {
     h->drain |= (u8)epoch_ends(c); /* members may have left or been dropped since the commits closed */
     if (run->limits.overlap == 0 || h->drain) {
         int late = c->slot >= saturating_add(run->phase_slot, run->limits.round_witness_time);
-        if (!late && !decided(round)) return; /* found out only now that this round must drain: stay for it */
+        if (!late && !decided(c, round)) return; /* found out only now that this round must drain: stay for it */
         finalize_round(c, round);
     }
     int ends = h->drain || epoch_ends(c);

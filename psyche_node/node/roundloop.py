@@ -186,7 +186,7 @@ class RoundLoop:
         seconds = time.monotonic() - started
         self.train_seconds += seconds
         length = blob_path.stat().st_size
-        digest = await asyncio.to_thread(self._adopt, blob_path, number)
+        digest, adopted = await asyncio.to_thread(self._adopt, blob_path, number)
         self._sent.add(number)
         try:
             await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
@@ -194,7 +194,7 @@ class RoundLoop:
             log.warning("round %d: the commitment came too late or was refused: %s", number, error)
             self._journal.write("late", round=number, reason=str(error))
         else:
-            await self._exchange.publish(number, self._member, digest, length)
+            await self._exchange.publish(number, self._member, digest, adopted)
         stats = await self._network.call(GetStats(), Stats)
         self._journal.write(
             "trained",
@@ -217,11 +217,11 @@ class RoundLoop:
             length,
         )
 
-    def _adopt(self, path: Path, number: int) -> bytes:
-        """Move the update into the store and return its digest."""
+    def _adopt(self, path: Path, number: int) -> tuple[bytes, int]:
+        """Move the update into the store; return its digest and length."""
         if self._faults.active:
             path.write_bytes(self._faults.committed(path.read_bytes()))
-        return self._store.adopt(path, number)[0]
+        return self._store.adopt(path, number)
 
     async def _record(self, number: int) -> Round:
         record = self._witness.rounds.get(number)

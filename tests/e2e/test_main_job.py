@@ -97,7 +97,9 @@ def test_adversaries_are_refused_and_the_run_matches(simulate: Simulate) -> None
     assert by_fault["tamper"].updates_included == 0
     assert by_fault["length"].updates_included == 0
     assert by_fault["outsider"].slot is None
-    assert all(node.updates_included == 5 for node in honest)
+    # The round in which both adversaries are dropped lacks two of its five witnesses: it is void, and requeued.
+    assert len(result.void_rounds) <= 1
+    assert {node.updates_included for node in honest} == {5 - len(result.void_rounds)}
     # The adversaries that follow the protocol otherwise apply what counts, too.
     assert result.replicas_identical
     assert by_fault["tamper"].weights_sha256 == honest[0].weights_sha256

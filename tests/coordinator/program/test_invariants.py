@@ -96,10 +96,11 @@ class Watched:
             assert sum(count for _, count in entry.ranges) == 23
         if state.phase is Phase.ROUND_WITNESS:
             needed = [e for e in rounds.values() if e.closed and not e.final]
+            speaking = {m.slot for m in live if m.status in (MemberStatus.ACTIVE, MemberStatus.DESYNCED)}
             if run.limits.overlap and not header.draining:
                 needed = [e for e in needed if e.round < state.round]
             assert (
-                header.due(run.chain.slot) == all(decided(entry) for entry in needed)
+                header.due(run.chain.slot) == all(decided(entry, speaking) for entry in needed)
                 or header.due_slot <= run.chain.slot
             )
 
