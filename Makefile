@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # The torch release this CPU build is tested with; a machine with CUDA may set TORCH="torch" to take the newest.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test setup lint program proto bench clean
+.PHONY: demo test setup lint program proto docs bench clean
 
 demo: setup
 	$(BIN)/psyche-sim $(ARGS)
@@ -34,6 +34,13 @@ program: setup
 
 proto: setup
 	$(BIN)/python proto/generate.py
+
+bench: setup
+	$(BIN)/python benchmarks/program_cu.py
+	$(BIN)/python benchmarks/convergence.py
+
+docs: setup
+	$(BIN)/python docs/generate.py
 
 clean:
 	rm -rf $(VENV) build runs

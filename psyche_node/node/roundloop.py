@@ -17,7 +17,7 @@ from pathlib import Path
 from coordinator.client import CoordinatorClient, ProgramError, Pulse
 from coordinator.state import InclusionSet, Phase, Round
 from psyche_node.faults import Faults
-from psyche_node.ipc import Endpoint, Ok
+from psyche_node.ipc import Endpoint, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
@@ -81,6 +81,7 @@ class RoundLoop:
         self._folder, self._update_timeout = folder, update_timeout
         self._applied = 0
         self._trained = -1
+        self._only_follows = False
         self._sent: set[int] = set()
         self._checkpointed = -1
         self.train_seconds = 0.0
@@ -169,20 +170,29 @@ class RoundLoop:
         number = pulse.run.round
         record = await self._record(number)
         if self._member not in record.slices:
+            if not self._only_follows:
+                self._only_follows = True
+                log.warning(
+                    "round %d has no data for this member: dropped, or out of sync; it only follows now", number
+                )
             return
         positions = record.positions(self._member)
         started, started_at = time.monotonic(), time.time()
         blob_path = self._folder / f"update-{number}.part"
-        reply = await self._trainer.call(
-            Train(
-                round=number,
-                positions=positions,
-                run=self._run_key.hex(),
-                member=self._member,
-                out_path=str(blob_path),
-            ),
-            Trained,
+        request = Train(
+            round=number,
+            positions=positions,
+            run=self._run_key.hex(),
+            member=self._member,
+            out_path=str(blob_path),
         )
+        try:
+            reply = await self._trainer.call(request, Trained)
+        except RemoteFailure as error:
+            # A failed step leaves the round, not the process: the others requeue this member's data.
+            log.error("round %d: not trained: %s", number, error)
+            self._journal.write("failed", round=number, reason=str(error))
+            return
         seconds = time.monotonic() - started
         self.train_seconds += seconds
         length = blob_path.stat().st_size

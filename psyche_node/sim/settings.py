@@ -41,15 +41,15 @@ class Recipe(BaseModel):
     """Sequences per round, all members together."""
     topk: int = Field(default=128, ge=1, le=512)
     """Coefficients kept of each block of 4,096: more is better and larger."""
-    learning_rate: float = Field(default=2e-3, gt=0)
+    learning_rate: float = Field(default=2.5e-3, gt=0)
     """Step of each weight at the peak of the schedule."""
-    final_learning_rate: float = Field(default=1e-4, gt=0)
+    final_learning_rate: float = Field(default=1.25e-4, gt=0)
     """Step at the end of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls after the warm-up."""
     vocabulary: int = Field(default=2048, ge=300)
     """Tokens of the tokenizer that is trained on the data when the model brings none."""
-    warmup_rounds: int = Field(default=8, ge=0)
+    warmup_rounds: int = Field(default=5, ge=0)
     """Rounds in which the learning rate rises."""
     decay: float = Field(default=0.95, gt=0, lt=1)
     """Decay of the momentum per round."""
@@ -92,7 +92,7 @@ class SimSettings(BaseModel):
 
     nodes: int = Field(default=4, ge=1, le=64)
     """Honest nodes."""
-    rounds: int = Field(default=100, ge=2)
+    rounds: int = Field(default=120, ge=2)
     """Rounds of the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the held-out split and the order of the data."""
@@ -116,6 +116,10 @@ class SimSettings(BaseModel):
     """Length of the ledger's slot in milliseconds."""
     port: int = Field(default=0, ge=0, le=65_534)
     """Port of the ledger's JSON-RPC (WebSocket: one above). 0 picks one."""
+    rpc: str | None = None
+    """Solana RPC endpoint to run on instead of a ledger of its own. Set `slot_ms` to that chain's slots (400)."""
+    wallet: Path | None = None
+    """Keypair file of the run's owner, who pays for everything. Needed with `rpc`; it should hold 2 SOL and more."""
     hold: bool = False
     """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
     device: str = "auto"
@@ -124,6 +128,12 @@ class SimSettings(BaseModel):
     """Start all nodes alike. By default node 2 uses another thread count and node 3 another micro-batch."""
     recipe: Recipe = Recipe()
     """How the model is trained."""
+
+    @model_validator(mode="after")
+    def _wallet_with_rpc(self) -> Self:
+        if self.rpc is not None and (self.wallet is None or not self.wallet.is_file()):
+            raise ValueError("on a chain of your own choice (rpc) the owner's funded wallet is needed: name its file")
+        return self
 
     @model_validator(mode="after")
     def _kills_exist(self) -> Self:

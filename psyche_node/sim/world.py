@@ -16,7 +16,10 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from solders.instruction import Instruction
 from solders.pubkey import Pubkey
+from solders.system_program import TransferParams
+from solders.system_program import transfer as system_transfer
 
 from coordinator.client import CoordinatorClient, Pulse
 from coordinator.deploy import deploy, program_bytes
@@ -30,8 +33,10 @@ from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.settings import Prepared, SimSettings
 
 LAMPORTS_PER_SOL = 1_000_000_000
-NODE_FUNDS = 10 * LAMPORTS_PER_SOL
+NODE_FUNDS = LAMPORTS_PER_SOL // 20
 OWNER_FUNDS = 100 * LAMPORTS_PER_SOL
+OWNER_NEEDS = 2 * LAMPORTS_PER_SOL
+LEDGER_TIMEOUT = 30.0
 PREPARE_TIMEOUT = 600.0
 POLL_SECONDS = 0.25
 
@@ -110,23 +115,13 @@ class World:
         self.chain: CoordinatorClient
         self.rpc = ""
         self.funded = 0
-        """Lamports that the faucet gave to all wallets."""
+        """Lamports that the owner's wallet began with; all others are funded from it."""
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
         """The network is up inside, and nothing of it is left outside, whatever happens."""
-        out = self.settings.out
         async with contextlib.AsyncExitStack() as stack:
-            ledger = Managed(
-                "psyche-ledger",
-                "coordinator.ledger",
-                ["run", "--port", str(self.settings.port), "--slot-ms", str(self.settings.slot_ms)],
-                out / "logs" / "ledger.log",
-                pipe=True,
-            )
-            stack.push_async_callback(ledger.stop)
-            self.memory.watch("ledger", ledger.process.pid)
-            self.prepared, _ = await asyncio.gather(self._prepare(), self._found(ledger, stack))
+            self.prepared, _ = await asyncio.gather(self._prepare(), self._found(stack))
             await self._create_run()
             for index in range(self.settings.nodes + len(self.settings.adversaries)):
                 stack.push_async_callback((await self._start_node(index)).process.stop)
@@ -142,15 +137,34 @@ class World:
         finally:
             await process.stop()
 
-    async def _found(self, ledger: Managed, stack: contextlib.AsyncExitStack) -> None:
-        """Deploy the program through the upgradeable loader, paid by the owner's funded wallet."""
-        self.rpc = str(json.loads(await ledger.first_line(30.0))["rpc"])
-        self.owner = load_or_create_keypair(self.settings.out / "owner.json")
+    async def _ledger(self, stack: contextlib.AsyncExitStack) -> str:
+        """Return the RPC address of the user's chain, or start a ledger and return its address."""
+        settings = self.settings
+        if settings.rpc is not None:
+            return settings.rpc
+        arguments = ["run", "--port", str(settings.port), "--slot-ms", str(settings.slot_ms)]
+        log = settings.out / "logs" / "ledger.log"
+        ledger = Managed("psyche-ledger", "coordinator.ledger", arguments, log, pipe=True)
+        stack.push_async_callback(ledger.stop)
+        self.memory.watch("ledger", ledger.process.pid)
+        return str(json.loads(await ledger.first_line(LEDGER_TIMEOUT))["rpc"])
+
+    async def _found(self, stack: contextlib.AsyncExitStack) -> None:
+        """Deploy the program through the upgradeable loader, paid by the owner's wallet."""
+        self.rpc = await self._ledger(stack)
+        self.owner = load_or_create_keypair(self.settings.wallet or self.settings.out / "owner.json")
         program = load_or_create_keypair(self.settings.out / "program.json")
         self.addresses = run_addresses(program.pubkey(), self.owner.pubkey(), self.run_id)
         self.chain = CoordinatorClient([self.rpc], program.pubkey(), self.addresses, self.owner)
         stack.push_async_callback(self.chain.close)
-        await self._fund(self.owner.pubkey(), OWNER_FUNDS)
+        if self.settings.rpc is None:
+            await self.chain.airdrop(self.owner.pubkey(), OWNER_FUNDS)
+        self.funded = await self.chain.balance(self.owner.pubkey())
+        if self.funded < OWNER_NEEDS:
+            raise SimulationFailed(
+                f"wallet {self.owner.pubkey()} has {self.funded / LAMPORTS_PER_SOL:g} SOL on {self.rpc}; a run needs "
+                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: psyche-admin airdrop, or transfer"
+            )
         await deploy(self.chain, self.owner, program, program_bytes())
 
     async def _create_run(self) -> None:
@@ -167,7 +181,7 @@ class World:
         shutil.copytree(prepared.data, folder / "data")
         wallet = load_or_create_keypair(folder / "wallet.json")
         key = load_or_create_node_key(folder / "node.key")
-        await self._fund(wallet.pubkey(), NODE_FUNDS)
+        await self.chain.send(transfer(self.owner.pubkey(), wallet.pubkey(), NODE_FUNDS))
         port = _free_port()
         if index == 0:
             self.bootstrap = f"/ip4/127.0.0.1/tcp/{port}/p2p/{key.node_id}"
@@ -203,10 +217,6 @@ class World:
         )
         self.nodes.append(node)
         return node
-
-    async def _fund(self, wallet: Pubkey, lamports: int) -> None:
-        await self.chain.airdrop(wallet, lamports)
-        self.funded += lamports
 
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Return when the run is finished and every node that still runs has said so.
@@ -269,6 +279,10 @@ class World:
             for node in self.nodes
         ]
         return "every honest node has ended before the run was finished.\n" + "\n".join(parts)
+
+
+def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:
+    return system_transfer(TransferParams(from_pubkey=source, to_pubkey=to, lamports=lamports))
 
 
 def _free_port() -> int:

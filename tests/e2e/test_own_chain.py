@@ -1,0 +1,45 @@
+"""A chain that the simulation did not start: only the RPC address differs."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from e2e_harness import Simulate
+
+pytestmark = pytest.mark.e2e
+
+
+@pytest.fixture
+def rpc() -> Iterator[str]:
+    command = [sys.executable, "-m", "coordinator.ledger", "run", "--port", "0", "--slot-ms", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ledger:
+        assert ledger.stdout is not None
+        yield json.loads(ledger.stdout.readline())["rpc"]
+        ledger.terminate()
+
+
+def admin(*arguments: str) -> str:
+    command = [sys.executable, "-m", "coordinator.admin", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+
+
+def test_run_on_a_chain_of_the_users_choice(simulate: Simulate, rpc: str, tmp_path: Path) -> None:
+    wallet = tmp_path / "owner.json"
+    admin("wallet", "new", str(wallet))
+    where = ("--rpc", rpc, "--wallet", str(wallet), "--slot-ms", "100")
+    broke = simulate("--nodes", "2", "--rounds", "3", *where)
+    assert broke.code == 70, broke.text
+    assert "has 0 SOL" in broke.text
+    admin("airdrop", json.loads(admin("wallet", "show", str(wallet), "--json"))["address"], "10", "--rpc", rpc)
+    finished = simulate("--nodes", "2", "--rounds", "3", *where, "--out", str(tmp_path / "second"))
+    assert finished.code == 0, finished.text
+    report = json.loads((tmp_path / "second" / "report.json").read_text())
+    assert report["replicas_identical"]
+    assert report["ledger"]["rpc"] == rpc
+    shown = json.loads(admin("run", "show", report["run_id"], "--rpc", rpc, "--json"))
+    assert len(shown["members"]) == 2

@@ -1,0 +1,161 @@
+"""A replica on a CUDA device holds the bytes of one on the CPU, whatever precision its matrix units are set to.
+
+Weights and fingerprints must be equal whatever the members send. The update of a gradient is its sender's own affair;
+it is compared where the arithmetic is exact, so that neither the order of a sum nor TF32 can move a bit.
+"""
+
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import pytest
+import torch
+
+from optimizer import DisTrO, Update, encode
+from optimizer.transform import MOST_VOTES, invert_votes
+from optimizer.votes import select
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="PyTorch sees no CUDA device here")
+
+Named = list[tuple[str, torch.nn.Parameter]]
+Make = Callable[..., Named]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+RUN = bytes(range(32))
+
+
+@pytest.fixture(params=["highest", "medium"])
+def precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """fp32 products in fp32, and in what the device's matrix units are allowed to make of them."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
+
+
+def replica(make: Make, device: torch.device, dtype: torch.dtype = torch.float32) -> Named:
+    return [(name, torch.nn.Parameter(p.detach().to(device))) for name, p in make(dtype=dtype)]
+
+
+def content(named: Named) -> bytes:
+    return b"".join(
+        p.detach().cpu().reshape(-1).view(torch.int16 if p.element_size() == 2 else torch.int32).numpy().tobytes()
+        for _, p in named
+    )
+
+
+def give_gradients(named: Named, seed: int, largest: int | None = None) -> None:
+    """Seeded gradients of any kind, or small integers."""
+    generator = torch.Generator().manual_seed(seed)
+    for _, p in named:
+        if largest is None:
+            gradient = torch.randn(p.shape, generator=generator)
+        else:
+            gradient = torch.randint(-largest, largest + 1, p.shape, generator=generator).float()
+        p.grad = gradient.to(p.device, p.dtype)
+
+
+@pytest.mark.parametrize("topk", [32, 128])
+@pytest.mark.parametrize(("overlap", "lookahead"), [(True, True), (False, False)])
+def test_replicas_are_equal_over_fifty_rounds(
+    make: Make, topk: int, overlap: bool, lookahead: bool, precision: str
+) -> None:
+    """One member on each device, each with gradients of its own; some rounds are void, some updates left out."""
+    names = [replica(make, device) for device in (CPU, CUDA)]
+    members = [
+        DisTrO(named, lr=0.01, topk=topk, decay=0.95, weight_decay=0.1, overlap=overlap, lookahead=lookahead)
+        for named in names
+    ]
+    sent: dict[int, list[bytes]] = {}
+    start = content(names[0])
+    for round in range(50):
+        sent[round] = []
+        for number, (named, member) in enumerate(zip(names, members, strict=True)):
+            with member.lookahead():
+                give_gradients(named, 2 * round + number)
+            sent[round].append(member.encode(run=RUN, round=round, member=number))
+        due = round - 1 if overlap else round
+        if due < 0:
+            continue
+        included = [] if due % 11 == 7 else [0] if due % 5 == 3 else [0, 1]
+        for number, member in enumerate(members):
+            blobs = [sent[due][i] for i in included]
+            member.apply(blobs if number else blobs[::-1], lr=0.01 / (1 + due))
+            (member.settle if number in included else member.restore)(due)
+        assert content(names[0]) == content(names[1]), f"round {due}"
+        assert members[0].fingerprint() == members[1].fingerprint(), f"round {due}"
+    assert content(names[0]) != start
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("clip", [True, False])
+def test_many_votes_are_equal(make: Make, dtype: torch.dtype, clip: bool, precision: str) -> None:
+    """Votes beyond what a narrow format holds, in other slabs, and under autocast."""
+    results = []
+    for device, slab in ((CPU, 256), (CUDA, 256), (CUDA, 3)):
+        named = replica(make, device, dtype)
+        optimizer = DisTrO(named, lr=0.01, topk=32, weight_decay=0.1, clip_votes=clip, slab_blocks=slab)
+        layout = optimizer.layout
+        same = np.tile(np.arange(32, dtype=np.uint16) * 128, (layout.blocks, 1))
+        signs = np.random.default_rng(0).random((300, layout.blocks, 32)) < 0.2
+        blobs = [encode(Update(RUN, 0, member, same, signs[member]), layout) for member in range(300)]
+        with torch.autocast(device.type, torch.bfloat16):
+            optimizer.apply(blobs, lr=0.003)
+        results.append((content(named), optimizer.fingerprint()))
+    assert results[0] == results[1] == results[2]
+
+
+@pytest.mark.parametrize("bound", [1, 256, MOST_VOTES])
+def test_the_inverse_of_votes_is_exact(bound: int, precision: str) -> None:
+    votes = torch.from_numpy(np.random.default_rng(bound).integers(-bound, bound + 1, (40, 4096))).float()
+    votes[0] = bound
+    with torch.autocast("cuda", torch.bfloat16):
+        assert torch.equal(invert_votes(votes.to(CUDA), bound).cpu(), invert_votes(votes, bound))
+
+
+def test_the_same_of_equal_values_are_selected() -> None:
+    values = torch.randint(0, 6, (50, 4096), generator=torch.Generator().manual_seed(0)).float()
+    for topk in (1, 32, 128, 4096):
+        assert torch.equal(select(values.to(CUDA), topk).cpu(), select(values, topk))
+
+
+@pytest.mark.parametrize("topk", [32, 128])
+@pytest.mark.parametrize("overlap", [True, False])
+def test_updates_of_exact_gradients_are_equal(make: Make, topk: int, overlap: bool, precision: str) -> None:
+    """Small integers, a rate and a decay that are powers of two: two rounds in which no operation has to round."""
+    blobs: list[list[bytes]] = []
+    for device in (CPU, CUDA):
+        named = replica(make, device)
+        optimizer = DisTrO(named, lr=2.0**-7, decay=0.5, topk=topk, overlap=overlap)
+        blobs.append([])
+        for round in range(2):
+            give_gradients(named, round, largest=1)
+            named[-1][1].grad = None  # a block without any gradient votes, too
+            blobs[-1].append(optimizer.encode(run=RUN, round=round, member=1))
+    assert blobs[0] == blobs[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_lookahead_restores_every_bit(make: Make, dtype: torch.dtype) -> None:
+    named = replica(make, CUDA, dtype)
+    optimizer = DisTrO(named, lr=0.01, topk=32)
+    give_gradients(named, 1)
+    optimizer.encode(run=RUN, round=0, member=0)
+    before, fingerprint = content(named), optimizer.fingerprint()
+    with optimizer.lookahead():
+        assert all((p.detach().cpu() != q).any() for (_, p), (_, q) in zip(named, make(dtype=dtype), strict=True))
+    assert (content(named), optimizer.fingerprint()) == (before, fingerprint)
+
+
+def test_a_state_moves_between_devices(make: Make) -> None:
+    """A state saved on one device goes on, on the other, to the same updates."""
+    named = replica(make, CUDA)
+    optimizer = DisTrO(named, lr=2.0**-7, decay=0.5, topk=32)
+    give_gradients(named, 0, largest=1)
+    optimizer.encode(run=RUN, round=0, member=0)
+    moved = replica(make, CPU)
+    other = DisTrO(moved, lr=0.5, topk=32, decay=0.5)
+    other.load_state_dict(optimizer.state_dict())
+    blobs = []
+    for weights, one in ((named, optimizer), (moved, other)):
+        give_gradients(weights, 1, largest=1)
+        blobs.append(one.encode(run=RUN, round=1, member=0))
+    assert blobs[0] == blobs[1]
