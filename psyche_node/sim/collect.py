@@ -63,7 +63,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         rounds=rounds,
         loss=[mean_loss(losses.get(number, {})) for number in range(rounds)],
         heldout_loss=curve[-1].loss if curve else None,
-        heldout_curve=list({point.round: point for point in curve}.values()),
+        heldout_curve=sorted({point.round: point for point in curve}.values(), key=lambda point: point.round),
         unigram_entropy=prepared.unigram_entropy,
         baseline=baseline,
         parameters=prepared.parameters,
