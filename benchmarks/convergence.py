@@ -49,17 +49,17 @@ class Result:
 METHODS = {
     setting.name: setting
     for setting in (
-        Setting("adamw", lr=5e-3),
-        Setting("distro-32", lr=5e-3, topk=32),
-        Setting("distro-128", lr=5e-3, topk=128),
-        Setting("distro-256", lr=5e-3, topk=256),
-        Setting("distro-128-waiting", lr=5e-3, topk=128, overlap=False),
-        Setting("distro-128-blind", lr=5e-3, topk=128, lookahead=False),
+        Setting("adamw", lr=2.5e-3),
+        Setting("distro-32", lr=2.5e-3, topk=32),
+        Setting("distro-128", lr=2.5e-3, topk=128),
+        Setting("distro-256", lr=2.5e-3, topk=256),
+        Setting("distro-128-waiting", lr=2.5e-3, topk=128, overlap=False),
+        Setting("distro-128-blind", lr=2.5e-3, topk=128, lookahead=False),
     )
 }
 
 
-def make_model(vocabulary: int, hidden: int, layers: int, seed: int) -> SeedOssForCausalLM:
+def make_model(vocabulary: int, hidden: int, layers: int, std: float, seed: int) -> SeedOssForCausalLM:
     torch.manual_seed(seed)
     return SeedOssForCausalLM(
         SeedOssConfig(
@@ -70,6 +70,7 @@ def make_model(vocabulary: int, hidden: int, layers: int, seed: int) -> SeedOssF
             num_attention_heads=4,
             num_key_value_heads=2,
             head_dim=hidden // 4,
+            initializer_range=std,
             tie_word_embeddings=True,
             attention_dropout=0.0,
             residual_dropout=0.0,
@@ -119,7 +120,7 @@ def schedule(args: argparse.Namespace, peak: float) -> Callable[[int], float]:
 
 def run(setting: Setting, data: PackedDataset, args: argparse.Namespace) -> Result:
     started = time.monotonic()
-    model = make_model(data.manifest.vocabulary, args.hidden, args.layers, args.seed)
+    model = make_model(data.manifest.vocabulary, args.hidden, args.layers, args.std, args.seed)
     heldout, rate = data.heldout(args.heldout), schedule(args, setting.lr)
     step = _adamw(model, data, setting, args, rate) if not setting.topk else _distro(model, data, setting, args, rate)
     sizes, losses, curve = 0, [], []
@@ -210,6 +211,7 @@ def main() -> None:
     parser.add_argument("--vocabulary", type=int, default=2048)
     parser.add_argument("--hidden", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--std", type=float, default=0.06, help="of the initial weights; counts for more than topk")
     parser.add_argument("--warmup", type=int, default=5)
     parser.add_argument("--final", type=float, default=0.05, help="last learning rate, as a fraction of the peak")
     parser.add_argument("--heldout", type=int, default=64, help="held-out sequences")
