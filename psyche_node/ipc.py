@@ -8,7 +8,9 @@ bytes never travel here: they cross as files, and the message names the file or 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import logging
 import socket
 import struct
 import threading
@@ -17,7 +19,9 @@ from typing import Any, ClassVar, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+log = logging.getLogger(__name__)
 MAX_FRAME = 16 * 1024 * 1024
+MAX_REASON = 4096
 _LENGTH = struct.Struct(">I")
 
 
@@ -70,10 +74,12 @@ def decode_frame(body: bytes) -> tuple[int, Message]:
     """Return ``(request id, message)``. Raises IpcError for anything that is not a known message."""
     try:
         frame = json.loads(body)
-        kind = Message.registry[frame["kind"]]
-        return int(frame["id"]), kind.model_validate(frame["body"])
-    except (ValueError, KeyError, TypeError, ValidationError) as error:
-        raise IpcError(f"not a message of this node's processes: {body[:120]!r} ({error})") from error
+        request_id, kind = frame["id"], Message.registry[frame["kind"]]
+        if type(request_id) is not int or request_id < 0:
+            raise ValueError("its id is not a whole number from 0 on")
+        return request_id, kind.model_validate(frame["body"])
+    except (ValueError, KeyError, TypeError, RecursionError, ValidationError) as error:
+        raise IpcError(f"not a message of this node's processes: {body[:120]!r} ({str(error)[:500]})") from error
 
 
 class BlockingChannel:
@@ -96,7 +102,10 @@ class BlockingChannel:
         return None if body is None else decode_frame(body)
 
     def reply(self, request_id: int, message: Message) -> None:
-        frame = encode_frame(request_id, message)
+        self.send(encode_frame(request_id, message))
+
+    def send(self, frame: bytes) -> None:
+        """Send an encoded frame whole. Raises ConnectionError when the supervisor is gone."""
         with self._lock:
             self._socket.sendall(frame)
 
@@ -120,43 +129,56 @@ class BlockingChannel:
 
 
 class Endpoint:
-    """The supervisor's end of one child process: requests with replies, and a callback for events."""
+    """The supervisor's end of one child process: requests with replies, and a callback for events.
+
+    ``patience`` is how many seconds a reply may take; None waits for as long as the process lives.
+    """
 
     def __init__(
-        self, name: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, on_event: Callable[[Message], None]
+        self,
+        name: str,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+        on_event: Callable[[Message], None],
+        patience: float | None = None,
     ) -> None:
         self.name = name
-        self._reader, self._writer, self._on_event = reader, writer, on_event
+        self._reader, self._writer, self._on_event, self._patience = reader, writer, on_event, patience
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._next_id = 1
         self.closed = asyncio.Event()
         self._pump = asyncio.create_task(self._receive(), name=f"ipc-{name}")
 
     @classmethod
-    async def over(cls, name: str, sock: socket.socket, on_event: Callable[[Message], None]) -> Endpoint:
+    async def over(
+        cls, name: str, sock: socket.socket, on_event: Callable[[Message], None], patience: float | None = None
+    ) -> Endpoint:
         sock.setblocking(False)
-        reader, writer = await asyncio.open_unix_connection(sock=sock, limit=MAX_FRAME)
-        return cls(name, reader, writer, on_event)
+        reader, writer = await asyncio.open_unix_connection(sock=sock)
+        return cls(name, reader, writer, on_event, patience)
 
     async def call(self, message: Message, expect: type[M]) -> M:
-        """Send a request and wait for its reply. Raises RemoteFailure (it said no) or IpcError (it is gone)."""
+        """Send a request and wait for its reply. Raises RemoteFailure (it said no) or IpcError (gone, or silent)."""
+        what = type(message).__name__
         if self.closed.is_set():
-            raise IpcError(f"the {self.name} process is gone; it cannot answer {type(message).__name__}")
+            raise IpcError(f"the {self.name} process is gone; it cannot answer {what}")
         request_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = future
         try:
-            self._writer.write(encode_frame(request_id, message))
-            await self._writer.drain()
-            reply = await future
-        except ConnectionError as error:
-            raise IpcError(f"the {self.name} process is gone: {error}") from error
+            async with asyncio.timeout(self._patience):
+                self._writer.write(encode_frame(request_id, message))
+                with contextlib.suppress(ConnectionError):  # then the pump fails the future, and says more
+                    await self._writer.drain()
+                reply = await future
+        except TimeoutError:
+            raise IpcError(f"the {self.name} process has not answered {what} within {self._patience:.0f} s") from None
         finally:
             self._pending.pop(request_id, None)
         if isinstance(reply, Failure):
             raise RemoteFailure(f"{self.name}: {reply.reason}")
         if not isinstance(reply, expect):
-            raise IpcError(f"{self.name} answered {type(message).__name__} with {type(reply).__name__}")
+            raise IpcError(f"{self.name} answered {what} with {type(reply).__name__}")
         return reply
 
     async def close(self) -> None:
@@ -178,8 +200,10 @@ class Endpoint:
                     future.set_result(message)
         except (asyncio.IncompleteReadError, ConnectionError):
             pass
-        except IpcError as error:
-            reason = str(error)
+        except Exception as error:
+            # Of the peer's framing or of the event handler: either way nobody listens any more, and all must know.
+            reason = f"{type(error).__name__}: {error}"
+            log.error("the conversation with the %s process ends: %s", self.name, reason, exc_info=error)
         finally:
             self.closed.set()
             for future in self._pending.values():
@@ -190,16 +214,22 @@ class Endpoint:
 def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> None:
     """Run a child's request loop in this thread until the supervisor closes its end or ``handle`` raises SystemExit.
 
-    An exception of ``handle`` becomes a Failure reply: a failed step leaves the round, never the process.
+    An exception of ``handle`` becomes a Failure reply: a failed step leaves the round, never the process. Raises
+    IpcError when the supervisor breaks the framing.
     """
-    while (frame := channel.receive()) is not None:
-        request_id, message = frame
+    while (received := channel.receive()) is not None:
+        request_id, message = received
         try:
-            reply = handle(message)
+            reply = encode_frame(request_id, handle(message))
         except Exception as error:
-            reply = Failure(reason=f"{type(message).__name__}: {type(error).__name__}: {error}")
-        if request_id:
-            channel.reply(request_id, reply)
+            log.info("%s failed", type(message).__name__, exc_info=True)
+            reason = f"{type(message).__name__}: {type(error).__name__}: {error}"
+            reply = encode_frame(request_id, Failure(reason=reason[:MAX_REASON]))
+        try:
+            if request_id:
+                channel.send(reply)
+        except ConnectionError:
+            return  # the supervisor is gone, and with it whoever wanted to know
 
 
 __all__ = [
