@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import signal
 import socket
 import subprocess
 import sys
@@ -25,27 +23,45 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, module: str, on_event: Callable[[Message], None], environment: dict[str, str] | None = None
+        cls, name: str, module: str, on_event: Callable[[Message], None], patience: float | None = None
     ) -> Child:
-        """Run ``python -m module --fd N``."""
+        """Run ``python -m module --fd N``. ``patience``: seconds that a reply may take; None waits for as long as it
+        lives."""
         ours, theirs = socket.socketpair()
         try:
             process = subprocess.Popen(
                 [sys.executable, "-m", module, "--fd", str(theirs.fileno())],
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
-                env={**os.environ, **(environment or {})},
             )
+        except BaseException:
+            ours.close()
+            raise
         finally:
             theirs.close()
-        return cls(name, process, await Endpoint.over(name, ours, on_event))
+        try:
+            return cls(name, process, await Endpoint.over(name, ours, on_event, patience))
+        except BaseException:
+            ours.close()
+            _kill(process)
+            raise
 
     async def stop(self) -> None:
-        """Close the endpoint, wait, and kill what has not ended by then."""
-        await self.endpoint.close()
+        """Close the endpoint and wait; kill what has not ended by then, or at once when this is cancelled."""
+        died = self.endpoint.closed.is_set()
         try:
+            await self.endpoint.close()
             await asyncio.to_thread(self.process.wait, _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("the %s process did not end within %.0f s; killing it", self.name, _GRACE_SECONDS)
-            self.process.send_signal(signal.SIGKILL)
-            await asyncio.to_thread(self.process.wait)
+        finally:
+            _kill(self.process)
+        if died:
+            log.error("the %s process had ended before, with exit status %d", self.name, self.process.returncode)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Leave neither a process nor a zombie. A killed process ends at once, so this hardly blocks."""
+    if process.poll() is None:
+        process.kill()
+        process.wait()
