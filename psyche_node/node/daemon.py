@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 from solders.keypair import Keypair
 
-from coordinator.client import CoordinatorClient, Pulse
+from coordinator.client import CoordinatorClient, ProgramError, Pulse
+from coordinator.errors import ErrorCode
 from coordinator.state import Member, MemberStatus, Phase, Run
 from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
@@ -35,6 +36,7 @@ from psyche_node.training.messages import Load, Loaded, Weights, WeightsAre
 log = logging.getLogger(__name__)
 MEET_SECONDS = 10.0
 LINGER_SECONDS = 30.0
+NETWORK_PATIENCE = 120.0
 
 
 class JoinRefused(Exception):
@@ -116,14 +118,14 @@ class Node:
     @contextlib.asynccontextmanager
     async def _parts(self) -> AsyncIterator[_Parts]:
         config = self._config
-        journal = Journal(config.folder / "journal.jsonl")
-        chain = await CoordinatorClient.open(config.rpc, config.run, self._wallet)
         async with contextlib.AsyncExitStack() as stack:
+            journal = Journal(config.folder / "journal.jsonl")
             stack.callback(journal.close)
+            chain = await CoordinatorClient.open(config.rpc, config.run, self._wallet)
             stack.push_async_callback(chain.close)
             trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
             stack.push_async_callback(trainer.stop)
-            network = await Child.start("network", "psyche_node.network", self._on_event)
+            network = await Child.start("network", "psyche_node.network", self._on_event, NETWORK_PATIENCE)
             stack.push_async_callback(network.stop)
             run = (await chain.pulse()).run
             loaded, ready = await asyncio.gather(
@@ -218,22 +220,28 @@ class Node:
 
     async def _my_record(self, chain: CoordinatorClient) -> Member | None:
         wallet = self._wallet.pubkey()
-        gone = (MemberStatus.LEFT, MemberStatus.EJECTED)
-        return next((m for m in await chain.members() if m.wallet == wallet and m.status not in gone), None)
+        here = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
+        return next((m for m in await chain.members() if m.wallet == wallet and m.status in here), None)
 
     async def _get_ready(self, parts: _Parts, member: int) -> None:
         """Wait for Warmup, meet the other members, and say that this node has the run's model."""
         pulse = await parts.view.until(lambda p: p.run.phase is not Phase.WAITING_FOR_MEMBERS)
         if pulse.run.phase is not Phase.WARMUP:
             raise JoinRefused(f"the run went on to {pulse.run.phase.name} without this node")
-        others = {m.slot for m in await parts.chain.members()} - {member}
+        members = await parts.view.read(parts.chain.members)
+        others = {m.slot for m in members if m.status is MemberStatus.PENDING} - {member}
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(MEET_SECONDS):
                 while not self._connected >= others:
                     await self._peers.beyond(self._peers.version)
         if missing := others - self._connected:
             log.warning("not connected to members %s yet; they may be reached through others", sorted(missing))
-        await parts.chain.ready(bytes.fromhex(parts.loaded.model_root))
+        try:
+            await parts.chain.ready(bytes.fromhex(parts.loaded.model_root))
+        except ProgramError as error:
+            # An earlier life of this node may have said so.
+            if error.code != ErrorCode.ALREADY_READY:
+                raise
 
     async def _follow_members(self, parts: _Parts) -> None:
         """Keep the network's list of members that of the chain."""
@@ -243,16 +251,13 @@ class Node:
             admitted = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED, MemberStatus.DROPPED)
             members = [
                 MemberEntry(slot=m.slot, node_key=m.node_key.hex())
-                for m in await parts.chain.members()
+                for m in await parts.view.read(parts.chain.members)
                 if m.status in admitted
             ]
             if members != known:
                 await parts.network.endpoint.call(SetMembers(members=members), Ok)
                 known = members
-            await self._membership_changes(parts.view, seen)
-
-    async def _membership_changes(self, view: ChainView, seen: Pulse) -> None:
-        await view.until(lambda pulse: _membership(pulse) != _membership(seen))
+            await _membership_changes(parts.view, _membership(seen))
 
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run
@@ -285,17 +290,20 @@ class Node:
 
     def _rank(self, pulse: Pulse) -> int:
         """This node's place among those who tick: it rotates by round; a node that is not a member comes last."""
-        members = max(1, pulse.run.member_count)
+        members = max(1, pulse.header.members)
         return members if self._member is None else (self._member - pulse.run.round) % members
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:
-    run = pulse.run
-    return (run.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP), run.member_count, run.active_count)
+    gathering = pulse.run.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
+    return (pulse.run.phase if gathering else None, pulse.header.members, pulse.header.active)
+
+
+async def _membership_changes(view: ChainView, seen: tuple[object, ...]) -> None:
+    await view.until(lambda pulse: _membership(pulse) != seen)
 
 
 async def _died(child: Child) -> None:
     """Raise IpcError when the process ends before the node does."""
     await child.endpoint.closed.wait()
-    code = await asyncio.to_thread(child.process.wait)
-    raise IpcError(f"the {child.name} process ended (exit status {code}); its log is above. Start the node again")
+    raise IpcError(f"the {child.name} process ended; its own last lines are in the log above. Start the node again")

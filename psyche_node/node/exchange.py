@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.state import Commitment
-from optimizer.codec import MalformedUpdate, decode
+from optimizer.codec import Header, MalformedUpdate, validate
 from optimizer.layout import Layout
 from psyche_node.ipc import Endpoint, Message, Ok
 from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want, WantEntry
@@ -28,11 +28,15 @@ log = logging.getLogger(__name__)
 class _Entry:
     commitment: Commitment
     valid: bool = False
-    rejected: bool = False
+    refusal: str | None = None
+
+    @property
+    def settled(self) -> bool:
+        return self.valid or self.refusal is not None
 
 
 class UpdateMissing(Exception):
-    """An update that counts could not be had from any peer in time."""
+    """An update that counts could not be had from any peer in time, or is none."""
 
 
 class UpdateExchange:
@@ -84,6 +88,10 @@ class UpdateExchange:
         """Announce my own update, committed on chain, whose blob is in the store."""
         await self._network.call(Publish(round=round_number, member=member, digest=digest.hex(), length=length), Ok)
 
+    def followed(self, round_number: int) -> frozenset[int]:
+        """Return the members whose commitment of the round is known here."""
+        return frozenset(m for r, m in self._entries if r == round_number)
+
     def held(self, round_number: int) -> frozenset[int]:
         """Return the members whose update of the round is here and valid."""
         return frozenset(m for (r, m), entry in self._entries.items() if r == round_number and entry.valid)
@@ -91,17 +99,18 @@ class UpdateExchange:
     def settled(self, round_number: int, committed: Iterable[int]) -> bool:
         """Return whether every one of these updates has been validated or refused for good."""
         entries = [self._entries.get((round_number, member)) for member in committed]
-        return all(entry is not None and (entry.valid or entry.rejected) for entry in entries)
+        return all(entry is not None and entry.settled for entry in entries)
 
     async def obtain(self, round_number: int, members: Iterable[int], timeout: float) -> list[Path]:
         """Return the files of these members' updates, in member order, waiting for those that are still on their way.
 
-        Raises UpdateMissing after ``timeout`` seconds.
+        Raises UpdateMissing after ``timeout`` seconds, or at once for an update that was refused.
         """
         wanted = sorted(members)
         try:
             async with asyncio.timeout(timeout):
                 while not self.held(round_number).issuperset(wanted):
+                    self._check_refusals(round_number, wanted)
                     await self.changes.beyond(self.changes.version)
         except TimeoutError:
             missing = [member for member in wanted if member not in self.held(round_number)]
@@ -121,35 +130,50 @@ class UpdateExchange:
         """Drop everything about rounds before ``before_round``."""
         self._entries = {key: entry for key, entry in self._entries.items() if key[0] >= before_round}
         await self._network.call(Forget(before_round=before_round), Ok)
-        await asyncio.to_thread(self._store.forget, before_round)
 
     async def close(self) -> None:
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def _check_refusals(self, round_number: int, wanted: list[int]) -> None:
+        for member in wanted:
+            entry = self._entries.get((round_number, member))
+            if entry is not None and entry.refusal is not None:
+                raise UpdateMissing(
+                    f"round {round_number}: the update of member {member} counts, and this node refused it: "
+                    f"{entry.refusal}. Is this node's version that of the others?"
+                )
+
     async def _validate(self, round_number: int, member: int) -> None:
         key = (round_number, member)
         entry = self._entries.get(key)
-        if entry is None or entry.valid or entry.rejected:
+        if entry is None or entry.settled:
             return
         path = self._store.path(entry.commitment.digest)
         if path is None:
             return
+        refusal: str | None = None
         try:
-            update = await asyncio.to_thread(lambda: decode(path.read_bytes(), self._layout))
+            found = await asyncio.to_thread(lambda: validate(path.read_bytes(), self._layout))
         except MalformedUpdate as error:
-            self._refuse(key, entry, str(error))
+            refusal = str(error)
+        except OSError as error:
+            log.warning("update of member %d, round %d: cannot be read: %s", member, round_number, error)
             return
-        found = (update.run, update.round, update.member)
-        if found != (self._run, round_number, member):
-            self._refuse(key, entry, f"it says run {found[0].hex()[:8]}, round {found[1]}, member {found[2]}")
+        else:
+            if found != Header(self._run, round_number, member):
+                refusal = f"it says run {found.run.hex()[:8]}, round {found.round}, member {found.member}"
+        if entry.settled or self._entries.get(key) is not entry:
+            return  # by another event for the same update, or forgotten meanwhile
+        if refusal is not None:
+            self._refuse(key, entry, refusal)
             return
         entry.valid = True
         self.changes.fire()
 
     def _refuse(self, key: tuple[int, int], entry: _Entry, reason: str) -> None:
-        entry.rejected = True
+        entry.refusal = reason
         log.warning("rejected the update of member %d in round %d: %s", key[1], key[0], reason)
         self._journal.write("rejected", what="update", peer="", member=key[1], round=key[0], reason=reason)
         self.changes.fire()

@@ -14,8 +14,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.client import CoordinatorClient, ProgramError, Pulse
-from coordinator.state import InclusionSet, Phase, Round
+from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse
+from coordinator.state import InclusionSet, MemberStatus, Phase, Round, Run
 from psyche_node.faults import Faults
 from psyche_node.ipc import Endpoint, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
@@ -84,6 +84,7 @@ class RoundLoop:
         self._only_follows = False
         self._sent: set[int] = set()
         self._checkpointed = -1
+        self._ready_epoch = 0
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
 
@@ -92,20 +93,27 @@ class RoundLoop:
 
         Raises Desynced, UpdateMissing, or what chain and processes raise when they are gone for good.
         """
+        self._ready_epoch = self._view.pulse.run.epoch
         waiting_since = time.monotonic()
         while True:
-            pulse = await self._view.until(self._has_work)
+            # One thing at a time, and then a look at the newest state: the run may have gone on meanwhile.
+            run = (await self._view.until(self._has_work)).run
             if self._trained >= 0:
                 self.wait_seconds += time.monotonic() - waiting_since
-            await self._apply_final(pulse)
-            run = pulse.run
-            if run.phase is Phase.ROUND_TRAIN and run.round > self._trained:
-                await self._train(pulse)
+            if run.final_rounds > self._applied:
+                await self._apply(self._next_inclusion(run))
+                self._applied += 1
+            elif run.phase is Phase.ROUND_TRAIN:
                 self._trained = run.round
-            elif run.phase is Phase.COOLDOWN and run.round > self._checkpointed:
-                await self._checkpoint(run.round)
-            elif run.phase is Phase.FINISHED:
-                return
+                await self._train(run.round)
+            elif run.phase is Phase.WARMUP:
+                self._ready_epoch = run.epoch
+                await self._report_ready()
+            else:
+                await self._checkpoint(run)
+                self._checkpointed = run.round
+                if run.phase is Phase.FINISHED:
+                    return
             waiting_since = time.monotonic()
 
     def _has_work(self, pulse: Pulse) -> bool:
@@ -115,26 +123,24 @@ class RoundLoop:
             or run.final_rounds > self._applied
             or (run.phase is Phase.ROUND_TRAIN and run.round > self._trained)
             or (run.phase is Phase.COOLDOWN and run.round > self._checkpointed)
+            or (run.phase is Phase.WARMUP and run.epoch > self._ready_epoch)
         )
 
-    async def _apply_final(self, pulse: Pulse) -> None:
-        final = {inclusion.round: inclusion for inclusion in pulse.run.inclusion}
-        while self._applied < pulse.run.final_rounds:
-            inclusion = final.get(self._applied)
-            if inclusion is None:
-                raise Desynced(
-                    f"the inclusion set of round {self._applied} is no longer on chain (the run is in round "
-                    f"{pulse.run.round}): this node was away for too long. Start it again with the newest checkpoint"
-                )
-            await self._apply(inclusion)
-            self._applied += 1
+    def _next_inclusion(self, run: Run) -> InclusionSet:
+        inclusion = run.inclusion_set(self._applied)
+        if inclusion is None:
+            raise _away(self._applied, run.round)
+        return inclusion
 
     async def _apply(self, inclusion: InclusionSet) -> None:
         number = inclusion.round
         members = frozenset() if inclusion.void else inclusion.members
         started = time.monotonic()
-        if members:
-            await self._exchange.follow(number, (await self._record(number)).commitments.values())
+        if not members <= self._exchange.followed(number):
+            record = await self._record(number)
+            if record is None:
+                raise _away(number, self._view.pulse.run.round)
+            await self._exchange.follow(number, record.commitments.values())
         paths = await self._exchange.obtain(number, members, self._update_timeout)
         included = self._member in members if number in self._sent else None
         self._sent.discard(number)
@@ -166,17 +172,19 @@ class RoundLoop:
             await self.evaluate(number)
         await self._exchange.forget(max(0, number - KEPT_ROUNDS))
 
-    async def _train(self, pulse: Pulse) -> None:
-        number = pulse.run.round
+    async def _train(self, number: int) -> None:
+        """Train this member's share of the round, commit to the update, announce it."""
         record = await self._record(number)
-        if self._member not in record.slices:
-            if not self._only_follows:
-                self._only_follows = True
-                log.warning(
-                    "round %d has no data for this member: dropped, or out of sync; it only follows now", number
-                )
+        if record is None:
+            log.warning("round %d was over before this node came to it", number)
+            return
+        if self._member not in record.active:
+            await self._stand_by(number)
             return
         positions = record.positions(self._member)
+        if not positions:
+            log.info("round %d has no data for this member", number)
+            return
         started, started_at = time.monotonic(), time.time()
         blob_path = self._folder / f"update-{number}.part"
         request = Train(
@@ -200,7 +208,7 @@ class RoundLoop:
         self._sent.add(number)
         try:
             await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
-        except ProgramError as error:
+        except (ProgramError, ChainUnavailable) as error:
             log.warning("round %d: the commitment came too late or was refused: %s", number, error)
             self._journal.write("late", round=number, reason=str(error))
         else:
@@ -227,36 +235,66 @@ class RoundLoop:
             length,
         )
 
+    async def _stand_by(self, number: int) -> None:
+        """A member that is not active any more only follows, and that is over when its weights are wrong."""
+        members = await self._view.read(self._chain.members)
+        status = next((m.status for m in members if m.slot == self._member), MemberStatus.EMPTY)
+        if status is MemberStatus.DESYNCED:
+            raise Desynced(
+                f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory or "
+                "GPU may be at fault: check both, then start it again with the newest checkpoint"
+            )
+        if not self._only_follows:
+            self._only_follows = True
+            log.warning("round %d goes on without this member, which is %s: it only follows now", number, status.name)
+
     def _adopt(self, path: Path, number: int) -> tuple[bytes, int]:
         """Move the update into the store; return its digest and length."""
         if self._faults.active:
             path.write_bytes(self._faults.committed(path.read_bytes()))
         return self._store.adopt(path, number)
 
-    async def _record(self, number: int) -> Round:
+    async def _record(self, number: int) -> Round | None:
+        """Return the round as the chain keeps it, its commitments complete if it is closed; None if no longer kept."""
         record = self._witness.rounds.get(number)
         if record is None or not record.closed:
-            self._witness.rounds = {found.round: found for found in await self._chain.rounds()}
-            record = self._witness.rounds.get(number)
-        if record is None:
-            raise Desynced(
-                f"round {number} is no longer on chain: this node was away for too long. Start it again with the "
-                "newest checkpoint"
-            )
+            record = (await self._witness.refresh()).get(number)
         return record
 
-    async def _checkpoint(self, number: int) -> None:
+    async def _report_ready(self) -> None:
+        """The run waited for members and now warms up again: this node has the checkpoint's weights."""
         reply = await self._trainer.call(Root(), RootIs)
         try:
-            await self._chain.checkpoint(number, bytes.fromhex(reply.model_root))
-        except ProgramError as error:
-            log.info("checkpoint of round %d: %s", number, error)
-        self._checkpointed = number
+            await self._chain.ready(bytes.fromhex(reply.model_root))
+        except (ProgramError, ChainUnavailable) as error:
+            log.warning("not ready for the next epoch, this node only follows: %s", error)
+
+    async def _checkpoint(self, run: Run) -> None:
+        """Vote for the root of these weights, if the run asks for it, and keep them; once per cooldown."""
+        if run.round <= self._checkpointed:
+            return
+        reply = await self._trainer.call(Root(), RootIs)
+        if run.phase is Phase.COOLDOWN:
+            try:
+                await self._chain.checkpoint(run.round, bytes.fromhex(reply.model_root))
+            except (ProgramError, ChainUnavailable) as error:
+                log.info("checkpoint of round %d: %s", run.round, error)
         folder = self._folder / "checkpoint"
-        await self._trainer.call(Save(folder=str(folder), round=number), Ok)
-        self._journal.write("checkpoint", round=number, model_root=reply.model_root, folder=str(folder))
+        try:
+            await self._trainer.call(Save(folder=str(folder), round=run.round), Ok)
+        except RemoteFailure as error:
+            log.error("checkpoint of round %d not saved: %s", run.round, error)
+            return
+        self._journal.write("checkpoint", round=run.round, model_root=reply.model_root, folder=str(folder))
 
     async def evaluate(self, round_number: int) -> None:
         """Measure the held-out loss of the current weights and journal it."""
         reply = await self._trainer.call(Evaluate(), Evaluated)
         self._journal.write("evaluated", round=round_number, heldout_loss=reply.loss)
+
+
+def _away(round_number: int, now: int) -> Desynced:
+    return Desynced(
+        f"round {round_number} is no longer kept on chain (the run is in round {now}): this node was away for too "
+        "long. Start it again with the newest checkpoint"
+    )

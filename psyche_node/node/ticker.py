@@ -21,9 +21,7 @@ SLOTS_PER_RANK = 4
 async def keep_ticking(chain: CoordinatorClient, view: ChainView, rank: Callable[[Pulse], int]) -> None:
     """Run until the run is finished. ``rank`` gives this node's place in the queue of tickers, 0 first."""
     while True:
-        pulse = await view.until(
-            lambda p: p.run.phase is Phase.FINISHED or p.slot >= p.header.due_slot + _wait(p, rank)
-        )
+        pulse = await view.until(lambda p: p.run.phase is Phase.FINISHED or _my_turn(p, rank(p)))
         if pulse.run.phase is Phase.FINISHED:
             return
         try:
@@ -32,8 +30,9 @@ async def keep_ticking(chain: CoordinatorClient, view: ChainView, rank: Callable
             log.debug("tick in %s of round %d: %s", pulse.run.phase.name, pulse.run.round, error)
         except ChainUnavailable as error:
             log.warning("tick not sent, another node may: %s", error)
-        await view.after(pulse)
+        # What arrived while the tick was on its way may be older than its effect.
+        await view.next()
 
 
-def _wait(pulse: Pulse, rank: Callable[[Pulse], int]) -> int:
-    return SLOTS_PER_RANK * rank(pulse)
+def _my_turn(pulse: Pulse, rank: int) -> bool:
+    return pulse.header.due(pulse.slot - SLOTS_PER_RANK * rank)

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
 
-from coordinator.client import CoordinatorClient, Pulse
+from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
 from psyche_node.node.changes import Changes
+
+log = logging.getLogger(__name__)
+OUTAGE_SECONDS = 3600.0
+T = TypeVar("T")
 
 
 class ChainView:
@@ -35,6 +42,23 @@ class ChainView:
             await self._changes.beyond(self._changes.version)
         return self._pulse
 
-    async def after(self, seen: Pulse) -> Pulse:
-        """Wait for a state newer than ``seen``."""
-        return await self.until(lambda pulse: pulse is not seen)
+    async def next(self) -> Pulse:
+        """Wait for the next state to arrive, be it like the present one."""
+        await self._changes.beyond(self._changes.version)
+        return self.pulse
+
+    async def read(self, what: Callable[[], Awaitable[T]]) -> T:
+        """Return what ``what`` reads from the chain, however long the chain is away.
+
+        Each new attempt waits for a state to arrive, which is when the chain is back. Raises ChainUnavailable if
+        ``what`` still fails after an hour.
+        """
+        give_up = asyncio.get_running_loop().time() + OUTAGE_SECONDS
+        while True:
+            try:
+                return await what()
+            except ChainUnavailable as error:
+                if asyncio.get_running_loop().time() >= give_up:
+                    raise
+                log.warning("not read, trying again when the chain is back: %s", error)
+            await self.next()

@@ -17,7 +17,7 @@ class Witness:
     """Follows the commitments of the rounds in flight and attests once per round, when it can say the most.
 
     That is as soon as everything committed has been validated or refused, or when half of ``round_witness_time`` has
-    gone by while the whole run waits for attestations.
+    gone by while the whole run waits for attestations of this round.
     """
 
     def __init__(self, chain: CoordinatorClient, view: ChainView, exchange: UpdateExchange, member: int) -> None:
@@ -30,16 +30,25 @@ class Witness:
         """Run until the run is finished."""
         while self._view.pulse.run.phase is not Phase.FINISHED:
             seen, version = self._situation(self._view.pulse), self._exchange.changes.version
-            self.rounds = {record.round: record for record in await self._chain.rounds()}
-            for record in self.rounds.values():
-                await self._exchange.follow(record.round, record.commitments.values())
-                await self._attest(record)
+            sent = [await self._look_at(record) for record in (await self.refresh()).values()]
+            if not all(sent):
+                await self._view.next()  # the chain is back
+                continue
             await first(self._different(seen), self._exchange.changes.beyond(version))
 
-    async def _attest(self, record: Round) -> None:
+    async def refresh(self) -> dict[int, Round]:
+        """Read ``rounds``, those that the chain keeps in full, anew."""
+        self.rounds = {record.round: record for record in await self._view.read(self._chain.rounds)}
+        self._attested &= self.rounds.keys()
+        return self.rounds
+
+    async def _look_at(self, record: Round) -> bool:
+        """Follow the round's commitments, attest if it is time. Returns whether nothing is left to be sent again."""
+        await self._exchange.follow(record.round, record.commitments.values())
+        return not self._is_due(record) or await self._attest(record)
+
+    async def _attest(self, record: Round) -> bool:
         run = self._view.pulse.run
-        if not self._is_due(record):
-            return
         held = self._exchange.held(record.round) & record.commitments.keys()
         try:
             await self._chain.attest(record.round, held)
@@ -54,19 +63,24 @@ class Witness:
             )
         except ChainUnavailable as error:
             log.warning("attestation of round %d not sent, trying again: %s", record.round, error)
+            return False
+        return True
 
     def _is_due(self, record: Round) -> bool:
-        pulse = self._view.pulse
-        if not record.closed or record.round < pulse.run.final_rounds or record.round in self._attested:
+        if not record.closed or record.final or record.round in self._attested:
             return False
         if self._member not in record.witnesses or self._member in record.attestations:
             return False
         if self._exchange.settled(record.round, record.commitments):
             return True
-        return self._is_late(pulse)
+        pulse = self._view.pulse
+        run = pulse.run
+        awaited = record.round < run.round or not run.limits.overlap or pulse.header.draining
+        return awaited and self._is_late(pulse)
 
     @staticmethod
     def _is_late(pulse: Pulse) -> bool:
+        """Whether the run has waited long for attestations."""
         waited = pulse.slot - pulse.run.phase_slot
         return pulse.run.phase is Phase.ROUND_WITNESS and waited * 2 >= pulse.run.limits.round_witness_time
 
@@ -75,4 +89,4 @@ class Witness:
 
     def _situation(self, pulse: Pulse) -> tuple[object, ...]:
         run, header = pulse.run, pulse.header
-        return (run.phase, run.round, run.final_rounds, header.committed, self._is_late(pulse))
+        return (run.phase, run.round, run.final_rounds, header.committed, header.draining, self._is_late(pulse))
