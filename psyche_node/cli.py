@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from psyche_node import log as logs
+from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
@@ -42,6 +43,7 @@ def run(
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
     ] = None,
     check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
+    update_timeout: Annotated[float | None, typer.Option(help="Seconds to look for an update that counts.")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
     name: Annotated[str, typer.Option(help="Name of this node in its log.")] = "node",
 ) -> None:
@@ -63,23 +65,30 @@ def run(
         "micro_batch": micro_batch,
         "evaluate_every": evaluate_every,
         "check_every": check_every,
+        "update_timeout": update_timeout,
         "faults": tuple(fault or ()),
     }
     try:
         settings = load_config(config, overrides)
     except ConfigError as error:
         typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(2) from None
-    raise typer.Exit(asyncio.run(_run(settings)))
+        raise typer.Exit(exit_for(error)) from None
+    try:
+        code = asyncio.run(_run(settings))
+    except KeyboardInterrupt:  # before the handler below was there
+        code = Exit.INTERRUPTED
+    raise typer.Exit(code)
 
 
 async def _run(settings: NodeConfig) -> int:
-    """Run the node under SIGTERM and SIGINT; return the exit code."""
+    """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
-    from psyche_node.exits import Exit, exit_for
     from psyche_node.node.daemon import Node
 
-    loop, task = asyncio.get_running_loop(), asyncio.create_task(Node(settings).run())
+    async def live() -> None:
+        await Node(settings).run()
+
+    loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, task.cancel)
     try:
@@ -90,8 +99,9 @@ async def _run(settings: NodeConfig) -> int:
     except Exception as error:
         while isinstance(error, ExceptionGroup):
             error = error.exceptions[0]
-        log.error("%s: %s", type(error).__name__, error, exc_info=error)
-        return exit_for(error)
+        code = exit_for(error)
+        log.error("%s: %s", type(error).__name__, error, exc_info=error if code is Exit.UNEXPECTED else None)
+        return code
     return Exit.OK
 
 

@@ -77,7 +77,7 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
             values = tomllib.loads(file.read_text(encoding="utf-8"))
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}. Pass --config FILE, or flags alone") from error
-        except tomllib.TOMLDecodeError as error:
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
     values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
     try:
