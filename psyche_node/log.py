@@ -33,12 +33,24 @@ class JsonLines(logging.Formatter):
         return json.dumps(line)
 
 
+class Printable(logging.Formatter):
+    """The message without control characters: peers choose part of it, and no escape sequence may reach a terminal."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        text = super().format(record)
+        return "".join(
+            character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
+            for character in text
+        )
+
+
 def configure(node: str, level: str = "INFO", stream: TextIO | None = None) -> None:
     """Send this process's log to ``stream`` (standard error by default)."""
     stream = stream or sys.stderr
     handler: logging.Handler
     if stream.isatty():
         handler = RichHandler(console=Console(file=stream), show_path=False, log_time_format="%H:%M:%S")
+        handler.setFormatter(Printable("%(message)s"))
     else:
         handler = logging.StreamHandler(stream)
         handler.setFormatter(JsonLines(node))
