@@ -93,7 +93,11 @@ def simulate(
     except ValueError as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)
         raise typer.Exit(Exit.USAGE) from None
-    raise typer.Exit(asyncio.run(_simulate(settings, started)))
+    try:
+        code = asyncio.run(_simulate(settings, started))
+    except KeyboardInterrupt:  # before the handler below was there, and anything was started
+        code = Exit.INTERRUPTED
+    raise typer.Exit(code)
 
 
 @app.command()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import signal
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -12,9 +13,10 @@ from typing import Any
 
 from solders.pubkey import Pubkey
 
+from coordinator.client import ChainUnavailable
 from coordinator.deploy import program_data_address
 from coordinator.state import Member, MemberStatus
-from psyche_node.faults import Fault
+from psyche_node.exits import Exit
 from psyche_node.sim.result import (
     Baseline,
     CurvePoint,
@@ -41,7 +43,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
     settings, prepared, record = world.settings, world.prepared, world.record
     timeline = list(_timeline(world))
     rounds = len(timeline)
-    nodes = [_node(world, node, outcome) for node in world.nodes]
+    nodes = [_node(world, node) for node in world.nodes]
     checks = _checks(world)
     identical, sha = replicas(nodes, checks)
     losses = _losses(world)
@@ -89,7 +91,24 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
 
 
 async def ledger_result(world: World) -> LedgerResult:
-    """Ask the ledger what the run cost."""
+    """Ask the ledger what the run cost; all counts are 0 if it does not answer any more."""
+    unknown = LedgerResult(
+        rpc=world.rpc,
+        program_id=str(world.chain.program_id),
+        run_address=str(world.addresses.run),
+        transactions=0,
+        lamports=0,
+        slot_ms=world.settings.slot_ms,
+    )
+    if world.ledger is not None and not world.ledger.running:
+        return unknown
+    try:
+        return unknown.model_copy(update=await _costs(world))
+    except ChainUnavailable:
+        return unknown
+
+
+async def _costs(world: World) -> dict[str, int]:
     chain, addresses = world.chain, world.addresses
     transactions, failed = await chain.transaction_counts()
     if world.settings.rpc is None:
@@ -105,24 +124,21 @@ async def ledger_result(world: World) -> LedgerResult:
     deposits = sum(await asyncio.gather(*(chain.balance(account) for account in accounts)))
     wallets = [world.owner.pubkey(), *(Pubkey.from_string(node.wallet) for node in world.nodes)]
     left = sum(await asyncio.gather(*(chain.balance(wallet) for wallet in wallets)))
-    return LedgerResult(
-        rpc=world.rpc,
-        program_id=str(chain.program_id),
-        run_address=str(addresses.run),
-        transactions=transactions,
-        failed_transactions=failed,
-        lamports=world.funded - left - deposits,
-        rent_lamports=deposits,
-        slots=await chain.slot(),
-        slot_ms=world.settings.slot_ms,
-    )
+    return {
+        "transactions": transactions,
+        "failed_transactions": failed,
+        # The wallet is the user's on a chain of theirs: what others pay into it meanwhile is not the run's.
+        "lamports": max(0, world.funded - left - deposits),
+        "rent_lamports": deposits,
+        "slots": await chain.slot(),
+    }
 
 
 def _members_by_wallet(world: World) -> dict[str, Member]:
     return {str(member.wallet): member for member in world.record.members}
 
 
-def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
+def _node(world: World, node: SimNode) -> NodeResult:
     member = _members_by_wallet(world).get(node.wallet)
     finished = node.last("finished") or {}
     newest = finished or node.last("trained") or {}
@@ -133,7 +149,7 @@ def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
         wallet=node.wallet,
         node_id=node.node_id,
         status="outsider" if member is None else _status(member.status),
-        exit=_exit(node, outcome),
+        exit=_exit(node),
         exit_code=node.process.process.poll(),
         ended_at=None if node.ended_at is None else node.ended_at - world.started,
         fault=node.fault,
@@ -154,14 +170,15 @@ def _status(status: MemberStatus) -> str:
     return status.name.lower()
 
 
-def _exit(node: SimNode, outcome: Outcome) -> NodeExit:
+def _exit(node: SimNode) -> NodeExit:
     if node.killed:
         return "killed"
-    if node.last("finished") is not None:
+    code = node.process.process.poll()
+    if node.last("finished") is not None or code == Exit.OK:
         return "finished"
-    if node.process.running or outcome == "interrupted" or node.fault is Fault.OUTSIDER:
-        return "stopped"
-    return "failed"
+    # By SIGTERM before its handler is there, or after.
+    stopped = (None, -signal.SIGTERM, Exit.INTERRUPTED)
+    return "stopped" if code in stopped else "failed"
 
 
 def _device(node: SimNode) -> str:
@@ -252,7 +269,8 @@ def _events(world: World) -> Iterator[Event]:
             )
         for line in _warnings(node.process.log):
             level: Level = "error" if line["level"] in ("ERROR", "CRITICAL") else "warning"
-            yield Event(time=line["ts"] - world.started, level=level, node=node.name, message=str(line["msg"])[:500])
+            at = max(0.0, float(line["ts"]) - world.started)
+            yield Event(time=at, level=level, node=node.name, message=str(line["msg"])[:500])
     for number, included in world.record.included.items():
         if included is None:
             start = world.record.rounds_started.get(number, world.started)
@@ -268,7 +286,7 @@ def _warnings(log: Path, limit: int = 200) -> Iterator[dict[str, Any]]:
             line = json.loads(text)
         except ValueError:
             continue
-        if line.get("level") in ("WARNING", "ERROR", "CRITICAL"):
+        if line.get("level") in ("WARNING", "ERROR", "CRITICAL") and {"ts", "msg"} <= line.keys():
             found += 1
             if found > limit:
                 return

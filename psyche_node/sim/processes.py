@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
 import signal
@@ -13,12 +14,14 @@ from pathlib import Path
 import psutil
 
 _PR_SET_PDEATHSIG = 1
+# Loaded here: between fork and exec, a library could not be loaded safely beside other threads.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
 
 
 def _end_with_parent() -> None:
     """Ask Linux to send SIGTERM when the simulation dies, even by SIGKILL. Elsewhere Ctrl-C still ends everything."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 class ProcessEnded(Exception):
@@ -34,6 +37,7 @@ class Managed:
 
     def __init__(self, name: str, module: str, arguments: list[str], log: Path, *, pipe: bool = False) -> None:
         self.name, self.log = name, log
+        self._orphans: list[psutil.Process] = []
         log.parent.mkdir(parents=True, exist_ok=True)
         with log.open("ab") as errors:
             self.process = subprocess.Popen(
@@ -64,18 +68,28 @@ class Managed:
         return await asyncio.to_thread(self.process.wait)
 
     def kill(self) -> None:
-        """SIGKILL the process itself; what it started ends by itself."""
+        """SIGKILL the process itself; what it started ends by itself, at ``stop`` at the latest."""
+        with contextlib.suppress(psutil.Error):
+            self._orphans += psutil.Process(self.process.pid).children(recursive=True)
         self.process.kill()
 
     async def stop(self, grace: float = 15.0) -> int:
-        """SIGTERM, and SIGKILL for the whole session if that does not help. Return the exit status."""
-        if self.running:
-            self.process.terminate()
-            try:
-                await asyncio.wait_for(self.wait(), grace)
-            except TimeoutError:
+        """SIGTERM; SIGKILL for the whole session if that does not help, and at once when this is cancelled.
+
+        Return the exit status.
+        """
+        try:
+            if self.running:
+                self.process.terminate()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self.wait(), grace)
+        finally:
+            if self.running:
                 os.killpg(self.process.pid, signal.SIGKILL)
-                await self.wait()
+                self.process.wait()
+            for orphan in self._orphans:
+                with contextlib.suppress(psutil.Error):
+                    orphan.kill()
         if self.process.stdout is not None:
             self.process.stdout.close()
         return self.process.returncode

@@ -33,11 +33,11 @@ async def run(settings: SimSettings, started: float) -> Exit:
         settings.claim_out()
         world = World(settings, started)
         async with world.up():
-            result = await _train(world, console)
+            result, code = await _train(world, console)
             html = write_report(result, settings.out)[1]
             _point_latest(settings.out)
             print_summary(result, report=str(html), console=console)
-            if settings.hold and result.outcome == "finished":
+            if settings.hold and result.outcome == "finished" and code is not Exit.INTERRUPTED:
                 console.print(
                     f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}"
                 )
@@ -47,40 +47,56 @@ async def run(settings: SimSettings, started: float) -> Exit:
         return Exit.INTERRUPTED
     except ProcessEnded as error:
         console.print(f"[red]psyche-sim: {escape(str(error))}[/red]", soft_wrap=True)
-        return next((code for code in Exit if code == error.code), Exit.SIMULATION)
+        return _exit_of(error)
     except Exception as error:
         console.print(f"[red]psyche-sim: {escape(f'{type(error).__name__}: {error}')}[/red]", soft_wrap=True)
-        console.print(f"Logs: {settings.out / 'logs'}", soft_wrap=True)
+        if (settings.out / "logs").is_dir():
+            console.print(f"Logs: {settings.out / 'logs'}", soft_wrap=True)
         return exit_for(error)
-    if result.outcome == "interrupted":
-        return Exit.INTERRUPTED
-    if result.outcome == "failed":
-        return Exit.SIMULATION
-    return Exit.OK if result.replicas_identical else Exit.REPLICAS_DIFFER
+    return code
 
 
-async def _train(world: World, console: Console) -> RunResult:
-    """Follow the run to its end, or to Ctrl-C, and return what there is to tell."""
+async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
+    """Follow the run to its end, or to Ctrl-C, and return what there is to tell, and how it ended."""
     baseline: Baseline | None = None
     outcome: Outcome = "finished"
+    code = Exit.OK
     with ProgressDisplay(console) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:
-            outcome = "interrupted"
+            outcome, code = "interrupted", Exit.INTERRUPTED
             _be_able_to_wait_again()
         except SimulationFailed as error:
-            outcome = "failed"
+            outcome, code = "failed", Exit.SIMULATION
             display.log(str(error), "error")
         display.update(snapshot(world, stage="stopping the nodes"))
         ledger = await ledger_result(world)
+        if not ledger.transactions:
+            display.log("what the run cost is not known: the ledger does not answer", "warning")
         await world.stop_nodes()
         _keep_model(world)
         if world.settings.baseline and outcome == "finished":
             display.update(snapshot(world, stage="comparing with AdamW on the same tokens, in one process"))
-            baseline = await _baseline(world)
-    return collect(world, outcome, ledger, baseline)
+            try:
+                baseline = await _baseline(world)
+            except asyncio.CancelledError:
+                code = Exit.INTERRUPTED
+                _be_able_to_wait_again()
+                display.log("stopped before AdamW was through: the report has no comparison", "warning")
+            except ProcessEnded as error:
+                code = _exit_of(error)
+                display.log(f"no comparison with AdamW: {error}", "error")
+    result = collect(world, outcome, ledger, baseline)
+    if code is Exit.OK and not result.replicas_identical:
+        code = Exit.REPLICAS_DIFFER
+    return result, code
+
+
+def _exit_of(error: ProcessEnded) -> Exit:
+    """A process of this project says by its exit status what went wrong."""
+    return next((code for code in Exit if code == error.code and code is not Exit.OK), Exit.SIMULATION)
 
 
 def snapshot(world: World, stage: str = "") -> Progress:
@@ -173,11 +189,12 @@ async def _baseline(world: World) -> Baseline:
 
 
 def _keep_model(world: World) -> None:
-    """Copy the final model of the first honest node that has one to OUT/model."""
-    for node in world.nodes:
-        if node.fault is None and (saved := node.last("checkpoint")) is not None:
-            shutil.copytree(str(saved["folder"]), world.settings.out / "model")
-            return
+    """Copy the newest model that an honest node has to OUT/model; the one that the chain agreed on, if there is one."""
+    agreed = "" if world.record.pulse is None else world.record.pulse.run.checkpoint_root.hex()
+    saved = [line for node in world.nodes if node.fault is None and (line := node.last("checkpoint")) is not None]
+    if saved:
+        best = max(saved, key=lambda line: (line["model_root"] == agreed, line["round"]))
+        shutil.copytree(str(best["folder"]), world.settings.out / "model")
 
 
 def _point_latest(out: Path) -> None:

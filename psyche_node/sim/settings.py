@@ -185,9 +185,11 @@ class SimSettings(BaseModel):
         """Sequences per forward pass of node ``index``; 0 is the node's own choice."""
         return 4 if index == 3 and not self.same_hosts else 0
 
+    def _slots(self, seconds: int) -> int:
+        return -(-1000 * seconds // self.slot_ms)
+
     def limits(self) -> Limits:
         """The run's limits on chain, in slots. Generous maxima: the adaptive deadline is what ends a round."""
-        slots = 1000 // self.slot_ms or 1
         members = self.nodes + sum(fault is not Fault.OUTSIDER for fault in self.adversaries)
         return Limits(
             init_min_members=members,
@@ -197,11 +199,11 @@ class SimSettings(BaseModel):
             overlap=self.recipe.overlap,
             max_missed=2,
             join_grace=1,
-            warmup_time=120 * slots,
-            max_round_train_time=120 * slots,
-            round_witness_time=10 * slots,
-            cooldown_time=30 * slots,
-            adaptive_grace=2 * slots,
+            warmup_time=self._slots(120),
+            max_round_train_time=self._slots(120),
+            round_witness_time=self._slots(10),
+            cooldown_time=self._slots(30),
+            adaptive_grace=self._slots(2),
             batch=self.recipe.batch,
             rounds_per_epoch=self.rounds,
             total_rounds=self.rounds,

@@ -21,7 +21,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import TransferParams
 from solders.system_program import transfer as system_transfer
 
-from coordinator.client import CoordinatorClient, Pulse
+from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
 from coordinator.deploy import deploy, program_bytes
 from coordinator.instructions import run_addresses
 from coordinator.state import Member, Phase, Round
@@ -39,6 +39,7 @@ OWNER_NEEDS = 2 * LAMPORTS_PER_SOL
 LEDGER_TIMEOUT = 30.0
 PREPARE_TIMEOUT = 600.0
 POLL_SECONDS = 0.25
+FINISH_SECONDS = 300.0
 
 
 class SimulationFailed(Exception):
@@ -88,13 +89,13 @@ class ChainRecord:
     def see(self, pulse: Pulse, rounds: tuple[Round, ...], members: tuple[Member, ...]) -> None:
         now = time.time()
         self.pulse, self.members = pulse, members
-        if pulse.run.phase is Phase.ROUND_TRAIN:
-            self.rounds_started.setdefault(pulse.run.round, now)
         if pulse.run.phase is Phase.FINISHED and self.finished_at is None:
             self.finished_at = now
         for inclusion in pulse.run.inclusion:
             self.included[inclusion.round] = None if inclusion.void else inclusion.members
         for record in rounds:
+            # A round that began and ended between two looks is known from here.
+            self.rounds_started.setdefault(record.round, now)
             self.positions[record.round] = [
                 position for start, count in record.ranges for position in range(start, start + count)
             ]
@@ -107,6 +108,8 @@ class World:
 
     def __init__(self, settings: SimSettings, started: float) -> None:
         self.settings, self.started = settings, started
+        self.ledger: Managed | None = None
+        """The simulation's own ledger; None on a chain of the user's."""
         self.nodes: list[SimNode] = []
         self.record = ChainRecord()
         self.memory = MemoryWatch()
@@ -121,10 +124,17 @@ class World:
     async def up(self) -> AsyncIterator[None]:
         """The network is up inside, and nothing of it is left outside, whatever happens."""
         async with contextlib.AsyncExitStack() as stack:
-            self.prepared, _ = await asyncio.gather(self._prepare(), self._found(stack))
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    preparing = tasks.create_task(self._prepare())
+                    await self._found(stack)
+            except ExceptionGroup as group:
+                raise group.exceptions[0] from None
+            self.prepared = preparing.result()
             await self._create_run()
+            stack.push_async_callback(self.stop_nodes)
             for index in range(self.settings.nodes + len(self.settings.adversaries)):
-                stack.push_async_callback((await self._start_node(index)).process.stop)
+                await self._start_node(index)
             yield
 
     async def _prepare(self) -> Prepared:
@@ -144,7 +154,7 @@ class World:
             return settings.rpc
         arguments = ["run", "--port", str(settings.port), "--slot-ms", str(settings.slot_ms)]
         log = settings.out / "logs" / "ledger.log"
-        ledger = Managed("psyche-ledger", "coordinator.ledger", arguments, log, pipe=True)
+        ledger = self.ledger = Managed("psyche-ledger", "coordinator.ledger", arguments, log, pipe=True)
         stack.push_async_callback(ledger.stop)
         self.memory.watch("ledger", ledger.process.pid)
         return str(json.loads(await ledger.first_line(LEDGER_TIMEOUT))["rpc"])
@@ -182,7 +192,7 @@ class World:
         wallet = load_or_create_keypair(folder / "wallet.json")
         key = load_or_create_node_key(folder / "node.key")
         await self.chain.send(transfer(self.owner.pubkey(), wallet.pubkey(), NODE_FUNDS))
-        port = _free_port()
+        port = _free_port() if index == 0 else 0
         if index == 0:
             self.bootstrap = f"/ip4/127.0.0.1/tcp/{port}/p2p/{key.node_id}"
         arguments = {
@@ -219,18 +229,19 @@ class World:
         return node
 
     async def follow(self, on_change: Callable[[], None]) -> None:
-        """Return when the run is finished and every node that still runs has said so.
+        """Return when the run is finished and every node that still runs has said so, or has had time to.
 
-        Raises SimulationFailed when no honest node is left, or none gets anywhere.
+        Raises SimulationFailed when the ledger or all honest nodes have ended, or too many for the run to begin.
         """
         watcher = asyncio.create_task(self._watch_chain())
         try:
             while True:
                 self._look(on_change)
-                if self.record.finished_at is not None and all(node.done for node in self.nodes):
+                if self.record.finished_at is not None and (
+                    all(node.done for node in self.nodes) or time.time() > self.record.finished_at + FINISH_SECONDS
+                ):
                     return
-                if not any(node.process.running for node in self.nodes if node.fault is None):
-                    raise SimulationFailed(self._why())
+                self._check_alive()
                 if watcher.done():
                     watcher.result()
                 await asyncio.sleep(POLL_SECONDS)
@@ -270,15 +281,32 @@ class World:
             if before is not None and before.run == pulse.run and before.header.committed == pulse.header.committed:
                 self.record.pulse = pulse
                 continue
-            rounds, members = await asyncio.gather(self.chain.rounds(), self.chain.members())
+            try:
+                rounds, members = await asyncio.gather(self.chain.rounds(), self.chain.members())
+            except ChainUnavailable:
+                continue  # the next state comes when the chain is back
             self.record.see(pulse, rounds, members)
 
-    def _why(self) -> str:
-        parts = [
-            f"{node.name} (exit status {node.process.process.returncode}): {node.process.log}\n{node.process.tail()}"
-            for node in self.nodes
-        ]
-        return "every honest node has ended before the run was finished.\n" + "\n".join(parts)
+    def _check_alive(self) -> None:
+        """Raise SimulationFailed when the run cannot go on any more."""
+        if self.ledger is not None and not self.ledger.running:
+            raise SimulationFailed(f"the ledger has ended.\n{_last_words(self.ledger)}")
+        if not any(node.process.running for node in self.nodes if node.fault is None):
+            ended = "every honest node has ended before the run was finished"
+        else:
+            limits = self.settings.limits()
+            wanted = {Phase.WAITING_FOR_MEMBERS: limits.init_min_members, Phase.WARMUP: limits.min_members}
+            phase = None if self.record.pulse is None else self.record.pulse.run.phase
+            alive = sum(node.process.running for node in self.nodes if node.fault is not Fault.OUTSIDER)
+            if phase is None or alive >= wanted.get(phase, 0):
+                return
+            ended = f"the run waits for {wanted[phase]} members, and only {alive} nodes are left"
+        parts = [_last_words(node.process) for node in self.nodes if not node.process.running]
+        raise SimulationFailed(f"{ended}.\n" + "\n".join(parts))
+
+
+def _last_words(process: Managed) -> str:
+    return f"{process.name} (exit status {process.process.returncode}): {process.log}\n{process.tail()}"
 
 
 def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:
