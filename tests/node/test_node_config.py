@@ -1,0 +1,82 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from psyche_node.cli import app
+from psyche_node.exits import Exit
+from psyche_node.node.config import ConfigError, NodeConfig, load_config
+
+GOOD = 'run = "{run}"\nrpc = ["http://127.0.0.1:8899"]\nfolder = "node"\nmodel = "model"\ndata = "data"\n'.format(
+    run="1" * 43
+)
+
+
+def load(tmp_path: Path, text: str, **overrides: object) -> NodeConfig:
+    file = tmp_path / "node.toml"
+    file.write_bytes(text.encode("latin-1"))
+    return load_config(file, overrides)
+
+
+def test_defaults_and_derived_paths(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD)
+    assert config.wallet_path == Path("node/wallet.json")
+    assert config.node_key_path == Path("node/node.key")
+    assert load(tmp_path, GOOD + 'wallet = "w.json"\n').wallet_path == Path("w.json")
+
+
+def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
+    config = load(tmp_path, GOOD + "threads = 2\n", threads=5, device=None, rpc=())
+    assert config.threads == 5
+    assert config.device == "auto"
+    assert config.rpc == ("http://127.0.0.1:8899",)
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        ("thread = 2", "thread"),
+        ("threads = -1", "threads"),
+        ('threads = "many"', "threads"),
+        ("p2p_port = 70000", "p2p_port"),
+        ("update_timeout = 0", "update_timeout"),
+        ('faults = ["tamper", "gossip"]', "faults"),
+        ("bootstrap = 7", "bootstrap"),
+    ],
+)
+def test_error_names_file_and_key(tmp_path: Path, line: str, key: str) -> None:
+    with pytest.raises(ConfigError, match=rf"node\.toml(.|\n)*\n  {key}[.0-9]*: "):
+        load(tmp_path, GOOD + line + "\n")
+
+
+def test_every_problem_is_named_at_once() -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_config(None, {"run": "short"})
+    for key in ("run", "rpc", "folder", "model", "data"):
+        assert f"\n  {key}: " in str(caught.value)
+
+
+def test_unknown_fault_lists_the_known_ones(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="tamper, length, outsider"):
+        load(tmp_path, GOOD + 'faults = ["gossip"]\n')
+
+
+@pytest.mark.parametrize("text", ["run = ", "run = '\xff'"], ids=["syntax", "encoding"])
+def test_file_that_is_not_toml(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError, match=r"node\.toml is not TOML"):
+        load(tmp_path, text)
+
+
+def test_file_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.toml.*Pass --config FILE"):
+        load_config(tmp_path / "none.toml", {})
+
+
+def test_command_ends_with_the_exit_code_of_settings_and_names_them() -> None:
+    done = CliRunner().invoke(app, ["run", "--threads", "-1"])
+    assert done.exit_code == Exit.CONFIG
+    assert "threads: " in done.output
+    assert "model: " in done.output
+    assert "Traceback" not in done.output
