@@ -21,7 +21,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor) -> Tensor:
         rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         wanted = any(ctx.needs_input_grad)
-        # The loss and the sums of gradients stay in fp32 whatever the matrix units compute in.
+        # The loss stays in fp32 whatever the matrix units compute in.
         total = hidden_TD.new_zeros((), dtype=torch.float32)
         hidden_grad_TD = torch.empty_like(hidden_TD) if wanted else None
         weight_grad_VD = torch.zeros_like(weight_VD, dtype=torch.float32) if wanted else None

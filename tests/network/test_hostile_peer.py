@@ -96,6 +96,9 @@ def test_rubbish_is_refused_and_the_process_goes_on(tmp_path: Path) -> None:
             authors = [NodeRecord.parse(raw, RUN).node_id for raw in records]
             assert authors[0] == process.key.node_id
             assert len(authors) == 2
+            # What was sent over gossip is judged after the records were answered.
+            await process.wait(Rejected, what="announcement")
+            await process.wait(Rejected, what="record")
             refused = {event.what for event in process.seen(Rejected)}
             assert refused == {"announcement", "record"}
             assert all(event.member is None for event in process.seen(Rejected))
