@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import asyncio
+import logging
+from pathlib import Path
+
+import psutil
+import pytest
+from node_stage import run_async
+
+from psyche_node.node import processes
+from psyche_node.node.processes import Child
+
+# Says that it has started, then ignores both the end of its socket and SIGTERM.
+STUBBORN = """
+import signal, socket, sys, time
+from psyche_node.ipc import Ok, encode_frame
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+socket.socket(fileno=int(sys.argv[2])).sendall(encode_frame(0, Ok()))
+while True:
+    time.sleep(60)
+"""
+
+
+@pytest.fixture
+def module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    return tmp_path / "child_under_test.py"
+
+
+async def started() -> Child:
+    up = asyncio.Event()
+    child = await Child.start("test", "child_under_test", lambda message: up.set())
+    await up.wait()
+    return child
+
+
+def test_child_that_does_not_end_is_killed(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    module.write_text(STUBBORN)
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 0.05)
+
+    async def test() -> None:
+        child = await started()
+        await child.stop()
+        assert not psutil.pid_exists(child.process.pid)
+
+    run_async(test())
+
+
+def test_child_is_killed_at_once_when_its_end_is_cancelled(module: Path) -> None:
+    module.write_text(STUBBORN)
+
+    async def test() -> None:
+        child = await started()
+        stopping = asyncio.create_task(child.stop())
+        while not child.endpoint.closed.is_set():
+            await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert not psutil.pid_exists(child.process.pid)
+
+    run_async(test())
+
+
+def test_child_that_died_is_told_with_its_exit_status(module: Path, caplog: pytest.LogCaptureFixture) -> None:
+    module.write_text("raise SystemExit(7)")
+
+    async def test() -> None:
+        child = await Child.start("training", "child_under_test", lambda message: None)
+        await child.endpoint.closed.wait()
+        with caplog.at_level(logging.ERROR):
+            await child.stop()
+        assert "the training process had ended before, with exit status 7" in caplog.text
+
+    run_async(test())

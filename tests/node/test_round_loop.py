@@ -1,0 +1,337 @@
+"""The round loop against a scripted chain: what is applied, in which order, and what becomes of the own updates."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from node_stage import ScriptedChain, child, run_async, settle, watching
+from node_values import commitment, included, member_of, pulse_of, round_of
+
+from coordinator.client import ChainUnavailable, ProgramError
+from coordinator.errors import ErrorCode
+from coordinator.state import Commitment, MemberStatus, Phase
+from psyche_node.faults import Faults
+from psyche_node.ipc import Message, Ok
+from psyche_node.network.messages import GetStats, Stats
+from psyche_node.network.store import BlobStore
+from psyche_node.node.journal import Journal, JournalReader
+from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop
+from psyche_node.node.view import ChainView
+from psyche_node.node.witness import Witness
+from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, Root, RootIs, Save, Train, Trained
+
+ME = 1
+ROOT = "ab" * 32
+ALL = [commitment(member) for member in range(4)]
+
+
+class Everything:
+    """Stands in for the exchange: every update is here."""
+
+    def __init__(self) -> None:
+        self.known: set[tuple[int, int]] = set()
+        self.published: list[int] = []
+
+    async def follow(self, round: int, commitments: Iterable[Commitment]) -> None:
+        self.known |= {(round, one.member) for one in commitments}
+
+    def followed(self, round: int) -> frozenset[int]:
+        return frozenset(member for number, member in self.known if number == round)
+
+    async def obtain(self, round: int, members: Iterable[int], timeout: float) -> list[Path]:
+        assert self.followed(round) >= set(members)
+        return [Path(f"{round}-{member}") for member in sorted(members)]
+
+    async def publish(self, round: int, member: int, digest: bytes, length: int) -> None:
+        self.published.append(round)
+
+    async def forget(self, before: int) -> None:
+        pass
+
+
+class Scene:
+    """A loop under way, and what it asked of the training process, in order."""
+
+    def __init__(self, folder: Path, chain: ScriptedChain, view: ChainView) -> None:
+        self.chain, self.view = chain, view
+        self.exchange = Everything()
+        self.asked: list[Message] = []
+        self.failing: set[type[Message]] = set()
+        self.before: Callable[[Message], None] = lambda message: None
+        self.journal = JournalReader(folder / "journal.jsonl")
+        self.task: asyncio.Task[None]
+
+    def train(self, message: Message) -> Message:
+        self.before(message)
+        self.asked.append(message)
+        if type(message) in self.failing:
+            raise ValueError("not finite")
+        match message:
+            case Train():
+                Path(message.out_path).write_bytes(b"update")
+                return Trained(loss=1.0, tokens=5, seconds=0.1, fingerprint_before=7, gradient_norm=1.0)
+            case Apply():
+                return Applied(fingerprint=7)
+            case Root():
+                return RootIs(model_root=ROOT)
+            case Evaluate():
+                return Evaluated(loss=1.0, tokens=5, seconds=0.1)
+            case Save():
+                return Ok()
+        raise AssertionError(message)
+
+    def did(self) -> list[str]:
+        """train N, apply N (i: own included, b: own goes back, -: none of one's own), root, save N."""
+        fates = {True: "i", False: "b", None: "-"}
+        said = []
+        for message in self.asked:
+            match message:
+                case Train():
+                    said.append(f"train {message.round}")
+                case Apply():
+                    said.append(f"apply {message.round}{fates[message.included]}")
+                case Save():
+                    said.append(f"save {message.round}")
+                case _:
+                    said.append(type(message).__name__.lower())
+        return said
+
+    async def see(self, phase: Phase, round: int, did: list[str], **fields: Any) -> None:
+        """Show the loop this state of the run, and check what it does about it."""
+        self.asked.clear()
+        now = range(max(0, round - 3), round + 1)
+        self.chain.table = tuple(round_of(n, ALL if n < round else (), closed=n < round) for n in now)
+        self.chain.push(pulse_of(phase, round, **fields))
+        await settle(lambda: len(self.asked) >= len(did) or self.task.done())
+        if self.task.done() and phase is not Phase.FINISHED:
+            self.task.result()
+        await settle_down()
+        assert self.did() == did
+
+
+async def settle_down() -> None:
+    # Long enough for a wrong extra step to begin; a right one never depends on it.
+    for _ in range(20):
+        await asyncio.sleep(0.001)
+
+
+@contextlib.asynccontextmanager
+async def scene(folder: Path) -> AsyncIterator[Scene]:
+    chain = ScriptedChain()
+    chain.list = tuple(member_of(slot) for slot in range(4))
+
+    def network(message: Message) -> Message:
+        if isinstance(message, GetStats):
+            return Stats(
+                bytes_sent=0,
+                bytes_received=0,
+                blob_bytes_sent=0,
+                blob_bytes_received=0,
+                peers=0,
+                connected=[],
+                per_peer=[],
+            )
+        return Ok()
+
+    async with watching(chain) as view:
+        it = Scene(folder, chain, view)
+        async with child(it.train) as (trainer, _), child(network) as (net, _):
+            journal = Journal(folder / "journal.jsonl")
+            chain.push(pulse_of(Phase.WARMUP))
+            await view.until(lambda pulse: True)
+            loop = RoundLoop(
+                chain=chain,  # type: ignore[arg-type]
+                view=view,
+                witness=Witness(chain, view, it.exchange, ME),  # type: ignore[arg-type]
+                exchange=it.exchange,  # type: ignore[arg-type]
+                trainer=trainer,
+                network=net,
+                store=BlobStore(folder / "blobs"),
+                journal=journal,
+                faults=Faults(),
+                cadence=Cadence(evaluate=0, check=0),
+                run_key=bytes(32),
+                member=ME,
+                folder=folder,
+                update_timeout=5.0,
+            )
+            it.task = asyncio.create_task(loop.run())
+            try:
+                yield it
+            finally:
+                it.task.cancel()
+                await asyncio.gather(it.task, return_exceptions=True)
+                journal.close()
+
+
+def test_with_overlap_a_round_is_trained_before_the_last_one_is_applied(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            sets = [included(0), included(1), included(2)]
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            await it.see(Phase.ROUND_WITNESS, 0, [])
+            await it.see(Phase.ROUND_TRAIN, 1, ["train 1"])
+            await it.see(Phase.ROUND_WITNESS, 1, [])
+            await it.see(Phase.ROUND_TRAIN, 2, ["apply 0i", "train 2"], sets=sets[:1])
+            await it.see(Phase.COOLDOWN, 3, ["apply 1i", "apply 2i", "root", "save 3"], sets=sets)
+            assert it.chain.sent[-1] == ("checkpoint", 3, bytes.fromhex(ROOT))
+            await it.see(Phase.FINISHED, 3, [], sets=sets)
+            await it.task
+            assert [entry[:2] for entry in it.chain.sent[:3]] == [("commit", 0), ("commit", 1), ("commit", 2)]
+            assert it.exchange.published == [0, 1, 2]
+            paths = [message.paths for message in it.asked if isinstance(message, Apply)]
+            assert all(path == sorted(path) for path in paths)
+
+    run_async(test())
+
+
+def test_own_updates_go_back_when_void_excluded_or_refused_and_only_those_sent(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors["commit"] = [
+                ProgramError(ErrorCode.WRONG_PHASE, ()),  # round 0: too late
+                ChainUnavailable("away"),  # round 1: nobody knows whether it landed
+            ]
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            await it.see(Phase.ROUND_TRAIN, 1, ["train 1"])
+            assert it.exchange.published == []
+            it.failing.add(Train)
+            sets = [included(0, {0, 2})]
+            await it.see(Phase.ROUND_TRAIN, 2, ["apply 0b", "train 2"], sets=sets)
+            it.failing.clear()
+            sets += [included(1)]
+            await it.see(Phase.ROUND_TRAIN, 3, ["apply 1i", "train 3"], sets=sets)
+            sets += [included(2, {0, 2})]
+            await it.see(Phase.ROUND_TRAIN, 4, ["apply 2-", "train 4"], sets=sets)
+            sets += [included(3, ())]
+            await it.see(Phase.ROUND_TRAIN, 5, ["apply 3b", "train 5"], sets=sets)
+            void = next(m for m in it.asked if isinstance(m, Apply))
+            assert void.paths == []
+            kinds = [line["kind"] for line in it.journal.read()]
+            assert kinds.count("late") == 2
+            assert kinds.count("failed") == 1
+
+    run_async(test())
+
+
+def test_slow_node_skips_what_is_over_and_applies_everything_in_order(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+
+            def meanwhile(message: Message) -> None:
+                if isinstance(message, Apply) and message.round == 0:
+                    # While round 0 is applied, the run goes on to round 5.
+                    loop.call_soon_threadsafe(it.chain.push, later)
+                    released = asyncio.run_coroutine_threadsafe(it.view.until(lambda p: p is later), loop)
+                    released.result(5)
+
+            loop = asyncio.get_running_loop()
+            sets = [included(number) for number in range(4)]
+            later = pulse_of(Phase.ROUND_TRAIN, 5, sets=sets)
+            it.before = meanwhile
+            # Rounds 0 and 1 are no longer kept in full, but what was committed in them is known here.
+            it.exchange.known |= {(number, member) for number in (0, 1) for member in range(4)}
+            it.chain.table = tuple(round_of(n, ALL if n < 5 else (), closed=n < 5) for n in range(2, 6))
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 2, sets=sets[:1]))
+            expected = ["apply 0-", "apply 1-", "apply 2-", "apply 3-", "train 5"]
+            await settle(lambda: len(it.asked) >= len(expected))
+            await settle_down()
+            assert it.did() == expected
+
+    run_async(test())
+
+
+def test_node_that_was_away_for_too_long_says_so(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            with pytest.raises(Desynced, match=r"round 0 is no longer kept.*round 12"):
+                await it.see(Phase.ROUND_TRAIN, 12, ["-"], sets=[included(n) for n in range(3, 11)])
+            assert it.did() == []
+
+    run_async(test())
+
+
+def test_several_epochs_checkpoint_each_and_a_second_warm_up(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            sets = [included(0)]
+            await it.see(Phase.COOLDOWN, 1, ["apply 0i", "root", "save 1"], sets=sets)
+            await it.see(Phase.COOLDOWN, 1, [], sets=sets, slot=5)
+            await it.see(Phase.ROUND_TRAIN, 1, ["train 1"], sets=sets, epoch=1)
+            sets += [included(1)]
+            await it.see(Phase.COOLDOWN, 2, ["apply 1i", "root", "save 2"], sets=sets, epoch=1)
+            await it.see(Phase.WAITING_FOR_MEMBERS, 2, [], sets=sets, epoch=2)
+            await it.see(Phase.WARMUP, 2, ["root"], sets=sets, epoch=2)
+            assert it.chain.sent[-1] == ("ready", bytes.fromhex(ROOT))
+            await it.see(Phase.WARMUP, 2, [], sets=sets, epoch=2, slot=5)
+            await it.see(Phase.ROUND_TRAIN, 2, ["train 2"], sets=sets, epoch=2)
+            saved = [line["round"] for line in it.journal.read() if line["kind"] == "checkpoint"]
+            assert saved == [1, 2]
+
+    run_async(test())
+
+
+def test_first_warm_up_is_not_answered_twice(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.see(Phase.WARMUP, 0, [])
+            assert it.chain.sent == []
+
+    run_async(test())
+
+
+def test_node_that_missed_the_last_cooldown_keeps_the_final_weights_all_the_same(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.see(Phase.FINISHED, 2, ["apply 0-", "apply 1-", "root", "save 2"], sets=[included(0), included(1)])
+            await it.task
+            assert it.chain.sent == []
+
+    run_async(test())
+
+
+def test_full_disk_at_a_checkpoint_costs_the_checkpoint_only(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.failing.add(Save)
+            it.chain.errors["checkpoint"] = [ChainUnavailable("away")]
+            await it.see(Phase.COOLDOWN, 1, ["apply 0-", "root", "save 1"], sets=[included(0)])
+            await it.see(Phase.ROUND_TRAIN, 1, ["train 1"], sets=[included(0)])
+            assert "checkpoint" not in [line["kind"] for line in it.journal.read()]
+
+    run_async(test())
+
+
+def test_member_without_data_trains_nothing(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.table = (round_of(0, closed=False, slices=dict.fromkeys(range(4), (0, 0))),)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 0))
+            await settle_down()
+            assert it.did() == []
+            assert it.chain.sent == []
+
+    run_async(test())
+
+
+@pytest.mark.parametrize("status", [MemberStatus.DROPPED, MemberStatus.DESYNCED])
+def test_dropped_member_follows_and_desynced_one_ends(tmp_path: Path, status: MemberStatus) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.list = (member_of(0), member_of(ME, status))
+            it.chain.table = (round_of(0, ALL), round_of(1, closed=False, active=frozenset({0, 2, 3})))
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 1, sets=[included(0, {0})]))
+            await settle(lambda: it.did() == ["apply 0-"])
+            if status is MemberStatus.DESYNCED:
+                with pytest.raises(Desynced, match="fingerprint"):
+                    await it.task
+            else:
+                await it.see(Phase.COOLDOWN, 2, ["apply 1-", "root", "save 2"], sets=[included(0, {0}), included(1)])
+
+    run_async(test())
