@@ -1,0 +1,353 @@
+"""From journals, logs and the chain's record to the result, with a world that never ran."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from solders.pubkey import Pubkey
+
+from coordinator.client import ChainUnavailable
+from coordinator.state import InclusionSet, Member, MemberStatus, Phase
+from psyche_node.faults import Fault
+from psyche_node.node.journal import Journal, JournalReader
+from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.processes import Managed, MemoryWatch
+from psyche_node.sim.result import LedgerResult, RunResult
+from psyche_node.sim.settings import Prepared, SimSettings
+from psyche_node.sim.world import ChainRecord, SimNode, SimulationFailed, World
+
+START = 1_700_000_000.0
+LEDGER = LedgerResult(program_id="p", run_address="r", transactions=3, lamports=5)
+SHA = "ab" * 32
+
+
+def wallet(index: int) -> Pubkey:
+    return Pubkey.from_bytes(bytes([index + 1]) * 32)
+
+
+def member(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
+    return Member(
+        slot=slot,
+        wallet=wallet(slot),
+        node_key=bytes([slot]) * 32,
+        status=status,
+        share=1000,
+        next_share=1000,
+        joined_round=0,
+        joined_slot=0,
+        missed=0,
+        excluded=0,
+        credit=20,
+        updates_included=2,
+        ready=False,
+    )
+
+
+class Ended:
+    """A process that ended with this status, or runs (None)."""
+
+    def __init__(self, log: Path, name: str, status: int | None) -> None:
+        self.name, self.log = name, log
+        self.process = SimpleNamespace(poll=lambda: status, returncode=status)
+        self.running = status is None
+
+    def tail(self) -> str:
+        return self.log.read_text()[-100:]
+
+
+class Stage:
+    def __init__(self, folder: Path, nodes: int = 2) -> None:
+        self.folder = folder
+        settings = SimSettings(out=folder / "out", nodes=nodes, rounds=4)
+        self.world = World(settings, START)
+        self.world.prepared = Prepared(
+            model=folder,
+            data=folder,
+            model_root="00" * 32,
+            layout_digest="00" * 32,
+            data_manifest="00" * 32,
+            samples=1,
+            sequence_length=16,
+            update_bytes=100,
+            parameters=1000,
+            unigram_entropy=5.0,
+            model_source="",
+            data_source="",
+        )
+        self.world.record.members = tuple(member(slot) for slot in range(nodes))
+
+    def node(
+        self, index: int, *lines: dict[str, Any], status: int | None = 130, log: str = "", **fields: Any
+    ) -> SimNode:
+        path = self.folder / f"node-{index}.log"
+        path.write_text(log)
+        journal = Journal(self.folder / f"{index}.jsonl")
+        for line in lines:
+            journal.write(**line)
+        journal.close()
+        node = SimNode(
+            name=f"node-{index}",
+            index=index,
+            wallet=str(wallet(index)),
+            node_id=f"id {index}",
+            process=Ended(path, f"node-{index}", status),  # type: ignore[arg-type]
+            journal=JournalReader(self.folder / f"{index}.jsonl"),
+            **fields,
+        )
+        node.lines = [{**line, **own} for line, own in zip(node.journal.read(), lines, strict=True)]
+        self.world.nodes.append(node)
+        return node
+
+    def round(self, number: int, start: float, committed: set[int], included: set[int] | None) -> None:
+        record = self.world.record
+        record.rounds_started[number] = START + start
+        record.active[number] = frozenset({0, 1})
+        record.committed[number] = frozenset(committed)
+        record.included[number] = None if included is None else frozenset(included)
+
+    def collect(self, outcome: Any = "finished") -> RunResult:
+        result = collect(self.world, outcome, LEDGER)
+        assert RunResult.model_validate_json(result.model_dump_json()) == result
+        return result
+
+
+def trained(round: int, started: float, loss: float, tokens: int = 10, sent: int = 0) -> dict[str, Any]:
+    return {
+        "kind": "trained",
+        "round": round,
+        "loss": loss,
+        "tokens": tokens,
+        "started": START + started,
+        "seconds": 1.0,
+        "bytes_sent": sent,
+        "bytes_received": sent,
+    }
+
+
+def applied(round: int, sha: str | None = SHA) -> dict[str, Any]:
+    return {"kind": "applied", "round": round, "weights_sha256": sha}
+
+
+def finished(sha: str = SHA) -> dict[str, Any]:
+    return {
+        "kind": "finished",
+        "weights_sha256": sha,
+        "fingerprint": "07" * 8,
+        "bytes_sent": 500,
+        "bytes_received": 400,
+        "train_seconds": 2.0,
+        "wait_seconds": 1.0,
+    }
+
+
+def test_rounds_losses_members_and_checks(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, trained(0, 1, 4.0), trained(1, 3, 2.0, sent=100), applied(0), applied(1), finished())
+    stage.node(1, trained(0, 1, 2.0, tokens=30), trained(1, 3, 2.0), applied(0), applied(1), finished())
+    stage.round(0, 1, {0, 1}, {0, 1})
+    stage.round(1, 3, {0}, {0})
+    stage.world.record.finished_at = START + 6
+    result = stage.collect()
+    assert result.rounds == 2
+    assert result.loss == [pytest.approx(2.5), pytest.approx(2.0)], "the mean over tokens, not over nodes"
+    assert [[one.state for one in record.members] for record in result.timeline] == [
+        ["included", "included"],
+        ["included", "trained"],
+    ]
+    assert [record.tokens for record in result.timeline] == [40, 10]
+    assert [(record.start, record.end) for record in result.timeline] == [(1, 3), (3, 6)]
+    first = result.timeline[0].members[0]
+    assert (first.wait_seconds, first.bytes_sent) == (pytest.approx(1.0), 100)
+    assert result.replicas_identical
+    assert result.weights_sha256 == SHA
+    assert [check.round for check in result.checks] == [1, 2]
+    assert result.bytes_sent_total == 1000
+    assert result.update_bytes_total == 3 * 100
+    assert [node.exit for node in result.nodes] == ["finished", "finished"]
+
+
+def test_replicas_that_differ_are_not_called_identical(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, applied(0), finished())
+    stage.node(1, applied(0), finished("cd" * 32))
+    stage.round(0, 1, {0, 1}, {0, 1})
+    stage.world.record.finished_at = START + 2
+    assert not stage.collect().replicas_identical
+
+
+def test_void_round_missed_round_and_update_that_did_not_count(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, trained(0, 1, 1.0), trained(1, 2, 1.0))
+    stage.node(1, trained(0, 1, 1.0))
+    stage.round(0, 1, {0, 1}, None)
+    stage.round(1, 2, {0}, {1})
+    stage.world.record.finished_at = START + 3
+    result = stage.collect()
+    assert [[one.state for one in record.members] for record in result.timeline] == [
+        ["void", "void"],
+        ["committed", "missed"],
+    ]
+    assert [record.void for record in result.timeline] == [True, False]
+    assert [event.message for event in result.events] == ["void: too few attestations"]
+
+
+def test_nothing_has_happened_yet(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, status=None)
+    stage.world.record.members = ()
+    result = stage.collect("interrupted")
+    assert (result.rounds, result.loss, result.heldout_loss, result.checkpoint) == (0, [], None, None)
+    assert result.nodes[0].slot is None
+
+
+@pytest.mark.parametrize(
+    ("status", "fields", "said"),
+    [
+        (None, {}, "stopped"),
+        (130, {}, "stopped"),
+        (-signal.SIGTERM, {}, "stopped"),
+        (-signal.SIGKILL, {"killed": True}, "killed"),
+        (-signal.SIGKILL, {}, "failed"),
+        (22, {}, "failed"),
+        (0, {"fault": Fault.OUTSIDER}, "finished"),
+    ],
+)
+def test_how_a_node_ended(tmp_path: Path, status: int | None, fields: dict[str, Any], said: str) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, status=status, **fields)
+    assert stage.collect("interrupted").nodes[0].exit == said
+
+
+def test_warnings_of_the_logs_become_events_and_hostile_lines_do_not_hurt(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    lines = [
+        json.dumps({"ts": START + 2, "level": "WARNING", "msg": "rejected a piece" + "x" * 1000}),
+        json.dumps({"ts": START - 5, "level": "ERROR", "msg": "clock"}),
+        json.dumps({"ts": START + 1, "level": "INFO", "msg": "nothing"}),
+        json.dumps({"level": "WARNING"}),
+        "{not json",
+        "plain text",
+    ]
+    stage.node(0, log="\n".join(lines))
+    events = stage.collect("interrupted").events
+    assert [(event.time, event.level) for event in events] == [(0.0, "error"), (2.0, "warning")]
+    assert len(events[1].message) == 500
+
+
+def test_curve_has_one_point_a_round_in_their_order(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    lines = [
+        {"kind": "evaluated", "time": START + at, "round": number, "heldout_loss": loss}
+        for at, number, loss in ((3, 9, 2.0), (1, 0, 4.0), (4, 9, 1.5))
+    ]
+    node = stage.node(0)
+    node.lines = lines
+    result = stage.collect("interrupted")
+    assert [(point.round, point.loss) for point in result.heldout_curve] == [(1, 4.0), (10, 1.5)]
+    assert result.heldout_loss == 1.5
+
+
+def test_ledger_that_is_gone_or_silent_costs_the_counts_and_not_the_report(tmp_path: Path) -> None:
+    class Silent:
+        program_id = wallet(9)
+
+        async def transaction_counts(self) -> tuple[int, int]:
+            raise ChainUnavailable("away")
+
+    world = Stage(tmp_path).world
+    world.chain, world.rpc = Silent(), "http://x"  # type: ignore[assignment]
+    world.addresses = SimpleNamespace(run=wallet(8), members=wallet(8), rounds=wallet(8))  # type: ignore[assignment]
+    silent = asyncio.run(ledger_result(world))
+    assert (silent.transactions, silent.lamports, silent.run_address) == (0, 0, str(wallet(8)))
+    world.ledger = SimpleNamespace(running=False)  # type: ignore[assignment]
+    assert asyncio.run(ledger_result(world)) == silent
+
+
+def run_in(phase: Phase) -> Any:
+    return SimpleNamespace(run=SimpleNamespace(phase=phase, round=0, inclusion=()))
+
+
+@pytest.mark.parametrize(
+    ("phase", "statuses", "said"),
+    [
+        (Phase.WAITING_FOR_MEMBERS, (None, None, None), None),
+        (Phase.WAITING_FOR_MEMBERS, (None, None, 52), "waits for 3 members, and only 2"),
+        (Phase.WARMUP, (None, 52, 52), None),
+        (Phase.ROUND_TRAIN, (None, 52, 52), None),
+        (Phase.ROUND_TRAIN, (52, 52, 52), "every honest node has ended"),
+        (None, (None, None, 52), None),
+    ],
+)
+def test_run_that_cannot_go_on_is_noticed(
+    tmp_path: Path, phase: Phase | None, statuses: tuple[int | None, ...], said: str | None
+) -> None:
+    stage = Stage(tmp_path, nodes=3)
+    for index, status in enumerate(statuses):
+        stage.node(index, status=status, log="out of memory")
+    stage.world.record.pulse = None if phase is None else run_in(phase)
+    if said is None:
+        stage.world._check_alive()
+        return
+    with pytest.raises(SimulationFailed, match=rf"{said}(.|\n)*exit status 52(.|\n)*out of memory"):
+        stage.world._check_alive()
+
+
+def test_dead_ledger_is_noticed(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, status=None)
+    log = tmp_path / "ledger.log"
+    log.write_text("killed")
+    stage.world.ledger = Ended(log, "psyche-ledger", -9)  # type: ignore[assignment]
+    with pytest.raises(SimulationFailed, match="the ledger has ended"):
+        stage.world._check_alive()
+
+
+def test_round_between_two_looks_is_on_record(tmp_path: Path) -> None:
+    record = ChainRecord()
+    kept = [
+        SimpleNamespace(round=number, ranges=((number * 4, 2), (99, 1)), commitments={0: None}, active=frozenset({0}))
+        for number in (0, 1)
+    ]
+    pulse = run_in(Phase.ROUND_WITNESS)
+    pulse.run.inclusion = (InclusionSet(0, frozenset({0}), False), InclusionSet(1, frozenset(), True))
+    record.see(pulse, tuple(kept), ())  # type: ignore[arg-type]
+    assert sorted(record.rounds_started) == [0, 1]
+    assert record.positions == {0: [0, 1, 99], 1: [4, 5, 99]}
+    assert record.included == {0: frozenset({0}), 1: None}
+
+
+def test_process_is_gone_when_its_end_is_cancelled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "stubborn_part.py").write_text(
+        "import signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\nprint('up', flush=True)\ntime.sleep(600)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def test() -> None:
+        process = Managed("part", "stubborn_part", [], tmp_path / "part.log", pipe=True)
+        assert await process.first_line(20) == "up\n"
+        stopping = asyncio.create_task(process.stop())
+        await asyncio.sleep(0)
+        stopping.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await stopping
+        assert process.process.returncode == -signal.SIGKILL
+
+    asyncio.run(test())
+
+
+def test_memory_of_a_process_that_is_gone_counts_nothing() -> None:
+    watch = MemoryWatch()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    watch.watch("gone", gone.pid)
+    watch.sample()
+    assert watch.peak == watch.now > 0
+    assert watch.peaks == {}

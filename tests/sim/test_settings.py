@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from typer.testing import CliRunner
+
+from coordinator.state import float_bits
+from psyche_node.exits import Exit
+from psyche_node.faults import Fault
+from psyche_node.sim.cli import app
+from psyche_node.sim.settings import Kill, Prepared, Recipe, SimSettings
+
+
+def settings(**changes: Any) -> SimSettings:
+    return SimSettings(**{"out": Path("out"), **changes})
+
+
+def test_kill_reads_node_and_round() -> None:
+    assert Kill.parse("2@30") == Kill(node=2, round=30)
+
+
+@pytest.mark.parametrize("text", ["", "2", "2@", "@3", "a@3", "2@-1", "2@3@4", "2 @3"])
+def test_kill_that_is_none_shows_what_one_is(text: str) -> None:
+    with pytest.raises(ValueError, match="NODE@ROUND, such as"):
+        Kill.parse(text)
+
+
+@pytest.mark.parametrize("kill", [Kill(node=4, round=0), Kill(node=0, round=10)])
+def test_kill_of_nobody_is_refused(kill: Kill) -> None:
+    settings(nodes=5, rounds=11, kills=(kill,))
+    with pytest.raises(ValidationError, match="cannot kill node"):
+        settings(nodes=4, rounds=10, kills=(kill,))
+
+
+def test_chain_of_ones_own_needs_a_wallet_that_is_there(tmp_path: Path) -> None:
+    with pytest.raises(ValidationError, match="funded wallet"):
+        settings(rpc="http://127.0.0.1:1")
+    with pytest.raises(ValidationError, match="funded wallet"):
+        settings(rpc="http://127.0.0.1:1", wallet=tmp_path / "none.json")
+    (tmp_path / "wallet.json").touch()
+    settings(rpc="http://127.0.0.1:1", wallet=tmp_path / "wallet.json")
+
+
+def test_output_folder_is_new_or_empty(tmp_path: Path) -> None:
+    settings(out=tmp_path / "a" / "b").claim_out()
+    assert (tmp_path / "a" / "b").is_dir()
+    settings(out=tmp_path / "a" / "b").claim_out()
+    for used in (tmp_path, tmp_path / "file"):
+        (tmp_path / "file").touch()
+        with pytest.raises(FileExistsError, match="--out"):
+            settings(out=used).claim_out()
+
+
+@given(st.integers(10, 10_000))
+def test_deadlines_are_as_long_as_they_should_be_whatever_a_slot_is(slot_ms: int) -> None:
+    limits = settings(slot_ms=slot_ms).limits()
+    for slots, seconds in (
+        (limits.warmup_time, 120),
+        (limits.max_round_train_time, 120),
+        (limits.round_witness_time, 10),
+        (limits.cooldown_time, 30),
+        (limits.adaptive_grace, 2),
+    ):
+        assert 0 <= slots * slot_ms / 1000 - seconds < slot_ms / 1000
+
+
+@pytest.mark.parametrize(
+    ("nodes", "adversaries", "wanted", "enough"),
+    [
+        (4, (), 4, 2),
+        (3, (Fault.TAMPER, Fault.LENGTH, Fault.OUTSIDER), 5, 2),
+        (1, (), 1, 1),
+        (1, (Fault.OUTSIDER,), 1, 1),
+    ],
+)
+def test_run_waits_for_all_members_and_an_outsider_is_none(
+    nodes: int, adversaries: tuple[Fault, ...], wanted: int, enough: int
+) -> None:
+    limits = settings(nodes=nodes, adversaries=adversaries).limits()
+    assert (limits.init_min_members, limits.min_members) == (wanted, enough)
+
+
+def test_hosts_differ_in_threads_and_micro_batch_unless_asked_not_to(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    made = settings(nodes=4)
+    assert [made.threads_of(index) for index in range(4)] == [2, 2, 3, 2]
+    assert [made.micro_batch_of(index) for index in range(4)] == [0, 0, 0, 4]
+    same = settings(nodes=4, same_hosts=True)
+    assert {(same.threads_of(index), same.micro_batch_of(index)) for index in range(4)} == {(2, 0)}
+    monkeypatch.setattr("os.cpu_count", lambda: None)
+    assert settings(nodes=64).threads_of(0) == 1
+
+
+def test_terms_are_what_was_prepared_and_the_recipe() -> None:
+    prepared = Prepared(
+        model=Path("m"),
+        data=Path("d"),
+        model_root="01" * 32,
+        layout_digest="02" * 32,
+        data_manifest="03" * 32,
+        samples=7,
+        sequence_length=64,
+        update_bytes=999,
+        parameters=5,
+        unigram_entropy=1.0,
+        model_source="demo",
+        data_source="docs",
+    )
+    terms = settings(recipe=Recipe(topk=3, learning_rate=0.5, schedule="cosine", lookahead=False)).terms(prepared)
+    assert (terms.model_root, terms.layout_digest, terms.data_manifest) == (b"\1" * 32, b"\2" * 32, b"\3" * 32)
+    assert (terms.topk, terms.schedule, terms.lookahead, terms.update_bytes) == (3, 2, False, 999)
+    assert terms.peak_lr_bits == float_bits(0.5) == 0x3F000000
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--nodes", "0"], "nodes: "),
+        (["--topk", "513"], "topk: "),
+        (["--rounds", "3", "--kill", "1@3"], "cannot kill node 1 in round 3"),
+        (["--kill", "one"], "NODE@ROUND"),
+        (["--baseline", "sgd"], "the one baseline is adamw"),
+        (["--rpc", "http://127.0.0.1:1"], "funded wallet"),
+        (["--adversary", "gossip"], "gossip"),
+    ],
+)
+def test_flag_that_cannot_be_used_is_named(flags: list[str], said: str, tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, [*flags, "--out", str(tmp_path / "out")])
+    assert done.exit_code == Exit.USAGE
+    assert said in done.output
+    assert not (tmp_path / "out").exists()
