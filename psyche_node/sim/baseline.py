@@ -12,7 +12,6 @@ from pydantic import BaseModel, ConfigDict
 
 from psyche_node.data.dataset import PackedDataset
 from psyche_node.sim.result import Baseline, CurvePoint
-from psyche_node.training.baseline import run_adamw
 from psyche_node.training.terms import TrainingTerms
 
 
@@ -31,6 +30,10 @@ class BaselineRequest(BaseModel):
 
 
 def main() -> int:
+    from psyche_node.training.baseline import (
+        run_adamw,
+    )  # torch: the simulation itself, which makes the request, has none
+
     request = BaselineRequest.model_validate_json(Path(sys.argv[1]).read_bytes())
     result = run_adamw(
         request.model,
