@@ -5,6 +5,7 @@ FILE is a JSON `BaselineRequest`. Progress goes to standard error, the result, a
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -30,6 +31,8 @@ class BaselineRequest(BaseModel):
 
 
 def main() -> int:
+    # Threads that wait must not spin: where the cores are shared, that made the run several times slower.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from psyche_node.training.baseline import (
         run_adamw,
     )  # torch: the simulation itself, which makes the request, has none

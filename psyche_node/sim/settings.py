@@ -37,13 +37,13 @@ class Recipe(BaseModel):
 
     sequence_length: int = Field(default=256, ge=16)
     """Tokens per packed sequence."""
-    batch: int = Field(default=32, ge=1)
+    batch: int = Field(default=24, ge=1)
     """Sequences per round, all members together."""
-    topk: int = Field(default=128, ge=1, le=512)
+    topk: int = Field(default=256, ge=1, le=512)
     """Coefficients kept of each block of 4,096: more is better and larger."""
-    learning_rate: float = Field(default=2.5e-3, gt=0)
+    learning_rate: float = Field(default=4e-3, gt=0)
     """Step of each weight at the peak of the schedule."""
-    final_learning_rate: float = Field(default=1.25e-4, gt=0)
+    final_learning_rate: float = Field(default=2e-4, gt=0)
     """Step at the end of the schedule."""
     schedule: Literal["constant", "linear", "cosine"] = "linear"
     """How the learning rate falls after the warm-up."""
@@ -51,7 +51,7 @@ class Recipe(BaseModel):
     """Tokens of the tokenizer that is trained on the data when the model brings none."""
     warmup_rounds: int = Field(default=5, ge=0)
     """Rounds in which the learning rate rises."""
-    decay: float = Field(default=0.98, gt=0, lt=1)
+    decay: float = Field(default=0.95, gt=0, lt=1)
     """Decay of the momentum per round."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
@@ -92,7 +92,7 @@ class SimSettings(BaseModel):
 
     nodes: int = Field(default=4, ge=1, le=64)
     """Honest nodes."""
-    rounds: int = Field(default=200, ge=2)
+    rounds: int = Field(default=100, ge=2)
     """Rounds of the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the held-out split and the order of the data."""
