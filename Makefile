@@ -4,7 +4,7 @@ PYTHON ?= python3
 VENV   ?= .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
-# The torch release this CPU build is tested with; a machine with CUDA may set TORCH="torch" to take the newest.
+# The torch release that the tests run on; constraints.txt pins the same one.
 TORCH  ?= torch==2.13.0
 
 .PHONY: demo test setup lint program proto docs bench clean

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import struct
+import threading
 from pathlib import Path
 
 import pytest
@@ -44,8 +46,11 @@ def record_of(key: NodeKey) -> bytes:
     return NodeRecord(RUN, key.public, 1, ("/ip4/127.0.0.1/tcp/9",), "127.0.0.1:9", bytes(32), 1).sign(key)
 
 
-async def attack(victim: bytes, address: str) -> list[bytes]:
-    """Send rubbish by gossip and over the record protocol; return the records that the victim gives to a stranger."""
+async def attack(victim: bytes, address: str, refused: threading.Event) -> list[bytes]:
+    """Send rubbish by gossip and over the record protocol; return the records that the victim gives to a stranger.
+
+    Goes on announcing, each time something new, until the victim has ``refused`` it: gossip may lose a message.
+    """
     key = NodeKey.generate()
     host = make_host(key)
     gossip = Gossip(host, RUN, key.public, Indifferent())
@@ -57,7 +62,6 @@ async def attack(victim: bytes, address: str) -> list[bytes]:
         for rubbish in (b"", b"\xff" * 40, bytes(100_000), wire.Signed(body=b"x").SerializeToString()):
             await gossip.announcement(rubbish)
             await gossip.record(rubbish)
-        await gossip.announcement(Announcement(RUN, 0, key.public, bytes(32), 1).sign(key))
         # Frames that lie about their length, that stop, that do not parse, that are no records.
         for frame in (
             struct.pack(">I", MAX_BYTES + 1),
@@ -80,6 +84,11 @@ async def attack(victim: bytes, address: str) -> list[bytes]:
                 while len(answer) < 4 or len(answer) < 4 + struct.unpack(">I", answer[:4])[0]:
                     answer += await stream.read(65536)
             answers.append(bytes(answer[4:]))
+        with trio.fail_after(30):
+            for number in itertools.count():
+                await gossip.announcement(Announcement(RUN, number, key.public, bytes(32), 1).sign(key))
+                if await trio.to_thread.run_sync(refused.wait, 0.25):
+                    break
         message = wire.Records()
         message.ParseFromString(answers[1])
         return list(message.records)
@@ -91,14 +100,16 @@ def test_rubbish_is_refused_and_the_process_goes_on(tmp_path: Path) -> None:
         try:
             await process.members(process)
             victim, address = parse_bootstrap(process.ready.multiaddrs[0])
-            records = await asyncio.to_thread(trio.run, attack, victim, address)
+            refused_all = threading.Event()
+            attacking = asyncio.create_task(asyncio.to_thread(trio.run, attack, victim, address, refused_all))
+            await process.wait(Rejected, what="announcement")
+            await process.wait(Rejected, what="record")
+            refused_all.set()
+            records = await attacking
             # Its own record and the stranger's, and none of the made-up ones.
             authors = [NodeRecord.parse(raw, RUN).node_id for raw in records]
             assert authors[0] == process.key.node_id
             assert len(authors) == 2
-            # What was sent over gossip is judged after the records were answered.
-            await process.wait(Rejected, what="announcement")
-            await process.wait(Rejected, what="record")
             refused = {event.what for event in process.seen(Rejected)}
             assert refused == {"announcement", "record"}
             assert all(event.member is None for event in process.seen(Rejected))
