@@ -242,7 +242,7 @@ class RoundLoop:
         if status is MemberStatus.DESYNCED:
             raise Desynced(
                 f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory or "
-                "GPU may be at fault: check both, then start it again with the newest checkpoint"
+                "GPU may be at fault: check both, and join again when the run next waits for members"
             )
         if not self._only_follows:
             self._only_follows = True
@@ -296,5 +296,5 @@ class RoundLoop:
 def _away(round_number: int, now: int) -> Desynced:
     return Desynced(
         f"round {round_number} is no longer kept on chain (the run is in round {now}): this node was away for too "
-        "long. Start it again with the newest checkpoint"
+        "long. It can join again when the run next waits for members"
     )

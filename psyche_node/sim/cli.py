@@ -88,7 +88,11 @@ def simulate(
     except ValidationError as error:
         for problem in error.errors():
             where = ".".join(map(str, problem["loc"]))
-            typer.secho(f"psyche-sim: {where + ': ' if where else ''}{problem['msg']}", fg="red", err=True)
+            typer.secho(
+                f"psyche-sim: {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}",
+                fg="red",
+                err=True,
+            )
         raise typer.Exit(Exit.USAGE) from None
     except ValueError as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)

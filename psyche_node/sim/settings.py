@@ -130,6 +130,12 @@ class SimSettings(BaseModel):
     """How the model is trained."""
 
     @model_validator(mode="after")
+    def _data_exists(self) -> Self:
+        if self.data is not None and not self.data.is_file():
+            raise ValueError(f"--data {self.data}: no such file; name a JSONL file of conversations")
+        return self
+
+    @model_validator(mode="after")
     def _wallet_with_rpc(self) -> Self:
         if self.rpc is not None and (self.wallet is None or not self.wallet.is_file()):
             raise ValueError("on a chain of your own choice (rpc) the owner's funded wallet is needed: name its file")
