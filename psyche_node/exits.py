@@ -133,8 +133,8 @@ class Exit(IntEnum):
     DESYNCED = (
         53,
         "This node's weights are not those of the majority, or it missed too much to go on.",
-        "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it repeats "
-        "on one host only, suspect its memory or its GPU.",
+        "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it "
+        "repeats on one host only, suspect its memory or its GPU.",
     )
     CHILD_PROCESS = (
         60,
