@@ -19,8 +19,9 @@ from solders.pubkey import Pubkey
 
 from coordinator.chain import Chain, ChainError, ChainUnavailable, ProgramError, RpcError
 from coordinator.client import CoordinatorClient
-from coordinator.deploy import deploy, program_bytes
+from coordinator.deploy import deploy
 from coordinator.find_run import find_run
+from coordinator.program import program_bytes
 from coordinator.run_config import ConfigError, load_settings
 from coordinator.run_report import RunReport
 from coordinator.state import MalformedAccount

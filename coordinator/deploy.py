@@ -7,10 +7,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import struct
-from pathlib import Path
 from typing import Final
 
 from solders.instruction import AccountMeta, Instruction
@@ -24,7 +22,6 @@ from coordinator.chain import Chain, ChainError
 log = logging.getLogger(__name__)
 
 LOADER: Final = Pubkey.from_string("BPFLoaderUpgradeab1e11111111111111111111111")
-PROGRAM_FILE: Final = Path(__file__).resolve().parent / "program" / "coordinator.so"
 _SYSTEM: Final = Pubkey.default()
 _BUFFER_HEADER: Final = 37
 _PROGRAM_SIZE: Final = 36
@@ -40,18 +37,6 @@ _VISIBLE_SECONDS: Final = 60.0
 
 class DeployError(ChainError):
     """The program cannot be deployed as asked; the message says what to change."""
-
-
-def program_bytes() -> bytes:
-    """The coordinator program that comes with this package. Raises DeployError if its bytes are not those recorded."""
-    try:
-        program = PROGRAM_FILE.read_bytes()
-        recorded = Path(f"{PROGRAM_FILE}.sha256").read_text(encoding="ascii").split()[0]
-    except (OSError, IndexError) as error:
-        raise DeployError(f"{PROGRAM_FILE} is missing ({error}); build it with: make program") from error
-    if hashlib.sha256(program).hexdigest() != recorded:
-        raise DeployError(f"{PROGRAM_FILE} does not have the recorded hash {recorded}; build it with: make program")
-    return program
 
 
 def program_data_address(program: Pubkey) -> Pubkey:

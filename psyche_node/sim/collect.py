@@ -54,7 +54,8 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
     tokens = sum(int(line["tokens"]) for node in world.nodes for line in node.all("trained"))
     committed = sum(len(members) for members in record.committed.values())
     evaluated = sorted((line for node in world.nodes for line in node.all("evaluated")), key=lambda line: line["time"])
-    curve = [CurvePoint(round=int(line["round"]) + 1, loss=line["heldout_loss"]) for line in evaluated]
+    losses_by_round = {int(line["round"]) + 1: line["heldout_loss"] for line in evaluated}
+    curve = [CurvePoint(round=number, loss=loss) for number, loss in sorted(losses_by_round.items())]
     first = min((line["time"] for node in world.nodes for line in node.all("trained")), default=None)
     return RunResult(
         outcome=outcome,
@@ -65,7 +66,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         rounds=rounds,
         loss=[mean_loss(losses.get(number, {})) for number in range(rounds)],
         heldout_loss=curve[-1].loss if curve else None,
-        heldout_curve=sorted({point.round: point for point in curve}.values(), key=lambda point: point.round),
+        heldout_curve=curve,
         unigram_entropy=prepared.unigram_entropy,
         baseline=baseline,
         parameters=prepared.parameters,

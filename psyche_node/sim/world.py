@@ -22,8 +22,9 @@ from solders.system_program import TransferParams
 from solders.system_program import transfer as system_transfer
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
-from coordinator.deploy import deploy, program_bytes
+from coordinator.deploy import deploy
 from coordinator.instructions import run_addresses
+from coordinator.program import program_bytes
 from coordinator.state import Member, Phase, Round
 from coordinator.wallet import load_or_create_keypair
 from psyche_node.faults import Fault

@@ -12,7 +12,8 @@ from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from coordinator.chain import Chain
-from coordinator.deploy import deploy, program_bytes
+from coordinator.deploy import deploy
+from coordinator.program import program_bytes
 
 
 def _running(slot_ms: int) -> Iterator[Ledger]:

@@ -11,7 +11,8 @@ from solders.keypair import Keypair
 
 from coordinator.chain import Chain
 from coordinator.client import ChainError, CoordinatorClient
-from coordinator.deploy import LOADER, DeployError, deploy, program_bytes, program_data_address
+from coordinator.deploy import LOADER, DeployError, deploy, program_data_address
+from coordinator.program import program_bytes
 
 
 def test_it_is_deployed_left_alone_and_upgraded(ledger: Ledger) -> None:
