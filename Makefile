@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 # The torch release that the tests run on; constraints.txt pins the same one.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test setup lint program proto docs bench clean
+.PHONY: demo test nightly setup lint program proto docs bench clean
 
 demo: setup
 	$(BIN)/psyche-sim $(ARGS)
@@ -17,7 +17,7 @@ test: setup lint
 
 setup: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(wildcard optimizer/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "psyche-node needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
@@ -36,8 +36,13 @@ proto: setup
 	$(BIN)/python proto/generate.py
 
 bench: setup
-	$(BIN)/python benchmarks/program_cu.py
-	$(BIN)/python benchmarks/convergence.py
+	$(BIN)/python -m benchmarks.program_cu
+	$(BIN)/python -m benchmarks.optimizer
+	$(BIN)/python -m benchmarks.convergence
+
+# What takes too long for every change: a million inputs for the decoder of updates.
+nightly: setup
+	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
 
 docs: setup
 	$(BIN)/python docs/generate.py

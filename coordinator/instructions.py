@@ -66,8 +66,6 @@ def _pack_limits(limits: Limits) -> bytes:
 def _pack_terms(terms: Terms) -> bytes:
     values: dict[str, int | bytes] = {}
     for name, code in TERMS.fields:
-        if name == "reserved":
-            continue
         value = getattr(terms, name)
         if isinstance(value, str):
             encoded = value.encode("utf-8")

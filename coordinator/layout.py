@@ -103,7 +103,7 @@ TERMS: Final = Record(
         ("lookahead", "B"),
         ("clip_votes", "B"),
         ("schedule", "B"),
-        ("reserved", "B"),
+        ("window", "B"),
         ("warmup_rounds", "I"),
         ("decay_rounds", "I"),
         ("decay_bits", "I"),

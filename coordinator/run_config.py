@@ -92,11 +92,13 @@ class TermSettings(_Settings):
     topk: int = Field(default=32, ge=1, le=65536)
     """Components sent per block."""
     lookahead: bool = True
-    """Whether gradients are taken at the weights after the expected vote."""
+    """Whether gradients are taken at the weights that the trend of the votes predicts."""
     clip_votes: bool = True
     """Whether a component counts by the sign of its votes."""
     schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
     """Shape of the learning rate after the warm-up."""
+    window: int = Field(default=3, ge=0, le=8)
+    """The trend of the votes forgets over 2^window rounds; 0: each round's votes alone decide its step."""
     warmup_rounds: int = Field(default=0, ge=0, le=_U32)
     """Rounds over which the learning rate rises."""
     decay_rounds: int = Field(default=0, ge=0, le=_U32)

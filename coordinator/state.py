@@ -115,7 +115,7 @@ def _limits(data: memoryview) -> Limits:
 
 
 def _terms(data: memoryview) -> Terms:
-    raw = {name: TERMS.get(data, name) for name, _ in TERMS.fields if name != "reserved"}
+    raw = {name: TERMS.get(data, name) for name, _ in TERMS.fields}
     raw["lookahead"], raw["clip_votes"] = bool(raw["lookahead"]), bool(raw["clip_votes"])
     raw["model_source"] = _text(raw["model_source"], "model_source")
     raw["data_source"] = _text(raw["data_source"], "data_source")

@@ -71,7 +71,8 @@ class Terms:
     """What is trained: model, data and optimizer settings that every member must share.
 
     Roots and digests are 32 bytes. `*_bits` are fp32 bit patterns (`float_bits`). `schedule`: 0 constant, 1 linear, 2
-    cosine, 3 warm-up, stable, decay. Sources are at most 64 UTF-8 bytes each.
+    cosine, 3 warm-up, stable, decay. `window`: the trend of the votes forgets over 2^window rounds. Sources are at most
+    64 UTF-8 bytes each.
     """
 
     model_root: bytes
@@ -84,6 +85,7 @@ class Terms:
     lookahead: bool
     clip_votes: bool
     schedule: int
+    window: int
     warmup_rounds: int
     decay_rounds: int
     decay_bits: int

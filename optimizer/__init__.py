@@ -8,8 +8,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from optimizer.codec import MalformedUpdate, Update, decode, encode
+    from optimizer.codec import Update, decode, encode
     from optimizer.distro import DisTrO
+    from optimizer.errors import MalformedUpdate
     from optimizer.layout import Layout
 
 __all__ = ["DisTrO", "Layout", "MalformedUpdate", "Update", "decode", "encode"]
@@ -17,7 +18,7 @@ __all__ = ["DisTrO", "Layout", "MalformedUpdate", "Update", "decode", "encode"]
 _HOMES = {
     "DisTrO": "optimizer.distro",
     "Layout": "optimizer.layout",
-    "MalformedUpdate": "optimizer.codec",
+    "MalformedUpdate": "optimizer.errors",
     "Update": "optimizer.codec",
     "decode": "optimizer.codec",
     "encode": "optimizer.codec",

@@ -5,17 +5,25 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from optimizer.layout import SIDE, Region, Slab
+from optimizer.geometry import Region, Slab
+from optimizer.layout import BLOCK
 
 
-def gather(slab: Slab, tensors: Sequence[Tensor | None], device: torch.device) -> Tensor:
-    """Blocks (N, 64, 64) fp32 of a slab, from contiguous tensors in the order of the placements; None is all zero."""
-    blocks = torch.zeros(slab.count, SIDE, SIDE, device=device)
+def gather(
+    slab: Slab, tensors: Sequence[Tensor | None], device: torch.device, exchanged: Tensor | None = None
+) -> Tensor:
+    """Blocks (N, 4096) fp32 of a slab, from contiguous tensors in the order of the placements; None is all zero.
+
+    Border blocks come from the rows of `exchanged`, if it is given.
+    """
+    blocks_NC = torch.zeros(slab.count, BLOCK, device=device)
     for region in slab.regions:
         tensor = tensors[region.tensor]
         if tensor is not None:
-            in_blocks(blocks, region).copy_(in_tensor(tensor, region))
-    return blocks
+            in_blocks(blocks_NC, region).copy_(in_tensor(tensor, region))
+    if exchanged is not None and slab.border:
+        blocks_NC[list(slab.border)] = exchanged[list(slab.border.values())]
+    return blocks_NC
 
 
 def in_tensor(tensor: Tensor, region: Region) -> Tensor:

@@ -7,36 +7,29 @@ Header, 96 bytes, little-endian::
 Body: `layout.blocks` times `layout.code.bytes` bytes. A block is a string of bits, least significant bit of a byte
 first: topk x `low` low bits of the indices; a bitmap of topk + 4096 / 2^low bits, in which bit (index >> low) + i is
 set for the i-th index (Elias 1974, Fano 1971); topk sign bits, 1 for negative; zeros to the end of the byte.
+Blocks are coded by the compiled kernels where they are built, else by `plain_codec`, to the same bytes.
 Shapes: N blocks, K coefficients per block (topk), B bytes per block.
 """
 
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import cast
 
 import numpy as np
 from numpy.typing import NDArray
 
-from optimizer.layout import BLOCK, HEADER_BYTES, BlockCode, Layout
+from optimizer import native, plain_codec
+from optimizer.errors import MalformedUpdate
+from optimizer.layout import HEADER_BYTES, BlockCode, Layout
+from optimizer.plain_codec import Indices, Numbers, Signs
 
 MAGIC = b"PSYU"
 VERSION = 1
 _HEADER = struct.Struct("<4sHHQQII32s32s")
 _SLAB = 2048  # blocks worked on at a time: about 10 MB of scratch at topk 128
 
-Indices = NDArray[np.uint16]
-Signs = NDArray[np.bool_]
 Blob = bytes | bytearray | memoryview
 assert _HEADER.size == HEADER_BYTES
-
-
-class MalformedUpdate(ValueError):
-    """Bytes that are not an update of this layout. `reason` says what is wrong and where."""
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(f"malformed update: {reason}")
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,7 +83,7 @@ def decode(blob: Blob, layout: Layout) -> Update:
     indices = np.empty((layout.blocks, layout.topk), np.uint16)
     signs = np.empty((layout.blocks, layout.topk), np.bool_)
     for rows in _slabs(layout.blocks):
-        indices[rows], signs[rows] = decode_blocks(body[rows], layout.code, rows.start)
+        indices[rows], signs[rows] = decode_blocks(body[rows], layout.code, range(rows.start, rows.stop))
     return Update(header.run, header.round, header.member, indices, signs)
 
 
@@ -98,7 +91,7 @@ def validate(blob: Blob, layout: Layout) -> Header:
     """The same checks as `decode`, keeping nothing but the header: memory does not grow with the model."""
     header, body = open_body(blob, layout)
     for rows in _slabs(layout.blocks):
-        decode_blocks(body[rows], layout.code, rows.start)
+        check_blocks(body[rows], layout.code, range(rows.start, rows.stop))
     return header
 
 
@@ -137,45 +130,24 @@ def open_body(blob: Blob, layout: Layout) -> tuple[Header, NDArray[np.uint8]]:
 
 def encode_blocks(indices: Indices, signs: Signs, code: BlockCode) -> NDArray[np.uint8]:
     """Code of N blocks (N, B) uint8. Raises ValueError unless indices are below 4096 and strictly ascending."""
-    if indices.size and (indices.max() >= BLOCK or not (indices[:, 1:] > indices[:, :-1]).all()):
-        raise ValueError("indices of a block must be strictly ascending and below 4096")
-    blocks, topk, low = len(indices), code.topk, code.low
-    bits = np.zeros((blocks, code.bytes * 8), np.uint8)
-    spread = np.unpackbits(indices.astype("<u2").view(np.uint8).reshape(blocks, topk, 2), axis=2, bitorder="little")
-    bits[:, : topk * low] = spread[:, :, :low].reshape(blocks, topk * low)
-    where = (indices >> low).astype(np.intp) + (np.arange(topk) + topk * low)
-    np.put_along_axis(bits, where, np.uint8(1), axis=1)
-    end = topk * low + code.bitmap
-    bits[:, end : end + topk] = signs
-    return np.packbits(bits, axis=1, bitorder="little")
+    if native.available():
+        return native.kernels().encode_blocks(np.ascontiguousarray(indices), np.ascontiguousarray(signs), code)
+    return plain_codec.encode_blocks(indices, signs, code)
 
 
-def decode_blocks(body: NDArray[np.uint8], code: BlockCode, first: int = 0) -> tuple[Indices, Signs]:
-    """Indices and signs (N, K) of N blocks, of which the first is block `first` of the layout (for messages only).
+def decode_blocks(body: NDArray[np.uint8], code: BlockCode, numbers: Numbers) -> tuple[Indices, Signs]:
+    """Indices and signs (N, K) of N blocks (N, B), called `numbers` in messages.
 
-    Raises MalformedUpdate, naming the first block at fault, for anything `encode_blocks` would not have made.
+    Raises MalformedUpdate, naming a block at fault, for anything `encode_blocks` would not have made.
     """
-    blocks, topk, low = len(body), code.topk, code.low
-    bits = np.unpackbits(body, axis=1, bitorder="little")
-    end = topk * low + code.bitmap
-    bitmap, signs, rest = bits[:, topk * low : end], bits[:, end : end + topk], bits[:, end + topk :]
-    _require(bitmap.sum(axis=1) == topk, first, f"its bitmap does not have {topk} bits set")
-    _require((rest == 0).all(axis=1), first, "the bits after the signs are not zero")
-    high = np.flatnonzero(bitmap).reshape(blocks, topk)
-    high -= np.arange(blocks)[:, None] * code.bitmap
-    high -= np.arange(topk)
-    wide = np.zeros((blocks, topk, 16), np.uint8)
-    wide[:, :, :low] = bits[:, : topk * low].reshape(blocks, topk, low)
-    lows = np.packbits(wide, axis=2, bitorder="little").view("<u2")[:, :, 0]
-    indices = (high << low) | lows
-    _require((indices < BLOCK).all(axis=1), first, "an index is beyond 4095")
-    _require((indices[:, 1:] > indices[:, :-1]).all(axis=1), first, "its indices are not strictly ascending")
-    return indices.astype(np.uint16), cast(Signs, signs.astype(np.bool_))
+    decoded = native.kernels().decode(np.ascontiguousarray(body), code) if native.available() else None
+    return decoded or plain_codec.decode_blocks(body, code, numbers)
 
 
-def _require(good: NDArray[np.bool_], first: int, reason: str) -> None:
-    if not good.all():
-        raise MalformedUpdate(f"block {first + int(np.argmin(good))}: {reason}")
+def check_blocks(body: NDArray[np.uint8], code: BlockCode, numbers: Numbers) -> None:
+    """Raise what `decode_blocks` raises."""
+    if not (native.available() and native.kernels().valid(body, code)):
+        plain_codec.decode_blocks(body, code, numbers)
 
 
 def _slabs(blocks: int) -> Iterator[slice]:

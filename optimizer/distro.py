@@ -3,118 +3,127 @@
 DeMo (arXiv 2411.19870) with 1-bit votes and a Hadamard transform in place of the DCT. Per member and round, H the
 orthonormal transform of 64x64 blocks, M the momentum (private), w the fp32 weights (equal on all members)::
 
-    g  = gradient at w - lr sign(H M H)            lookahead: M still holds the own update that is travelling
-    M -= own update of the round before            error feedback: signs times the block's mean kept magnitude
+    g  = gradient at w - lr sign(T')               lookahead: T' is the trend with the own update that is travelling
     M  = decay M + lr H g H
     send, per block, the indices and signs of the topk largest of M
+    M -= what was sent                             error feedback: signs times the block's mean kept magnitude
     V  = sum of all members' signs, clipped to [-1, 1]
-    w  = w (1 - lr wd) - lr sign(H V H)            exact: integers up to the last line
+    T  = T - T / 2^window + H V H                  the trend, equal on all members (`trend`)
+    w  = w (1 - lr wd) - lr sign(T)                exact: integers up to the last line
 
     optimizer = DisTrO(model.named_parameters(), lr=0.005, topk=32)
     for round in range(rounds):
         with optimizer.lookahead():
             loss(model).backward()
         blob = optimizer.encode(run=run, round=round, member=member)
-        blobs, included = exchange(blob)               # any transport; the same set on every member
+        blobs = exchange(blob)                         # any transport; the same set on every member
         optimizer.apply(blobs, lr=lr(round))
-        optimizer.settle(round) if included else optimizer.restore(round)
+        if blob not in blobs:
+            optimizer.restore(blob)
 
-Legend: N blocks of a slab, C = 4096 coefficients per block, K = topk of them sent.
+Where every block lies is in `geometry`, what is done to the blocks in `engine`, sharded models in `sharding`.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from optimizer.blocks import gather, in_blocks, in_tensor
-from optimizer.codec import Header, MalformedUpdate, encode_blocks, encode_header, open_body, validate
-from optimizer.errors import NonFiniteGradient, OptimizerError, UnknownRound
-from optimizer.fingerprint import fingerprint
-from optimizer.layout import BLOCK, SIDE, Layout, Slab
+from optimizer.agreement import agreeing
+from optimizer.codec import Header, encode_header, open_body
+from optimizer.compiled import choose_engine
+from optimizer.engine import Bodies, Energy, Rule, Sent, Step
+from optimizer.errors import MalformedUpdate, NonFiniteGradient, OptimizerError, UnknownRound
+from optimizer.geometry import Geometry
+from optimizer.layout import BLOCK, HEADER_BYTES, Layout
+from optimizer.parameters import Named, check, trained_groups
 from optimizer.rates import kept_share, rate
-from optimizer.transform import MOST_VOTES, invert_votes, transform
-from optimizer.votes import clip_votes, select, sum_votes
+from optimizer.report import Report, Watch
+from optimizer.sharding import is_sharded, local, site_of
+from optimizer.transform import MOST_VOTES
 
+Rates = int | float | Sequence[int | float]
 # A larger gradient could overflow fp32 in the transform.
 _LARGEST_GRADIENT = 1e30
-
-
-@dataclass(slots=True)
-class _Sent:
-    """An update of this member whose fate is not known. `within`: it is still part of the momentum.
-
-    `factor` is what decay has left of it since it was subtracted.
-    """
-
-    indices: Tensor  # (blocks, K) int16
-    negative: Tensor  # (blocks, K) bool
-    scale: Tensor  # (blocks, 1) fp32
-    within: bool = True
-    factor: float = 1.0
 
 
 class DisTrO(torch.optim.Optimizer):
     """See the module's docstring.
 
     Args:
-        named_parameters: (name, parameter) pairs, as of `model.named_parameters()`. Frozen ones are left out, a tied
-            one counts once, under the name that comes first. All on one device, contiguous, fp32 or 16 bits. Of 16-bit
-            parameters the optimizer keeps fp32 masters, so load weights before.
-        lr: learning rate: the size of every step. Change it with `set_lr` and the argument of `apply`.
+        parameters: (name, parameter) pairs, as of `model.named_parameters()`, or groups: dicts whose "params" are such
+            pairs, with a learning rate and weight decay of their own. Frozen parameters are left out, a tied one counts
+            once, under the name that comes first. All on one device, contiguous, fp32 or 16 bits, plain or DTensors
+            (FSDP2, tensor parallel). Of 16-bit parameters the optimizer keeps fp32 masters, so load weights before.
+        lr: learning rate: the size of every step.
         decay: of the momentum per round. Lower it if the loss oscillates.
         topk: coefficients of 4,096 that are sent. 32: 10 bits each; 128: 8 bits each and a loss near to no compression.
         weight_decay: decoupled, of all parameters.
-        overlap: the update of a round is applied one round later. Decides when the own update leaves the momentum.
-        lookahead: compute gradients at the weights that the own momentum predicts. Needed with overlap.
+        window: the trend forgets over 2^window rounds. 0: each round's votes alone decide its step.
+        lookahead: compute gradients at the weights that the trend predicts, together with own updates that are still
+            travelling. Needed where updates are applied a round later (overlap).
         clip_votes: a coefficient moves one way, however many members voted for it.
+        robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
+            setting.
         slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block.
+        engine: "auto" takes the compiled kernels on CPUs where they are built, "torch" forces plain torch operations.
+            The bits are the same.
+        group: the process group of this site, if parameters are DTensors; by default all processes.
 
     Raises ValueError for arguments out of range and LayoutError for parameters that cannot be laid out.
     """
 
     def __init__(
         self,
-        named_parameters: Iterable[tuple[str, Tensor]],
+        parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,
         lr: int | float,
         decay: float = 0.999,
         topk: int = 32,
         weight_decay: float = 0.0,
-        overlap: bool = True,
+        window: int = 3,
         lookahead: bool = True,
         clip_votes: bool = True,
+        robust: bool = False,
         slab_blocks: int = 256,
+        engine: str = "auto",
+        group: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
-        trained: dict[int, tuple[str, Tensor]] = {}
-        for name, parameter in named_parameters:
-            if parameter.requires_grad:
-                trained.setdefault(id(parameter), (name, parameter))
-        named = dict(trained.values())
-        if len(named) < len(trained):
-            raise ValueError("two different parameters have one name; every parameter needs its own")
-        _check(named)
         if not 0.0 <= decay < 1.0:
             raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
-        if not 0.0 <= weight_decay < float("inf"):
-            raise ValueError(f"weight_decay is {weight_decay}; it must be finite and not negative")
+        if not 0 <= window <= 8:
+            raise ValueError(f"window is {window}; it must be between 0 and 8, for a memory of 1 to 256 rounds")
+        groups = trained_groups(parameters, {"lr": rate(lr), "weight_decay": weight_decay})
+        named: Named = {name: p for group in groups for name, p in group["params"]}
+        check(named)
+        group_of = {name: number for number, group in enumerate(groups) for name, _ in group["params"]}
         self.layout = Layout.build([(name, tuple(p.shape)) for name, p in named.items()], topk)
-        self._parameters = [named[placement.name] for placement in self.layout.placements]
-        super().__init__(self._parameters, {"lr": rate(lr)})
-        self.decay, self.weight_decay = decay, weight_decay
-        self._overlap, self._lookahead, self._clip = overlap, lookahead, clip_votes
-        self._slab_blocks = slab_blocks
-        self._slabs = self.layout.slabs(slab_blocks)
-        self._device = self._parameters[0].device
-        self._momentum_NC = torch.zeros(self.layout.blocks, BLOCK, device=self._device)
-        self._masters = [None if p.dtype == torch.float32 else p.detach().float() for p in self._parameters]
-        self._sent: dict[int, _Sent] = {}
+        super().__init__(groups, {"lr": rate(lr), "weight_decay": weight_decay})
+        self.decay = rate(decay)
+        self._window, self._lookahead, self._limit, self._robust = window, lookahead, int(clip_votes), robust
+        self._names = [placement.name for placement in self.layout.placements]
+        self._parameters = [named[name] for name in self._names]
+        self._group_of = [group_of[name] for name in self._names]
+        self._site = site_of(self.layout, self._parameters, group)
+        self._geometry = Geometry.build(self.layout, slab_blocks, self._site.parts, self._site.border)
+        self._masters = [None if p.dtype == torch.float32 else p.float() for p in self._locals()]
+        self._device = local(self._parameters[0]).device
+        self._engine = choose_engine(self._geometry, self._device, engine)
+        self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, device=self._device)
+        self._trend_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.int16, device=self._device)
+        self._sent: dict[int, Sent] = {}
+        self._next = 0
         self._swapped = False
-        self._steps = 0
+        self._watch = Watch(self._geometry, self._device)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Only while the optimizer is made: the layout is part of what members agree on."""
+        if hasattr(self, "_engine"):
+            raise OptimizerError("the layout is fixed; give all parameter groups to the constructor")
+        super().add_param_group(param_group)
 
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -122,265 +131,299 @@ class DisTrO(torch.optim.Optimizer):
         return [(placement.name, placement.shape) for placement in self.layout.placements]
 
     @property
-    def lr(self) -> float:
-        return float(self.param_groups[0]["lr"])
+    def lr(self) -> list[float]:
+        """The learning rate of each group as fp32. What `apply` needs a round later, with overlap."""
+        return [rate(float(group["lr"])) for group in self.param_groups]
 
-    def set_lr(self, lr: int | float) -> None:
-        """Set the rate used by lookahead and momentum from now on: an fp32 bit pattern (int) or a number (float)."""
-        self.param_groups[0]["lr"] = rate(lr)
+    def set_lr(self, lr: Rates) -> None:
+        """Set the rate used by lookahead and momentum from now on: an fp32 bit pattern (int) or a number (float).
+
+        One for all groups, or a sequence with one for each.
+        """
+        for group, value in zip(self.param_groups, self._per_group(lr), strict=True):
+            group["lr"] = value
+
+    @property
+    def travelling(self) -> dict[int, bytes]:
+        """Own updates that were neither applied nor restored yet, by round. Collective over the site's processes."""
+        return {round: self._blob(sent) for round, sent in self._sent.items()}
 
     @contextmanager
     def lookahead(self) -> Iterator[None]:
-        """Within it, parameters hold w - lr sign(H M H); after it, however it ends, w again, bit for bit.
+        """Within it, parameters hold the weights that the trend predicts; after it, however it ends, w, bit for bit.
 
-        fp32 parameters point to a working copy meanwhile (so optimizer and weights must be left alone); 16-bit ones are
-        rounded from their masters anew.
+        They are overwritten in place (so compiled and sharded models see it) and copied back from a copy of the fp32
+        weights, 4 bytes per parameter here. Leave optimizer and weights alone meanwhile. With FSDP2, give the root
+        module `reshard_after_forward=True` too, or call `model.reshard()` after an evaluation: a forward pass without
+        a backward pass leaves a gathered copy that later writes to the shards do not reach.
         """
         self._not_swapped("enter lookahead again")
         if not self._lookahead:
             yield
             return
+        with self._watch.phase("lookahead"):
+            kept = [w.clone() if m is None else m for w, m in zip(self._locals(), self._masters, strict=True)]
         self._swapped = True
-        originals = [p.data for p in self._parameters]
         try:
-            working = [p.data if m is not None else torch.empty_like(p) for p, m in self._pairs()]
-            for slab in self._slabs:
-                step = transform(self._momentum_NC[slab.rows].view(-1, SIDE, SIDE)).sign_().mul_(self.lr)
-                for region in slab.regions:
-                    ahead = in_tensor(self._weights(region.tensor), region) - in_blocks(step, region)
-                    in_tensor(working[region.tensor], region).copy_(ahead)
-            for parameter, ahead in zip(self._parameters, working, strict=True):
-                parameter.data = ahead
+            with self._watch.phase("lookahead"), torch.no_grad():
+                travelling = list(self._sent.values())
+                self._engine.ahead(self._trend_NC, travelling, kept, self._locals(), self._step(self.lr))
             yield
         finally:
-            for parameter, original, (_, master) in zip(self._parameters, originals, self._pairs(), strict=True):
-                parameter.data = original
-                if master is not None:
-                    parameter.data.copy_(master)
+            with self._watch.phase("lookahead"):
+                self._show(kept)
             self._swapped = False
 
     @torch.no_grad()
-    def encode(self, *, run: bytes, round: int, member: int) -> bytes:
+    def encode(self, *, run: bytes = bytes(32), round: int | None = None, member: int = 0) -> bytes:
         """Turn the gradients into this member's update of `round`; `layout.update_bytes` bytes.
 
-        Gradients are set to None. The update is kept until `settle` or `restore` says what became of it. A missing
-        gradient counts as zero. Raises NonFiniteGradient (and changes nothing), OptimizerError if `round` was encoded
-        already.
+        Collective over the site's processes, and the same bytes on each. `round` is by default the one after the last.
+        Gradients are set to None; a missing one counts as zero. The update is kept until it is applied or restored.
+        Raises NonFiniteGradient (and changes nothing), OptimizerError if `round` was encoded already.
         """
-        header = encode_header(Header(run, round, member), self.layout)
-        if round in self._sent:
-            raise OptimizerError(f"round {round} was encoded already; settle or restore it first")
-        gradients = self._gradients()
-        for sent in self._sent.values():
-            if not sent.within:
-                sent.factor *= self.decay
-        leaving = [sent for sent in self._sent.values() if sent.within]
-        body = np.empty((self.layout.blocks, self.layout.code.bytes), np.uint8)
-        sent = self._empty_message()
-        for slab in self._slabs:
-            for before in leaving:
-                self._add_message(slab, before, -1.0)
-            momentum_NC = self._momentum_NC[slab.rows]
-            gradient_NC = transform(gather(slab, gradients, self._device)).view(-1, BLOCK)
-            momentum_NC.mul_(self.decay).add_(gradient_NC, alpha=self.lr)
-            indices_NK = select(momentum_NC.abs(), self.layout.topk)
-            values_NK = momentum_NC.gather(1, indices_NK)
-            # A block without any gradient must vote, too; let such votes cancel out over members and rounds.
-            zero_NK = (values_NK == 0) & (((indices_NK + (round + member)) & 1) == 1)
-            sent.indices[slab.rows] = indices_NK.short()
-            sent.negative[slab.rows] = (values_NK < 0) | zero_NK
-            sent.scale[slab.rows] = values_NK.abs().mean(dim=1, keepdim=True)
-            indices = indices_NK.cpu().numpy().astype(np.uint16)
-            body[slab.rows] = encode_blocks(indices, sent.negative[slab.rows].cpu().numpy(), self.layout.code)
-            if not self._overlap:
-                self._add_message(slab, sent, -1.0)
-        for before in leaving:
-            before.within, before.factor = False, self.decay
-        sent.within = self._overlap
-        self._sent[round] = sent
+        number = self._next if round is None else round
+        header = Header(run, number, member)
+        encode_header(header, self.layout)
+        if number in self._sent:
+            raise OptimizerError(f"round {number} was encoded already; apply or restore it first")
+        with self._watch.phase("gather"):
+            gradients = self._gradients()
+            exchanged = self._site.exchange(gradients)
+        blocks = len(self._geometry.blocks)
+        sent = Sent(
+            header, np.empty((blocks, self.layout.code.bytes), np.uint8), torch.empty(blocks, device=self._device)
+        )
+        # Rates weigh rounds against each other, so one serves for all groups.
+        rule = Rule(self.decay, self.lr[0], (number + member) & 0xFFFFFFFF)
+        with self._watch.phase("encode"):
+            energy = self._engine.encode(gradients, exchanged, self._momentum_NC, sent, rule)
+        for before in self._sent.values():
+            before.factor *= self.decay
+        self._sent[number], self._next = sent, number + 1
+        self._watch.energy = Energy(self._site.sum(energy.total), self._site.sum(energy.kept))
         self.zero_grad(set_to_none=True)
-        return header + body.tobytes()
+        with self._watch.phase("assemble"):
+            return self._blob(sent)
 
     @torch.no_grad()
-    def apply(self, blobs: Sequence[bytes | memoryview], *, lr: int | float) -> None:
-        """Step by the votes in `blobs`, updates of one round by different members. Order and grouping do not matter.
+    def apply(self, blobs: Sequence[bytes | memoryview], *, lr: Rates | None = None) -> tuple[int, ...]:
+        """Step by the votes in `blobs`, updates of one round by different members, in any order.
 
-        `lr` is an fp32 bit pattern (int) or a number (float). No blob: a void round, nothing changes, not even by
-        weight decay. Everything is checked before anything is changed. Raises MalformedUpdate.
+        `lr` is an fp32 bit pattern (int) or a number (float), or a sequence with one for each group; by default the
+        groups' own. No blob: a void round, nothing changes, not even by weight decay. An own update among them leaves
+        the momentum for good. Everything is checked before anything is changed. Raises MalformedUpdate.
+
+        Returns the members whose votes were left out as hostile; none unless `robust`. An own update among those goes
+        back into the momentum.
         """
         self._not_swapped("apply updates")
-        size = rate(lr)
+        rates = self.lr if lr is None else self._per_group(lr)
         if len(blobs) > MOST_VOTES:
             raise ValueError(f"{len(blobs)} updates at once cannot be summed exactly; at most {MOST_VOTES} can")
-        _check_together([validate(blob, self.layout) for blob in blobs])
+        with self._watch.phase("check"):
+            headers, bodies = self._checked(blobs)
         if not blobs:
-            return
-        bodies = [open_body(blob, self.layout)[1] for blob in blobs]
-        bound = 1 if self._clip else len(blobs)
-        share = kept_share(size, self.weight_decay)
-        for slab in self._slabs:
-            votes_NC = sum_votes(bodies, slab, self.layout.code, self._device)
-            if self._clip:
-                clip_votes(votes_NC)
-            # Adding 0 turns -0 into +0, so that a coefficient without a move leaves -0 weights alone everywhere.
-            step = invert_votes(votes_NC, bound).sign_().mul_(size).add_(0.0)
-            for region in slab.regions:
-                weights = in_tensor(self._weights(region.tensor), region)
-                if share != 1.0:
-                    weights.mul_(share)
-                weights.sub_(in_blocks(step, region))
-        for parameter, master in self._pairs():
-            if master is not None:
-                parameter.copy_(master)
+            return ()
+        counted = list(range(len(blobs)))
+        if self._robust:
+            with self._watch.phase("agreement"):
+                counted = agreeing(bodies, self.layout.code, self._device)
+        left_out = [header for number, header in enumerate(headers) if number not in counted]
+        bodies = [bodies[number] for number in counted]
+        with self._watch.phase("apply"):
+            step = self._step(rates)
+            self._watch.stepping(self._trend_NC, step.rates)
+            self._engine.apply(self._trend_NC, self._weights(), bodies, step)
+            self._show(self._masters)
+        self._watch.voted(bodies)
+        for header in headers:
+            if header.round in self._sent and self._sent[header.round].header == header:
+                own = self._sent.pop(header.round)
+                if header in left_out:
+                    self._engine.add(self._momentum_NC, own, own.factor)
+        return tuple(header.member for header in left_out)
 
     @torch.no_grad()
-    def settle(self, round: int) -> None:
-        """My own update of `round` was included: it is in the weights, so it leaves the momentum for good.
+    def restore(self, blob: bytes | memoryview) -> None:
+        """My own update was not included: put it back into the momentum, as decayed as if never taken out.
 
-        Raises UnknownRound if none is kept.
+        Raises UnknownRound if it is not one of `travelling`.
         """
-        sent = self._take(round)
-        if sent.within:
-            for slab in self._slabs:
-                self._add_message(slab, sent, -1.0)
+        header = open_body(blob, self.layout)[0]
+        if header.round not in self._sent or self._sent[header.round].header != header:
+            kept = ", ".join(map(str, sorted(self._sent))) or "none"
+            raise UnknownRound(
+                f"no own update of round {header.round} by member {header.member} is kept (rounds kept: {kept}); each "
+                "is applied or restored once"
+            )
+        own = self._sent.pop(header.round)
+        self._engine.add(self._momentum_NC, own, own.factor)
 
     @torch.no_grad()
-    def restore(self, round: int) -> None:
-        """My own update of `round` was not included: put it back into the momentum, as decayed as if never taken out.
-
-        Raises UnknownRound if none is kept.
-        """
-        sent = self._take(round)
-        if not sent.within:
-            for slab in self._slabs:
-                self._add_message(slab, sent, sent.factor)
-
     def fingerprint(self) -> int:
-        """64-bit checksum of the fp32 weights: equal weights, equal number, whatever the threads, device or slabs."""
+        """64-bit checksum of the fp32 weights: equal weights, equal number, whatever the threads, device or shards."""
         self._not_swapped("take a fingerprint")
-        weights = [self._weights(tensor) for tensor in range(len(self._parameters))]
-        return fingerprint(weights, self.layout, self._device, self._slab_blocks)
+        counted = [w if part.counted else None for w, part in zip(self._weights(), self._site.parts, strict=True)]
+        with self._watch.phase("fingerprint"):
+            return self._site.total(self._engine.fingerprint(counted))
+
+    def report(self) -> Report:
+        """Figures of the last round, and the seconds spent in each phase since the last report."""
+        return self._watch.report(self._weights(), self._trend_NC)
 
     @overload
     def step(self, closure: None = None) -> None: ...
     @overload
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
-        """Train alone: encode, apply the one update, settle. With a closure, evaluate it under lookahead first."""
+        """Train alone: encode and apply the one update. With a closure, evaluate it under lookahead first."""
         loss = None
         if closure is not None:
             with self.lookahead(), torch.enable_grad():
                 loss = closure()
-        blob = self.encode(run=bytes(32), round=self._steps, member=0)
-        self.apply([blob], lr=self.lr)
-        self.settle(self._steps)
-        self._steps += 1
+        self.apply([self.encode()])
         return loss
 
     def state_dict(self) -> dict[str, Any]:
-        """Momentum, updates without a known fate, fp32 masters of 16-bit parameters, rate; not the parameters."""
+        """Trend, momentum, updates without a known fate, fp32 masters of 16-bit parameters, rates; not the parameters.
+
+        Of this process: where the model is sharded, each process saves and loads its own. Who joins a run needs the
+        trend of another member along with the weights; momentum and updates are private.
+        """
         return {
             "layout": self.layout.digest.hex(),
-            "lr": self.lr,
-            "steps": self._steps,
+            "blocks": torch.from_numpy(self._geometry.blocks),
+            "param_groups": [{k: v for k, v in group.items() if k != "params"} for group in self.param_groups],
+            "next": self._next,
             "momentum": self._momentum_NC,
+            "trend": self._trend_NC,
             "sent": {
                 round: {
-                    "indices": sent.indices,
-                    "negative": sent.negative,
+                    "run": sent.header.run,
+                    "member": sent.header.member,
+                    "body": torch.from_numpy(sent.body),
                     "scale": sent.scale,
-                    "within": sent.within,
                     "factor": sent.factor,
                 }
                 for round, sent in self._sent.items()
             },
-            "masters": {p.name: m for p, m in zip(self.layout.placements, self._masters, strict=True) if m is not None},
+            "masters": {name: m for name, m in zip(self._names, self._masters, strict=True) if m is not None},
         }
 
     @torch.no_grad()
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a state saved with the same layout. Raises ValueError if it is of another one."""
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Take over a state saved with the same layout and sharding. Raises ValueError if it is of another one."""
         self._not_swapped("load a state")
         if state_dict["layout"] != self.layout.digest.hex():
             raise ValueError(
                 f"the saved state is of layout {state_dict['layout'][:16]}…, this optimizer's is "
                 f"{self.layout.digest.hex()[:16]}…: model or topk differ; start from the same configuration"
             )
-        self.set_lr(float(state_dict["lr"]))
-        self._steps = int(state_dict["steps"])
+        if not self._site.all(self._is_sharded_alike(state_dict)):
+            raise ValueError(
+                f"the saved state is of {len(state_dict['blocks'])} blocks, this process works on "
+                f"{len(self._geometry.blocks)} or on others: start as many processes, sharded alike, as saved it"
+            )
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update(saved)
+        self._next = int(state_dict["next"])
         self._momentum_NC.copy_(state_dict["momentum"])
+        self._trend_NC.copy_(state_dict["trend"])
         self._sent = {
-            int(round): _Sent(
-                sent["indices"].to(self._device, copy=True),
-                sent["negative"].to(self._device, copy=True),
+            int(round): Sent(
+                Header(bytes(sent["run"]), int(round), int(sent["member"])),
+                sent["body"].cpu().numpy().copy(),
                 sent["scale"].to(self._device, copy=True),
-                bool(sent["within"]),
                 float(sent["factor"]),
             )
             for round, sent in state_dict["sent"].items()
         }
-        for placement, (parameter, master) in zip(self.layout.placements, self._pairs(), strict=True):
+        for name, master in zip(self._names, self._masters, strict=True):
             if master is not None:
-                master.copy_(state_dict["masters"][placement.name])
-                parameter.copy_(master)
+                master.copy_(state_dict["masters"][name])
+        self._show(self._masters)
 
-    def _pairs(self) -> list[tuple[Tensor, Tensor | None]]:
-        return list(zip(self._parameters, self._masters, strict=True))
+    def _is_sharded_alike(self, state_dict: Mapping[str, Any]) -> bool:
+        kept = {name: m.shape for name, m in zip(self._names, self._masters, strict=True) if m is not None}
+        saved = {name: master.shape for name, master in state_dict["masters"].items()}
+        return np.array_equal(state_dict["blocks"].cpu().numpy(), self._geometry.blocks) and kept == saved
 
-    def _weights(self, tensor: int) -> Tensor:
-        """fp32 weights of a placement. While lookahead swaps, the originals are still in place when this is used."""
-        master = self._masters[tensor]
-        return self._parameters[tensor].detach() if master is None else master
+    def _locals(self) -> list[Tensor]:
+        """What is here of each parameter, without a graph. Asked for anew: FSDP2 moves its shards to other memory."""
+        return [local(p) if is_sharded(p) else p.detach() for p in self._parameters]
+
+    def _weights(self) -> list[Tensor]:
+        """fp32 weights, as far as they are here, in the order of the placements."""
+        return [w if m is None else m for w, m in zip(self._locals(), self._masters, strict=True)]
+
+    @torch.no_grad()
+    def _show(self, weights: Sequence[Tensor | None]) -> None:
+        """Let the parameters hold these weights, rounded to their type; None leaves one alone."""
+        for parameter, held in zip(self._locals(), weights, strict=True):
+            if held is not None:
+                parameter.copy_(held)
+
+    def _step(self, rates: Sequence[float]) -> Step:
+        """What `apply` and `lookahead` do, at these rates of the groups."""
+        shares = [kept_share(r, float(g["weight_decay"])) for r, g in zip(rates, self.param_groups, strict=True)]
+        of_tensors = [rates[group] for group in self._group_of], [shares[group] for group in self._group_of]
+        return Step(*of_tensors, self._limit, self._window)
+
+    def _per_group(self, lr: Rates) -> list[float]:
+        groups = len(self.param_groups)
+        values = [lr] * groups if isinstance(lr, int | float) else list(lr)
+        if len(values) != groups:
+            raise ValueError(f"{len(values)} learning rates for {groups} parameter groups; give one, or one for each")
+        return [rate(value) for value in values]
 
     def _gradients(self) -> list[Tensor | None]:
+        """Local gradients, checked. Those of DTensors are brought to the placements of their parameters."""
         gradients: list[Tensor | None] = []
-        for placement, parameter in zip(self.layout.placements, self._parameters, strict=True):
+        for parameter in self._parameters:
             gradient = parameter.grad
-            if gradient is not None and not bool(gradient.abs().amax() < _LARGEST_GRADIENT):
-                raise NonFiniteGradient(
-                    f"the gradient of {placement.name} is not finite (or above {_LARGEST_GRADIENT:g}); "
-                    "leave this round out, and look at its data and learning rate"
-                )
-            gradients.append(None if gradient is None else gradient.contiguous())
+            if gradient is not None:
+                gradient = local(gradient, like=parameter).contiguous()
+            gradients.append(gradient)
+        filled = {name: g for name, g in zip(self._names, gradients, strict=True) if g is not None and g.numel()}
+        largest = (
+            torch.stack(torch._foreach_norm(list(filled.values()), ord=float("inf"))) if filled else torch.zeros(1)
+        )
+        good = bool((largest < _LARGEST_GRADIENT).all())
+        if not self._site.all(good):
+            bad = [name for name, value in zip(filled, largest.tolist(), strict=False) if not value < _LARGEST_GRADIENT]
+            raise NonFiniteGradient(
+                f"the gradient of {bad[0] if bad else 'a parameter on another process'} is not finite (or above "
+                f"{_LARGEST_GRADIENT:g}); leave this round out, and look at its data and learning rate"
+            )
         return gradients
 
-    def _empty_message(self) -> _Sent:
-        shape, device = (self.layout.blocks, self.layout.topk), self._device
-        return _Sent(
-            torch.empty(shape, dtype=torch.int16, device=device),
-            torch.empty(shape, dtype=torch.bool, device=device),
-            torch.empty(shape[0], 1, device=device),
-        )
+    def _checked(self, blobs: Sequence[bytes | memoryview]) -> tuple[list[Header], Bodies]:
+        """Headers and bodies of valid updates that belong together. All processes raise, or none."""
+        problem: MalformedUpdate | None = None
+        headers, bodies = [], []
+        try:
+            for blob in blobs:
+                header, body = open_body(blob, self.layout)
+                headers.append(header)
+                bodies.append(body)
+            _check_together(headers)
+            self._engine.check(bodies)
+        except MalformedUpdate as error:
+            problem = error
+        if not self._site.all(problem is None):
+            raise problem or MalformedUpdate("another process of this site found a block at fault")
+        return headers, bodies
 
-    def _add_message(self, slab: Slab, sent: _Sent, factor: float) -> None:
-        values_NK = (sent.scale[slab.rows] * factor).expand(-1, self.layout.topk)
-        values_NK = torch.where(sent.negative[slab.rows], -values_NK, values_NK)
-        self._momentum_NC[slab.rows].scatter_add_(1, sent.indices[slab.rows].long(), values_NK)
-
-    def _take(self, round: int) -> _Sent:
-        if round not in self._sent:
-            kept = ", ".join(map(str, sorted(self._sent))) or "none"
-            raise UnknownRound(
-                f"no own update of round {round} is kept (kept: {kept}); each is settled or restored once"
-            )
-        return self._sent.pop(round)
+    def _blob(self, sent: Sent) -> bytes:
+        blob = np.empty(self.layout.update_bytes, np.uint8)
+        blob[:HEADER_BYTES] = np.frombuffer(encode_header(sent.header, self.layout), np.uint8)
+        blob[HEADER_BYTES:] = self._site.assemble(sent.body).reshape(-1)
+        return blob.tobytes()
 
     def _not_swapped(self, what: str) -> None:
         if self._swapped:
             raise OptimizerError(f"cannot {what} inside lookahead(): leave its with-block first")
-
-
-def _check(named: dict[str, Tensor]) -> None:
-    if not named:
-        raise ValueError("no parameter requires a gradient; pass model.named_parameters() of a model to train")
-    device = next(iter(named.values())).device
-    for name, parameter in named.items():
-        if not parameter.is_floating_point() or parameter.dtype == torch.float64:
-            raise ValueError(f"{name} is {parameter.dtype}; parameters must be float32, bfloat16 or float16")
-        if not parameter.is_contiguous():
-            raise ValueError(f"{name} is not contiguous in memory; store it with .contiguous()")
-        if parameter.device != device:
-            raise ValueError(f"{name} is on {parameter.device}, others on {device}; put all of them on one device")
 
 
 def _check_together(headers: Sequence[Header]) -> None:

@@ -1,8 +1,8 @@
-"""What can go wrong when updates are made and applied. MalformedUpdate is in `optimizer.codec`."""
+"""What can go wrong when updates are made, read and applied."""
 
 
 class OptimizerError(Exception):
-    """Base of the errors below."""
+    """Base of the errors of the optimizer itself."""
 
 
 class NonFiniteGradient(OptimizerError):
@@ -10,4 +10,12 @@ class NonFiniteGradient(OptimizerError):
 
 
 class UnknownRound(OptimizerError):
-    """A round for which this member keeps no update of its own."""
+    """An update that is not among the own ones whose fate is open."""
+
+
+class MalformedUpdate(ValueError):
+    """Bytes that are not an update of this layout. `reason` says what is wrong and where."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(f"malformed update: {reason}")
+        self.reason = reason

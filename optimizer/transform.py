@@ -1,65 +1,108 @@
-"""The Walsh-Hadamard transform of 64x64 blocks, in floating point and exactly on integer votes.
+"""The Walsh-Hadamard transform of blocks: by butterflies in fp32, and exactly on integer votes.
 
-Legend: N blocks; X a block of weights or gradients (64, 64); C its coefficients; H the Sylvester matrix of +1 and -1.
-C = H X^T H / 64. The transposition costs nothing (the second product needs it anyway) and makes the transform its own
-inverse: X = H C^T H / 64. Coefficient (a, b) of a block has index 64 a + b; a counts sign changes along a row of X.
+Legend: N blocks; C = 4096 values of a block, which is a 64x64 tile row by row; H the Sylvester matrix of +1 and -1.
+The natural-order transform of the 4,096 values is H X H of the tile X: coefficient 64 a + b counts a sign changes along
+its columns, b along its rows. Applied twice it multiplies by 4,096; divided by 64 it is orthonormal.
+
+Butterflies take their strides in ascending order, so that every device and every slab size makes the same roundings.
 """
 
+from collections.abc import Callable
 from functools import cache
 
 import torch
 from torch import Tensor
 
-from optimizer.layout import SIDE
+from optimizer.layout import BLOCK, SIDE
 
-# Integers up to here are exact in bfloat16, the narrowest format that a matrix unit may silently use for fp32 operands.
-NARROW = 256
-# Up to this bound on votes two such integers hold any sum over a row of 64; fp32 itself would be exact up to 4,095.
-MOST_VOTES = NARROW * NARROW // SIDE
+OPERANDS = {"fp32": 1 << 24, "tf32": 1 << 11, "bf16": 1 << 8, "int8": 127, "int64": 1 << 62}
+"""Paths of the exact inverse: the largest integer that both operands of a product may hold. Sums stay below 2^24 in the
+floating-point units (which add in fp32), below 2^31 for int8, below 2^63 for int64."""
+_SUMS = {"int8": (1 << 31) - 1, "int64": (1 << 63) - 1}
+_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
+
+
+def largest_votes(path: str) -> int:
+    """The largest magnitude of a vote that `path` inverts exactly.
+
+    The second product has sums of 64 votes as operands, and its own sums are of 4,096 votes.
+    """
+    return min(OPERANDS[path] // SIDE, _SUMS.get(path, 1 << 24) // BLOCK)
+
+
+MOST_VOTES = largest_votes("fp32")
+"""A sum of votes up to here is an exact fp32 number after the inverse."""
 
 
 @cache
-def hadamard(device: torch.device, scale: float = 1.0) -> Tensor:
-    """The 64x64 Sylvester matrix times `scale`, fp32."""
+def hadamard(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+    """The 64x64 Sylvester matrix."""
     matrix = torch.ones(1, 1)
     while len(matrix) < SIDE:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
-    return (matrix * scale).to(device)
+    return matrix.to(device, dtype)
 
 
-def transform(blocks_NXY: Tensor) -> Tensor:
-    """Orthonormal transform of fp32 blocks (N, 64, 64): coefficients (N, 64, 64), and back."""
-    with torch.autocast(blocks_NXY.device.type, enabled=False):
-        return _both_sides(blocks_NXY, hadamard(blocks_NXY.device, 0.125))
+def butterflies(values_NC: Tensor) -> Tensor:
+    """H X H of contiguous blocks (N, 4096) of any signed type, as a new tensor; not divided by 64.
+
+    Along the rows first, through a transposed copy, so that the innermost loop is always 64 values long.
+    """
+    columns = values_NC.view(-1, SIDE, SIDE).mT.contiguous()
+    rows = _along_first(columns).mT.contiguous()
+    return _along_first(rows).view(-1, BLOCK)
 
 
-def invert_votes(votes_NC: Tensor, bound: int) -> Tensor:
-    """H V^T H of integer votes (N, 4096) held in fp32, as exact integers in fp32 (N, 64, 64).
+def _along_first(tiles: Tensor) -> Tensor:
+    """Six stages along dimension 1 of (N, 64, 64); overwrites its argument."""
+    here, there = tiles, torch.empty_like(tiles)
+    stride = 1
+    while stride < SIDE:
+        pairs = here.view(-1, SIDE // (2 * stride), 2, stride, SIDE)
+        made = there.view(-1, SIDE // (2 * stride), 2, stride, SIDE)
+        torch.add(pairs[:, :, 0], pairs[:, :, 1], out=made[:, :, 0])
+        torch.sub(pairs[:, :, 0], pairs[:, :, 1], out=made[:, :, 1])
+        here, there = there, here
+        stride *= 2
+    return here
 
-    `bound` is the largest magnitude a vote can have. Exact on every device, in every order of summation and under every
-    precision setting of matrix products (TF32, bf16): operands stay within `NARROW`, sums below 2^24. Raises ValueError
-    if `bound` does not allow it.
+
+def invert_votes(votes_NC: Tensor, bound: int, path: str | None = None) -> Tensor:
+    """H V H of integer votes (N, 4096) held in fp32, as exact integers in fp32 (N, 4096).
+
+    `bound` is the largest magnitude a vote can have; `path` a key of OPERANDS, by default the matrix unit at the
+    precision that PyTorch is set to, if `bound` allows it, else integers. Raises ValueError if the path does not allow
+    it, or if the result would not fit fp32.
     """
     if not 0 < bound <= MOST_VOTES:
         raise ValueError(f"votes up to {bound} cannot be inverted exactly; at most {MOST_VOTES} members may vote")
-    H = hadamard(votes_NC.device)
+    chosen = path or choose_path(bound)
+    if bound > largest_votes(chosen):
+        raise ValueError(f"votes up to {bound} are not exact by {chosen}; it allows {largest_votes(chosen)}")
+    if chosen == "int64":
+        return butterflies(votes_NC.long()).float()
+    tiles = votes_NC.view(-1, SIDE, SIDE)
     with torch.autocast(votes_NC.device.type, enabled=False):
-        return _exact_product(_exact_product(votes_NC.view(-1, SIDE, SIDE), H, bound).mT, H, bound * SIDE)
+        if chosen == "int8":
+            return _both_sides(tiles, _int8_product).view(-1, BLOCK).float()
+        return _both_sides(tiles, _product).view(-1, BLOCK)
 
 
-def _both_sides(blocks: Tensor, H: Tensor) -> Tensor:
-    return _product(_product(blocks, H).mT, H)
+def choose_path(bound: int) -> str:
+    """The matrix unit at the precision that PyTorch is set to, or integers where `bound` is beyond it."""
+    path = _PRECISIONS[torch.get_float32_matmul_precision()]
+    return path if bound <= largest_votes(path) else "int64"
 
 
-def _product(blocks: Tensor, H: Tensor) -> Tensor:
+def _both_sides(tiles: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:
+    return product(product(tiles).mT).mT.contiguous()
+
+
+def _product(tiles: Tensor) -> Tensor:
     # One product of (64 N, 64) by (64, 64) is several times faster than N products of 64x64.
-    return (blocks.reshape(-1, SIDE) @ H).view(-1, SIDE, SIDE)
+    return (tiles.reshape(-1, SIDE) @ hadamard(tiles.device)).view(-1, SIDE, SIDE)
 
 
-def _exact_product(blocks: Tensor, H: Tensor, bound: int) -> Tensor:
-    if bound <= NARROW:
-        return _product(blocks, H)
-    # x = 256 high + low, both within NARROW as bound <= NARROW^2, and the product is linear.
-    high = torch.round(blocks / NARROW)
-    low = blocks - high * NARROW
-    return _product(high, H) * NARROW + _product(low, H)
+def _int8_product(tiles: Tensor) -> Tensor:
+    H = hadamard(tiles.device, torch.int8)
+    return torch._int_mm(tiles.reshape(-1, SIDE).to(torch.int8), H).view(-1, SIDE, SIDE)

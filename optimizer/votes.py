@@ -1,6 +1,7 @@
-"""Adding up members' votes: integers, so that neither order nor grouping matters.
+"""Adding up members' votes: integers, so that neither order nor grouping matters; and choosing what to vote for.
 
-Legend: N blocks of a slab, C = 4096 coefficients of a block, K of them voted for by each member.
+Legend: N blocks of a slab, C = 4096 coefficients of a block, K of them voted for by each member, B bytes of a block's
+code.
 """
 
 from collections.abc import Iterable
@@ -10,27 +11,46 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from optimizer.codec import decode_blocks
-from optimizer.layout import BLOCK, BlockCode, Slab
+from optimizer.layout import BLOCK, BlockCode
 
 
-def sum_votes(bodies: Iterable[NDArray[np.uint8]], slab: Slab, code: BlockCode, device: torch.device) -> Tensor:
-    """Sum of the signs sent for each coefficient of a slab, (N, 4096) integers in fp32.
+def sum_votes(bodies: Iterable[NDArray[np.uint8]], code: BlockCode, device: torch.device) -> Tensor:
+    """Sum of the signs sent for each coefficient, (N, 4096) integers in fp32.
 
-    `bodies` are the bodies (all blocks, B) of validated updates. Raises MalformedUpdate.
+    `bodies` are the rows (N, B) of one slab, of validated updates.
     """
-    votes_NC = torch.zeros(slab.count, BLOCK, device=device)
+    votes_NC: Tensor | None = None
     for body in bodies:
-        indices, signs = decode_blocks(body[slab.rows], code, slab.first)
-        indices_NK = torch.from_numpy(indices.astype(np.int64)).to(device)
-        ballots_NK = torch.from_numpy(np.where(signs, np.float32(-1), np.float32(1))).to(device)
-        votes_NC.scatter_add_(1, indices_NK, ballots_NK)
+        indices_NK, negative_NK = unpack(on_device(body, device), code)
+        if votes_NC is None:
+            votes_NC = torch.zeros(len(body), BLOCK, device=device)
+        votes_NC.scatter_add_(1, indices_NK, ballots(negative_NK))
+    if votes_NC is None:
+        raise ValueError("there are no votes to add up")
     return votes_NC
 
 
-def clip_votes(votes_NC: Tensor) -> Tensor:
-    """Limit each coefficient to one vote either way, in place: two members in collusion weigh no more than one."""
-    return votes_NC.clamp_(-1, 1)
+def on_device(rows: NDArray[np.uint8], device: torch.device) -> Tensor:
+    """A copy of rows that may be a view of read-only bytes."""
+    return torch.from_numpy(rows.copy()).to(device)
+
+
+def ballots(negative: Tensor) -> Tensor:
+    """+1 or -1 in fp32, of sign bits."""
+    return 1.0 - 2.0 * negative.float()
+
+
+def unpack(body_NB: Tensor, code: BlockCode) -> tuple[Tensor, Tensor]:
+    """Indices (N, K) int64, ascending, and sign bits (N, K) bool of validated rows (N, B) uint8, on their device."""
+    blocks, topk, low = len(body_NB), code.topk, code.low
+    places = torch.arange(8, device=body_NB.device, dtype=torch.uint8)
+    bits = ((body_NB[:, :, None] >> places) & 1).view(blocks, -1)
+    end = topk * low + code.bitmap
+    high_NK = bits[:, topk * low : end].nonzero()[:, 1].view(blocks, topk)
+    high_NK = high_NK - torch.arange(topk, device=body_NB.device)
+    weights = 1 << torch.arange(low, device=body_NB.device)
+    low_NK = (bits[:, : topk * low].view(blocks, topk, low).long() * weights).sum(dim=2)
+    return (high_NK << low) + low_NK, bits[:, end : end + topk].bool()
 
 
 def select(magnitudes_NC: Tensor, topk: int) -> Tensor:
@@ -48,3 +68,15 @@ def select(magnitudes_NC: Tensor, topk: int) -> Tensor:
         keys = (magnitudes_NC[tied].view(torch.int32).long() << 12) | order
         indices_NK[tied] = torch.topk(keys, topk, dim=1, sorted=False).indices
     return indices_NK.sort(dim=1).values
+
+
+def mean_of_kept(magnitudes_NK: Tensor) -> Tensor:
+    """Mean (N,) of each row in fp32, added in one order: the upper half onto the lower, again and again."""
+    blocks, topk = magnitudes_NK.shape
+    width = 1 << (topk - 1).bit_length()
+    sums = torch.nn.functional.pad(magnitudes_NK, (0, width - topk))
+    while width > 1:
+        width //= 2
+        sums = sums[:, :width] + sums[:, width : 2 * width]
+    # By a tensor: on CUDA devices PyTorch multiplies by the reciprocal of a number, which rounds twice.
+    return sums.view(blocks) / sums.new_full((1,), topk)

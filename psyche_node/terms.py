@@ -23,4 +23,5 @@ def training_terms(run: Run) -> TrainingTerms:
         overlap=bool(run.limits.overlap),
         lookahead=terms.lookahead,
         clip_votes=terms.clip_votes,
+        window=terms.window,
     )

@@ -18,6 +18,7 @@ _Static_assert(sizeof(struct init_arguments) == 384, "init_run's data");
 #define MAX_SEQUENCE (1u << 24)
 #define MAX_UPDATE_BYTES (1ull << 40)
 #define MAX_TOPK (1u << 16)
+#define MAX_WINDOW 8
 #define FP32_ONE 0x3f800000u
 #define FP32_INFINITY 0x7f800000u
 
@@ -58,13 +59,13 @@ static u64 check_terms(const struct terms *t) {
     require(t->update_bytes >= 1 && t->update_bytes <= MAX_UPDATE_BYTES, BAD_UPDATE_TERMS);
     require(t->topk >= 1 && t->topk <= MAX_TOPK, BAD_UPDATE_TERMS);
     require(t->lookahead <= 1 && t->clip_votes <= 1 && t->schedule <= 3, BAD_OPTIMIZER_TERMS);
+    require(t->window <= MAX_WINDOW, BAD_OPTIMIZER_TERMS);
     /* fp32 patterns below infinity's are finite and not negative */
     require(t->decay_bits < FP32_ONE, BAD_OPTIMIZER_TERMS);
     require(t->peak_lr_bits > 0 && t->peak_lr_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
     require(t->final_lr_bits < FP32_INFINITY && t->weight_decay_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
     require(t->clip_norm_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
     require(zero_padded(t->model_source, 64) && zero_padded(t->data_source, 64), BAD_SOURCE);
-    require(t->reserved == 0, BAD_INSTRUCTION_DATA);
     return 0;
 }
 

@@ -76,7 +76,7 @@ struct terms {
     u8 lookahead;
     u8 clip_votes;
     u8 schedule;
-    u8 reserved;
+    u8 window;
     u32 warmup_rounds;
     u32 decay_rounds;
     u32 decay_bits;

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.state import Commitment
-from optimizer.codec import Header, MalformedUpdate, validate
+from optimizer.codec import Header, validate
+from optimizer.errors import MalformedUpdate
 from optimizer.layout import Layout
 from psyche_node.ipc import Endpoint, Message, Ok
 from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want, WantEntry

@@ -60,7 +60,9 @@ class Recipe(BaseModel):
     overlap: int = Field(default=1, ge=0, le=1)
     """1: updates travel while the next round is trained. 0: each round waits for its own."""
     lookahead: bool = True
-    """Train on the weights that the own momentum predicts."""
+    """Train on the weights that the trend of the votes predicts."""
+    window: int = Field(default=3, ge=0, le=8)
+    """The trend of the votes forgets over 2^window rounds."""
 
 
 class Prepared(BaseModel):
@@ -170,6 +172,7 @@ class SimSettings(BaseModel):
             topk=recipe.topk,
             lookahead=recipe.lookahead,
             clip_votes=True,
+            window=recipe.window,
             schedule=Schedule[recipe.schedule.upper()],
             warmup_rounds=recipe.warmup_rounds,
             decay_rounds=0,

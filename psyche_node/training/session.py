@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from optimizer import DisTrO
+from optimizer.errors import UnknownRound
 from psyche_node.training.checkpoint import save_checkpoint
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError
@@ -111,11 +112,12 @@ class Session:
             decay=fp32(terms.decay_bits),
             topk=terms.topk,
             weight_decay=fp32(terms.weight_decay_bits),
-            overlap=terms.overlap,
             lookahead=terms.lookahead,
             clip_votes=terms.clip_votes,
+            window=terms.window,
         )
         self._heldout: dict[int | None, PackedBatch] = {}
+        self._updates: dict[int, bytes] = {}  # own ones that were neither included nor left out yet
 
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -156,19 +158,23 @@ class Session:
                 loss = accumulate(self._loss, batch, self.device)
                 norm = clip_gradient(self.model, fp32(self.terms.clip_norm_bits))
         blob = self.optimizer.encode(run=run, round=round, member=member)
+        self._updates[round] = blob
         return TrainResult(blob, loss, tokens, time.perf_counter() - started, before, norm)
 
     def apply(self, round: int, blobs: Sequence[bytes], included: bool | None) -> None:
         """Step by the updates of ``round`` that count; no blob is a void round, which changes nothing.
 
         ``included`` says whether the own update of the round is among them (then it leaves the momentum for good) or
-        not (then it goes back into it); None: there was none. Raises MalformedUpdate, with nothing changed.
+        not (then it goes back into it); None: there was none. Raises MalformedUpdate, or UnknownRound if no own update
+        of the round is kept, with nothing changed.
         """
+        if included is not None and round not in self._updates:
+            raise UnknownRound(f"no own update of round {round} is kept; its fate is decided once")
         self.optimizer.apply(blobs, lr=lr_bits(self.terms, round))
-        if included is True:
-            self.optimizer.settle(round)
-        elif included is False:
-            self.optimizer.restore(round)
+        if included is not None:
+            own = self._updates.pop(round)
+            if not included:
+                self.optimizer.restore(own)
 
     def evaluate(self, sequences: int | None = HELDOUT_SEQUENCES) -> tuple[float, int]:
         """Return the mean loss in nats over the trained tokens of held-out sequences, and how many tokens these are.

@@ -45,8 +45,10 @@ class TrainingTerms(BaseModel):
     overlap: bool = True
     """Whether an update travels while the next round is trained."""
     lookahead: bool = True
-    """Whether gradients are taken at the weights that the own momentum predicts. Needed with overlap."""
+    """Whether gradients are taken at the weights that the trend of the votes predicts. Needed with overlap."""
     clip_votes: bool = True
     """Whether a coefficient moves one way, however many members voted for it."""
+    window: int = Field(default=3, ge=0, le=8)
+    """The trend of the votes forgets over 2^window rounds; 0: each round's votes alone decide its step."""
     data_seed: str = Field(default="", pattern=r"^([0-9a-f]{2})*$", max_length=128)
     """Key of the data's order, in hexadecimal. Empty: the digest of the data's manifest."""

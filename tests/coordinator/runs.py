@@ -40,6 +40,7 @@ TERMS = Terms(
     topk=32,
     lookahead=True,
     clip_votes=True,
+    window=3,
     schedule=0,
     warmup_rounds=0,
     decay_rounds=0,

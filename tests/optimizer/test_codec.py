@@ -11,11 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer.codec import MalformedUpdate, Update, decode, encode, encode_blocks, validate
+from optimizer.codec import Update, decode, encode, encode_blocks, validate
+from optimizer.errors import MalformedUpdate
 from optimizer.layout import BLOCK, HEADER_BYTES, BlockCode, Layout
 
 VECTORS = json.loads((Path(__file__).parents[1] / "vectors" / "update.json").read_text())
-TOPKS = [1, 2, 3, 8, 24, 32, 100, 128, 1000, BLOCK]
+TOPKS = [1, 2, 3, 8, 24, 32, 100, 128, 511, 512, 1000, BLOCK]
 
 
 def layout_of(topk: int, blocks: int = 3) -> Layout:
@@ -69,7 +70,7 @@ def test_round_trip(topk: int, seed: int, extreme: bool) -> None:
     assert validate(bytearray(blob), layout) == update.header
 
 
-@pytest.mark.parametrize("topk", [1, 3, 8, 32, 100])
+@pytest.mark.parametrize("topk", [1, 3, 8, 32, 100, 512])
 def test_every_single_bit_matters(topk: int) -> None:
     """A blob with one bit changed is rejected, or is the one encoding of a different update."""
     layout = layout_of(topk, blocks=1)

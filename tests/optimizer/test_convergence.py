@@ -15,16 +15,13 @@ def train(overlap: bool, lookahead: bool) -> float:
     for _ in range(MEMBERS):
         torch.manual_seed(1)
         models.append(torch.nn.Sequential(torch.nn.Linear(40, 72), torch.nn.Tanh(), torch.nn.Linear(72, 10)))
-    optimizers = [
-        DisTrO(m.named_parameters(), lr=LR, decay=0.9, topk=64, overlap=overlap, lookahead=lookahead) for m in models
-    ]
+    optimizers = [DisTrO(m.named_parameters(), lr=LR, decay=0.9, topk=64, lookahead=lookahead) for m in models]
     generator = torch.Generator().manual_seed(2)
     travelling: tuple[int, list[bytes]] | None = None
 
     def deliver(round: int, blobs: list[bytes]) -> None:
         for member, optimizer in enumerate(optimizers):
             optimizer.apply(blobs[member:] + blobs[:member], lr=LR * (1 - round / ROUNDS))
-            optimizer.settle(round)
 
     for round in range(ROUNDS):
         blobs = []

@@ -1,7 +1,6 @@
-"""A replica on a CUDA device holds the bytes of one on the CPU, whatever precision its matrix units are set to.
+"""A replica on a CUDA device holds the bytes of one on the CPU, and makes the same updates of the same gradients.
 
-Weights and fingerprints must be equal whatever the members send. The update of a gradient is its sender's own affair;
-it is compared where the arithmetic is exact, so that neither the order of a sum nor TF32 can move a bit.
+Whatever precision its matrix units are set to.
 """
 
 from collections.abc import Callable, Iterator
@@ -42,15 +41,10 @@ def content(named: Named) -> bytes:
     )
 
 
-def give_gradients(named: Named, seed: int, largest: int | None = None) -> None:
-    """Seeded gradients of any kind, or small integers."""
+def give_gradients(named: Named, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for _, p in named:
-        if largest is None:
-            gradient = torch.randn(p.shape, generator=generator)
-        else:
-            gradient = torch.randint(-largest, largest + 1, p.shape, generator=generator).float()
-        p.grad = gradient.to(p.device, p.dtype)
+        p.grad = torch.randn(p.shape, generator=generator).to(p.device, p.dtype)
 
 
 @pytest.mark.parametrize("topk", [32, 128])
@@ -60,10 +54,7 @@ def test_replicas_are_equal_over_fifty_rounds(
 ) -> None:
     """One member on each device, each with gradients of its own; some rounds are void, some updates left out."""
     names = [replica(make, device) for device in (CPU, CUDA)]
-    members = [
-        DisTrO(named, lr=0.01, topk=topk, decay=0.95, weight_decay=0.1, overlap=overlap, lookahead=lookahead)
-        for named in names
-    ]
+    members = [DisTrO(named, lr=0.01, topk=topk, decay=0.95, weight_decay=0.1, lookahead=lookahead) for named in names]
     sent: dict[int, list[bytes]] = {}
     start = content(names[0])
     for round in range(50):
@@ -79,7 +70,8 @@ def test_replicas_are_equal_over_fifty_rounds(
         for number, member in enumerate(members):
             blobs = [sent[due][i] for i in included]
             member.apply(blobs if number else blobs[::-1], lr=0.01 / (1 + due))
-            (member.settle if number in included else member.restore)(due)
+            if number not in included:
+                member.restore(sent[due][number])
         assert content(names[0]) == content(names[1]), f"round {due}"
         assert members[0].fingerprint() == members[1].fingerprint(), f"round {due}"
     assert content(names[0]) != start
@@ -118,18 +110,20 @@ def test_the_same_of_equal_values_are_selected() -> None:
 
 
 @pytest.mark.parametrize("topk", [32, 128])
-@pytest.mark.parametrize("overlap", [True, False])
-def test_updates_of_exact_gradients_are_equal(make: Make, topk: int, overlap: bool, precision: str) -> None:
-    """Small integers, a rate and a decay that are powers of two: two rounds in which no operation has to round."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_updates_of_equal_gradients_are_equal(make: Make, topk: int, dtype: torch.dtype, precision: str) -> None:
+    """Butterflies in one order and separate roundings: the sender's own arithmetic is the same on every device, too."""
     blobs: list[list[bytes]] = []
     for device in (CPU, CUDA):
-        named = replica(make, device)
-        optimizer = DisTrO(named, lr=2.0**-7, decay=0.5, topk=topk, overlap=overlap)
+        named = replica(make, device, dtype)
+        optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=topk)
         blobs.append([])
-        for round in range(2):
-            give_gradients(named, round, largest=1)
+        for round in range(5):
+            give_gradients(named, round)
             named[-1][1].grad = None  # a block without any gradient votes, too
             blobs[-1].append(optimizer.encode(run=RUN, round=round, member=1))
+            if round == 2:
+                optimizer.restore(blobs[-1][1])
     assert blobs[0] == blobs[1]
 
 
@@ -148,14 +142,14 @@ def test_lookahead_restores_every_bit(make: Make, dtype: torch.dtype) -> None:
 def test_a_state_moves_between_devices(make: Make) -> None:
     """A state saved on one device goes on, on the other, to the same updates."""
     named = replica(make, CUDA)
-    optimizer = DisTrO(named, lr=2.0**-7, decay=0.5, topk=32)
-    give_gradients(named, 0, largest=1)
+    optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=32)
+    give_gradients(named, 0)
     optimizer.encode(run=RUN, round=0, member=0)
     moved = replica(make, CPU)
-    other = DisTrO(moved, lr=0.5, topk=32, decay=0.5)
+    other = DisTrO(moved, lr=0.5, topk=32, decay=0.95)
     other.load_state_dict(optimizer.state_dict())
     blobs = []
     for weights, one in ((named, optimizer), (moved, other)):
-        give_gradients(weights, 1, largest=1)
+        give_gradients(weights, 1)
         blobs.append(one.encode(run=RUN, round=1, member=0))
     assert blobs[0] == blobs[1]

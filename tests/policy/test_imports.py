@@ -31,7 +31,7 @@ IMPORT_NAMES = {
     "pytest-timeout": "pytest_timeout",
 }
 
-COMPANIONS = {"markupsafe": "jinja2", "multiaddr": "libp2p", "base58": "libp2p", "httpx2": "solana"}
+COMPANIONS = {"markupsafe": "jinja2", "multiaddr": "libp2p", "base58": "libp2p", "httpx2": "solana", "triton": "torch"}
 """Packages that a declared one brings along and whose types are its own interface (docs/decisions/dependencies.md)."""
 
 
@@ -93,7 +93,8 @@ def test_directions(folder: str, python_files: tuple[Path, ...], root: Path) -> 
 
 
 def test_optimizer_needs_torch_and_numpy_only(python_files: tuple[Path, ...], root: Path) -> None:
-    allowed = OPTIMIZER_MAY | set(sys.stdlib_module_names)
+    companions = {name for name, owner in COMPANIONS.items() if owner in OPTIMIZER_MAY}
+    allowed = OPTIMIZER_MAY | companions | set(sys.stdlib_module_names)
     wrong = [
         f"{path.relative_to(root)}:{line} imports {name}"
         for path in python_files

@@ -72,6 +72,7 @@ TERMS = Terms(
     topk=32,
     lookahead=True,
     clip_votes=True,
+    window=3,
     schedule=3,
     warmup_rounds=10,
     decay_rounds=20,

@@ -228,7 +228,7 @@ def init_with(chain: Chain, run: RunDriver, offset: int, new: bytes) -> Outcome:
         (32, b"\x05", E.BAD_RUN_ID),
         (33, b"\1", E.BAD_INSTRUCTION_DATA),
         (40 + layout.LIMITS.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
-        (104 + layout.TERMS.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
+        (104 + layout.TERMS.offsets["window"], b"\x09", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["lookahead"], b"\2", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["clip_votes"], b"\2", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["model_source"] + 63, b"x", E.BAD_SOURCE),

@@ -1,0 +1,64 @@
+"""Which members' votes to leave out of a step: those that do not agree with most others, wherever they meet.
+
+Top coefficients of honest members meet by the thousand, and where they meet their signs agree more often than not, for
+they come from one loss. Votes that are flipped meet and disagree; random ones agree half of the time; colluding ones
+agree with each other only; votes on coefficients that nobody else chooses meet no one. For each pair of members, over a
+sample of blocks, n coefficients are voted for by both and a is agreements less disagreements. A pair agrees if a is two
+standard deviations above chance, a > 0 and a^2 >= 4 n. Whoever agrees with more than half of the others counts.
+
+All of it is integers from the updates alone, so every replica leaves out the same members. It can tell where pairs
+meet often, which needs topk^2 / 4,096 times the blocks to be in the hundreds; where it cannot, fewer than half of the
+members would count, and it leaves out none.
+
+Legend: P members, S sampled blocks at a time, C = 4096 coefficients.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from optimizer.layout import BLOCK, BlockCode
+from optimizer.votes import ballots, on_device, unpack
+
+FEWEST = 4
+"""Members from which on there is a majority to agree with, one of them being hostile."""
+_SAMPLE = 2048
+_AT_ONCE = 1 << 22  # votes held at a time, as fp32
+
+
+def agreeing(bodies: Sequence[NDArray[np.uint8]], code: BlockCode, device: torch.device) -> list[int]:
+    """Which of the valid bodies (all blocks, B) count, by number, ascending."""
+    everyone = list(range(len(bodies)))
+    if len(bodies) < FEWEST:
+        return everyone
+    agreements, meetings = _pairs(bodies, code, device)
+    agree = (agreements > 0) & (agreements**2 >= 4 * meetings)
+    agree.fill_diagonal_(False)
+    counted = [member for member in everyone if 2 * int(agree[member].sum()) > len(bodies) - 1]
+    return counted if 2 * len(counted) >= len(bodies) else everyone
+
+
+def _pairs(bodies: Sequence[NDArray[np.uint8]], code: BlockCode, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Agreements less disagreements, and coefficients that both voted for: (P, P) int64, over the sampled blocks."""
+    blocks, members = len(bodies[0]), len(bodies)
+    numbers = np.unique(np.linspace(0, blocks - 1, min(blocks, _SAMPLE)).astype(np.int64))
+    agreements = torch.zeros(members, members, dtype=torch.int64)
+    meetings = torch.zeros_like(agreements)
+    at_once = max(1, _AT_ONCE // (members * BLOCK))
+    for start in range(0, len(numbers), at_once):
+        some = numbers[start : start + at_once]
+        votes = torch.stack([_votes(body[some], code, device) for body in bodies])
+        # Products of -1, 0 and 1, and sums far below 2^24: exact at any precision of the matrix unit.
+        with torch.autocast(device.type, enabled=False):
+            agreements += (votes @ votes.T).long().cpu()
+            meetings += (votes.abs() @ votes.abs().T).long().cpu()
+    return agreements, meetings
+
+
+def _votes(rows: NDArray[np.uint8], code: BlockCode, device: torch.device) -> Tensor:
+    indices_SK, negative_SK = unpack(on_device(rows, device), code)
+    votes_SC = torch.zeros(len(rows), BLOCK, device=device)
+    return votes_SC.scatter_(1, indices_SK, ballots(negative_SK)).view(-1)
