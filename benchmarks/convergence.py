@@ -25,11 +25,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.convergence_sets import SETS, Entry
-from benchmarks.convergence_table import table
 from benchmarks.laboratory import Recipe, parsed
 from benchmarks.laboratory_model import Scale
 from benchmarks.laboratory_runs import Trial, run
+from benchmarks.laboratory_sets import SETS, Entry
+from benchmarks.laboratory_table import table
 
 SMALL = Scale(hidden=96, layers=3)
 
@@ -75,6 +75,7 @@ def known(out: Path) -> list[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", nargs="+", choices=SETS, default=[], help="named sets of runs; see --list")
+    parser.add_argument("--only", nargs="+", default=[], metavar="LABEL", help="of those sets only these runs")
     parser.add_argument("--list", action="store_true", help="show the sets and the options of the grid")
     parser.add_argument("--grid", nargs="+", default=[], metavar="OPTION=VALUE,VALUE", help="cross product of options")
     parser.add_argument("--lr", type=float, nargs="*", default=[], help="peak learning rates to try with every method")
@@ -105,6 +106,7 @@ def main() -> None:
         entries = [entry for name in args.set for entry in SETS[name]] + (grid(args.grid) if args.grid else [])
     except ValueError as problem:
         parser.error(str(problem))
+    entries = [entry for entry in entries if not args.only or entry.label in args.only]
     args.out.parent.mkdir(parents=True, exist_ok=True)
     for label, trial in [] if args.table else trials(entries or SETS["default"], args):
         described = json.loads(json.dumps(asdict(trial)))

@@ -38,7 +38,7 @@ class LimitSettings(_Settings):
     """Members at once."""
     witnesses: int = Field(default=0, ge=0, le=32)
     """Witnesses elected per round; 0 elects everybody, up to 32."""
-    overlap: int = Field(default=1, ge=0, le=1)
+    overlap: int = Field(default=0, ge=0, le=1)
     """1: updates travel while the next round trains. 0: every round waits for its own updates."""
     max_missed: int = Field(default=2, ge=1, le=255)
     """Rounds in a row that a member may miss before it is dropped."""
@@ -89,8 +89,8 @@ class TermSettings(_Settings):
     """Tokens per packed sequence."""
     update_bytes: int = Field(ge=1, le=2**40)
     """Exact size of an update."""
-    topk: int = Field(default=32, ge=1, le=65536)
-    """Components sent per block."""
+    topk: int = Field(default=512, ge=1, le=65536)
+    """Components sent per block of 4,096. Fewer make smaller updates and a higher loss."""
     lookahead: bool = True
     """Whether gradients are taken at the weights that the trend of the votes predicts."""
     clip_votes: bool = True
@@ -103,7 +103,7 @@ class TermSettings(_Settings):
     """Rounds over which the learning rate rises."""
     decay_rounds: int = Field(default=0, ge=0, le=_U32)
     """Rounds over which wsd falls at the end."""
-    decay: float = Field(default=0.999, ge=0, le=1, allow_inf_nan=False)
+    decay: float = Field(default=0.9, ge=0, le=1, allow_inf_nan=False)
     """Momentum kept per round."""
     peak_lr: float = Field(gt=0, le=1, allow_inf_nan=False)
     """Highest learning rate."""

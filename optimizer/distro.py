@@ -58,9 +58,10 @@ class DisTrO(torch.optim.Optimizer):
             pairs, with a learning rate and weight decay of their own. Frozen parameters are left out, a tied one counts
             once, under the name that comes first. All on one device, contiguous, fp32 or 16 bits, plain or DTensors
             (FSDP2, tensor parallel). Of 16-bit parameters the optimizer keeps fp32 masters, so load weights before.
-        lr: learning rate: the size of every step.
+        lr: learning rate: the size of every step. Start with half of what AdamW likes best.
         decay: of the momentum per round. Lower it if the loss oscillates.
-        topk: coefficients of 4,096 that are sent. 32: 10 bits each; 128: 8 bits each and a loss near to no compression.
+        topk: coefficients of 4,096 that are sent. 512: 6 bits each, a loss like AdamW's; 128: 8 bits each; 32: 10 bits.
+            Fewer make smaller updates, and a higher loss the smaller a member's batch is.
         weight_decay: decoupled, of all parameters.
         window: the trend forgets over 2^window rounds. 0: each round's votes alone decide its step.
         lookahead: compute gradients at the weights that the trend predicts, together with own updates that are still
@@ -69,8 +70,8 @@ class DisTrO(torch.optim.Optimizer):
         robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
             setting.
         slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block.
-        engine: "auto" takes the compiled kernels on CPUs where they are built, "torch" forces plain torch operations.
-            The bits are the same.
+        engine: "auto" takes the compiled kernels on CPUs where they are built, and kernels in Triton on CUDA devices
+            where they pass a self-test; "torch" forces plain torch operations. The bits are the same.
         group: the process group of this site, if parameters are DTensors; by default all processes.
 
     Raises ValueError for arguments out of range and LayoutError for parameters that cannot be laid out.
@@ -81,8 +82,8 @@ class DisTrO(torch.optim.Optimizer):
         parameters: Iterable[tuple[str, Tensor]] | Iterable[dict[str, Any]],
         *,
         lr: int | float,
-        decay: float = 0.999,
-        topk: int = 32,
+        decay: float = 0.9,
+        topk: int = 512,
         weight_decay: float = 0.0,
         window: int = 3,
         lookahead: bool = True,

@@ -15,10 +15,10 @@ Build = Callable[[Geometry], Engine]
 
 # Whole and ragged tiles, a long vector, two short ones that share a block, one without a gradient.
 SHAPES: list[tuple[str, tuple[int, ...]]] = [
-    ("matrix", (70, 66)),
-    ("long", (5000,)),
+    ("matrix", (66, 64)),
+    ("long", (4100,)),
     ("short", (70,)),
-    ("still", (64, 64)),
+    ("still", (20, 30)),
     ("tiny", (300,)),
 ]
 
@@ -67,7 +67,7 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
     results["add"] = [momentum.clone()]
     random = np.random.default_rng(0)
     bodies = [sent.body for sent in rounds]
-    for _ in range(3):
+    for _ in range(2):
         ordered = np.argsort(random.random((blocks, BLOCK)), axis=1)[:, : layout.topk]
         indices = np.sort(ordered, axis=1).astype(np.uint16)
         bodies.append(encode_blocks(indices, random.random((blocks, layout.topk)) < 0.3, layout.code))

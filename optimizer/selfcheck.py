@@ -15,7 +15,7 @@ from optimizer.distro import DisTrO
 from optimizer.transform import OPERANDS, butterflies, invert_votes, largest_votes
 
 _SHAPES = [("ragged", (130, 200)), ("square", (128, 128)), ("long", (9000,)), ("bias", (70,)), ("norm", (300,))]
-_ROUNDS, _MEMBERS = 6, 3
+_ROUNDS, _MEMBERS, _TOPK = 6, 3, 24
 _RUN = bytes(range(32))
 
 
@@ -42,8 +42,22 @@ def checks() -> Iterator[Check]:
         yield Check("compiled kernels", None, f"not available: {native.reason()}")
     for device in devices:
         yield _same(f"torch on {device}", definition, _story("torch", device, _threads(), 256))
+    for device in devices[1:]:
+        yield _triton(device, definition)
     if len(devices) == 1:
-        yield Check("torch on cuda", None, "PyTorch sees no CUDA device")
+        yield Check("torch and Triton on cuda", None, "PyTorch sees no CUDA device")
+
+
+def _triton(device: torch.device, definition: tuple[list[bytes], int]) -> Check:
+    """Whether the kernels in Triton can be used, and make the bits of the definition on a CPU."""
+    name = f"triton on {device}"
+    try:
+        from optimizer.triton_engine import trouble
+    except ImportError as error:
+        return Check(name, None, f"Triton cannot be imported: {error}")
+    if found := trouble(device, topk=_TOPK):
+        return Check(name, False, found)
+    return _same(name, definition, _story("triton", device, _threads(), 256))
 
 
 def _exactness(device: torch.device) -> Iterator[Check]:
@@ -84,7 +98,7 @@ def _play(engine: str, device: torch.device, slab_blocks: int) -> tuple[list[byt
         {name: torch.nn.Parameter(value.to(device, copy=True)) for name, value in start.items()}
         for _ in range(_MEMBERS)
     ]
-    settings: dict[str, Any] = {"topk": 24, "weight_decay": 0.1, "slab_blocks": slab_blocks, "engine": engine}
+    settings: dict[str, Any] = {"topk": _TOPK, "weight_decay": 0.1, "slab_blocks": slab_blocks, "engine": engine}
     members = [DisTrO(replica.items(), lr=0.01, **settings) for replica in replicas]
     updates: list[bytes] = []
     for round in range(_ROUNDS):

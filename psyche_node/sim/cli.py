@@ -41,7 +41,9 @@ def simulate(
     learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per packed sequence.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
-    overlap: Annotated[int | None, typer.Option(help="0: no overlap of training and transfer. Default 1.")] = None,
+    overlap: Annotated[
+        int | None, typer.Option(help="1: updates travel while the next round is trained. Default 0.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,

@@ -39,9 +39,9 @@ class Recipe(BaseModel):
     """Tokens per packed sequence."""
     batch: int = Field(default=24, ge=1)
     """Sequences per round, all members together."""
-    topk: int = Field(default=256, ge=1, le=512)
+    topk: int = Field(default=512, ge=1, le=512)
     """Coefficients kept of each block of 4,096: more is better and larger."""
-    learning_rate: float = Field(default=4e-3, gt=0)
+    learning_rate: float = Field(default=2.5e-3, gt=0)
     """Step of each weight at the peak of the schedule."""
     final_learning_rate: float = Field(default=2e-4, gt=0)
     """Step at the end of the schedule."""
@@ -51,13 +51,13 @@ class Recipe(BaseModel):
     """Tokens of the tokenizer that is trained on the data when the model brings none."""
     warmup_rounds: int = Field(default=5, ge=0)
     """Rounds in which the learning rate rises."""
-    decay: float = Field(default=0.95, gt=0, lt=1)
+    decay: float = Field(default=0.9, gt=0, lt=1)
     """Decay of the momentum per round."""
     weight_decay: float = Field(default=0.0, ge=0)
     """Decoupled weight decay."""
     clip_norm: float = Field(default=1.0, gt=0)
     """The gradient of a member is clipped to this norm."""
-    overlap: int = Field(default=1, ge=0, le=1)
+    overlap: int = Field(default=0, ge=0, le=1)
     """1: updates travel while the next round is trained. 0: each round waits for its own."""
     lookahead: bool = True
     """Train on the weights that the trend of the votes predicts."""

@@ -38,11 +38,11 @@ class TrainingTerms(BaseModel):
     """Decoupled weight decay, as an fp32 bit pattern."""
     clip_norm_bits: int = Field(default=0, ge=0, lt=0x7F800000)
     """Norm to which a member's gradient is clipped, as an fp32 bit pattern. 0: it is not clipped."""
-    decay_bits: int = Field(default=0x3F7FBE77, ge=0, lt=0x3F800000)
-    """Decay of the momentum per round, as an fp32 bit pattern. The default is 0.999."""
-    topk: int = Field(default=32, ge=1)
+    decay_bits: int = Field(default=0x3F666666, ge=0, lt=0x3F800000)
+    """Decay of the momentum per round, as an fp32 bit pattern. The default is 0.9."""
+    topk: int = Field(default=512, ge=1)
     """Coefficients sent of each block of 4,096."""
-    overlap: bool = True
+    overlap: bool = False
     """Whether an update travels while the next round is trained."""
     lookahead: bool = True
     """Whether gradients are taken at the weights that the trend of the votes predicts. Needed with overlap."""

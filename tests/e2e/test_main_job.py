@@ -70,7 +70,7 @@ def test_nodes_train_one_model_and_the_chain_tells_the_story(started, tmp_path: 
 
 
 def test_killed_node_does_not_stop_the_others(simulate: Simulate) -> None:
-    finished = simulate("--nodes", "4", "--rounds", "8", "--kill", "2@3", "--check-every", "2")
+    finished = simulate("--nodes", "4", "--rounds", "8", "--overlap", "1", "--kill", "2@3", "--check-every", "2")
     assert finished.code == 0, finished.text
     result = finished.result
     killed = next(node for node in result.nodes if node.name == "node-2")

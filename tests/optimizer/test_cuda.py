@@ -30,6 +30,18 @@ def precision(request: pytest.FixtureRequest) -> Iterator[str]:
     torch.set_float32_matmul_precision(before)
 
 
+@pytest.fixture(params=["torch", "triton"])
+def engine(request: pytest.FixtureRequest) -> str:
+    """What works on the CUDA device; on the CPU it is the fastest there is."""
+    if request.param == "triton":
+        pytest.importorskip("triton", reason="this build of PyTorch came without Triton")
+    return str(request.param)
+
+
+def on(device: torch.device, engine: str) -> str:
+    return engine if device.type == "cuda" else "auto"
+
+
 def replica(make: Make, device: torch.device, dtype: torch.dtype = torch.float32) -> Named:
     return [(name, torch.nn.Parameter(p.detach().to(device))) for name, p in make(dtype=dtype)]
 
@@ -50,11 +62,15 @@ def give_gradients(named: Named, seed: int) -> None:
 @pytest.mark.parametrize("topk", [32, 128])
 @pytest.mark.parametrize(("overlap", "lookahead"), [(True, True), (False, False)])
 def test_replicas_are_equal_over_fifty_rounds(
-    make: Make, topk: int, overlap: bool, lookahead: bool, precision: str
+    make: Make, topk: int, overlap: bool, lookahead: bool, precision: str, engine: str
 ) -> None:
     """One member on each device, each with gradients of its own; some rounds are void, some updates left out."""
     names = [replica(make, device) for device in (CPU, CUDA)]
-    members = [DisTrO(named, lr=0.01, topk=topk, decay=0.95, weight_decay=0.1, lookahead=lookahead) for named in names]
+    settings = {"topk": topk, "decay": 0.95, "weight_decay": 0.1, "lookahead": lookahead}
+    members = [
+        DisTrO(named, lr=0.01, engine=on(device, engine), **settings)
+        for named, device in zip(names, (CPU, CUDA), strict=True)
+    ]
     sent: dict[int, list[bytes]] = {}
     start = content(names[0])
     for round in range(50):
@@ -79,12 +95,13 @@ def test_replicas_are_equal_over_fifty_rounds(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("clip", [True, False])
-def test_many_votes_are_equal(make: Make, dtype: torch.dtype, clip: bool, precision: str) -> None:
+def test_many_votes_are_equal(make: Make, dtype: torch.dtype, clip: bool, precision: str, engine: str) -> None:
     """Votes beyond what a narrow format holds, in other slabs, and under autocast."""
     results = []
     for device, slab in ((CPU, 256), (CUDA, 256), (CUDA, 3)):
         named = replica(make, device, dtype)
-        optimizer = DisTrO(named, lr=0.01, topk=32, weight_decay=0.1, clip_votes=clip, slab_blocks=slab)
+        settings = {"topk": 32, "weight_decay": 0.1, "clip_votes": clip, "slab_blocks": slab}
+        optimizer = DisTrO(named, lr=0.01, engine=on(device, engine), **settings)
         layout = optimizer.layout
         same = np.tile(np.arange(32, dtype=np.uint16) * 128, (layout.blocks, 1))
         signs = np.random.default_rng(0).random((300, layout.blocks, 32)) < 0.2
@@ -109,14 +126,16 @@ def test_the_same_of_equal_values_are_selected() -> None:
         assert torch.equal(select(values.to(CUDA), topk).cpu(), select(values, topk))
 
 
-@pytest.mark.parametrize("topk", [32, 128])
+@pytest.mark.parametrize("topk", [24, 32, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_updates_of_equal_gradients_are_equal(make: Make, topk: int, dtype: torch.dtype, precision: str) -> None:
+def test_updates_of_equal_gradients_are_equal(
+    make: Make, topk: int, dtype: torch.dtype, precision: str, engine: str
+) -> None:
     """Butterflies in one order and separate roundings: the sender's own arithmetic is the same on every device, too."""
     blobs: list[list[bytes]] = []
     for device in (CPU, CUDA):
         named = replica(make, device, dtype)
-        optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=topk)
+        optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=topk, engine=on(device, engine))
         blobs.append([])
         for round in range(5):
             give_gradients(named, round)
@@ -128,9 +147,9 @@ def test_updates_of_equal_gradients_are_equal(make: Make, topk: int, dtype: torc
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lookahead_restores_every_bit(make: Make, dtype: torch.dtype) -> None:
+def test_lookahead_restores_every_bit(make: Make, dtype: torch.dtype, engine: str) -> None:
     named = replica(make, CUDA, dtype)
-    optimizer = DisTrO(named, lr=0.01, topk=32)
+    optimizer = DisTrO(named, lr=0.01, topk=32, engine=engine)
     give_gradients(named, 1)
     optimizer.encode(run=RUN, round=0, member=0)
     before, fingerprint = content(named), optimizer.fingerprint()
@@ -139,10 +158,10 @@ def test_lookahead_restores_every_bit(make: Make, dtype: torch.dtype) -> None:
     assert (content(named), optimizer.fingerprint()) == (before, fingerprint)
 
 
-def test_a_state_moves_between_devices(make: Make) -> None:
+def test_a_state_moves_between_devices(make: Make, engine: str) -> None:
     """A state saved on one device goes on, on the other, to the same updates."""
     named = replica(make, CUDA)
-    optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=32)
+    optimizer = DisTrO(named, lr=0.003, decay=0.95, topk=32, engine=engine)
     give_gradients(named, 0)
     optimizer.encode(run=RUN, round=0, member=0)
     moved = replica(make, CPU)
@@ -153,3 +172,25 @@ def test_a_state_moves_between_devices(make: Make) -> None:
         give_gradients(weights, 1)
         blobs.append(one.encode(run=RUN, round=1, member=0))
     assert blobs[0] == blobs[1]
+
+
+@pytest.mark.parametrize("topk", [1, 8, 24, 200, 4096])
+def test_kernels_in_triton_pass_their_rehearsal(topk: int) -> None:
+    pytest.importorskip("triton", reason="this build of PyTorch came without Triton")
+    from optimizer.triton_engine import trouble
+
+    assert trouble(torch.device("cuda", 0), topk) is None
+
+
+def test_triton_is_chosen_and_takes_little_memory() -> None:
+    """A model of 256 MB with as much momentum: below 100 MB beside them, copies of messages included."""
+    pytest.importorskip("triton", reason="this build of PyTorch came without Triton")
+    named = [("w", torch.nn.Parameter(torch.randn(8192, 8192, device=CUDA)))]
+    optimizer = DisTrO(named, lr=0.01, topk=32, lookahead=False)
+    assert optimizer._engine.name == "triton"
+    for _ in range(2):
+        named[0][1].grad = torch.ones_like(named[0][1])
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        optimizer.apply([optimizer.encode(run=RUN)])
+        assert torch.cuda.max_memory_allocated() - before < 100 << 20
