@@ -1,4 +1,4 @@
-"""Compute units of the on-chain program, per instruction and number of members: `python benchmarks/program_cu.py`.
+"""Compute units of the on-chain program, per instruction and number of members: `python -m benchmarks.program_cu`.
 
 Prints a table and, with `--json FILE`, writes the figures. They are deterministic: the same program gives the same
 numbers.

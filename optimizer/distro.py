@@ -63,7 +63,8 @@ class DisTrO(torch.optim.Optimizer):
         topk: coefficients of 4,096 that are sent. 512: 6 bits each, a loss like AdamW's; 128: 8 bits each; 32: 10 bits.
             Fewer make smaller updates, and a higher loss the smaller a member's batch is.
         weight_decay: decoupled, of all parameters.
-        window: the trend forgets over 2^window rounds. 0: each round's votes alone decide its step.
+        window: the trend forgets over 2^window rounds. 0: each round's votes alone decide its step. Lower it where
+            batches are so large that a round's gradient has little noise.
         lookahead: compute gradients at the weights that the trend predicts, together with own updates that are still
             travelling. Needed where updates are applied a round later (overlap).
         clip_votes: a coefficient moves one way, however many members voted for it.

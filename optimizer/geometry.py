@@ -21,7 +21,7 @@ PIECE = np.dtype(
     + [("start", "<i8"), ("stride", "<i8")]
 )
 """A rectangle of a tensor in a block: value (r, c) is value offset + 64 r + c of the block and start + stride r + c of
-the tensor. `block` counts from the slab's first. `psyche_piece` of the compiled kernels."""
+the tensor. `block` counts from the slab's first. `struct piece` of the compiled kernels."""
 
 
 @dataclass(frozen=True, slots=True)

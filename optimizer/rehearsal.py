@@ -67,7 +67,7 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
     results["add"] = [momentum.clone()]
     random = np.random.default_rng(0)
     bodies = [sent.body for sent in rounds]
-    for _ in range(2):
+    for _ in range(7):
         ordered = np.argsort(random.random((blocks, BLOCK)), axis=1)[:, : layout.topk]
         indices = np.sort(ordered, axis=1).astype(np.uint16)
         bodies.append(encode_blocks(indices, random.random((blocks, layout.topk)) < 0.3, layout.code))
@@ -75,11 +75,11 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
     weights[0].view(-1)[:2] = -0.0
     rates = [float(np.float32(0.001 * (tensor + 1))) for tensor in range(len(shapes))]
     shares = [0.9990000128746033, *[1.0] * (len(shapes) - 1)]
-    settings = [(1, 3, torch.float32, 1), (0, 0, torch.bfloat16, 0), (2, 1, torch.float16, 2)]
-    for limit, window, dtype, travelling in settings:
-        engine.check(bodies)
+    settings = [(9, 1, 3, torch.float32, 1), (3, 0, 0, torch.bfloat16, 0), (1, 2, 1, torch.float16, 2)]
+    for members, limit, window, dtype, travelling in settings:
+        engine.check(bodies[:members])
         step = Step(rates, shares, limit, window)
-        engine.apply(trend, weights, bodies, step)
+        engine.apply(trend, weights, bodies[:members], step)
         results["apply"] += [*(w.clone() for w in weights), trend.clone()]
         targets = [torch.zeros(shape, dtype=dtype, device=device) for shape in shapes]
         engine.ahead(trend, rounds[:travelling], weights, targets, step)

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from optimizer.geometry import PIECE
 from optimizer.layout import BLOCK, BlockCode
 
 # PSYCHE_ABI of kernels.h.
@@ -27,13 +28,6 @@ _ABI = 2
 _ISAS = ("baseline", "avx2", "avx512")
 
 FP32, BF16 = 0, 1
-
-PIECE = np.dtype(
-    [(name, "<i4") for name in ("tensor", "block", "offset", "rows", "cols", "reserved")]
-    + [("start", "<i8"), ("stride", "<i8")]
-)
-"""A rectangle of a tensor in a block: value (r, c), r < rows, c < cols, is value `offset` + 64 r + c of block
-`block`, and element `start` + `stride` r + c of the tensor's storage. One row may be 4096 long. Sorted by block."""
 
 
 class StaleKernels(RuntimeError):

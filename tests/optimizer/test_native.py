@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from optimizer import native
 from optimizer.errors import MalformedUpdate
+from optimizer.geometry import PIECE
 from optimizer.layout import BLOCK, SIDE, BlockCode
 from optimizer.plain_codec import decode_blocks, encode_blocks
 
@@ -134,7 +135,7 @@ def pieces_of_case() -> NDArray:
     edge = [(0, 2, 0, 64, 2, 0, 128, 130), (0, 3, 0, 6, 64, 0, 64 * 130, 130), (0, 4, 0, 6, 2, 0, 64 * 130 + 128, 130)]
     runs = [(1, 5, 0, 1, BLOCK, 0, 3, 0), (1, 6, 0, 1, 905, 0, 3 + BLOCK, 0)]
     shared = [(2, 7, 0, 1, 70, 0, 0, 0), (3, 7, 70, 1, 1, 0, 1, 0), (4, 7, 72, 1, 4000, 0, 0, 0)]
-    return np.array(whole + edge + runs + shared, native.PIECE)
+    return np.array(whole + edge + runs + shared, PIECE)
 
 
 def values(seed: int, kind: str, *shape: int) -> Array:
@@ -234,7 +235,7 @@ def test_selection_is_exact_whatever_the_ties(topk: int, seed: int, distinct: in
     for isa in native.isas():
         body, scale, actual = np.empty((2, code.bytes), np.uint8), np.empty(2, np.float32), momentum.copy()
         native.kernels(isa).encode(
-            np.empty(0, native.PIECE), none, actual, decay=1.0, rate=1.0, code=code, salt=3, body=body, scale=scale
+            np.empty(0, PIECE), none, actual, decay=1.0, rate=1.0, code=code, salt=3, body=body, scale=scale
         )
         assert same_bits(body, expected_body)
         assert same_bits(actual, expected)
@@ -382,7 +383,7 @@ def test_any_bytes_are_safe(topk: int, seed: int) -> None:
         kernels.add(around[1:3], body, np.ones(2, np.float32), 1.0, code)
         assert not around[0].any()
         assert not around[3].any()
-        whole = np.array([(0, 0, 0, 64, 64, 0, BLOCK, 64), (0, 1, 0, 64, 64, 0, 2 * BLOCK, 64)], native.PIECE)
+        whole = np.array([(0, 0, 0, 64, 64, 0, BLOCK, 64), (0, 1, 0, 64, 64, 0, 2 * BLOCK, 64)], PIECE)
         one = np.ones(1, np.float32)
         trend = np.zeros((2, BLOCK), np.int16)
         kernels.apply(
@@ -423,10 +424,10 @@ def test_pieces_that_do_not_fit_are_refused(kernels: native.Kernels) -> None:
     weights = np.zeros(2 * BLOCK, np.float32)
     good = (0, 1, 0, 64, 64, 0, 0, 64)
     for position, value in ((0, 1), (0, -1), (1, 2), (1, -1), (2, 1), (2, -1), (3, 65), (3, 0), (4, 65), (4, 0)):
-        bad = np.array([(*good[:position], value, *good[position + 1 :])], native.PIECE)
+        bad = np.array([(*good[:position], value, *good[position + 1 :])], PIECE)
         with pytest.raises(ValueError, match="a piece leaves its block"):
             kernels.fingerprint(bad, addresses([weights]), np.zeros(BLOCK, np.uint64), np.zeros(2, np.uint64))
-    unsorted = np.array([good, (0, 0, 0, 64, 64, 0, 0, 64)], native.PIECE)
+    unsorted = np.array([good, (0, 0, 0, 64, 64, 0, 0, 64)], PIECE)
     for pieces, tensors in ((unsorted, [weights]), (unsorted[:1], [None])):
         with pytest.raises(ValueError, match="a piece leaves its block"):
             kernels.fingerprint(pieces, addresses(tensors), np.zeros(BLOCK, np.uint64), np.zeros(2, np.uint64))
