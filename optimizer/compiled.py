@@ -27,13 +27,13 @@ _DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 def choose_engine(geometry: Geometry, device: torch.device, name: str = "auto") -> Engine:
     """By name: "torch", "triton", "compiled", or an instruction set of the compiled kernels.
 
-    "auto" takes the compiled kernels on CPUs where they are built, those in Triton on CUDA devices where they pass a
-    rehearsal, and torch operations elsewhere; the engine's name says why.
-    Raises ValueError for an engine that is not to be had here.
+    "auto" takes the compiled kernels on CPUs where they are built, and torch operations elsewhere: those in Triton
+    have to be asked for, as long as nobody has measured them. Raises ValueError for an engine that is not to be had
+    here, or that fails its rehearsal.
     """
     on_cpu = device.type == "cpu"
-    if name == "triton" or (name == "auto" and device.type == "cuda"):
-        return _triton_engine(geometry, device, forced=name == "triton")
+    if name == "triton":
+        return _triton_engine(geometry, device)
     if name == "torch" or (name == "auto" and not (on_cpu and native.available())):
         return PlainEngine(geometry, device)
     if name not in ("auto", "compiled", *native.isas()):
@@ -45,23 +45,18 @@ def choose_engine(geometry: Geometry, device: torch.device, name: str = "auto") 
     return CompiledEngine(geometry, None if name in ("auto", "compiled") else name)
 
 
-def _triton_engine(geometry: Geometry, device: torch.device, forced: bool) -> Engine:
+def _triton_engine(geometry: Geometry, device: torch.device) -> Engine:
     try:
         from optimizer import triton_engine  # triton is imported where it is asked for, and nowhere else
     except ImportError as error:
-        reason = f"Triton cannot be imported: {error}"
+        raise ValueError(f"kernels in Triton cannot be used: triton cannot be imported ({error})") from error
+    if device.type == "cuda":
+        trouble = triton_engine.trouble(device, geometry.layout.topk)
     else:
-        if forced and device.type != "cuda" and not triton_engine.interpreted():
-            raise ValueError(f"kernels in Triton cannot be used on {device}: they are for CUDA devices")
-        trouble = None if forced else triton_engine.trouble(device, geometry.layout.topk)
-        if trouble is None:
-            return triton_engine.TritonEngine(geometry, device)
-        reason = f"Triton failed its self-test: {trouble}"
-    if forced:
-        raise ValueError(f"kernels in Triton cannot be used on {device}: {reason}")
-    engine = PlainEngine(geometry, device)
-    engine.name = f"torch ({reason})"
-    return engine
+        trouble = None if triton_engine.interpreted() else "they are for CUDA devices"
+    if trouble:
+        raise ValueError(f"kernels in Triton cannot be used on {device}: {trouble}")
+    return triton_engine.TritonEngine(geometry, device)
 
 
 class CompiledEngine:

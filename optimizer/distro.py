@@ -71,8 +71,8 @@ class DisTrO(torch.optim.Optimizer):
         robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
             setting.
         slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block.
-        engine: "auto" takes the compiled kernels on CPUs where they are built, and kernels in Triton on CUDA devices
-            where they pass a self-test; "torch" forces plain torch operations. The bits are the same.
+        engine: "auto" takes the compiled kernels on CPUs where they are built and plain torch operations elsewhere;
+            "torch" forces these; "triton" asks for kernels on a CUDA device. The bits are the same.
         group: the process group of this site, if parameters are DTensors; by default all processes.
 
     Raises ValueError for arguments out of range and LayoutError for parameters that cannot be laid out.

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from optimizer import DisTrO, MalformedUpdate, triton_engine
-from optimizer.engine import PlainEngine, Rule, Sent
+from optimizer.compiled import choose_engine
+from optimizer.engine import PlainEngine, Rule, Sent, Step
 from optimizer.geometry import Geometry, Part
 from optimizer.layout import BLOCK, Layout
 from optimizer.plain_codec import encode_blocks
@@ -42,6 +43,14 @@ def test_the_rehearsal_finds_an_engine_that_is_wrong() -> None:
     assert differences(lambda geometry: Wrong(geometry, CPU), plain, CPU, topk=4, shapes=[("only", (3,))]) == ["add"]
 
 
+def test_after_a_failed_rehearsal_the_kernels_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_engine, "trouble", lambda device, topk: "other bits than torch in apply")
+    geometry = Geometry.build(Layout.build([("one", (4,))], 2), 1)
+    with pytest.raises(ValueError, match="cannot be used on cuda: other bits than torch in apply"):
+        choose_engine(geometry, torch.device("cuda"), "triton")
+    assert isinstance(choose_engine(geometry, torch.device("cuda")), PlainEngine)
+
+
 @pytest.mark.parametrize(("topk", "shape"), [(1, (64, 64)), (200, (4096,))])
 def test_bitmaps_of_every_length(topk: int, shape: tuple[int, ...]) -> None:
     assert differences(triton, plain, CPU, topk, [("only", shape)]) == []
@@ -70,6 +79,15 @@ def test_border_blocks_come_whole_from_the_exchange() -> None:
         engine.encode([gradient], exchanged, momentum, sent, Rule(0.9, 0.01, 1))
         told.append((momentum.numpy().tobytes(), sent.body.tobytes(), sent.scale.numpy().tobytes()))
     assert told[0] == told[1]
+
+
+def test_a_process_without_a_block_has_nothing_to_do() -> None:
+    engine = triton(Geometry.build(Layout.build([("w", (70, 64))], 8), 2, [Part((0, 0), (0, 64))]))
+    nothing = torch.empty(0, BLOCK)
+    sent = Sent(None, np.zeros((0, 12), np.uint8), torch.zeros(0))  # type: ignore[arg-type]
+    assert engine.encode([torch.empty(0, 64)], None, nothing, sent, Rule(0.9, 0.01, 1)).total == 0
+    engine.apply(nothing.short(), [nothing], [np.zeros((2, 12), np.uint8)], Step([0.1], [1.0], 1, 3))
+    assert engine.fingerprint([nothing]) == 0
 
 
 @pytest.mark.parametrize("topk", [3, 130])
