@@ -13,6 +13,7 @@ members would count, and it leaves out none.
 Legend: P members, S sampled blocks at a time, C = 4096 coefficients.
 """
 
+import hashlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -20,12 +21,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from optimizer.fingerprint import splitmix64
 from optimizer.layout import BLOCK, BlockCode
 from optimizer.votes import ballots, on_device, unpack
 
 FEWEST = 4
 """Members from which on there is a majority to agree with, one of them being hostile."""
-_SAMPLE = 2048
+SAMPLE = 2048
+"""Blocks that are looked at, where there are more."""
 _AT_ONCE = 1 << 22  # votes held at a time, as fp32
 
 
@@ -43,9 +46,8 @@ def agreeing(bodies: Sequence[NDArray[np.uint8]], code: BlockCode, device: torch
 
 def _pairs(bodies: Sequence[NDArray[np.uint8]], code: BlockCode, device: torch.device) -> tuple[Tensor, Tensor]:
     """Agreements less disagreements, and coefficients that both voted for: (P, P) int64, over the sampled blocks."""
-    blocks, members = len(bodies[0]), len(bodies)
-    numbers = np.unique(np.linspace(0, blocks - 1, min(blocks, _SAMPLE)).astype(np.int64))
-    agreements = torch.zeros(members, members, dtype=torch.int64)
+    members, numbers = len(bodies), sampled(bodies)
+    agreements = torch.zeros(members, members, dtype=torch.int64, device="cpu")
     meetings = torch.zeros_like(agreements)
     at_once = max(1, _AT_ONCE // (members * BLOCK))
     for start in range(0, len(numbers), at_once):
@@ -58,7 +60,20 @@ def _pairs(bodies: Sequence[NDArray[np.uint8]], code: BlockCode, device: torch.d
     return agreements, meetings
 
 
+def sampled(bodies: Sequence[NDArray[np.uint8]]) -> NDArray[np.int64]:
+    """Numbers of the blocks to look at, ascending: drawn from all the bodies, in whatever order they come.
+
+    Nobody knows them while there is an update to come, so nobody can be honest in just these.
+    """
+    blocks = len(bodies[0])
+    if blocks <= SAMPLE:
+        return np.arange(blocks)
+    seed = hashlib.sha256(b"".join(sorted(hashlib.sha256(body.data).digest() for body in bodies))).digest()
+    drawn = splitmix64(int.from_bytes(seed[:8], "little"), np.arange(blocks))
+    return np.sort(np.argpartition(drawn, SAMPLE)[:SAMPLE])
+
+
 def _votes(rows: NDArray[np.uint8], code: BlockCode, device: torch.device) -> Tensor:
     indices_SK, negative_SK = unpack(on_device(rows, device), code)
-    votes_SC = torch.zeros(len(rows), BLOCK, device=device)
+    votes_SC = torch.zeros(len(rows), BLOCK, dtype=torch.float32, device=device)
     return votes_SC.scatter_(1, indices_SK, ballots(negative_SK)).view(-1)

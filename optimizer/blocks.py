@@ -16,7 +16,7 @@ def gather(
 
     Border blocks come from the rows of `exchanged`, if it is given.
     """
-    blocks_NC = torch.zeros(slab.count, BLOCK, device=device)
+    blocks_NC = torch.zeros(slab.count, BLOCK, dtype=torch.float32, device=device)
     for region in slab.regions:
         tensor = tensors[region.tensor]
         if tensor is not None:

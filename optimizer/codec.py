@@ -26,7 +26,7 @@ from optimizer.plain_codec import Indices, Numbers, Signs
 MAGIC = b"PSYU"
 VERSION = 1
 _HEADER = struct.Struct("<4sHHQQII32s32s")
-_SLAB = 2048  # blocks worked on at a time: about 10 MB of scratch at topk 128
+_SLAB = 2048  # blocks worked on at a time: about 30 MB of scratch at topk 512
 
 Blob = bytes | bytearray | memoryview
 assert _HEADER.size == HEADER_BYTES

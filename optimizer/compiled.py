@@ -5,7 +5,7 @@ Legend: N blocks of a slab, C = 4096 coefficients of a block, B bytes of a block
 
 import os
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from functools import cache
 from typing import TypeVar
 
@@ -19,6 +19,7 @@ from optimizer.engine import Bodies, Energy, Engine, PlainEngine, Rule, Sent, St
 from optimizer.fingerprint import of_blocks, within_block
 from optimizer.geometry import Geometry
 from optimizer.layout import SIDE
+from optimizer.rehearsal import differences
 
 T = TypeVar("T")
 _DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
@@ -27,22 +28,39 @@ _DTYPES = {torch.float32: native.FP32, torch.bfloat16: native.BF16}
 def choose_engine(geometry: Geometry, device: torch.device, name: str = "auto") -> Engine:
     """By name: "torch", "triton", "compiled", or an instruction set of the compiled kernels.
 
-    "auto" takes the compiled kernels on CPUs where they are built, and torch operations elsewhere: those in Triton
-    have to be asked for, as long as nobody has measured them. Raises ValueError for an engine that is not to be had
-    here, or that fails its rehearsal.
+    "auto" takes the compiled kernels on CPUs where they are built and pass their rehearsal, and torch operations
+    elsewhere; the engine's name says why. Kernels in Triton have to be asked for, as long as nobody has measured them.
+    Raises ValueError for an engine that is not to be had here.
     """
-    on_cpu = device.type == "cpu"
     if name == "triton":
         return _triton_engine(geometry, device)
-    if name == "torch" or (name == "auto" and not (on_cpu and native.available())):
+    if name == "torch" or (name == "auto" and device.type != "cpu"):
         return PlainEngine(geometry, device)
     if name not in ("auto", "compiled", *native.isas()):
         raise ValueError(
             f"no engine is called {name!r} here; there are torch, compiled, triton and {', '.join(native.isas())}"
         )
-    if not on_cpu or not native.available():
-        raise ValueError(f"compiled kernels cannot be used on {device}: {native.reason() or 'they are for the CPU'}")
-    return CompiledEngine(geometry, None if name in ("auto", "compiled") else name)
+    isa = None if name in ("auto", "compiled") else name
+    problem = trouble(isa) if device.type == "cpu" else "they are for the CPU"
+    if not problem:
+        return CompiledEngine(geometry, isa)
+    if name != "auto":
+        raise ValueError(f"compiled kernels cannot be used on {device}: {problem}")
+    engine = PlainEngine(geometry, device)
+    engine.name = f"torch ({problem})"
+    return engine
+
+
+def trouble(isa: str | None) -> str | None:
+    """Why the compiled kernels cannot be used; None if a rehearsal makes the bits of the definition (0.2 s, once)."""
+    return _rehearsed(isa) if native.available() else native.reason()
+
+
+@cache
+def _rehearsed(isa: str | None) -> str | None:
+    here = torch.device("cpu")
+    found = differences(lambda g: CompiledEngine(g, isa), lambda g: PlainEngine(g, here), here, topk=24)
+    return f"they make other bits than torch in {', '.join(found)}; install psyche-node again" if found else None
 
 
 def _triton_engine(geometry: Geometry, device: torch.device) -> Engine:
@@ -190,7 +208,11 @@ class CompiledEngine:
         def share(first: int) -> list[T]:
             return [work(number) for number in range(first, slabs, threads)]
 
-        shares = list(_pool().map(share, range(min(threads, slabs))))
+        futures = [_pool().submit(share, first) for first in range(min(threads, slabs))]
+        try:
+            shares = [future.result() for future in futures]
+        finally:
+            wait(futures)  # when one fails, too: none may go on writing to tensors that are about to be freed
         return [shares[number % threads][number // threads] for number in range(slabs)]
 
 

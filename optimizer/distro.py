@@ -11,7 +11,7 @@ orthonormal transform of 64x64 blocks, M the momentum (private), w the fp32 weig
     T  = T - T / 2^window + H V H                  the trend, equal on all members (`trend`)
     w  = w (1 - lr wd) - lr sign(T)                exact: integers up to the last line
 
-    optimizer = DisTrO(model.named_parameters(), lr=0.005, topk=32)
+    optimizer = DisTrO(model.named_parameters(), lr=0.0025)
     for round in range(rounds):
         with optimizer.lookahead():
             loss(model).backward()
@@ -30,6 +30,7 @@ from typing import Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from optimizer.agreement import agreeing
@@ -38,7 +39,7 @@ from optimizer.compiled import choose_engine
 from optimizer.engine import Bodies, Energy, Rule, Sent, Step
 from optimizer.errors import MalformedUpdate, NonFiniteGradient, OptimizerError, UnknownRound
 from optimizer.geometry import Geometry
-from optimizer.layout import BLOCK, HEADER_BYTES, Layout
+from optimizer.layout import BLOCK, HEADER_BYTES, Layout, LayoutError
 from optimizer.parameters import Named, check, trained_groups
 from optimizer.rates import kept_share, rate
 from optimizer.report import Report, Watch
@@ -70,7 +71,8 @@ class DisTrO(torch.optim.Optimizer):
         clip_votes: a coefficient moves one way, however many members voted for it.
         robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
             setting.
-        slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block.
+        slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block (float16 gradients are
+            converted as a whole).
         engine: "auto" takes the compiled kernels on CPUs where they are built and plain torch operations elsewhere;
             "torch" forces these; "triton" asks for kernels on a CUDA device. The bits are the same.
         group: the process group of this site, if parameters are DTensors; by default all processes.
@@ -111,10 +113,12 @@ class DisTrO(torch.optim.Optimizer):
         self._group_of = [group_of[name] for name in self._names]
         self._site = site_of(self.layout, self._parameters, group)
         self._geometry = Geometry.build(self.layout, slab_blocks, self._site.parts, self._site.border)
-        self._masters = [None if p.dtype == torch.float32 else p.float() for p in self._locals()]
-        self._device = local(self._parameters[0]).device
+        held = [local(p) for p in self._parameters]
+        self._born = [(p.dtype, p.shape, p.device) for p in held]
+        self._masters = [None if p.dtype == torch.float32 else p.detach().float() for p in held]
+        self._device = held[0].device
         self._engine = choose_engine(self._geometry, self._device, engine)
-        self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, device=self._device)
+        self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.float32, device=self._device)
         self._trend_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.int16, device=self._device)
         self._sent: dict[int, Sent] = {}
         self._next = 0
@@ -194,10 +198,12 @@ class DisTrO(torch.optim.Optimizer):
             exchanged = self._site.exchange(gradients)
         blocks = len(self._geometry.blocks)
         sent = Sent(
-            header, np.empty((blocks, self.layout.code.bytes), np.uint8), torch.empty(blocks, device=self._device)
+            header,
+            np.empty((blocks, self.layout.code.bytes), np.uint8),
+            torch.empty(blocks, dtype=torch.float32, device=self._device),
         )
-        # Rates weigh rounds against each other, so one serves for all groups.
-        rule = Rule(self.decay, self.lr[0], (number + member) & 0xFFFFFFFF)
+        # Rates weigh rounds against each other, so one serves for all groups: the largest, as some may be 0.
+        rule = Rule(self.decay, max(self.lr), (number + member) & 0xFFFFFFFF)
         with self._watch.phase("encode"):
             energy = self._engine.encode(gradients, exchanged, self._momentum_NC, sent, rule)
         for before in self._sent.values():
@@ -224,23 +230,23 @@ class DisTrO(torch.optim.Optimizer):
         if len(blobs) > MOST_VOTES:
             raise ValueError(f"{len(blobs)} updates at once cannot be summed exactly; at most {MOST_VOTES} can")
         with self._watch.phase("check"):
-            headers, bodies = self._checked(blobs)
+            headers, checked = self._checked(blobs)
         if not blobs:
             return ()
         counted = list(range(len(blobs)))
         if self._robust:
             with self._watch.phase("agreement"):
-                counted = agreeing(bodies, self.layout.code, self._device)
+                counted = agreeing(checked, self.layout.code, self._device)
         left_out = [header for number, header in enumerate(headers) if number not in counted]
-        bodies = [bodies[number] for number in counted]
+        bodies = [checked[number] for number in counted]
         with self._watch.phase("apply"):
             step = self._step(rates)
             self._watch.stepping(self._trend_NC, step.rates)
             self._engine.apply(self._trend_NC, self._weights(), bodies, step)
             self._show(self._masters)
         self._watch.voted(bodies)
-        for header in headers:
-            if header.round in self._sent and self._sent[header.round].header == header:
+        for header, body in zip(headers, checked, strict=True):
+            if self._is_own(header, body):
                 own = self._sent.pop(header.round)
                 if header in left_out:
                     self._engine.add(self._momentum_NC, own, own.factor)
@@ -252,8 +258,8 @@ class DisTrO(torch.optim.Optimizer):
 
         Raises UnknownRound if it is not one of `travelling`.
         """
-        header = open_body(blob, self.layout)[0]
-        if header.round not in self._sent or self._sent[header.round].header != header:
+        header, body = open_body(blob, self.layout)
+        if not self._is_own(header, body):
             kept = ", ".join(map(str, sorted(self._sent))) or "none"
             raise UnknownRound(
                 f"no own update of round {header.round} by member {header.member} is kept (rounds kept: {kept}); each "
@@ -291,7 +297,8 @@ class DisTrO(torch.optim.Optimizer):
         """Trend, momentum, updates without a known fate, fp32 masters of 16-bit parameters, rates; not the parameters.
 
         Of this process: where the model is sharded, each process saves and loads its own. Who joins a run needs the
-        trend of another member along with the weights; momentum and updates are private.
+        trend of another member along with the weights; momentum and updates are private. It shares memory with the
+        optimizer: copy or save it before the next step.
         """
         return {
             "layout": self.layout.digest.hex(),
@@ -315,18 +322,14 @@ class DisTrO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
-        """Take over a state saved with the same layout and sharding. Raises ValueError if it is of another one."""
+        """Take over a state saved with the same layout and sharding.
+
+        Raises ValueError if it is not one, with nothing changed, on all processes of the site if on one.
+        """
         self._not_swapped("load a state")
-        if state_dict["layout"] != self.layout.digest.hex():
-            raise ValueError(
-                f"the saved state is of layout {state_dict['layout'][:16]}…, this optimizer's is "
-                f"{self.layout.digest.hex()[:16]}…: model or topk differ; start from the same configuration"
-            )
-        if not self._site.all(self._is_sharded_alike(state_dict)):
-            raise ValueError(
-                f"the saved state is of {len(state_dict['blocks'])} blocks, this process works on "
-                f"{len(self._geometry.blocks)} or on others: start as many processes, sharded alike, as saved it"
-            )
+        problem = self._misfit(state_dict)
+        if not self._site.all(problem is None):
+            raise ValueError(problem or "the saved state of another process of this site does not fit")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update(saved)
         self._next = int(state_dict["next"])
@@ -346,14 +349,46 @@ class DisTrO(torch.optim.Optimizer):
                 master.copy_(state_dict["masters"][name])
         self._show(self._masters)
 
-    def _is_sharded_alike(self, state_dict: Mapping[str, Any]) -> bool:
+    def _misfit(self, state: Mapping[str, Any]) -> str | None:
+        """Why a saved state cannot be taken over; None if it can."""
+        if missing := [key for key in self.state_dict() if key not in state]:
+            return f"the saved state has no {missing[0]!r}: it is not one of this optimizer, or of an earlier version"
+        if state["layout"] != self.layout.digest.hex():
+            return (
+                f"the saved state is of layout {state['layout'][:16]}…, this optimizer's is "
+                f"{self.layout.digest.hex()[:16]}…: model or topk differ; start from the same configuration"
+            )
         kept = {name: m.shape for name, m in zip(self._names, self._masters, strict=True) if m is not None}
-        saved = {name: master.shape for name, master in state_dict["masters"].items()}
-        return np.array_equal(state_dict["blocks"].cpu().numpy(), self._geometry.blocks) and kept == saved
+        alike = np.array_equal(state["blocks"].cpu().numpy(), self._geometry.blocks)
+        alike &= all(state[key].shape == self._momentum_NC.shape for key in ("momentum", "trend"))
+        shape = (len(self._geometry.blocks), self.layout.code.bytes)
+        alike &= all(sent["body"].shape == shape and len(sent["scale"]) == shape[0] for sent in state["sent"].values())
+        if not alike or kept != {name: master.shape for name, master in state["masters"].items()}:
+            return (
+                f"the saved state is of {len(state['blocks'])} blocks, this process works on "
+                f"{len(self._geometry.blocks)} or on others: start as many processes, sharded alike, as saved it"
+            )
+        if len(state["param_groups"]) != len(self.param_groups):
+            return f"the saved state has {len(state['param_groups'])} parameter groups, not {len(self.param_groups)}"
+        return None
+
+    def _is_own(self, header: Header, body: NDArray[np.uint8]) -> bool:
+        """Whether it is an own update whose fate is open, and no other one under its round and member."""
+        sent = self._sent.get(header.round)
+        if sent is None or sent.header != header:
+            return False
+        return self._site.all(np.array_equal(body[self._geometry.blocks], sent.body))
 
     def _locals(self) -> list[Tensor]:
         """What is here of each parameter, without a graph. Asked for anew: FSDP2 moves its shards to other memory."""
-        return [local(p) if is_sharded(p) else p.detach() for p in self._parameters]
+        held = [local(p) if is_sharded(p) else p.detach() for p in self._parameters]
+        for name, tensor, born in zip(self._names, held, self._born, strict=True):
+            if (tensor.dtype, tensor.shape, tensor.device) != born or not tensor.is_contiguous():
+                raise OptimizerError(
+                    f"{name} was {born[0]} {tuple(born[1])} on {born[2]} and contiguous; it is now {tensor.dtype} "
+                    f"{tuple(tensor.shape)} on {tensor.device}: convert the model before making the optimizer"
+                )
+        return held
 
     def _weights(self) -> list[Tensor]:
         """fp32 weights, as far as they are here, in the order of the placements."""
@@ -374,7 +409,7 @@ class DisTrO(torch.optim.Optimizer):
 
     def _per_group(self, lr: Rates) -> list[float]:
         groups = len(self.param_groups)
-        values = [lr] * groups if isinstance(lr, int | float) else list(lr)
+        values = list(lr) if isinstance(lr, Sequence) else [lr] * groups
         if len(values) != groups:
             raise ValueError(f"{len(values)} learning rates for {groups} parameter groups; give one, or one for each")
         return [rate(value) for value in values]
@@ -382,18 +417,21 @@ class DisTrO(torch.optim.Optimizer):
     def _gradients(self) -> list[Tensor | None]:
         """Local gradients, checked. Those of DTensors are brought to the placements of their parameters."""
         gradients: list[Tensor | None] = []
+        misplaced: LayoutError | None = None
         for parameter in self._parameters:
             gradient = parameter.grad
-            if gradient is not None:
-                gradient = local(gradient, like=parameter).contiguous()
-            gradients.append(gradient)
+            try:
+                gradients.append(None if gradient is None else local(gradient, like=parameter).contiguous())
+            except LayoutError as error:
+                misplaced = error
+        if not self._site.all(misplaced is None):
+            raise misplaced or LayoutError("a gradient on another process of this site is not shaped as its parameter")
         filled = {name: g for name, g in zip(self._names, gradients, strict=True) if g is not None and g.numel()}
-        largest = (
-            torch.stack(torch._foreach_norm(list(filled.values()), ord=float("inf"))) if filled else torch.zeros(1)
-        )
-        good = bool((largest < _LARGEST_GRADIENT).all())
+        norms = torch._foreach_norm(list(filled.values()), ord=float("inf")) if filled else []
+        largest = [float(norm) for norm in torch.stack(list(norms)).tolist()] if norms else []
+        good = all(value < _LARGEST_GRADIENT for value in largest)
         if not self._site.all(good):
-            bad = [name for name, value in zip(filled, largest.tolist(), strict=False) if not value < _LARGEST_GRADIENT]
+            bad = [name for name, value in zip(filled, largest, strict=True) if not value < _LARGEST_GRADIENT]
             raise NonFiniteGradient(
                 f"the gradient of {bad[0] if bad else 'a parameter on another process'} is not finite (or above "
                 f"{_LARGEST_GRADIENT:g}); leave this round out, and look at its data and learning rate"

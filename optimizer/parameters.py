@@ -1,11 +1,12 @@
 """Which parameters an optimizer trains: groups as torch takes them, without frozen and repeated ones."""
 
-import math
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from optimizer.rates import rate
 
 Named = dict[str, Tensor]
 
@@ -35,9 +36,8 @@ def trained_groups(
             names.add(name)
             kept.append((name, parameter))
         settings = {**defaults, **{key: value for key, value in group.items() if key != "params"}}
-        for key in ("lr", "weight_decay"):
-            if not (settings[key] >= 0 and math.isfinite(settings[key])):
-                raise ValueError(f"{key} is {settings[key]}; it must be finite and not negative")
+        settings["lr"] = rate(settings["lr"])
+        settings["weight_decay"] = rate(settings["weight_decay"], "weight decay")
         if kept:
             made.append({**settings, "params": kept})
     return made
@@ -47,6 +47,11 @@ def check(named: Named) -> None:
     """Raise ValueError, naming the parameter, unless all can be trained."""
     if not named:
         raise ValueError("no parameter requires a gradient; pass model.named_parameters() of a model to train")
+    if not float(torch.full((), 1e-39, dtype=torch.float32) * 0.5):
+        raise ValueError(
+            "subnormal numbers are flushed to zero, on other members they may not be; turn it off with "
+            "torch.set_flush_denormal(False)"
+        )
     device = next(iter(named.values())).device
     for name, parameter in named.items():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):

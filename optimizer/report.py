@@ -112,7 +112,7 @@ class Watch:
     def _grid(self, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Where the sampled blocks hold a weight (bool), and the rate of each weight."""
         filled_SC = torch.zeros(len(self._numbers), BLOCK, dtype=torch.bool, device=self.device)
-        rates_SC = torch.zeros(len(self._numbers), BLOCK, device=self.device)
+        rates_SC = torch.zeros(len(self._numbers), BLOCK, dtype=torch.float32, device=self.device)
         for region in self._sample.regions:
             in_blocks(filled_SC, region).fill_(True)
             in_blocks(rates_SC, region).fill_(rates[region.tensor])
@@ -120,7 +120,7 @@ class Watch:
 
     def _agreement(self, rows: Bodies) -> float | None:
         code = self.geometry.layout.code
-        voters_SC = torch.zeros(len(self._numbers), BLOCK, device=self.device)
+        voters_SC = torch.zeros(len(self._numbers), BLOCK, dtype=torch.float32, device=self.device)
         for body in rows:
             indices_SK, _ = unpack(on_device(body, self.device), code)
             voters_SC.scatter_add_(1, indices_SK, torch.ones_like(indices_SK, dtype=torch.float32))

@@ -136,11 +136,11 @@ class Ranks:
     def exchange(self, gradients: Sequence[Tensor | None]) -> Tensor | None:
         if not len(self._edges):
             return None
-        border_NC = torch.empty(len(self._border), BLOCK, device=self._device)
+        border_NC = torch.empty(len(self._border), BLOCK, dtype=torch.float32, device=self._device)
         most = max(1, self._scratch // (4 * BLOCK))
         for first in range(0, len(self._edges), most):
             # Each value has one contributor and zeros from all others, so that the sum is exact in any order.
-            edges_NC = torch.zeros(min(most, len(self._edges) - first), BLOCK, device=self._device)
+            edges_NC = torch.zeros(min(most, len(self._edges) - first), BLOCK, dtype=torch.float32, device=self._device)
             for run in self._runs:
                 run.copy(gradients[run.tensor], edges_NC, first)
             dist.all_reduce(edges_NC, group=self._group)

@@ -19,7 +19,6 @@ OPERANDS = {"fp32": 1 << 24, "tf32": 1 << 11, "bf16": 1 << 8, "int8": 127, "int6
 """Paths of the exact inverse: the largest integer that both operands of a product may hold. Sums stay below 2^24 in the
 floating-point units (which add in fp32), below 2^31 for int8, below 2^63 for int64."""
 _SUMS = {"int8": (1 << 31) - 1, "int64": (1 << 63) - 1}
-_PRECISIONS = {"highest": "fp32", "high": "tf32", "medium": "bf16"}
 
 
 def largest_votes(path: str) -> int:
@@ -37,7 +36,7 @@ MOST_VOTES = largest_votes("fp32")
 @cache
 def hadamard(device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
     """The 64x64 Sylvester matrix."""
-    matrix = torch.ones(1, 1)
+    matrix = torch.ones(1, 1, dtype=torch.float32, device="cpu")
     while len(matrix) < SIDE:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)], 0)
     return matrix.to(device, dtype)
@@ -70,8 +69,8 @@ def _along_first(tiles: Tensor) -> Tensor:
 def invert_votes(votes_NC: Tensor, bound: int, path: str | None = None) -> Tensor:
     """H V H of integer votes (N, 4096) held in fp32, as exact integers in fp32 (N, 4096).
 
-    `bound` is the largest magnitude a vote can have; `path` a key of OPERANDS, by default the matrix unit at the
-    precision that PyTorch is set to, if `bound` allows it, else integers. Raises ValueError if the path does not allow
+    `bound` is the largest magnitude a vote can have; `path` a key of OPERANDS, by default what
+    `choose_path` says. Raises ValueError if the path does not allow
     it, or if the result would not fit fp32.
     """
     if not 0 < bound <= MOST_VOTES:
@@ -89,9 +88,8 @@ def invert_votes(votes_NC: Tensor, bound: int, path: str | None = None) -> Tenso
 
 
 def choose_path(bound: int) -> str:
-    """The matrix unit at the precision that PyTorch is set to, or integers where `bound` is beyond it."""
-    path = _PRECISIONS[torch.get_float32_matmul_precision()]
-    return path if bound <= largest_votes(path) else "int64"
+    """A matrix unit where `bound` is exact at whatever precision PyTorch is set to, integers beyond."""
+    return "bf16" if bound <= largest_votes("bf16") else "int64"
 
 
 def _both_sides(tiles: Tensor, product: Callable[[Tensor], Tensor]) -> Tensor:

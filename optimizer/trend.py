@@ -16,8 +16,9 @@ LARGEST = (1 << 15) - 1
 def follow(trend: Tensor, changes: Tensor, window: int) -> Tensor:
     """trend - trend / 2^window + changes, both of any one shape, int16 and int32, to int16.
 
-    The leak is rounded down (an arithmetic shift); beyond 16 bits the trend stays at the end of its range. `window` 0
-    keeps nothing of the past.
+    The leak is rounded away from zero, so that without votes every trend ends at zero and its weight at rest; beyond 16
+    bits the trend stays at the end of its range. `window` 0 keeps nothing of the past.
     """
     held = trend.int()
-    return (held - (held >> window) + (changes << FRACTION)).clamp_(-LARGEST, LARGEST).short()
+    leak = (held.abs() + ((1 << window) - 1)) >> window
+    return (held - held.sign() * leak + (changes << FRACTION)).clamp_(-LARGEST, LARGEST).short()

@@ -236,7 +236,9 @@ def _followed(
     even = (pair << 16) >> 16
     votes = tl.reshape(tl.join(even, (pair - even) >> 16), (4096,))
     changes = butterflies(tl.minimum(tl.maximum(votes, -bound), bound))
-    moved = trend - (trend >> window) + (changes << 3)
+    sign = trend >> 31
+    leak = (((trend ^ sign) - sign) + ((1 << window) - 1)) >> window
+    moved = trend - ((leak ^ sign) - sign) + (changes << 3)
     return tl.minimum(tl.maximum(moved, -32767), 32767)
 
 

@@ -23,7 +23,7 @@ def sum_votes(bodies: Iterable[NDArray[np.uint8]], code: BlockCode, device: torc
     for body in bodies:
         indices_NK, negative_NK = unpack(on_device(body, device), code)
         if votes_NC is None:
-            votes_NC = torch.zeros(len(body), BLOCK, device=device)
+            votes_NC = torch.zeros(len(body), BLOCK, dtype=torch.float32, device=device)
         votes_NC.scatter_add_(1, indices_NK, ballots(negative_NK))
     if votes_NC is None:
         raise ValueError("there are no votes to add up")

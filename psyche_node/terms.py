@@ -20,7 +20,6 @@ def training_terms(run: Run) -> TrainingTerms:
         clip_norm_bits=terms.clip_norm_bits,
         decay_bits=terms.decay_bits,
         topk=terms.topk,
-        overlap=bool(run.limits.overlap),
         lookahead=terms.lookahead,
         clip_votes=terms.clip_votes,
         window=terms.window,

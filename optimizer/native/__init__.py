@@ -24,7 +24,7 @@ from optimizer.geometry import PIECE
 from optimizer.layout import BLOCK, BlockCode
 
 # PSYCHE_ABI of kernels.h.
-_ABI = 2
+_ABI = 3
 _ISAS = ("baseline", "avx2", "avx512")
 
 FP32, BF16 = 0, 1
@@ -87,7 +87,6 @@ _SIGNATURES: dict[str, tuple[Any, ...]] = {
     "validate": (_I64, _P, _P),
     "encode_blocks": (_I64, _P, _P, _P, _P),
     "fingerprint": (_P, _P, _P, _P, _P),
-    "largest": (_P, _P, _P, _P),
 }
 _DONE, _MALFORMED = 0, 5
 _PROBLEMS = {
@@ -174,7 +173,7 @@ class Kernels:
         rates: NDArray[np.float32],
         shares: NDArray[np.float32],
     ) -> None:
-        """T = T - (T >> window) + 8 U, then w = w * share - rate sign(T), w fp32 at the addresses `weights` (T,).
+        """T = T - T / 2^window + 8 U, then w = w * share - rate sign(T), w fp32 at the addresses `weights` (T,).
 
         `trend` (N, 4096) is T; U the integer transform of the votes in `bodies` (N, B), one or more, which must have
         been validated; any bytes are safe. Votes for one coefficient are limited to `limit` either way; 0 is no limit.
@@ -277,13 +276,6 @@ class Kernels:
             _ref(total),
         )
         return total.value
-
-    def largest(self, pieces: NDArray[np.void], tensors: Tensors, count: int) -> float:
-        """Largest magnitude in a slab of `count` blocks, infinite if any value is infinite or NaN."""
-        value = ctypes.c_float()
-        addresses, dtypes = _at(tensors.addresses, np.uintp), _at(tensors.dtypes, np.uint8)
-        self._run("largest", _slab(pieces, count, len(tensors.addresses)), addresses, dtypes, _ref(value))
-        return value.value
 
     def _run(self, name: str, *arguments: Any) -> None:
         status = self._call[name](*arguments)

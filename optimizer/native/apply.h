@@ -67,12 +67,14 @@ INLINE ints load_u(const struct inverse *u, int is_narrow, int at) {
     return load_ints(u->wide + at);
 }
 
-/* What the trend of a block becomes: t - (t >> window) + (u << FRACTION), at most 16 bits. */
+/* What the trend of a block becomes: t - t / 2^window + (u << FRACTION), at most 16 bits; the quotient is rounded away
+ * from zero. */
 INLINE void follow(const struct inverse *u, int is_narrow, int32_t window, const int16_t *trend, int16_t *next) {
     ints most = LARGEST_TREND - (ints){0};
     for (int i = 0; i < BLOCK; i += LANES) {
         ints t = __builtin_convertvector(load_half(trend + i), ints);
-        t = t - (t >> window) + (load_u(u, is_narrow, i) << FRACTION);
+        ints sign = t >> 31, leak = ((t ^ sign) - sign + ((1 << window) - 1)) >> window;
+        t = t - ((leak ^ sign) - sign) + (load_u(u, is_narrow, i) << FRACTION);
         store_half(next + i, __builtin_convertvector(-larger(-larger(t, -most), -most), half_shorts));
     }
 }

@@ -69,41 +69,4 @@ static int32_t fingerprint(const struct slab *slab, float *const *weights, const
     return DONE;
 }
 
-INLINE int32_t largest_bits(const float *row, int n) {
-    ints most = {0};
-    int32_t rest = 0;
-    int i = 0;
-    for (; i + LANES <= n; i += LANES)
-        most = larger(most, load_ints((const fp32_bits *)row + i) & MAGNITUDE);
-    for (; i < n; i++)
-        rest = (bits_of(row[i]) & MAGNITUDE) > rest ? bits_of(row[i]) & MAGNITUDE : rest;
-    return largest_of(most) > rest ? largest_of(most) : rest;
-}
-
-INLINE int32_t largest_bits_bf16(const uint16_t *row, int n) {
-    int32_t most = 0;
-    for (int i = 0; i < n; i++)
-        most = (row[i] & 0x7fff) > most ? row[i] & 0x7fff : most;
-    return most << 16;
-}
-
-static int32_t largest(const struct slab *slab, const void *const *bases, const uint8_t *dtypes, float *value) {
-    int32_t most = 0, infinite = 0x7f800000;
-    if (check_slab(slab, bases, 1) != DONE)
-        return BAD_PIECE;
-    for (const struct piece *p = slab->pieces; p < slab_end(slab); p++) {
-        struct ahead ahead = rows_ahead(p + 1, slab_end(slab), bases, 4);
-        for (int32_t r = 0; bases[p->tensor] && r < p->rows; r++) {
-            int64_t at = p->start + p->stride * r;
-            fetch(ahead, r, 0, LINES);
-            int32_t row = dtypes[p->tensor] == FP32
-                              ? largest_bits((const float *)bases[p->tensor] + at, p->cols)
-                              : largest_bits_bf16((const uint16_t *)bases[p->tensor] + at, p->cols);
-            most = row > most ? row : most;
-        }
-    }
-    *value = of_bits(most < infinite ? most : infinite);
-    return DONE;
-}
-
 #endif

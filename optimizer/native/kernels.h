@@ -13,7 +13,7 @@
 #include <stdint.h>
 
 /* Change it with any struct or signature below, and in __init__.py. */
-#define PSYCHE_ABI 2
+#define PSYCHE_ABI 3
 
 enum { SIDE = 64, BLOCK = SIDE * SIDE };
 
@@ -68,8 +68,8 @@ struct psyche_kernels {
     int32_t (*add)(int64_t count, float *momentum, const struct message *message, float factor,
                    const struct code *code);
 
-    /* T = T - (T >> window) + 8 U, held within 16 bits, to `trend` (count, 4096); w = w * share - step, step = rate with
-     * the sign of T, +0 for a zero. U: the transform, in integers, of the sum of all members' signs, limited to
+    /* T = T - T / 2^window + 8 U, the quotient rounded away from zero, the result held within 16 bits, to `trend`
+     * (count, 4096); w = w * share - step, step = rate with the sign of T, +0 for a zero. U: the transform, in integers, of the sum of all members' signs, limited to
      * [-limit, limit] if limit is not 0. Rates and shares are the tensors'; no product where share is 1. */
     int32_t (*apply)(const struct slab *slab, float *const *weights, int16_t *trend, const uint8_t *const *bodies,
                      int64_t members, const struct code *code, int32_t limit, int32_t window, const float *rates,
@@ -94,9 +94,6 @@ struct psyche_kernels {
     /* Sum over blocks b and values j of of_blocks[b] * within[j] * bits, modulo 2^64. */
     int32_t (*fingerprint)(const struct slab *slab, float *const *weights, const uint64_t *within,
                            const uint64_t *of_blocks, uint64_t *sum);
-
-    /* Largest magnitude; infinite if a value is not finite. */
-    int32_t (*largest)(const struct slab *slab, const void *const *bases, const uint8_t *dtypes, float *value);
 };
 
 extern const struct psyche_kernels psyche_baseline, psyche_avx2, psyche_avx512;

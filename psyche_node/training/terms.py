@@ -42,8 +42,6 @@ class TrainingTerms(BaseModel):
     """Decay of the momentum per round, as an fp32 bit pattern. The default is 0.9."""
     topk: int = Field(default=512, ge=1)
     """Coefficients sent of each block of 4,096."""
-    overlap: bool = False
-    """Whether an update travels while the next round is trained."""
     lookahead: bool = True
     """Whether gradients are taken at the weights that the trend of the votes predicts. Needed with overlap."""
     clip_votes: bool = True

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from optimizer import DisTrO, Layout, Update, decode, encode
+from optimizer import DisTrO, Layout, Update, agreement, decode, encode
 from optimizer.agreement import agreeing
 from optimizer.codec import open_body
 
@@ -80,6 +80,23 @@ def test_a_quarter_of_hostile_members_is_left_out(attack: Callable[[int], Votes]
 @pytest.mark.parametrize("members", [1, 2, 3, 4, 8, 16])
 def test_honest_members_are_never_left_out(members: int) -> None:
     assert counted(blobs([honest(seed) for seed in range(members)])) == list(range(members))
+
+
+def test_nobody_knows_in_which_blocks_to_be_honest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hostile member that is honest in every fourth block of a fixed choice is noticed by a drawn one."""
+    monkeypatch.setattr(agreement, "SAMPLE", 60)
+    good, bad = honest(0), flipped(0)
+    fixed = np.linspace(0, LAYOUT.blocks - 1, 60).astype(int)
+    signs = bad[1].copy()
+    signs[fixed] = good[1][fixed]
+    made = blobs([(good[0], signs), *(honest(seed) for seed in range(1, 8))])
+    assert counted(made) == list(range(1, 8))
+    bodies = [open_body(blob, LAYOUT)[1] for blob in made]
+    drawn = agreement.sampled(bodies)
+    assert len(drawn) == 60
+    assert np.array_equal(drawn, np.unique(drawn))
+    assert np.array_equal(drawn, agreement.sampled(bodies[::-1]))
+    assert not np.array_equal(drawn, agreement.sampled(bodies[1:]))
 
 
 def test_where_few_votes_meet_nobody_is_left_out() -> None:

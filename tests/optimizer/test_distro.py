@@ -81,7 +81,7 @@ def inverse_of_votes(blobs: list[bytes], optimizer: DisTrO, clip: bool) -> np.nd
 def test_apply_equals_an_oracle_in_integers(
     make: Make, engine: str, clip: bool, weight_decay: float, window: int
 ) -> None:
-    """Three rounds: the trend in 64-bit integers by floor division, steps in two roundings."""
+    """Three rounds: the trend in 64-bit integers, its leak rounded away from zero, steps in two roundings."""
     named = make()
     settings = {"weight_decay": weight_decay, "clip_votes": clip, "window": window}
     optimizer = DisTrO(named, lr=0.01, topk=32, slab_blocks=3, engine=engine, **settings)
@@ -92,7 +92,8 @@ def test_apply_equals_an_oracle_in_integers(
         blobs = updates(optimizer, 5, round)
         before = {name: p.detach().numpy().copy() for name, p in named}
         optimizer.apply(blobs, lr=0.003)
-        trend = trend - trend // 2**window + 8 * inverse_of_votes(blobs, optimizer, clip)
+        leak = np.sign(trend) * -(-np.abs(trend) // 2**window)
+        trend = trend - leak + 8 * inverse_of_votes(blobs, optimizer, clip)
         assert np.abs(trend).max() < 2**15
         assert np.array_equal(optimizer.state_dict()["trend"].numpy().reshape(trend.shape), trend)
         steps = in_tensors(np.sign(trend).astype(np.float32) * lr, optimizer)
@@ -140,7 +141,7 @@ def test_encode_equals_an_oracle(engine: str) -> None:
         assert np.allclose(optimizer.state_dict()["momentum"].numpy(), momentum, atol=1e-5)
 
 
-def test_order_grouping_slabs_and_threads_do_not_matter(make: Make) -> None:
+def test_order_slabs_and_threads_do_not_matter(make: Make) -> None:
     blobs = updates(DisTrO(make(), lr=0.01, topk=32), 4)
     results = set()
     for order, slab, threads in zip(
@@ -184,9 +185,33 @@ def test_bits_and_floats_are_the_same_rate(make: Make) -> None:
 
 def test_void_round_changes_nothing(make: Make) -> None:
     named = make()
-    optimizer = DisTrO(named, lr=0.01, weight_decay=0.5)
+    optimizer = DisTrO(named, lr=0.01, topk=32, weight_decay=0.5)
+    optimizer.apply(updates(optimizer, 3))
+    weights, before = bits(named), copy.deepcopy(optimizer.state_dict())
     optimizer.apply([], lr=0.01)
-    assert bits(named) == bits(make())
+    assert bits(named) == weights
+    for key in ("trend", "momentum"):
+        assert torch.equal(optimizer.state_dict()[key], before[key])
+
+
+@pytest.mark.parametrize("engine", ["torch", "auto"])
+def test_without_votes_every_weight_comes_to_rest(engine: str) -> None:
+    """Votes that cancel out: the trend leaks to zero from both sides, and the last of it moves nothing for ever."""
+    weight = torch.nn.Parameter(torch.zeros(64, 64))
+    optimizer = DisTrO([("w", weight)], lr=1.0, topk=2, engine=engine)
+    indices, layout = np.array([[0, 77]], np.uint16), optimizer.layout
+
+    def update(member: int, negative: bool) -> bytes:
+        return encode(Update(RUN, 0, member, indices, np.array([[negative, not negative]])), layout)
+
+    optimizer.apply([update(0, False)])
+    assert (optimizer.state_dict()["trend"] != 0).any()
+    for _ in range(40):
+        optimizer.apply([update(0, False), update(1, True)])
+    assert not optimizer.state_dict()["trend"].any()
+    rest = bits([("w", weight)])
+    optimizer.apply([update(0, False), update(1, True)])
+    assert bits([("w", weight)]) == rest
 
 
 def test_negative_zero_and_padding(make: Make) -> None:
@@ -302,6 +327,12 @@ def test_fates_are_decided_once(make: Make) -> None:
         optimizer.restore(strangers)
     optimizer.apply([strangers])
     assert list(optimizer.travelling) == [7], "the update of another member decides nothing"
+    votes = _votes(blob, optimizer)
+    forged = encode(Update(RUN, 7, 0, votes[0], ~votes[1]), optimizer.layout)
+    optimizer.apply([forged])
+    assert optimizer.travelling == {7: blob}, "other bytes under the same round and member decide nothing either"
+    with pytest.raises(UnknownRound):
+        optimizer.restore(forged)
     optimizer.apply([blob])
     with pytest.raises(UnknownRound, match="kept: none"):
         optimizer.restore(blob)
@@ -428,6 +459,74 @@ def test_state_survives_a_restart_to_the_same_bytes(make: Make) -> None:
         assert play(optimizer, named, range(3, 5)) == play(again, fresh, range(3, 5))
     with pytest.raises(ValueError, match="model or topk differ"):
         DisTrO(make(), lr=0.01, topk=17).load_state_dict(saved)
+
+
+def test_a_state_that_does_not_fit_changes_nothing(make: Make) -> None:
+    named = make()
+    optimizer = DisTrO(named, lr=0.01, topk=16)
+    optimizer.apply(updates(optimizer, 2))
+    good = copy.deepcopy(optimizer.state_dict())
+    receiver = DisTrO(make(), lr=0.01, topk=16)
+    before = copy.deepcopy(receiver.state_dict())
+    for change, text in (
+        ({key: value for key, value in good.items() if key != "trend"}, "has no 'trend'"),
+        (good | {"momentum": good["momentum"][1:]}, "start as many processes, sharded alike"),
+        (good | {"blocks": good["blocks"] + 1}, "start as many processes, sharded alike"),
+        (good | {"param_groups": good["param_groups"] * 2}, "has 2 parameter groups, not 1"),
+        (good | {"masters": {"square": torch.zeros(64, 128)}}, "sharded alike"),
+    ):
+        with pytest.raises(ValueError, match=text):
+            receiver.load_state_dict(change)
+        after = receiver.state_dict()
+        assert torch.equal(after["trend"], before["trend"])
+        assert torch.equal(after["momentum"], before["momentum"])
+    receiver.load_state_dict(good)
+    assert torch.equal(receiver.state_dict()["trend"], good["trend"])
+
+
+@pytest.mark.parametrize("convert", ["bfloat16", "channels_last", "resized"])
+def test_a_model_converted_afterwards_is_refused(convert: str) -> None:
+    """Kernels write by address: what was fp32 and contiguous must still be."""
+    model = torch.nn.Conv2d(8, 8, 3)
+    optimizer = DisTrO(model.named_parameters(), lr=0.01, topk=8)
+    blob = optimizer.encode()
+    if convert == "bfloat16":
+        model.bfloat16()
+    elif convert == "channels_last":
+        model.to(memory_format=torch.channels_last)
+    else:
+        model.weight.data = torch.zeros(4, 8, 3, 3)
+    with pytest.raises(
+        OptimizerError, match=r"weight was torch\.float32 .* convert the model before making the optimizer"
+    ):
+        optimizer.apply([blob])
+
+
+def test_the_default_type_of_torch_does_not_matter(make: Make) -> None:
+    blobs = []
+    for dtype in (torch.float32, torch.float64, torch.bfloat16):
+        named = make()
+        give_gradients(named, 1)
+        torch.set_default_dtype(dtype)
+        try:
+            optimizer = DisTrO(named, lr=0.01, topk=8)
+            blobs.append(optimizer.encode())
+            with optimizer.lookahead():
+                optimizer.report()
+            optimizer.apply([blobs[-1]])
+        finally:
+            torch.set_default_dtype(torch.float32)
+    assert blobs[0] == blobs[1] == blobs[2]
+
+
+def test_flushed_subnormals_are_refused(make: Make) -> None:
+    if not torch.set_flush_denormal(True):
+        pytest.skip("this processor cannot flush subnormal numbers")
+    try:
+        with pytest.raises(ValueError, match="subnormal numbers are flushed"):
+            DisTrO(make(), lr=0.01)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_gathering_of_low_precision_gradients(make: Make) -> None:

@@ -92,9 +92,8 @@ def test_float_paths_are_exact_at_their_bound_and_refused_beyond(unit: str) -> N
     bound = largest_votes(unit)
     votes = edge_votes(bound)
     assert np.abs(exact(votes)).max() == bound * 4096
-    assert choose_path(bound) == unit
     with torch.autocast("cpu", torch.bfloat16):
-        got = invert_votes(torch.from_numpy(votes).float(), bound)
+        got = invert_votes(torch.from_numpy(votes).float(), bound, unit)
     assert got.dtype == torch.float32
     assert np.array_equal(got.numpy().astype(np.int64), exact(votes))
     if unit != "fp32":
@@ -111,6 +110,14 @@ def test_beyond_the_bound_such_a_unit_is_wrong_and_integers_take_over(unit: str,
     monkeypatch.setattr(transform, "largest_votes", lambda path: MOST_VOTES)
     wrong = invert_votes(torch.from_numpy(votes).float(), bound, unit)
     assert not np.array_equal(wrong.numpy(), exact(votes)), "the bound could be larger"
+
+
+@pytest.mark.parametrize("unit", SETTINGS, indirect=True)
+@pytest.mark.parametrize("bound", [1, 4, 5, 4096])
+def test_the_path_chosen_is_exact_at_any_precision(unit: str, bound: int) -> None:
+    assert choose_path(bound) == ("bf16" if bound <= 4 else "int64")
+    votes = edge_votes(bound)
+    assert np.array_equal(invert_votes(torch.from_numpy(votes).float(), bound).numpy(), exact(votes))
 
 
 def test_int8_at_its_bound() -> None:

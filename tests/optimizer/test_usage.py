@@ -10,6 +10,7 @@ from optimizer import DisTrO
 from optimizer.blocks import gather
 from optimizer.errors import NonFiniteGradient, OptimizerError
 from optimizer.geometry import Geometry
+from optimizer.rates import rate_bits
 from optimizer.transform import butterflies
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -66,6 +67,32 @@ def test_groups_have_rates_and_weight_decay_of_their_own() -> None:
         optimizer.apply([], lr=[0.1, 0.1, 0.1])
     with pytest.raises(OptimizerError, match="the layout is fixed"):
         optimizer.add_param_group({"params": [("x", torch.nn.Parameter(torch.zeros(2)))]})
+
+
+def test_a_group_that_rests_does_not_stop_the_others() -> None:
+    a, b = (torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2))
+    groups = [{"params": [("a", a)], "lr": 0.0}, {"params": [("b", b)], "lr": 0.5}]
+    optimizer = DisTrO(groups, lr=1.0, topk=8)
+    a.grad, b.grad = torch.zeros(64, 64), torch.ones(64, 64)
+    optimizer.apply([optimizer.encode()])
+    assert not a.any()
+    assert (b <= 0).all()
+    assert b.min() == -0.5
+
+
+def test_rates_and_weight_decay_are_numbers_or_bit_patterns() -> None:
+    weight = torch.nn.Parameter(torch.ones(64, 64))
+    group = {"params": [("w", weight)], "lr": rate_bits(0.125), "weight_decay": np.int64(rate_bits(0.5))}
+    optimizer = DisTrO([group], lr=1.0, topk=8)
+    assert optimizer.lr == [0.125]
+    optimizer.apply([optimizer.encode()])
+    assert set(weight.detach().flatten().tolist()) <= {0.9375 - 0.125, 0.9375, 0.9375 + 0.125}
+    optimizer.set_lr(np.float32(0.25))
+    assert optimizer.lr == [0.25]
+    with pytest.raises(ValueError, match="a weight decay is an fp32 bit pattern"):
+        DisTrO([{"params": [("w", weight)], "weight_decay": "0.1"}], lr=1.0)
+    with pytest.raises(ValueError, match=r"weight decay 0\.5 at learning rate 4\.0 takes more than all"):
+        optimizer.apply([optimizer.encode()], lr=4.0)
 
 
 def test_groups_do_not_change_the_layout_or_the_bytes() -> None:

@@ -206,7 +206,7 @@ def test_devices() -> None:
 
 def test_an_update_that_does_not_count_returns_to_the_momentum(model_dir: Path, data: RandomData) -> None:
     def momentum(included: bool | None) -> float:
-        one = session(model_dir, data, overlap=False, lookahead=False)
+        one = session(model_dir, data, lookahead=False)
         blob = one.train(0, [0, 1], run=RUN, member=0).blob
         one.apply(0, [blob] if included else [], included)
         if included is not None:

@@ -139,7 +139,7 @@ def test_every_message_survives_the_wire() -> None:
     from psyche_node.ipc import decode_frame, encode_frame
 
     messages: list[Message] = [
-        m.Load(model="m", data="d", terms=terms(overlap=False, data_seed="00ff")),
+        m.Load(model="m", data="d", terms=terms(data_seed="00ff")),
         m.Train(round=2**31, positions=[2**62], run=RUN, member=255, out_path="x"),
         m.Trained(loss=1.5, tokens=3, seconds=0.1, fingerprint_before=2**64 - 1, gradient_norm=0.5),
         m.Apply(round=1, paths=["a", "b"], included=None),
