@@ -35,7 +35,7 @@ MODELS = {  # hidden size, layers, vocabulary, feed-forward size
     "8B": (4_096, 32, 128_256, 14_336),
 }
 ENCODE_BYTES = 12  # a gradient read, a momentum read and written, per parameter
-APPLY_BYTES = 8  # a weight read and written
+APPLY_BYTES = 12  # a weight and the trend, 4 and 2 bytes, read and written
 RUN = bytes(32)
 
 

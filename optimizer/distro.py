@@ -47,8 +47,8 @@ from optimizer.sharding import is_sharded, local, site_of
 from optimizer.transform import MOST_VOTES
 
 Rates = int | float | Sequence[int | float]
-# A larger gradient could overflow fp32 in the transform.
-_LARGEST_GRADIENT = 1e30
+# Euclidean norm of a tensor's gradient: the transform and the sums of squares of a larger one could overflow fp32.
+_LARGEST_GRADIENT = 1e18
 
 
 class DisTrO(torch.optim.Optimizer):
@@ -116,6 +116,7 @@ class DisTrO(torch.optim.Optimizer):
         held = [local(p) for p in self._parameters]
         self._born = [(p.dtype, p.shape, p.device) for p in held]
         self._masters = [None if p.dtype == torch.float32 else p.detach().float() for p in held]
+        self._aside: list[Tensor] = []
         self._device = held[0].device
         self._engine = choose_engine(self._geometry, self._device, engine)
         self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.float32, device=self._device)
@@ -159,16 +160,17 @@ class DisTrO(torch.optim.Optimizer):
         """Within it, parameters hold the weights that the trend predicts; after it, however it ends, w, bit for bit.
 
         They are overwritten in place (so compiled and sharded models see it) and copied back from a copy of the fp32
-        weights, 4 bytes per parameter here. Leave optimizer and weights alone meanwhile. With FSDP2, give the root
-        module `reshard_after_forward=True` too, or call `model.reshard()` after an evaluation: a forward pass without
-        a backward pass leaves a gathered copy that later writes to the shards do not reach.
+        weights, 4 bytes per parameter that are kept from the first time on. Leave optimizer and weights alone
+        meanwhile. With FSDP2, give the root module `reshard_after_forward=True` too, or call `model.reshard()` after an
+        evaluation: a forward pass without a backward pass leaves a gathered copy that later writes to the shards do not
+        reach.
         """
         self._not_swapped("enter lookahead again")
         if not self._lookahead:
             yield
             return
         with self._watch.phase("lookahead"):
-            kept = [w.clone() if m is None else m for w, m in zip(self._locals(), self._masters, strict=True)]
+            kept = self._set_aside()
         self._swapped = True
         try:
             with self._watch.phase("lookahead"), torch.no_grad():
@@ -390,6 +392,16 @@ class DisTrO(torch.optim.Optimizer):
                 )
         return held
 
+    def _set_aside(self) -> list[Tensor]:
+        """Copies of the fp32 weights, in memory that is allocated once; masters are copies as they are."""
+        held = self._locals()
+        if not self._aside:
+            self._aside = [torch.empty_like(w) if m is None else m for w, m in zip(held, self._masters, strict=True)]
+        for copy, weights, master in zip(self._aside, held, self._masters, strict=True):
+            if master is None:
+                copy.copy_(weights)
+        return self._aside
+
     def _weights(self) -> list[Tensor]:
         """fp32 weights, as far as they are here, in the order of the placements."""
         return [w if m is None else m for w, m in zip(self._locals(), self._masters, strict=True)]
@@ -427,7 +439,8 @@ class DisTrO(torch.optim.Optimizer):
         if not self._site.all(misplaced is None):
             raise misplaced or LayoutError("a gradient on another process of this site is not shaped as its parameter")
         filled = {name: g for name, g in zip(self._names, gradients, strict=True) if g is not None and g.numel()}
-        norms = torch._foreach_norm(list(filled.values()), ord=float("inf")) if filled else []
+        # Of the norms this one is several times as fast as the maximum, and not finite either if a value is not.
+        norms = torch._foreach_norm(list(filled.values()), 2.0, torch.float32) if filled else []
         largest = [float(norm) for norm in torch.stack(list(norms)).tolist()] if norms else []
         good = all(value < _LARGEST_GRADIENT for value in largest)
         if not self._site.all(good):
