@@ -96,7 +96,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.list:
         for name, entries in SETS.items():
-            print(f"{name}: {', '.join(entry.label for entry in entries)}")
+            print(name, *(f"  {entry.label!r}" for entry in entries), sep="\n")
         for field in fields(Recipe):
             print(f"  {field.name}={field.default}")
         return

@@ -103,6 +103,10 @@ def random_updates(layout: Layout, members: int) -> list[bytes]:
     return made
 
 
+class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """The module's docstring as it is, and every default."""
+
+
 class Machine:
     """The device: waiting for it, its memory, its bandwidth."""
 
@@ -246,7 +250,7 @@ def decode_speed(machine: Machine, topk: int, repeats: int) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=Help)
     parser.add_argument("--sizes", nargs="+", choices=MODELS, default=["10M", "50M", "150M"])
     parser.add_argument("--topk", type=int, default=32)
     parser.add_argument("--members", type=int, default=8)
@@ -254,7 +258,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--repeats", type=int, default=4)
-    parser.add_argument("--out", type=Path, default=Path("runs/optimizer.json"))
+    parser.add_argument("--out", type=Path, default=Path("runs/optimizer.json"), help="JSON file to write")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     machine = Machine(args.device)
@@ -287,7 +291,8 @@ def main() -> None:
         figures = (*figures, row.lookahead, row.fingerprint)
         memory = f"{row.demo_memory / 1e6:>9.0f}{row.our_memory / 1e6:>9.0f}"
         print(f"{row.size:>9}" + "".join(f"{figure:>9.2f}" for figure in figures) + memory, flush=True)
-    print(f"\nengine: {rows[0].engine}; limit: {ENCODE_BYTES + APPLY_BYTES} bytes per parameter at the speed of a copy")
+    print("\nratio: DeMo / ours; ahead: lookahead; print: fingerprint; MB: above what is in use before a step")
+    print(f"engine: {rows[0].engine}; limit: {ENCODE_BYTES + APPLY_BYTES} bytes per parameter at the speed of a copy")
     print(f"updates validated: {speed / 1e6:.0f} million indices/s by one thread")
     for size, scaling in scalings.items():
         told = ", ".join(f"{s.members} members {s.apply:.2f} + {s.check:.2f}" for s in scaling)

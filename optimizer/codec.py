@@ -110,7 +110,9 @@ def open_body(blob: Blob, layout: Layout) -> tuple[Header, NDArray[np.uint8]]:
     """Check length and header; return the header and the body (N, B) uint8, a view without a copy."""
     view = memoryview(blob).cast("B")
     if len(view) != layout.update_bytes:
-        raise MalformedUpdate(f"it has {len(view)} bytes; an update of this layout has {layout.update_bytes}")
+        raise MalformedUpdate(
+            f"it has {len(view)} bytes; an update of this layout has {layout.update_bytes} (do model and topk agree?)"
+        )
     magic, version, topk, length, number, member, zero, run, digest = _HEADER.unpack_from(view)
     if magic != MAGIC:
         raise MalformedUpdate(f"it begins with {magic!r}, not with {MAGIC!r}")

@@ -188,8 +188,9 @@ class DisTrO(torch.optim.Optimizer):
 
         Collective over the site's processes, and the same bytes on each. `round` is by default the one after the last.
         Gradients are set to None; a missing one counts as zero. The update is kept until it is applied or restored.
-        Raises NonFiniteGradient (and changes nothing), OptimizerError if `round` was encoded already.
+        Raises NonFiniteGradient (and changes nothing), OptimizerError if an update of `round` is travelling already.
         """
+        self._locals()  # refuses a model that was converted, before anything changes
         number = self._next if round is None else round
         header = Header(run, number, member)
         encode_header(header, self.layout)
@@ -228,6 +229,8 @@ class DisTrO(torch.optim.Optimizer):
         back into the momentum.
         """
         self._not_swapped("apply updates")
+        if isinstance(blobs, bytes | bytearray | memoryview):
+            raise TypeError("apply takes the updates of a round as a list; for a single one write apply([blob])")
         rates = self.lr if lr is None else self._per_group(lr)
         if len(blobs) > MOST_VOTES:
             raise ValueError(f"{len(blobs)} updates at once cannot be summed exactly; at most {MOST_VOTES} can")
@@ -288,6 +291,7 @@ class DisTrO(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float]) -> float: ...
     def step(self, closure: Callable[[], float] | None = None) -> float | None:
         """Train alone: encode and apply the one update. With a closure, evaluate it under lookahead first."""
+        self._not_swapped("step")
         loss = None
         if closure is not None:
             with self.lookahead(), torch.enable_grad():
@@ -388,7 +392,8 @@ class DisTrO(torch.optim.Optimizer):
             if (tensor.dtype, tensor.shape, tensor.device) != born or not tensor.is_contiguous():
                 raise OptimizerError(
                     f"{name} was {born[0]} {tuple(born[1])} on {born[2]} and contiguous; it is now {tensor.dtype} "
-                    f"{tuple(tensor.shape)} on {tensor.device}: convert the model before making the optimizer"
+                    f"{tuple(tensor.shape)} on {tensor.device}: convert the model before making the optimizer; "
+                    "now load a checkpoint, for converting back does not bring lost bits back"
                 )
         return held
 

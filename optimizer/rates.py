@@ -11,6 +11,10 @@ def rate(value: object, name: str = "learning rate") -> float:
     """
     if isinstance(value, bool) or not isinstance(value, Integral | Real):
         raise ValueError(f"a {name} is an fp32 bit pattern (int) or a number (float), not {value!r}")
+    if isinstance(value, Integral) and 0 < int(value) < 1 << 23:
+        raise ValueError(
+            f"{name} {value!r} is an int, read as an fp32 bit pattern, and next to nothing; write {value}.0"
+        )
     try:
         packed = struct.pack("<I", int(value)) if isinstance(value, Integral) else struct.pack("<f", float(value))
     except (struct.error, OverflowError) as error:

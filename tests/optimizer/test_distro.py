@@ -178,7 +178,7 @@ def test_bits_and_floats_are_the_same_rate(make: Make) -> None:
         optimizer.apply(updates(optimizer, 2), lr=lr)
         results.append(bits(named))
     assert results[0] == results[1]
-    for bad in (float("nan"), float("inf"), -0.1, 1e39, 1 << 32, -1, 0x7F800000, 0x80000001, True):
+    for bad in (float("nan"), float("inf"), -0.1, 1e39, 1 << 32, -1, 1, 3, 0x7F800000, 0x80000001, True):
         with pytest.raises(ValueError, match="learning rate"):
             rate(bad)
 

@@ -69,6 +69,25 @@ def test_groups_have_rates_and_weight_decay_of_their_own() -> None:
         optimizer.add_param_group({"params": [("x", torch.nn.Parameter(torch.zeros(2)))]})
 
 
+def test_one_mistake_at_a_time_and_nothing_is_lost() -> None:
+    """A step inside lookahead, bytes instead of a list, a model converted on the way: refused with nothing changed."""
+    model = Net()
+    optimizer = DisTrO(model.named_parameters(), lr=0.01, topk=8)
+    loss(model, tokens(4)).backward()
+    before = optimizer.state_dict()["momentum"].clone()
+    with optimizer.lookahead(), pytest.raises(OptimizerError, match="cannot step inside lookahead"):
+        optimizer.step()
+    with pytest.raises(TypeError, match=r"write apply\(\[blob\]\)"):
+        optimizer.apply(b"update")
+    gradient = model.norm.weight.grad
+    model.norm.half()
+    with pytest.raises(OptimizerError, match=r"norm\.bias was torch\.float32 .* now load a checkpoint"):
+        optimizer.encode()
+    assert optimizer.travelling == {}
+    assert gradient is not None
+    assert torch.equal(optimizer.state_dict()["momentum"], before)
+
+
 def test_a_group_that_rests_does_not_stop_the_others() -> None:
     a, b = (torch.nn.Parameter(torch.zeros(64, 64)) for _ in range(2))
     groups = [{"params": [("a", a)], "lr": 0.0}, {"params": [("b", b)], "lr": 0.5}]
