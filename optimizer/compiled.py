@@ -156,7 +156,8 @@ class CompiledEngine:
 
     def check(self, bodies: Bodies) -> None:
         def work(number: int) -> bool:
-            return all(self._kernels.valid(rows, self._code) for rows in self._rows(bodies, number))
+            slab = self._geometry.slabs[number]
+            return all(self._kernels.valid(rows, self._code) for rows in self._geometry.rows(bodies, slab))
 
         if not all(self._spread(work)):
             PlainEngine(self._geometry, torch.device("cpu")).check(bodies)  # finds the words
@@ -166,11 +167,12 @@ class CompiledEngine:
         trend, rates, shares = trend_NC.numpy(), np.array(step.rates, np.float32), np.array(step.shares, np.float32)
 
         def work(number: int) -> None:
+            slab = self._geometry.slabs[number]
             self._kernels.apply(
                 self._pieces[number],
                 addresses,
-                trend[self._geometry.slabs[number].rows],
-                self._rows(bodies, number),
+                trend[slab.rows],
+                self._geometry.rows(bodies, slab),
                 code=self._code,
                 limit=step.limit,
                 window=step.window,
@@ -193,11 +195,6 @@ class CompiledEngine:
         total = sum(self._spread(work)) & ((1 << 64) - 1)
         del held
         return total
-
-    def _rows(self, bodies: Bodies, number: int) -> list[NDArray[np.uint8]]:
-        """This process's rows (N, B) of each body; without a copy where it has all blocks."""
-        slab, blocks = self._geometry.slabs[number], self._geometry.blocks
-        return [body[slab.rows] if len(blocks) == len(body) else body[blocks[slab.rows]] for body in bodies]
 
     def _spread(self, work: Callable[[int], T]) -> list[T]:
         """`work` on the number of every slab, by as many threads as PyTorch uses."""

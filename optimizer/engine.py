@@ -4,7 +4,7 @@ Every engine makes the same bits; this one is the definition that the others are
 Legend: N blocks of a slab, C = 4096 coefficients of a block, K of them sent, B bytes of a block's code.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -159,12 +159,12 @@ class PlainEngine:
 
     def check(self, bodies: Bodies) -> None:
         for slab in self._geometry.slabs:
-            for rows in self._rows(bodies, slab):
+            for rows in self._geometry.rows(bodies, slab):
                 decode_blocks(rows, self._code, self._geometry.blocks[slab.rows])
 
     def apply(self, trend_NC: Tensor, weights: Sequence[Tensor], bodies: Bodies, step: Step) -> None:
         for slab in self._geometry.slabs:
-            changes_NC = self._changes(list(self._rows(bodies, slab)), slab, step.limit)
+            changes_NC = self._changes(self._geometry.rows(bodies, slab), slab, step.limit)
             trend = follow(trend_NC[slab.rows], changes_NC, step.window)
             trend_NC[slab.rows] = trend
             signs_NC = trend.sign().float()
@@ -191,12 +191,6 @@ class PlainEngine:
         indices_NK, negative_NK = unpack(on_device(sent.body[slab.rows], self._device), self._code)
         values_NK = ballots(negative_NK) * (sent.scale[slab.rows, None] * factor)
         momentum_NC[slab.rows].scatter_add_(1, indices_NK, values_NK)
-
-    def _rows(self, bodies: Bodies, slab: Slab) -> Iterator[NDArray[np.uint8]]:
-        """This process's rows (N, B) of each body; without a copy where it has all blocks."""
-        numbers = self._geometry.blocks[slab.rows]
-        for body in bodies:
-            yield body[slab.rows] if len(self._geometry.blocks) == len(body) else body[numbers]
 
 
 def _move(signs_NC: Tensor, region: Region, step: Step) -> Tensor:

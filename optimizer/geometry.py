@@ -119,6 +119,11 @@ class Geometry:
         local = {int(np.searchsorted(blocks, number)): row for number, row in (border or {}).items()}
         return cls(layout, blocks, tuple(_slabs(windows, len(blocks), most, local)))
 
+    def rows(self, bodies: Sequence[NDArray[np.uint8]], slab: Slab) -> list[NDArray[np.uint8]]:
+        """A slab's rows (N, B) of each body (all blocks, B); without a copy where this process has all blocks."""
+        blocks = self.blocks
+        return [body[slab.rows] if len(blocks) == len(body) else body[blocks[slab.rows]] for body in bodies]
+
 
 def touched(placement: Placement, part: Part) -> NDArray[np.int64]:
     """Numbers in the layout of the blocks that `part` has a value in, ascending."""
