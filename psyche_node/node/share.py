@@ -15,9 +15,9 @@ from coordinator.layout import MAX_SHARE
 log = logging.getLogger(__name__)
 
 # A new measurement counts this much: one slow round is no slow host.
-_WEIGHT: Final = 0.5
+_WEIGHT: Final = 0.25
 # Every change costs a transaction; smaller ones are not worth it.
-_WORTH: Final = 0.2
+_WORTH: Final = 0.25
 
 
 class Share:

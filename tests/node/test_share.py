@@ -20,7 +20,7 @@ def test_a_share_is_the_measured_speed() -> None:
         assert sent(chain) == [2000]
         await share.follow(tokens=4000, seconds=2.2, most=0)
         assert sent(chain) == [2000], "a tenth slower is not worth a transaction"
-        for _ in range(4):
+        for _ in range(8):
             await share.follow(tokens=4000, seconds=1.0, most=0)
         assert sent(chain)[-1] > 3300
         share.missed()
