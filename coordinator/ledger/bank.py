@@ -30,9 +30,10 @@ from solders.signature import Signature
 from solders.system_program import TransferParams, transfer
 from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
-from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo, TransactionMetadata
+from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
-from coordinator.ledger.encoding import Json, error_json
+from coordinator.ledger.encoding import error_json
+from coordinator.ledger.state import Capture, Chain, Record, State
 
 MAX_TRANSACTION_BYTES: Final = 1232
 MAX_BLOCKHASH_AGE: Final = 150
@@ -79,27 +80,6 @@ Change = AdvanceSlot | Execute
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A transaction that entered the ledger: it succeeded, or it failed and paid its fee.
-
-    `keys` are all accounts in message order, `writable` those that the transaction may change. `error` is Solana's
-    JSON for a TransactionError, or None. Balances are lamports, in the order of `keys`.
-    """
-
-    signature: Signature
-    slot: int
-    unix_time: int
-    transaction: bytes
-    keys: tuple[Pubkey, ...]
-    loaded_from: int
-    writable: tuple[Pubkey, ...]
-    error: Json
-    meta: TransactionMetadata
-    balances_before: tuple[int, ...]
-    balances_after: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Checked:
     """A transaction that passed every check short of execution."""
 
@@ -135,12 +115,15 @@ class Bank:
         self.unix_time = unix_time
         self.transaction_count = 0
         self._entry = self._bank_hash = bytes(self.genesis_hash)
-        self._mixin = hashlib.sha256()
+        self._mixin = b""
         self._slot_hashes: deque[bytes] = deque(maxlen=MAX_SLOT_HASHES)
         self._blockhashes: OrderedDict[bytes, int] = OrderedDict({self._entry: 0})
         self._seen: dict[bytes, set[bytes]] = {self._entry: set()}
         self._history: OrderedDict[Signature, Record] = OrderedDict()
         self._by_address: dict[Pubkey, deque[Record]] = {}
+        # Every account that a transaction may have changed: with what `LiteSVM()` starts with, the VM's whole state.
+        self._accounts: dict[Pubkey, None] = {self._faucet.pubkey(): None}
+        self._capture: Capture | None = None
         self._vm_slot = -1
         self._airdrops = 0
         self._faucet_key = self._faucet.pubkey()
@@ -173,11 +156,11 @@ class Bank:
         if slot <= self.slot:
             raise ValueError(f"slot {slot} does not follow slot {self.slot}")
         parent = self.slot
-        entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin.digest()).digest()
+        entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin).digest()
         self._bank_hash = hashlib.sha256(self._bank_hash + entry).digest()
         self._slot_hashes.appendleft(struct.pack("<Q", parent) + self._bank_hash)
         self._entry = entry
-        self._mixin = hashlib.sha256()
+        self._mixin = b""
         self.slot = slot
         self.block_height += 1
         # The clock never runs backwards, as on a cluster.
@@ -195,6 +178,8 @@ class Bank:
         if not isinstance(message, Message | MessageV0):
             raise ValueError("a change must be a transaction that passed `check`")
         keys, writable, loaded_from = self._accounts_of(message)
+        if self._capture is not None:
+            self._capture.keep(writable)
         before = tuple(self._vm.get_balance(key) or 0 for key in keys)
         result = self._vm.send_transaction(parsed)
         failed = isinstance(result, FailedTransactionMetadata)
@@ -218,10 +203,15 @@ class Bank:
         )
         self.transaction_count += 1
         self._airdrops += keys[0] == self._faucet_key
-        self._mixin.update(bytes(record.signature))
+        self._mixin = hashlib.sha256(self._mixin + bytes(record.signature)).digest()
         seen = self._seen.get(bytes(message.recent_blockhash))
         if seen is not None:
             seen.add(bytes(message.hash()))
+        self._accounts.update(dict.fromkeys(record.writable))
+        if 0 in after:
+            for key, left in zip(keys, after, strict=True):
+                if not left:
+                    self._accounts.pop(key, None)
         self._remember(record)
         return record
 
@@ -248,6 +238,56 @@ class Bank:
         hashes = struct.pack("<Q", len(self._slot_hashes)) + b"".join(self._slot_hashes)
         account = Account(1, hashes.ljust(_SLOT_HASHES_BYTES, b"\0"), _SYSVAR_OWNER)
         self._vm.set_account(SLOT_HASHES, account)
+
+    # ------------------------------------------------------------------ saving and restoring
+
+    def capture(self) -> Capture:
+        """The state as it is now, to be read while the bank goes on. One at a time: a new one ends the one before."""
+        chain = Chain(
+            genesis_hash=bytes(self.genesis_hash),
+            slot=self.slot,
+            block_height=self.block_height,
+            unix_time=self.unix_time,
+            transaction_count=self.transaction_count,
+            airdrops=self._airdrops,
+            entry=self._entry,
+            bank_hash=self._bank_hash,
+            mixin=self._mixin,
+            slot_hashes=tuple(self._slot_hashes),
+            blockhashes=tuple((h, height, self._seen[h].copy()) for h, height in self._blockhashes.items()),
+        )
+        records = tuple(self._history.values())
+        self._capture = Capture(chain, records, dict(self._accounts), self._vm.get_account)
+        return self._capture
+
+    def end_capture(self) -> None:
+        self._capture = None
+
+    def restore(self, state: State) -> None:
+        """Become what `state` says. Only for a new bank with the same genesis."""
+        if self.slot or self.transaction_count:
+            raise ValueError("only a new bank can be restored")
+        if state.genesis_hash != bytes(self.genesis_hash):
+            raise ValueError("the state belongs to another genesis")
+        self.slot, self.block_height, self.unix_time = state.slot, state.block_height, state.unix_time
+        self.transaction_count, self._airdrops = state.transaction_count, state.airdrops
+        self._entry, self._bank_hash, self._mixin = state.entry, state.bank_hash, state.mixin
+        self._slot_hashes = deque(state.slot_hashes, maxlen=MAX_SLOT_HASHES)
+        self._blockhashes = OrderedDict((blockhash, height) for blockhash, height, _ in state.blockhashes)
+        self._seen = {blockhash: set(seen) for blockhash, _, seen in state.blockhashes}
+        self._sync()
+        executables = []
+        for key, account in state.accounts:
+            self._accounts[key] = None
+            if account.executable:
+                executables.append((key, account))
+            else:
+                self._vm.set_account(key, account)
+        # A program is loaded from its program data when it is set: that has to be there before.
+        for key, account in executables:
+            self._vm.set_account(key, account)
+        for record in state.records:
+            self._remember(record)
 
     # ------------------------------------------------------------------ transactions
 

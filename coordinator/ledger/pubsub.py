@@ -22,7 +22,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request
 
-from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank, Record
+from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank
 from coordinator.ledger.dispatch import COMMITMENTS, parse_request
 from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
 from coordinator.ledger.faults import Chance, Faults
@@ -45,6 +45,7 @@ from coordinator.ledger.params import (
     text_at,
     window_of,
 )
+from coordinator.ledger.state import Record
 
 log = logging.getLogger(__name__)
 # Failed handshakes are other people's mistakes (port scans, plain HTTP); their tracebacks are not news.
