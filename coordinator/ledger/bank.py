@@ -144,13 +144,28 @@ class Bank:
             for begun in self.on_slot:
                 begun(parent, change.slot)
             return None
-        record = self._execute(change.transaction)
-        if record is not None:
-            for changed in self.on_change:
-                changed(change)
-            for executed in self.on_record:
-                executed(record)
+        parsed = VersionedTransaction.from_bytes(change.transaction)
+        record = self._execute(change.transaction, parsed, keep_failure=True)
+        if isinstance(record, FailedTransactionMetadata):
+            return None
+        self._tell(change, record)
         return record
+
+    def apply_if_succeeds(self, checked: Checked) -> Record | FailedTransactionMetadata:
+        """`apply` a transaction that succeeds; one that fails changes nothing and its failure is returned.
+
+        The same as `simulate` and then `apply`, at the cost of one execution.
+        """
+        record = self._execute(checked.wire, checked.parsed, keep_failure=False)
+        if not isinstance(record, FailedTransactionMetadata):
+            self._tell(Execute(checked.wire), record)
+        return record
+
+    def _tell(self, change: Execute, record: Record) -> None:
+        for changed in self.on_change:
+            changed(change)
+        for executed in self.on_record:
+            executed(record)
 
     def _advance(self, slot: int, unix_time: int) -> None:
         if slot <= self.slot:
@@ -171,22 +186,33 @@ class Bank:
             oldest, _ = self._blockhashes.popitem(last=False)
             del self._seen[oldest]
 
-    def _execute(self, wire: bytes) -> Record | None:
+    def _execute(
+        self, wire: bytes, parsed: VersionedTransaction, *, keep_failure: bool
+    ) -> Record | FailedTransactionMetadata:
+        """Returns the failure of a transaction that left no trace: it could not pay, or failures are not kept."""
         self._sync()
-        parsed = VersionedTransaction.from_bytes(wire)
         message = parsed.message
         if not isinstance(message, Message | MessageV0):
             raise ValueError("a change must be a transaction that passed `check`")
         keys, writable, loaded_from = self._accounts_of(message)
         if self._capture is not None:
             self._capture.keep(writable)
-        before = tuple(self._vm.get_balance(key) or 0 for key in keys)
+        balance = self._vm.get_balance
+        payer = None if keep_failure else self._vm.get_account(keys[0])
+        before = tuple([balance(key) or 0 for key in keys])
         result = self._vm.send_transaction(parsed)
+        after = tuple([balance(key) or 0 for key in keys])
         failed = isinstance(result, FailedTransactionMetadata)
-        meta = result.meta() if isinstance(result, FailedTransactionMetadata) else result
-        after = tuple(self._vm.get_balance(key) or 0 for key in keys)
-        if failed and after[0] == before[0]:
-            return None
+        if isinstance(result, FailedTransactionMetadata):
+            if after[0] == before[0]:
+                return result
+            if payer is not None:
+                # All that a failed transaction changes is its payer's account: it paid the fee.
+                self._vm.set_account(keys[0], payer)
+                return result
+            meta = result.meta()
+        else:
+            meta = result
         record = Record(
             signature=parsed.signatures[0],
             slot=self.slot,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import logging
 import signal
@@ -82,6 +83,8 @@ def run(
     except BadFaults as error:
         print(f"psyche-ledger: --faults: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
+    # History is tens of thousands of small objects without cycles: collecting them often is pauses for nothing.
+    gc.set_threshold(50_000, 20, 100)
     try:
         asyncio.run(_serve(host, port, slot_ms, endpoints, folder, snapshot_every, keep_log))
     except StoreError as error:

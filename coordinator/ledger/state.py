@@ -13,7 +13,7 @@ from solders.transaction_metadata import TransactionMetadata
 from coordinator.ledger.encoding import Json
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Record:
     """A transaction that entered the ledger: it succeeded, or it failed and paid its fee.
 

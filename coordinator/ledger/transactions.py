@@ -100,12 +100,10 @@ def send_transaction(rpc: Rpc, params: list[Any]) -> Json:
             return str(rpc.bank.check(wire, blockhash=False).signature)
         message = f"Transaction simulation failed: {refused.text}"
         raise RpcError(PREFLIGHT_FAILURE, message, _refused_json(refused.error)) from None
-    if not skip_preflight:
-        result = rpc.bank.simulate(checked)
-        if isinstance(result, FailedTransactionMetadata):
-            shape = _simulation_json(result)
-            raise RpcError(PREFLIGHT_FAILURE, f"Transaction simulation failed: {_readable(shape['err'])}", shape)
-    rpc.submit(wire)
+    failure = rpc.submit(checked, preflight=not skip_preflight)
+    if failure is not None:
+        shape = _simulation_json(failure)
+        raise RpcError(PREFLIGHT_FAILURE, f"Transaction simulation failed: {_readable(shape['err'])}", shape)
     return str(checked.signature)
 
 
