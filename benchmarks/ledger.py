@@ -116,7 +116,7 @@ def main() -> int:
     """Exit status 1 when the durable ledger misses what it is required to do."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--count", type=int, default=20_000, help="transactions per load (default: 20000)")
-    parser.add_argument("--connections", type=int, default=32, help="keep-alive connections (default: 32)")
+    parser.add_argument("--connections", type=int, default=64, help="keep-alive connections (default: 64)")
     parser.add_argument("--json", type=Path, help="also write the figures to this file")
     options = parser.parse_args()
     if not hasattr(os, "sched_setaffinity"):
