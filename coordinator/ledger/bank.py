@@ -33,7 +33,7 @@ from solders.transaction import Transaction, VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
 from coordinator.ledger.encoding import error_json
-from coordinator.ledger.state import Capture, Chain, Record, State
+from coordinator.ledger.state import Block, Capture, Chain, Record, State
 
 MAX_TRANSACTION_BYTES: Final = 1232
 MAX_BLOCKHASH_AGE: Final = 150
@@ -42,6 +42,7 @@ SLOTS_PER_EPOCH: Final = 432_000
 LAMPORTS_PER_SIGNATURE: Final = 5000
 # History serves getTransaction and getSignaturesForAddress; duplicates are refused independently of it.
 HISTORY_TRANSACTIONS: Final = 20_000
+HISTORY_BLOCKS: Final = 8_192
 FAUCET_LAMPORTS: Final = 500_000_000 * 10**9
 SYSTEM_PROGRAM: Final = Pubkey.default()
 _SYSVAR_OWNER: Final = Pubkey.from_string("Sysvar1111111111111111111111111111111111111")
@@ -117,6 +118,7 @@ class Bank:
         self._entry = self._bank_hash = bytes(self.genesis_hash)
         self._mixin = b""
         self._slot_hashes: deque[bytes] = deque(maxlen=MAX_SLOT_HASHES)
+        self.blocks: deque[Block] = deque(maxlen=HISTORY_BLOCKS)
         self._blockhashes: OrderedDict[bytes, int] = OrderedDict({self._entry: 0})
         self._seen: dict[bytes, set[bytes]] = {self._entry: set()}
         self._history: OrderedDict[Signature, Record] = OrderedDict()
@@ -170,12 +172,13 @@ class Bank:
     def _advance(self, slot: int, unix_time: int) -> None:
         if slot <= self.slot:
             raise ValueError(f"slot {slot} does not follow slot {self.slot}")
-        parent = self.slot
+        parent, previous = self.slot, self._entry
         entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin).digest()
         self._bank_hash = hashlib.sha256(self._bank_hash + entry).digest()
         self._slot_hashes.appendleft(struct.pack("<Q", parent) + self._bank_hash)
         self._entry = entry
         self._mixin = b""
+        self.blocks.append(Block(parent, self.parent, self.block_height, self.unix_time, entry, previous))
         self.slot = slot
         self.block_height += 1
         # The clock never runs backwards, as on a cluster.
@@ -280,6 +283,7 @@ class Bank:
             bank_hash=self._bank_hash,
             mixin=self._mixin,
             slot_hashes=tuple(self._slot_hashes),
+            blocks=tuple(self.blocks),
             blockhashes=tuple((h, height, self._seen[h].copy()) for h, height in self._blockhashes.items()),
         )
         records = tuple(self._history.values())
@@ -300,6 +304,7 @@ class Bank:
         self._entry, self._bank_hash, self._mixin = state.entry, state.bank_hash, state.mixin
         self._slot_hashes = deque(state.slot_hashes, maxlen=MAX_SLOT_HASHES)
         self._blockhashes = OrderedDict((blockhash, height) for blockhash, height, _ in state.blockhashes)
+        self.blocks.extend(state.blocks)
         self._seen = {blockhash: set(seen) for blockhash, _, seen in state.blockhashes}
         self._sync()
         executables = []
@@ -388,6 +393,15 @@ class Bank:
     @property
     def latest_blockhash(self) -> Hash:
         return Hash(self._entry)
+
+    @property
+    def parent(self) -> int:
+        """The slot before the current one."""
+        return self.blocks[-1].slot if self.blocks else 0
+
+    def records_in(self, slot: int) -> list[Record]:
+        """What the history still has of a slot, in the order of execution."""
+        return [record for record in self._history.values() if record.slot == slot]
 
     def last_valid_block_height(self, blockhash: bytes) -> int | None:
         """The last block height at which a transaction with this blockhash is accepted; None if it is not known."""

@@ -34,7 +34,7 @@ class Compactor:
         self._bank = bank
         self._journal = journal
         self._store = store
-        self._last = last
+        self.last = last
         self._every = every
         self._keep_log = keep_log
         self._task: asyncio.Task[None] | None = None
@@ -43,13 +43,13 @@ class Compactor:
     def _slot(self, parent: int, slot: int) -> None:
         # Only here: a program deployed in a slot cannot be called before the next one, which a snapshot taken in the
         # middle would forget.
-        if self._journal.index - self._last >= self._every and self._task is None:
+        if self._journal.index - self.last >= self._every and self._task is None:
             self._begin()
 
     def _begin(self) -> None:
-        self._last = self._journal.index
+        self.last = self._journal.index
         self._journal.rotate()
-        self._task = asyncio.create_task(self._write(self._last, encode(self._bank.capture())))
+        self._task = asyncio.create_task(self._write(self.last, encode(self._bank.capture())))
 
     async def _write(self, index: int, content: Iterator[bytes]) -> None:
         path = self._store.snapshot_path(index)
@@ -75,17 +75,20 @@ class Compactor:
             self._bank.end_capture()
             self._task = None
 
-    async def finish(self) -> None:
-        """The last snapshot of a ledger that ends: its next start has nothing to replay, whatever VM it has then."""
+    async def idle(self) -> None:
+        """Until no snapshot is being written."""
         if self._task is not None:
             await self._task
-        if self._journal.failed or self._journal.index == self._last:
+
+    async def finish(self) -> None:
+        """The last snapshot of a ledger that ends: its next start has nothing to replay, whatever VM it has then."""
+        await self.idle()
+        if self._journal.failed or self._journal.index == self.last:
             return
         self._bank.apply(AdvanceSlot(self._bank.slot + 1, self._bank.unix_time))
         if self._task is None:
             self._begin()
-        if self._task is not None:
-            await self._task
+        await self.idle()
 
 
 def _private(path: str, flags: int) -> int:

@@ -14,7 +14,9 @@ from typing import Final
 from solders.transaction_metadata import FailedTransactionMetadata
 
 # Imported for their effect: they register the methods.
+from coordinator.ledger import blocks as _blocks  # noqa: F401
 from coordinator.ledger import methods as _methods  # noqa: F401
+from coordinator.ledger import tokens as _tokens  # noqa: F401
 from coordinator.ledger import transactions as _transactions  # noqa: F401
 from coordinator.ledger.bank import Bank, Checked
 from coordinator.ledger.dispatch import Rpc

@@ -20,11 +20,12 @@ from solders.pubkey import Pubkey
 from solders.transaction import VersionedTransaction
 from solders.transaction_metadata import TransactionMetadata
 
-from coordinator.ledger.state import Capture, Chain, Record, State
+from coordinator.ledger.state import Block, Capture, Chain, Record, State
 
 MAGIC: Final = b"psyche-ledger snapshot 1\n"
 _CHUNK: Final = struct.Struct("<II")
-_CHAIN: Final = struct.Struct("<32sQQqQQ32s32sBHH")
+_CHAIN: Final = struct.Struct("<32sQQqQQ32s32sBHHI")
+_BLOCK: Final = struct.Struct("<QQQq32s32s")
 _BLOCKHASH: Final = struct.Struct("<32sQI")
 _ACCOUNT: Final = struct.Struct("<32sQ32s?QI")
 _RECORD: Final = struct.Struct("<QqHHHHII")
@@ -84,8 +85,9 @@ def _chain_bytes(chain: Chain) -> bytes:
         len(chain.mixin),
         len(chain.slot_hashes),
         len(chain.blockhashes),
+        len(chain.blocks),
     )
-    parts = [head, chain.mixin, *chain.slot_hashes]
+    parts = [head, chain.mixin, *chain.slot_hashes, *(_BLOCK.pack(*block) for block in chain.blocks)]
     for blockhash, height, seen in chain.blockhashes:
         parts += [_BLOCKHASH.pack(blockhash, height, len(seen)), *sorted(seen)]
     return b"".join(parts)
@@ -165,12 +167,14 @@ def _chunks(view: memoryview) -> Iterator[tuple[bytes, memoryview]]:
 
 
 def _read_chain(payload: bytes) -> Chain:
-    *fixed, mixin_bytes, slot_hashes, blockhashes = _CHAIN.unpack_from(payload)
+    *fixed, mixin_bytes, slot_hashes, blockhashes, blocks = _CHAIN.unpack_from(payload)
     at = _CHAIN.size
     mixin = payload[at : at + mixin_bytes]
     at += mixin_bytes
     hashes = tuple(payload[at + i * _SLOT_HASH_BYTES : at + (i + 1) * _SLOT_HASH_BYTES] for i in range(slot_hashes))
     at += slot_hashes * _SLOT_HASH_BYTES
+    over = tuple(Block(*_BLOCK.unpack_from(payload, at + i * _BLOCK.size)) for i in range(blocks))
+    at += blocks * _BLOCK.size
     window = []
     for _ in range(blockhashes):
         blockhash, height, count = _BLOCKHASH.unpack_from(payload, at)
@@ -178,7 +182,9 @@ def _read_chain(payload: bytes) -> Chain:
         window.append((blockhash, height, {payload[at + 32 * i : at + 32 * i + _HASH_BYTES] for i in range(count)}))
         at += 32 * count
     names = ("genesis_hash", "slot", "block_height", "unix_time", "transaction_count", "airdrops", "entry", "bank_hash")
-    return Chain(**dict(zip(names, fixed, strict=True)), mixin=mixin, slot_hashes=hashes, blockhashes=tuple(window))
+    return Chain(
+        **dict(zip(names, fixed, strict=True)), mixin=mixin, slot_hashes=hashes, blockhashes=tuple(window), blocks=over
+    )
 
 
 def _read_accounts(payloads: Iterable[memoryview]) -> Iterator[tuple[Pubkey, Account]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from solders.account import Account
 from solders.pubkey import Pubkey
@@ -34,11 +35,22 @@ class Record:
     balances_after: tuple[int, ...]
 
 
+class Block(NamedTuple):
+    """A slot that is over. `parent` is the slot before it, `blockhash` what its end is known by."""
+
+    slot: int
+    parent: int
+    height: int
+    unix_time: int
+    blockhash: bytes
+    previous: bytes
+
+
 @dataclass(slots=True, kw_only=True)
 class Chain:
     """Everything about slots and blockhashes. `blockhashes`: (hash, block height, messages seen with it), oldest first.
 
-    `slot_hashes` are the entries of the sysvar, newest first.
+    `slot_hashes` are the entries of the sysvar, newest first; `blocks` the latest slots that are over, oldest first.
     """
 
     genesis_hash: bytes
@@ -52,6 +64,7 @@ class Chain:
     mixin: bytes
     slot_hashes: tuple[bytes, ...]
     blockhashes: tuple[tuple[bytes, int, set[bytes]], ...]
+    blocks: tuple[Block, ...]
 
 
 @dataclass(slots=True, kw_only=True)
