@@ -16,7 +16,8 @@ from solders.signature import Signature
 from coordinator import instructions
 from coordinator.addresses import RunAddresses, run_addresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
-from coordinator.rpc import PATIENCE_SECONDS, Json
+from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
+from coordinator.rpc import PATIENCE_SECONDS, Json, Unusable
 from coordinator.state import (
     HEADER_SIZE,
     MEMBERS_SIZE,
@@ -36,7 +37,6 @@ from coordinator.state import (
     decode_rounds,
     decode_run,
 )
-from coordinator.watch import Pace
 
 __all__ = [
     "ChainError",
@@ -54,6 +54,8 @@ log = logging.getLogger(__name__)
 
 _PULSE_BYTES: Final = max(RUN_SIZE, HEADER_SIZE)
 _LONGEST_PAUSE: Final = 10.0
+# Twice what the protocol allows commit and attest: priority fees are paid on it, and nodes send these two every round.
+_FEW_UNITS: Final = 20_000
 # Up to this many members every change of the header is pushed; beyond it, 256 members' commitments would cost more
 # than polling, so only changes of the state machine are pushed.
 _PUSH_HEADER_MEMBERS: Final = 64
@@ -87,7 +89,8 @@ class CoordinatorClient(Chain):
         run: the run's accounts; None for a client that only deploys, creates runs and moves funds.
         wallet: the member's or owner's wallet; None to read only.
         commitment: processed, confirmed or finalized.
-        priority_fee: micro-lamports per compute unit; raise it when transactions expire on a busy cluster.
+        priority_fee: micro-lamports per compute unit, or "auto": what the cluster has lately asked for.
+        priority_fee_cap: micro-lamports per compute unit that "auto" never goes above.
         patience: seconds that a call may take with all its attempts.
     """
 
@@ -99,7 +102,8 @@ class CoordinatorClient(Chain):
         wallet: Keypair | None,
         *,
         commitment: str = "confirmed",
-        priority_fee: int = 0,
+        priority_fee: PriorityFee = 0,
+        priority_fee_cap: int = DEFAULT_FEE_CAP,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         super().__init__(
@@ -108,11 +112,11 @@ class CoordinatorClient(Chain):
             program_id=program_id,
             commitment=commitment,
             priority_fee=priority_fee,
+            priority_fee_cap=priority_fee_cap,
             patience=patience,
         )
         self.program_id = program_id
         self._run = run
-        self._pace = Pace()
 
     @classmethod
     async def open(
@@ -143,11 +147,6 @@ class CoordinatorClient(Chain):
         if self._run is None:
             raise ChainError("this client was opened without a run")
         return self._run
-
-    @property
-    def slot_seconds(self) -> float:
-        """Seconds per slot, as measured by `watch`; 0.4, a cluster's, before that."""
-        return self._pace.slot_seconds
 
     # ------------------------------------------------------------------ reading
 
@@ -184,9 +183,7 @@ class CoordinatorClient(Chain):
             options: dict[str, Json] = {"limit": _SIGNATURES_PER_PAGE, "commitment": "confirmed"}
             if before is not None:
                 options["before"] = before
-            page = await self.rpc.call("getSignaturesForAddress", [str(self.addresses.run), options])
-            if not isinstance(page, list) or not all(isinstance(one, dict) for one in page):
-                raise ChainUnavailable("getSignaturesForAddress: the endpoint's answer does not have Solana's shape")
+            page = await self.rpc.ask("getSignaturesForAddress", [str(self.addresses.run), options], _page)
             total += len(page)
             failed += sum(one.get("err") is not None for one in page)
             if len(page) < _SIGNATURES_PER_PAGE:
@@ -277,11 +274,12 @@ class CoordinatorClient(Chain):
         made = instructions.commit(
             self.addresses, self.program_id, self._signer(), round, digest, length, tokens, fingerprint
         )
-        return await self.send(made)
+        return await self.send(made, compute_units=_FEW_UNITS)
 
     async def attest(self, round: int, members: Iterable[int]) -> Signature:
         """Attest, as an elected witness, to the updates of these members (slots)."""
-        return await self.send(instructions.attest(self.addresses, self.program_id, self._signer(), round, members))
+        made = instructions.attest(self.addresses, self.program_id, self._signer(), round, members)
+        return await self.send(made, compute_units=_FEW_UNITS)
 
     async def tick(self) -> Signature:
         """Make the transition that is due."""
@@ -299,6 +297,12 @@ class CoordinatorClient(Chain):
         if self.wallet is None:
             raise ChainError("this client has no wallet, so it can only read; open it with a wallet to act")
         return self.wallet.pubkey()
+
+
+def _page(answer: Json) -> list[dict[str, Json]]:
+    if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
+        raise Unusable("the answer is not a list of transactions")
+    return answer
 
 
 def _run_in(address: Pubkey, account: Account) -> Run:

@@ -56,7 +56,12 @@ class ChainError(Exception):
 
 
 class ChainUnavailable(ChainError):
-    """No endpoint gave a usable answer in the time allowed. Trying again later may help."""
+    """No endpoint gave a usable answer in the time allowed. Trying again later may help.
+
+    `behind`: an endpoint did answer, and has not reached a slot that was seen before.
+    """
+
+    behind = False
 
 
 class RpcError(ChainError):
@@ -71,7 +76,14 @@ class RpcError(ChainError):
 
 
 class Unusable(Exception):
-    """Raised by a `read` of `Endpoints.call`: the answer is not what was asked for, another endpoint may do better."""
+    """Raised by a `read` of `Endpoints.ask`: the answer is not what was asked for, another endpoint may do better.
+
+    `behind`: because it is from a slot before one that was seen.
+    """
+
+    def __init__(self, reason: str, *, behind: bool = False) -> None:
+        super().__init__(reason)
+        self.behind = behind
 
 
 class BadUrl(ChainError, ValueError):
@@ -88,6 +100,7 @@ class _Endpoint:
     failed_at: float = -math.inf
     retry_at: float = 0.0
     reason: str = field(default="not tried")
+    behind: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -238,7 +251,7 @@ class Endpoints:
             except _Failed as failed:
                 self._pause(endpoint, method, failed)
             except Unusable as unusable:
-                self._pause(endpoint, method, _Failed(str(unusable)))
+                self._pause(endpoint, method, _Failed(str(unusable), behind=unusable.behind))
             except RpcError as error:
                 if error.code not in _NOT_OFFERED:
                     raise
@@ -288,7 +301,7 @@ class Endpoints:
 
     def _pause(self, endpoint: _Endpoint, method: str, failed: _Failed) -> None:
         now = asyncio.get_running_loop().time()
-        endpoint.reason = failed.reason
+        endpoint.reason, endpoint.behind = failed.reason, failed.behind
         if now >= endpoint.retry_at:
             # Calls that were under way together fail together: that is one failure.
             endpoint.failures += 1
@@ -305,10 +318,12 @@ class Endpoints:
 
     def _unavailable(self, method: str, allowed: float) -> ChainUnavailable:
         tried = ", ".join(f"{endpoint.shown} ({endpoint.reason})" for endpoint in self._endpoints)
-        return ChainUnavailable(
+        unavailable = ChainUnavailable(
             f"no RPC endpoint answered {method} within {allowed:.0f} s: {tried}; "
             "check that the URL is right and that the endpoint is running and reachable"
         )
+        unavailable.behind = any(endpoint.behind for endpoint in self._endpoints)
+        return unavailable
 
     # ------------------------------------------------------------------ one attempt
 
