@@ -113,14 +113,6 @@ class Checked:
         return self.parsed.signatures[0]
 
 
-def _ignore_record(record: Record) -> None:
-    """Nobody listens yet."""
-
-
-def _ignore_slot(parent: int, slot: int) -> None:
-    """Nobody listens yet."""
-
-
 class Bank:
     """One VM and its chain. Not thread-safe: all calls come from one event loop.
 
@@ -151,17 +143,31 @@ class Bank:
         self._by_address: dict[Pubkey, deque[Record]] = {}
         self._vm_slot = -1
         self._airdrops = 0
-        self.on_record: Callable[[Record], None] = _ignore_record
-        self.on_slot: Callable[[int, int], None] = _ignore_slot
+        self._faucet_key = self._faucet.pubkey()
+        # Called after a change: first with the change itself, then with what it did.
+        self.on_change: list[Callable[[Change], None]] = []
+        self.on_record: list[Callable[[Record], None]] = []
+        self.on_slot: list[Callable[[int, int], None]] = []
 
     # ------------------------------------------------------------------ the one way in
 
     def apply(self, change: Change) -> Record | None:
         """Carry out a change. Returns an executed transaction's record; None if it could not pay and left no trace."""
         if isinstance(change, AdvanceSlot):
+            parent = self.slot
             self._advance(change.slot, change.unix_time)
+            for changed in self.on_change:
+                changed(change)
+            for begun in self.on_slot:
+                begun(parent, change.slot)
             return None
-        return self._execute(change.transaction)
+        record = self._execute(change.transaction)
+        if record is not None:
+            for changed in self.on_change:
+                changed(change)
+            for executed in self.on_record:
+                executed(record)
+        return record
 
     def _advance(self, slot: int, unix_time: int) -> None:
         if slot <= self.slot:
@@ -181,7 +187,6 @@ class Bank:
         while len(self._blockhashes) > MAX_BLOCKHASH_AGE + 1:
             oldest, _ = self._blockhashes.popitem(last=False)
             del self._seen[oldest]
-        self.on_slot(parent, slot)
 
     def _execute(self, wire: bytes) -> Record | None:
         self._sync()
@@ -212,12 +217,12 @@ class Bank:
             balances_after=after,
         )
         self.transaction_count += 1
+        self._airdrops += keys[0] == self._faucet_key
         self._mixin.update(bytes(record.signature))
         seen = self._seen.get(bytes(message.recent_blockhash))
         if seen is not None:
             seen.add(bytes(message.hash()))
         self._remember(record)
-        self.on_record(record)
         return record
 
     def _remember(self, record: Record) -> None:
@@ -282,8 +287,7 @@ class Bank:
         return self._vm.simulate_transaction(checked.parsed)
 
     def airdrop_transaction(self, to: Pubkey, lamports: int) -> bytes:
-        """A faucet transfer as wire bytes, ready for `apply`. No two are the same, also within one slot."""
-        self._airdrops += 1
+        """A faucet transfer as wire bytes, ready for `apply`. Once applied, the next one differs, also in its slot."""
         distinct = set_compute_unit_limit(1_000 + self._airdrops % 1_000_000)
         pay = transfer(TransferParams(from_pubkey=self._faucet.pubkey(), to_pubkey=to, lamports=lamports))
         blockhash = Hash(self._entry)

@@ -7,7 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from coordinator.ledger.bank import Bank
+from coordinator.ledger.bank import Bank, Execute, Refused
 from coordinator.ledger.encoding import Json, UnsupportedEncoding
 from coordinator.ledger.params import (
     INTERNAL_ERROR,
@@ -47,11 +47,22 @@ class Rpc:
     """Answers JSON-RPC bodies from one bank.
 
     Args:
-        bank: the ledger's state.
+        bank: the state that is read.
+        live: the bank that transactions go to; another one than `bank` where that lags behind.
     """
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, live: Bank | None = None) -> None:
         self.bank = bank
+        self.live = bank if live is None else live
+
+    def submit(self, wire: bytes) -> None:
+        """Execute a transaction that passed `bank.check`."""
+        if self.live is not self.bank:
+            try:
+                self.live.check(wire)
+            except Refused:
+                return  # the endpoint that forwarded it never learns
+        self.live.apply(Execute(wire))
 
     def answer(self, body: bytes) -> bytes:
         """The response to one HTTP body: a request or a batch. Never raises."""

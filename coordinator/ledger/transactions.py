@@ -9,7 +9,7 @@ from solders.account import Account
 from solders.pubkey import Pubkey
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
-from coordinator.ledger.bank import Checked, Execute, Refused
+from coordinator.ledger.bank import Checked, Refused
 from coordinator.ledger.dispatch import Rpc, method
 from coordinator.ledger.encoding import (
     Json,
@@ -105,7 +105,7 @@ def send_transaction(rpc: Rpc, params: list[Any]) -> Json:
         if isinstance(result, FailedTransactionMetadata):
             shape = _simulation_json(result)
             raise RpcError(PREFLIGHT_FAILURE, f"Transaction simulation failed: {_readable(shape['err'])}", shape)
-    rpc.bank.apply(Execute(wire))
+    rpc.submit(wire)
     return str(checked.signature)
 
 
