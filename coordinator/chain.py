@@ -77,13 +77,13 @@ class Chain:
             patience=max(_CONFIRM_SECONDS, patience),
             slot_seconds=lambda: self.slot_seconds,
         )
-        self._pace = Pace()
+        self.pace = Pace()
         self._rent: tuple[int, int] | None = None
 
     @property
     def slot_seconds(self) -> float:
         """Seconds per slot, as measured; 0.4, a cluster's, before that."""
-        return self._pace.slot_seconds
+        return self.pace.slot_seconds
 
     async def close(self) -> None:
         await self.subscriptions.close()
@@ -167,7 +167,7 @@ class Chain:
                 self.rpc.seen_slot = 0
             raise
         self.rpc.saw_slot(slot)
-        self._pace.see(self.rpc.seen_slot)
+        self.pace.see(self.rpc.seen_slot)
         return slot, value
 
     # ------------------------------------------------------------------ rent

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from solders.keypair import Keypair
@@ -15,25 +13,22 @@ from solders.signature import Signature
 
 from coordinator import instructions
 from coordinator.addresses import RunAddresses, run_addresses
-from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
+from coordinator.chain import Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
+from coordinator.layout import MAX_MEMBERS, ROUND, round_offset
+from coordinator.pulses import Delay, Pulse, Pulses, RunNotFound
 from coordinator.rpc import PATIENCE_SECONDS, Json, Unusable
 from coordinator.state import (
-    HEADER_SIZE,
     MEMBERS_SIZE,
+    ROUND_SIZE,
     ROUNDS_SIZE,
-    RUN_SIZE,
-    UNKNOWN_SLOT,
-    Header,
     Limits,
     MalformedAccount,
     Member,
-    Phase,
     Round,
-    Run,
     Terms,
-    decode_header,
     decode_members,
+    decode_round,
     decode_rounds,
     decode_run,
 )
@@ -52,32 +47,14 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_PULSE_BYTES: Final = max(RUN_SIZE, HEADER_SIZE)
-_LONGEST_PAUSE: Final = 10.0
 # Twice what the protocol allows commit and attest: priority fees are paid on it, and nodes send these two every round.
 _FEW_UNITS: Final = 20_000
-# Up to this many members every change of the header is pushed; beyond it, 256 members' commitments would cost more
-# than polling, so only changes of the state machine are pushed.
-_PUSH_HEADER_MEMBERS: Final = 64
 _MAX_SIGNATURE_PAGES: Final = 100
 _SIGNATURES_PER_PAGE: Final = 1000
 
 
-class RunNotFound(ChainError):
-    """There is no run where one was looked for."""
-
-
 class RunExists(ChainError):
     """The owner has a run of this name already."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """The state of the run as of one slot: the state machine, and what moves between its ticks."""
-
-    slot: int
-    run: Run
-    header: Header
 
 
 class CoordinatorClient(Chain):
@@ -135,7 +112,10 @@ class CoordinatorClient(Chain):
             account = await chain.account(address)
         if account is None:
             raise RunNotFound(f"there is no account {address} on this chain; is it the right RPC endpoint?")
-        decoded = _run_in(address, account)
+        try:
+            decoded = decode_run(account.data)
+        except MalformedAccount as error:
+            raise RunNotFound(f"account {address} is not a run of this version: {error}") from error
         # The addresses are derived from owner and name, so the account proves that it is what it says it is.
         addresses = run_addresses(account.owner, decoded.owner, decoded.run_id)
         if addresses.run != address:
@@ -152,28 +132,23 @@ class CoordinatorClient(Chain):
 
     async def pulse(self) -> Pulse:
         """The state of the run, in one request. Raises RunNotFound."""
-        addresses = self.addresses
-        slot, (run, rounds) = await self.accounts([addresses.run, addresses.rounds], (0, _PULSE_BYTES))
-        if run is None or rounds is None:
-            raise RunNotFound(f"run {addresses.run} is not on this chain; was it closed, or is it another endpoint?")
-        try:
-            return Pulse(slot, _run_in(addresses.run, run), decode_header(rounds.data))
-        except MalformedAccount as error:
-            raise RunNotFound(str(error)) from error
+        return await Pulses(self, self.addresses).read()
+
+    def watch(self, delay: Delay | None = None) -> AsyncIterator[Pulse]:
+        """The state of the run whenever it changes or this client should act, and now and then in between.
+
+        Never ends by itself, and survives lost connections; the slot never goes back. Raises RunNotFound when the run
+        is gone. `delay` gives the slots that this client waits after a transition is due before it would tick.
+        """
+        return Pulses(self, self.addresses, delay).follow()
 
     async def members(self) -> tuple[Member, ...]:
         """Everybody in the member table, in slot order."""
-        return decode_members(await self._whole(self.addresses.members, MEMBERS_SIZE))
+        return decode_members(await self._part(self.addresses.members, 0, MEMBERS_SIZE))
 
     async def rounds(self) -> tuple[Round, ...]:
         """The rounds that the chain keeps in full, oldest first."""
-        return decode_rounds(await self._whole(self.addresses.rounds, ROUNDS_SIZE))
-
-    async def _whole(self, key: Pubkey, size: int) -> bytes:
-        account = await self.account(key, (0, size))
-        if account is None or account.owner != self.program_id:
-            raise RunNotFound(f"account {key} of run {self.addresses.run} is not on this chain")
-        return account.data
+        return decode_rounds(await self._part(self.addresses.rounds, 0, ROUNDS_SIZE))
 
     async def transaction_counts(self) -> tuple[int, int]:
         """How many transactions named this run, and how many of them failed, as far as the endpoint's history goes."""
@@ -191,56 +166,33 @@ class CoordinatorClient(Chain):
             before = str(page[-1].get("signature"))
         return total, failed
 
-    async def watch(self) -> AsyncIterator[Pulse]:
-        """The state of the run whenever it changes or a transition becomes due, and now and then in between.
+    async def round(self, number: int, slots: int, update_bytes: int, *, commitments: bool = True) -> Round | None:
+        """One round as far as a node needs it; None when the chain does not keep it (any more).
 
-        Never ends by itself, and survives lost connections; the slot never goes back. Raises RunNotFound when the run
-        is gone.
+        Of its commitments only digest and length are given (the program takes no length but `update_bytes`), the rest
+        is 0; none at all without `commitments`. `slots` is a guess at how many slots of the member table are in use:
+        the nearer it is, the less is read.
         """
-        changed = asyncio.Event()
-        handles: dict[str, int] = {}
-        failures = 0
-        last = -1
-        try:
-            while True:
-                changed.clear()
-                try:
-                    pulse = await self.pulse()
-                except ChainUnavailable as error:
-                    failures += 1
-                    pause = min(2.0 ** min(failures, 8) / 2, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-                    log.warning("the run's state cannot be read, trying again in %.1f s: %s", pause, error)
-                    await asyncio.sleep(pause)
-                    continue
-                failures = 0
-                self._follow(pulse, handles, changed)
-                if pulse.slot >= last:
-                    last = pulse.slot
-                    self._pace.see(pulse.slot)
-                    yield pulse
-                due = None if pulse.header.due_slot == UNKNOWN_SLOT else pulse.header.due_slot
-                idle = pulse.run.phase in (Phase.FINISHED, Phase.PAUSED)
-                await self._pace.rest(changed, pulse.slot, due, pushes=self.subscriptions.connected, idle=idle)
-        finally:
-            for handle in handles.values():
-                self.subscriptions.unsubscribe(handle)
+        while True:
+            slots = min(max(slots, 1), MAX_MEMBERS)
+            last, width = ("digest", 32) if commitments else ("slice_count", 4)
+            size = ROUND.offsets[last] + slots * width
+            data = await self._part(self.addresses.rounds, round_offset(number), size)
+            record = decode_round(data.ljust(ROUND_SIZE, b"\0"))
+            if record is None or record.round != number:
+                return None
+            if max(record.active, default=0) < slots:
+                break
+            slots = max(record.active) + 1
+        known = record.commitments if commitments else {}
+        lengths = {member: replace(one, length=update_bytes) for member, one in known.items()}
+        return replace(record, commitments=lengths)
 
-    def _follow(self, pulse: Pulse, handles: dict[str, int], changed: asyncio.Event) -> None:
-        """Have the changes pushed that are worth it at this size of the run."""
-        options: dict[str, Json] = {"encoding": "base64", "commitment": self.commitment}
-
-        def wake(value: Json) -> None:
-            changed.set()
-
-        # Pushes only wake, so they carry no data: of two accounts, one could be from before a tick, one from after.
-        options["dataSlice"] = {"offset": 0, "length": 0}
-        if "run" not in handles:
-            handles["run"] = self.subscriptions.subscribe("account", [str(self.addresses.run), options], wake)
-        wanted = pulse.header.members <= _PUSH_HEADER_MEMBERS
-        if wanted and "rounds" not in handles:
-            handles["rounds"] = self.subscriptions.subscribe("account", [str(self.addresses.rounds), options], wake)
-        elif not wanted and "rounds" in handles:
-            self.subscriptions.unsubscribe(handles.pop("rounds"))
+    async def _part(self, key: Pubkey, offset: int, size: int) -> bytes:
+        account = await self.account(key, (offset, size))
+        if account is None or account.owner != self.program_id or len(account.data) != size:
+            raise RunNotFound(f"account {key} of run {self.addresses.run} is not on this chain")
+        return account.data
 
     # ------------------------------------------------------------------ acting
 
@@ -260,10 +212,24 @@ class CoordinatorClient(Chain):
         await self.send(*created)
         return addresses
 
-    async def join(self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE) -> Signature:
-        """Become a member with this node key, which signs too."""
-        made = instructions.join(self.addresses, self.program_id, self._signer(), node_key.pubkey(), share)
+    async def join(
+        self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE, grant: Pubkey | None = None
+    ) -> Signature:
+        """Become a member with this node key, which signs too; `grant` where the run has a join authority."""
+        made = instructions.join(self.addresses, self.program_id, self._signer(), node_key.pubkey(), share, grant)
         return await self.send(made, extra_signers=(node_key,))
+
+    async def set_share(self, share: int) -> Signature:
+        """Ask for another share of the batch, from the next round on."""
+        return await self.send(instructions.set_share(self.addresses, self.program_id, self._signer(), share))
+
+    async def claim(self, receipt: Pubkey | None = None) -> Signature:
+        """Have the rewards paid that were earned and not claimed: in the wallet's slot, or in a receipt."""
+        return await self.send(instructions.claim(self.addresses, self.program_id, self._signer(), receipt))
+
+    async def restore(self, receipt: Pubkey) -> Signature:
+        """Move the credit in a receipt into the wallet's present slot."""
+        return await self.send(instructions.restore(self.addresses, self.program_id, self._signer(), receipt))
 
     async def ready(self, model_root: bytes) -> Signature:
         """Report the model loaded."""
@@ -303,10 +269,3 @@ def _page(answer: Json) -> list[dict[str, Json]]:
     if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
         raise Unusable("the answer is not a list of transactions")
     return answer
-
-
-def _run_in(address: Pubkey, account: Account) -> Run:
-    try:
-        return decode_run(account.data)
-    except MalformedAccount as error:
-        raise RunNotFound(f"account {address} is not a run of this version: {error}") from error

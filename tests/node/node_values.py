@@ -10,6 +10,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.client import Pulse
 from coordinator.layout import UNKNOWN_SLOT
+from coordinator.values import Request
 from coordinator.state import Commitment, Header, InclusionSet, Limits, Member, MemberStatus, Phase, Round, Run, Terms
 
 MEMBERS = frozenset(range(4))
@@ -79,6 +80,14 @@ RUN = Run(
     tokens=0,
     revision=0,
     created_slot=0,
+    request=Request.NONE,
+    resume_phase=Phase.UNINITIALIZED,
+    config_version=0,
+    next_limits=None,
+    model_round=0,
+    reward_rate=0,
+    reward_earned=0,
+    reward_paid=0,
 )
 
 
@@ -164,4 +173,8 @@ def member_of(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
         credit=0,
         updates_included=0,
         ready=False,
+        grant=None,
+        status_slot=0,
+        reward=0,
+        reward_claimed=0,
     )

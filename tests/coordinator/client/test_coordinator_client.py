@@ -64,14 +64,14 @@ def test_program_errors_have_number_name_and_logs(ledger: Ledger, program: Progr
         async with owned(ledger, program) as owner:
             node = await joined([ledger.rpc], owner.addresses.run)
             with pytest.raises(ProgramError) as refused:
-                await node.join(Keypair())
-            assert (refused.value.code, refused.value.name) == (6027, "ALREADY_A_MEMBER")
+                await node.set_share(0)
+            assert (refused.value.code, refused.value.name) == (6030, "BAD_SHARE")
             assert refused.value.signature is None
-            assert any("custom program error: 0x178b" in line for line in refused.value.logs)
+            assert any("custom program error: 0x178e" in line for line in refused.value.logs)
             with pytest.raises(ProgramError, match="NOT_DUE"):
                 await node.tick()
             with pytest.raises(ProgramError) as phase:
-                await node.ready(ROOT)
+                await node.checkpoint(0, ROOT)
             assert phase.value.name == "WRONG_PHASE"
             await node.leave()
             assert (await node.members())[0].status is MemberStatus.LEFT
@@ -217,7 +217,7 @@ def test_a_change_is_pushed_long_before_it_would_be_polled(ledger: Ledger, progr
             run = owner.addresses.run
             async with await CoordinatorClient.open([ledger.rpc], run) as client:
                 # With polling as slow as this only a push can wake the watch in time.
-                client._pace.pause = lambda *_, **__: 3600.0  # type: ignore[method-assign]
+                client.pace.pause = lambda *_, **__: 3600.0  # type: ignore[method-assign]
                 pulses = client.watch()
                 assert (await anext(pulses)).header.members == 0
                 waiting = asyncio.ensure_future(anext(pulses))
