@@ -10,8 +10,8 @@ from solders.pubkey import Pubkey
 
 from coordinator.client import Pulse
 from coordinator.layout import UNKNOWN_SLOT
-from coordinator.values import Request
 from coordinator.state import Commitment, Header, InclusionSet, Limits, Member, MemberStatus, Phase, Round, Run, Terms
+from coordinator.values import Request
 
 MEMBERS = frozenset(range(4))
 KEY = Pubkey.from_bytes(bytes(range(32)))
