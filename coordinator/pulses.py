@@ -14,7 +14,7 @@ from typing import Final
 
 from coordinator.addresses import RunAddresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable
-from coordinator.layout import HEADER
+from coordinator.layout import HEADER, RUN
 from coordinator.rpc import Json
 from coordinator.state import (
     HEADER_SIZE,
@@ -33,13 +33,14 @@ log = logging.getLogger(__name__)
 
 # The front of both accounts: all of the header, and of the run what every write of it changes.
 _FRONT_BYTES: Final = HEADER_SIZE
-_WHOLE_BYTES: Final = max(RUN_SIZE, HEADER_SIZE)
+# All of the run account but the room it has for later versions.
+_WHOLE_BYTES: Final = RUN.offsets["reserved"]
 # What does not show in the front of the run account is read this often at least.
 _WHOLE_SECONDS: Final = 60.0
 _LONGEST_PAUSE: Final = 10.0
-# Up to this many members every change of the header is pushed. Beyond it, 256 members' commitments would cost more than
+# Up to this many members every change of the header is pushed. Beyond it, the commitments of many would cost more than
 # polling, so only changes of the state machine are.
-_PUSH_HEADER_MEMBERS: Final = 64
+_PUSH_HEADER_MEMBERS: Final = 32
 # Pushes of the header that make nothing due are gathered: for this many members, one slot.
 _MEMBERS_PER_SLOT: Final = 32
 # A change that was found by polling has this long to be pushed, too, before the WebSocket is taken for mute.
@@ -99,9 +100,10 @@ class Pulses:
         """The state of the run, in one request. Raises RunNotFound."""
         slot, run, rounds = await self._accounts(_WHOLE_BYTES)
         try:
-            pulse = Pulse(slot, run_in(self._addresses, run), decode_header(rounds.data))
+            decoded = decode_run(run.data.ljust(RUN_SIZE, b"\0"))
+            pulse = Pulse(slot, decoded, decode_header(rounds.data))
         except MalformedAccount as error:
-            raise RunNotFound(str(error)) from error
+            raise RunNotFound(f"account {self._addresses.run} is not a run of this version: {error}") from error
         self._last = _Seen(pulse, run.data[:_FRONT_BYTES], asyncio.get_running_loop().time())
         return pulse
 
@@ -247,11 +249,3 @@ class Pulses:
             if self._run_pushes == self._pushes_at_change and self._unpushed is None:
                 self._unpushed = (now, self._run_pushes)
             self._pushes_at_change = self._run_pushes
-
-
-def run_in(addresses: RunAddresses, account: Account) -> Run:
-    """The run in an account. Raises RunNotFound."""
-    try:
-        return decode_run(account.data)
-    except MalformedAccount as error:
-        raise RunNotFound(f"account {addresses.run} is not a run of this version: {error}") from error

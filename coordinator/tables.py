@@ -60,7 +60,7 @@ class RoundTables:
                     early = not self._closed(number, state) and state.header.committed < _lot(state.header.active)
                     await self._read(number, state, commitments=not early)
         self.rounds = {number: kept for number, kept in self.rounds.items() if number > run.round - _KEPT_ROUNDS}
-        return self.rounds
+        return dict(self.rounds)
 
     async def record(self, number: int, state: State, *, closed: bool) -> Round | None:
         """A round, at least as it began, or as it was `closed`; None when the chain does not keep it any more."""
