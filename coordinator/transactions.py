@@ -181,6 +181,8 @@ class Sender:
                 except ChainUnavailable as error:
                     # What has been sent may land all the same, and an outage may end before the patience does.
                     log.warning("transaction %s: not known yet whether it has landed: %s", signed.signature, error)
+                    # With every endpoint in a pause it is known at once.
+                    await asyncio.sleep(min(poll, max(deadline - loop.time(), 0.0)))
                 poll = min(poll * 1.5, _LONGEST_POLL)
                 if loop.time() >= deadline:
                     raise self._unconfirmed(signed.signature)

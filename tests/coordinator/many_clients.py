@@ -50,6 +50,8 @@ class Setting:
     dead: int = 0
     """Members that go silent after the first round and are never heard of again."""
     seed: int = 0
+    faults: tuple[str, ...] = ()
+    """What goes wrong at the members' endpoints, the preferred one first."""
 
 
 @dataclass(slots=True)
@@ -232,11 +234,13 @@ class _Member:
 
 async def measure(setting: Setting) -> Measured:
     """Run it on a ledger of its own. Takes about `rounds x round_slots x slot_ms`, and the start."""
-    process = start_ledger("--port", "0", "--slot-ms", str(setting.slot_ms))
+    faults = [part for text in (*setting.faults, "") for part in ("--faults", text)]
+    process = start_ledger("--port", "0", "--slot-ms", str(setting.slot_ms), *faults)
     try:
         assert process.stdout is not None
-        rpc = str(json.loads(process.stdout.readline())["rpc"])
-        return await _measure(setting, rpc)
+        endpoints = [str(one["rpc"]) for one in json.loads(process.stdout.readline())["endpoints"]]
+        # The last one is for who founds the run, and without faults.
+        return await _measure(setting, endpoints[-1], endpoints[:-1] or endpoints)
     finally:
         process.terminate()
         try:
@@ -245,7 +249,7 @@ async def measure(setting: Setting) -> Measured:
             process.kill()
 
 
-async def _measure(setting: Setting, rpc: str) -> Measured:
+async def _measure(setting: Setting, rpc: str, members_rpc: list[str]) -> Measured:
     owner, program = Keypair(), Keypair()
     count = setting.clients
     limits = replace(
@@ -269,7 +273,7 @@ async def _measure(setting: Setting, rpc: str) -> Measured:
         await deploy(founder, owner, program, program_bytes())
         addresses = await founder.create_run("many", limits, terms)
         await _fund(founder, owner.pubkey(), wallets)
-    clients = [await CoordinatorClient.open([rpc], addresses.run, wallet) for wallet in wallets]
+    clients = [await CoordinatorClient.open(members_rpc, addresses.run, wallet) for wallet in wallets]
     counts, started = Counts(), asyncio.Event()
     members = [_Member(client, counts, setting, index) for index, client in enumerate(clients)]
     gate = asyncio.Semaphore(JOINING_AT_ONCE)
@@ -284,9 +288,10 @@ async def _measure(setting: Setting, rpc: str) -> Measured:
             began = asyncio.get_running_loop().time()
         seconds = asyncio.get_running_loop().time() - began
         used = [await member.used() for member in members if not member.dies]
-        final = await clients[0].pulse()
     finally:
         await asyncio.gather(*(client.close() for client in clients))
+    async with await CoordinatorClient.open([rpc], addresses.run) as observer:
+        final = await observer.pulse()
     rounds = setting.rounds - 1
     received = [(http + pushed) / rounds for http, pushed, _, _ in used]
     return Measured(

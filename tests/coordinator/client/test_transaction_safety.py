@@ -91,7 +91,9 @@ def test_what_one_endpoint_loses_another_is_sent(ledger: Ledger) -> None:
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
-def test_sending_survives_an_outage_in_its_middle(ledger: Ledger) -> None:
+def test_sending_survives_an_outage_in_its_middle(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("coordinator.rpc._LONGEST_PAUSE", 0.5)
+
     async def run() -> None:
         down, refused = False, list[str]()
 
@@ -101,13 +103,13 @@ def test_sending_survives_an_outage_in_its_middle(ledger: Ledger) -> None:
                 await forward(ledger.rpc, request)
                 down = True
             # Long enough for a call's whole patience to end, twice.
-            if down and len(refused) < 6:
+            if down and len(refused) < 12:
                 refused.append(request["method"])
                 return 503, b"", ""
             return None
 
         async with endpoint(forwarding(ledger.rpc, change)) as front:
-            await _pays_once(ledger, [front], patience=0.3)
+            await _pays_once(ledger, [front], patience=2.0)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
