@@ -66,6 +66,7 @@ class Subscriptions:
     def __init__(self, rpc_urls: Sequence[str]) -> None:
         self._sites = [_Site(websocket_url(url)) for url in rpc_urls]
         self._reason = ""
+        self._url = ""
         self._wanted: dict[int, _Wanted] = {}
         self._requests: dict[int, int] = {}
         self._identities = itertools.count(1)
@@ -80,6 +81,11 @@ class Subscriptions:
     @property
     def connected(self) -> bool:
         return self._socket is not None
+
+    @property
+    def connected_to(self) -> str | None:
+        """The URL of the WebSocket that is open now."""
+        return self._url if self._socket is not None else None
 
     def subscribe(self, kind: str, params: list[Any], push: Push) -> int:
         """Ask for `kind` ("account", "signature", ...) notifications; returns a handle for `unsubscribe`."""
@@ -139,7 +145,7 @@ class Subscriptions:
             self._outgoing = asyncio.Queue()
             self._requests.clear()
             self._by_server_id.clear()
-            self._socket = socket
+            self._socket, self._url = socket, site.url
             beside = [asyncio.create_task(self._write(socket)), asyncio.create_task(self._return(site))]
             try:
                 for handle, wanted in tuple(self._wanted.items()):
