@@ -1,6 +1,6 @@
 """JSON-RPC calls to Solana RPC endpoints: fail-over and return, back-off, rate limits, and a bound on everything.
 
-The transport is httpx2 (solana-py's own) with JSON read here; why: docs/decisions/0016-chain-client.md.
+The transport is httpx2 (solana-py's own) with JSON read here; why: docs/decisions/0018-chain-client.md.
 """
 
 from __future__ import annotations

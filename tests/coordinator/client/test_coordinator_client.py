@@ -257,6 +257,69 @@ def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Prog
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
+    ledger: Ledger, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.pulses._GONE_PAUSE", 0.05)
+
+    async def run() -> None:
+        missing = 0
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            nonlocal missing
+            if request["method"] == "getMultipleAccounts" and missing:
+                missing -= 1
+                slot = request["params"][1]["minContextSlot"]
+                return result(request, {"context": {"slot": slot}, "value": [None, None]})
+            return None
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run) as client,
+        ):
+            pulses = client.watch()
+            first = await anext(pulses)
+            missing = 1
+            assert (await anext(pulses)).slot >= first.slot
+            missing = 1000
+            with pytest.raises(RunNotFound, match="was it closed"):
+                await anext(pulses)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        sizes: list[int] = []
+
+        async def change(request: dict[str, Any]) -> None:
+            if request["method"] == "getMultipleAccounts":
+                sizes.append(request["params"][1]["dataSlice"]["length"])
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run) as client,
+        ):
+            pulses = client.watch()
+            before = await anext(pulses)
+            while len(sizes) < 4:
+                assert (await anext(pulses)).run is before.run
+            nodes = [await joined([ledger.rpc], owner.addresses.run) for _ in range(2)]
+            pulse = await anext(pulses)
+            while pulse.run.phase is not Phase.WARMUP:
+                if pulse.header.due(pulse.slot):
+                    await nodes[0].tick()
+                pulse = await anext(pulses)
+            assert pulse.run.member_count == 2
+            assert set(sizes) == {256, 1072}
+            assert sizes.count(256) > sizes.count(1072)
+            await close(*nodes)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 # ---------------------------------------------------------------------- sending through trouble
 
 
