@@ -40,9 +40,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.optimizer
 	$(BIN)/python -m benchmarks.convergence
 
-# What takes too long for every change: a million inputs for the decoder of updates.
+# What takes too long for every change: a million inputs for the decoder of updates and for the program's arithmetic.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
+	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
 
 docs: setup
 	$(BIN)/python docs/generate.py
