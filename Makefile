@@ -40,10 +40,12 @@ bench: setup
 	$(BIN)/python -m benchmarks.optimizer
 	$(BIN)/python -m benchmarks.convergence
 
-# What takes too long for every change: a million inputs for the decoder of updates and for the program's arithmetic.
+# What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
+# and for its instructions.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
+	$(BIN)/python tests/coordinator/program/program_fuzzing.py 1000000
 
 docs: setup
 	$(BIN)/python docs/generate.py
