@@ -19,8 +19,8 @@ Play = Callable[[RunDriver], None]
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """A run as it stood in `slot`. `people` are the numbers of those who ever took part, and of one who did not; `spare`
-    names a run that can be created, its three accounts stand empty."""
+    """A run as it stood in `slot`. `people` are the numbers of those who ever took part, and of one who did not.
+    `spare` names a run that can be created: its three accounts stand empty."""
 
     name: str
     run: RunDriver
@@ -136,7 +136,7 @@ def _crowd(run: RunDriver) -> None:
     run.tick_when_due()
     for witness in run.rounds[0].witnesses[:15]:
         run.must(run.attest(witness, 0, range(256)))
-    for member in range(0, 200):
+    for member in range(200):
         run.commit(member)
 
 
