@@ -15,27 +15,34 @@ import random
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from program_harness import CLOCK, LOADER, RENT, SYSTEM, Chain
-from program_scenes import SCENES, Scene, play
+from program_scenes import AUTHORITY, SCENES, Scene, play
 from solders.account import Account
-from solders.instruction import Instruction
+from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 from solders.transaction import Transaction
 from solders.transaction_metadata import SimulatedTransactionInfo, TransactionMetadata
-from solders.transaction_status import InstructionErrorCustom, TransactionErrorInstructionError
+from solders.transaction_status import (
+    InstructionErrorCustom,
+    TransactionErrorInstructionError,
+    TransactionErrorInsufficientFundsForRent,
+)
 
 from coordinator import instructions as ix
 from coordinator.errors import ErrorCode
-from coordinator.layout import MEMBERS_SIZE, ROUNDS_SIZE, RUN_SIZE, UNKNOWN_SLOT
+from coordinator.layout import GRANT_SIZE, MEMBERS_SIZE, RECEIPT_SIZE, ROUNDS_SIZE, RUN_SIZE, UNKNOWN_SLOT
 
 SEED = 20261130
 CASE = 40  # executions in one case
 MAX_UNITS = 60_000
 INSTRUCTIONS_SYSVAR = Pubkey.from_string("Sysvar1nstructions1111111111111111111111111")
 SLOT_HASHES = Pubkey.from_string("SysvarS1otHashes111111111111111111111111111")
+KINDS = (RUN_SIZE, MEMBERS_SIZE, ROUNDS_SIZE, GRANT_SIZE, RECEIPT_SIZE)
 EDGES = [0, 1, 2, 3, 31, 32, 33, 127, 128, 255, 256, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1, 2**63, 2**64 - 1]
+NOTHING = Account(0, b"", SYSTEM)
 KNOWN = {code.value: code.name for code in ErrorCode}
 
 Meta = tuple[bytes, bool, bool]
@@ -112,7 +119,7 @@ class World:
     def reset(self, scene: Scene) -> None:
         """Everything as it was when the world was made, and the slot as in the scene."""
         for address in self.written:
-            self.chain.svm.set_account(address, self.baseline.get(address, Account(0, b"", SYSTEM)))
+            self.chain.svm.set_account(address, self.baseline.get(address, NOTHING))
         self.written.clear()
         self.chain.set_slot(scene.slot)
 
@@ -130,7 +137,7 @@ class World:
             256,
             *[s + d for s in (RUN_SIZE, MEMBERS_SIZE, ROUNDS_SIZE) for d in (-1, 0, 1)],
         ):
-            key = Pubkey(b"size" + size.to_bytes(28, "big"))
+            key = fresh_key(size)
             self.baseline[key] = Account(svm.minimum_balance_for_rent_exemption(size), bytes(size), program)
             svm.set_account(key, self.baseline[key])
             found.append(key)
@@ -144,6 +151,11 @@ class World:
         return [bytes(key) for key in found]
 
 
+def fresh_key(size: int) -> Pubkey:
+    """Where the world has an empty account of the program of this size."""
+    return Pubkey(b"size" + size.to_bytes(28, "big"))
+
+
 class View:
     """What someone who reads the chain knows at the start of a case: enough to build instructions that succeed."""
 
@@ -154,6 +166,18 @@ class View:
     def person(self) -> Pubkey:
         return self.run.wallet(self.rng.randrange(self.scene.people))
 
+    def owner(self) -> Pubkey:
+        return self.run.owner if self.rng.random() < 0.95 else self.person()
+
+    def grant(self) -> tuple[Pubkey, int | None]:
+        """One of the run's, or the place of one that could be."""
+        last = self.scene.people - 1
+        empty = self.run.grant(self.run.wallet(last), AUTHORITY)
+        return self.rng.choice([*self.scene.records.grants, (empty, last)])
+
+    def receipt(self) -> tuple[Pubkey, int] | None:
+        return self.rng.choice([*self.scene.records.receipts, None])
+
     def round(self) -> int:
         if self.rng.random() < 0.8:
             return self.scene.header.round
@@ -162,7 +186,9 @@ class View:
 
 def _join(v: View) -> Instruction:
     new = v.rng.choice([v.rng.randrange(v.scene.people), v.scene.people - 1])
-    return ix.join(*v.place, v.run.wallet(new), v.run.node(new), v.rng.choice([1, 1000, 1_000_000]))
+    grants = {grantee: address for address, grantee in v.scene.records.grants}
+    grant = grants.get(new, grants.get(None)) if v.rng.random() < 0.9 else v.grant()[0]
+    return ix.join(*v.place, v.run.wallet(new), v.run.node(new), v.rng.choice([1, 1000, 1_000_000]), grant)
 
 
 def _ready(v: View) -> Instruction:
@@ -200,7 +226,77 @@ def _leave(v: View) -> Instruction:
 
 def _init_run(v: View) -> Instruction:
     chosen = v.scene.spare if v.rng.random() < 0.8 else v.run
-    return ix.init_run(v.run.chain.program, chosen.owner, chosen.run_id, chosen.limits, chosen.terms)
+    program = v.run.chain.program
+    return ix.init_run(program, chosen.owner, chosen.run_id, chosen.limits, chosen.terms, chosen.join_authority)
+
+
+def _set_share(v: View) -> Instruction:
+    return ix.set_share(*v.place, v.person(), v.rng.choice([1, 500, 1_000_000]))
+
+
+def _set_config(v: View) -> Instruction:
+    changes: dict[str, int] = v.rng.choice(
+        [{}, {"batch": 3}, {"overlap": 0}, {"witnesses": 1}, {"max_share": 5}, {"total_rounds": 1}, {"warmup_time": 1}]
+    )
+    authority = v.rng.choice([v.scene.state.join_authority, None, AUTHORITY])
+    return ix.set_config(*v.place, v.owner(), replace(v.scene.state.limits, **changes), authority)
+
+
+def _set_model(v: View) -> Instruction:
+    changes: dict[str, Any] = v.rng.choice([{}, {"model_root": b"\x77" * 32}, {"samples": 5}, {"update_bytes": 77}])
+    return ix.set_model(*v.place, v.owner(), replace(v.scene.state.terms, **changes))
+
+
+def _kick(v: View) -> Instruction:
+    return ix.kick(*v.place, v.owner(), v.person())
+
+
+def _ban(v: View) -> Instruction:
+    number = v.rng.randrange(v.scene.people)
+    key = v.rng.choice([v.run.wallet(number), v.run.node(number), v.run.node(100)])
+    return ix.ban(*v.place, v.owner(), key, lift=v.rng.random() < 0.3)
+
+
+def _set_reward_rate(v: View) -> Instruction:
+    return ix.set_reward_rate(*v.place, v.owner(), v.rng.choice([0, 1, 10**10]))
+
+
+def _authorize(v: View) -> Instruction:
+    last = v.run.wallet(v.scene.people - 1)
+    _, instruction = ix.authorize(*v.place, v.scene.state.join_authority or AUTHORITY, last, lambda size: size)
+    return instruction
+
+
+def _revoke(v: View) -> Instruction:
+    return ix.revoke(*v.place, AUTHORITY, v.grant()[0], eject=v.rng.random() < 0.5)
+
+
+def _delegate(v: View) -> Instruction:
+    grant, grantee = v.grant()
+    signer = v.person() if grantee is None else v.run.wallet(grantee)
+    key = v.run.wallet(v.rng.choice([2, 100, v.rng.randrange(v.scene.people)]))
+    return ix.delegate(*v.place, signer, grant, key, remove=v.rng.random() < 0.4)
+
+
+def _archive(v: View) -> Instruction:
+    gone = [slot for slot, member in v.scene.members.items() if not member.live]
+    slot = v.rng.choice([*gone, *gone, v.rng.randrange(256)])
+    payer = v.person()
+    _, instruction = ix.archive(*v.place, payer, slot, payer, 0, lambda size: size)
+    metas = [*instruction.accounts[:4], AccountMeta(fresh_key(RECEIPT_SIZE), is_signer=False, is_writable=True)]
+    return Instruction(instruction.program_id, instruction.data, metas)
+
+
+def _restore(v: View) -> Instruction:
+    receipt, member = v.receipt() or (fresh_key(RECEIPT_SIZE), 0)
+    return ix.restore(*v.place, v.run.wallet(member), receipt)
+
+
+def _claim(v: View) -> Instruction:
+    receipt = v.receipt()
+    if receipt is None:
+        return ix.claim(*v.place, v.person())
+    return ix.claim(*v.place, v.run.wallet(receipt[1]), receipt[0])
 
 
 BUILDERS: dict[str, Callable[[View], Instruction]] = {
@@ -212,6 +308,23 @@ BUILDERS: dict[str, Callable[[View], Instruction]] = {
     "checkpoint": _checkpoint,
     "leave": _leave,
     "init_run": _init_run,
+    "migrate": lambda v: ix.migrate(*v.place, v.owner()),
+    "set_config": _set_config,
+    "set_model": _set_model,
+    "pause": lambda v: ix.pause(*v.place, v.owner()),
+    "resume": lambda v: ix.resume(*v.place, v.owner()),
+    "finish": lambda v: ix.finish(*v.place, v.owner()),
+    "close_run": lambda v: ix.close_run(*v.place, v.owner()),
+    "kick": _kick,
+    "ban": _ban,
+    "set_reward_rate": _set_reward_rate,
+    "set_share": _set_share,
+    "authorize": _authorize,
+    "revoke": _revoke,
+    "delegate": _delegate,
+    "archive": _archive,
+    "restore": _restore,
+    "claim": _claim,
 }
 
 
@@ -225,6 +338,7 @@ class Mutator:
         self.others = [bytes(key) for other in others for key in other.accounts]
         self.people = [bytes(scene.run.wallet(rng.randrange(scene.people))) for _ in range(3)] + [
             bytes(scene.run.owner),
+            bytes(AUTHORITY),
             world.payer,
         ]
         self.marks = list(ix.MARKS.values())
@@ -355,11 +469,13 @@ class Fuzzer:
             raise Defect(f"{units} compute units")
         if isinstance(result, TransactionMetadata):
             self.succeeded[call.name] += 1
-            if keep:
-                self.world.written.update(touched)
-            else:
-                for address, account in before:
-                    svm.set_account(address, account or Account(0, b"", SYSTEM))
+            for address, account in before:
+                if svm.get_account(address) == account:
+                    continue
+                if keep:
+                    self.world.written.add(address)
+                else:
+                    svm.set_account(address, account or NOTHING)
             return "ok"
         if any(svm.get_account(address) != account for address, account in before):
             raise Defect("a refused instruction changed an account")
@@ -368,6 +484,8 @@ class Fuzzer:
             name = KNOWN.get(error.err.code)
             if name is not None:
                 return name
+        if isinstance(error, TransactionErrorInsufficientFundsForRent):
+            return "rent"  # the runtime's: a payment too small to bring an account into being
         raise Defect(f"{error!r} {meta.logs()}")
 
     def _describe(self, scene: Scene, number: int, index: int, call: Call) -> str:
