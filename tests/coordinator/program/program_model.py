@@ -57,6 +57,12 @@ def eligible(entry: Round) -> frozenset[int]:
     )
 
 
+def majority_of(fingerprints: Sequence[int]) -> int | None:
+    """What more than half of them are."""
+    counted = Counter(fingerprints).most_common(1)
+    return counted[0][0] if counted and 2 * counted[0][1] > len(fingerprints) else None
+
+
 def quorum(count: int) -> int:
     return -(-2 * count // 3)
 
