@@ -186,44 +186,44 @@ class RoundModel:
         return missing == 0 or all(count >= need or count + missing < need for count in counts)
 
     def schedule(self) -> None:
-        l, now, live = self.limits, self.slot, len(self.with_status(*LIVE))
+        limits, now, live = self.limits, self.slot, len(self.with_status(*LIVE))
         due: int | None = None
         if self.phase is Phase.WAITING_FOR_MEMBERS:
             if self.request:
                 due = now
-            elif live < l.init_min_members:
+            elif live < limits.init_min_members:
                 self.grace_slot = None
             else:
                 self.grace_slot = now if self.grace_slot is None else self.grace_slot
-                due = now if live >= l.max_members else self.grace_slot + l.join_grace
+                due = now if live >= limits.max_members else self.grace_slot + limits.join_grace
         elif self.phase is Phase.WARMUP:
-            all_ready = self.ready_count >= l.min_members and self.ready_count == live
-            due = now if self.request or all_ready else self.phase_slot + l.warmup_time
+            all_ready = self.ready_count >= limits.min_members and self.ready_count == live
+            due = now if self.request or all_ready else self.phase_slot + limits.warmup_time
         elif self.phase is Phase.ROUND_TRAIN:
             due = self._train_due()
         elif self.phase is Phase.ROUND_WITNESS:
             needed = [self.undecided_before()]
-            if not l.overlap or self.draining:
+            if not limits.overlap or self.draining:
                 needed.append(self.current())
             waits = any(entry is not None and not self.decided(entry) for entry in needed)
-            due = self.phase_slot + l.round_witness_time if waits else now
+            due = self.phase_slot + limits.round_witness_time if waits else now
         elif self.phase is Phase.COOLDOWN:
-            due = now if self.checkpoint_agreed else self.phase_slot + l.cooldown_time
+            due = now if self.checkpoint_agreed else self.phase_slot + limits.cooldown_time
         elif self.phase is Phase.PAUSED and self.request:
             due = now
         self.due_slot = due
 
     def _train_due(self) -> int:
-        entry, l = self.current(), self.limits
+        entry, limits = self.current(), self.limits
         expected, committed = len(entry.expected), len(entry.counting())
         if entry.median is None and committed and 2 * committed >= expected:
             entry.median = self.slot - entry.start_slot
         if committed >= expected:
             return self.slot
-        due = entry.start_slot + l.max_round_train_time
+        due = entry.start_slot + limits.max_round_train_time
         if committed and committed >= quorum(expected):
             assert entry.median is not None
-            due = min(due, entry.start_slot + (3 * entry.median + 1) // 2 + l.adaptive_grace)
+            due = min(due, entry.start_slot + (3 * entry.median + 1) // 2 + limits.adaptive_grace)
         return due
 
     def publish_attested(self) -> None:

@@ -18,18 +18,21 @@ CLAIM_SLOTS = 6_480_000
 MAX_RATE = 10**10
 
 
-def limits_refused(l: Limits) -> Result:
+def limits_refused(limits: Limits) -> Result:
     """The first rule that these limits break."""
     rules = [
-        (1 <= l.min_members <= l.init_min_members <= l.max_members <= MAX_MEMBERS, E.BAD_MEMBER_LIMITS),
-        (l.witnesses <= min(32, l.min_members), E.BAD_WITNESSES),
-        (l.overlap <= 1, E.BAD_OVERLAP),
-        (1 <= l.max_missed <= 255, E.BAD_MAX_MISSED),
-        (all((l.warmup_time, l.max_round_train_time, l.round_witness_time, l.cooldown_time)), E.BAD_TIMES),
-        (l.adaptive_grace <= l.max_round_train_time, E.BAD_TIMES),
-        (l.min_members <= l.batch <= 2**24, E.BAD_BATCH),
-        (l.rounds_per_epoch >= 1 and 1 <= l.total_rounds < 2**31, E.BAD_ROUNDS),
-        (l.max_share <= MAX_SHARE, E.BAD_SHARE),
+        (1 <= limits.min_members <= limits.init_min_members <= limits.max_members <= MAX_MEMBERS, E.BAD_MEMBER_LIMITS),
+        (limits.witnesses <= min(32, limits.min_members), E.BAD_WITNESSES),
+        (limits.overlap <= 1, E.BAD_OVERLAP),
+        (1 <= limits.max_missed <= 255, E.BAD_MAX_MISSED),
+        (
+            all((limits.warmup_time, limits.max_round_train_time, limits.round_witness_time, limits.cooldown_time)),
+            E.BAD_TIMES,
+        ),
+        (limits.adaptive_grace <= limits.max_round_train_time, E.BAD_TIMES),
+        (limits.min_members <= limits.batch <= 2**24, E.BAD_BATCH),
+        (limits.rounds_per_epoch >= 1 and 1 <= limits.total_rounds < 2**31, E.BAD_ROUNDS),
+        (limits.max_share <= MAX_SHARE, E.BAD_SHARE),
     ]
     return next((error for holds, error in rules if not holds), None)
 

@@ -38,6 +38,7 @@ class Play:
     """A fresh run on the chain (always the same addresses and slots) beside its model."""
 
     wallets = tuple(RunDriver.wallet(number) for number in range(PEOPLE))
+    nodes = tuple(RunDriver.node(number) for number in range(PEOPLE))
 
     def __init__(self, chain: Chain, limits: dict[str, int], private: bool) -> None:
         self.chain, self.svm = chain, chain.svm

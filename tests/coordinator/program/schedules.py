@@ -18,6 +18,7 @@ from collections.abc import Callable
 from program_harness import Chain, ProgramFault
 from run_model import RunModel
 from schedule_play import ANYONE, AUTHORITY, OWNER, PEOPLE, Action, Mismatch, Play
+from solders.pubkey import Pubkey
 
 from coordinator.values import MemberStatus, Phase
 
@@ -53,7 +54,7 @@ class Author:
             "adaptive_grace": rng.choice([0, 4]),
             "batch": rng.choice([minimum, 7, 23, 40]),
             "rounds_per_epoch": rng.choice([1, 2, 4, 50]),
-            "total_rounds": rng.choice([1, 5, 12, 50, 50]),
+            "total_rounds": rng.choice([1, 5, 12, 1000, 1000, 1000]),
         }
         self.late: list[tuple[int, Action]] = []
         self.written = 0
@@ -87,14 +88,19 @@ class Author:
         people = {slot: number for number in range(PEOPLE) if (slot := m.find(self._wallet(number))) is not None}
         statuses = {slot: m.members[slot].status for slot in people}
         outside = [n for n in range(PEOPLE) if n not in [people[s] for s in people if m.members[s].live]]
-        choices: list[Action] = []
+        choices = self._credit(m, people)
+        if m.phase is Phase.FINISHED:
+            choices += [("close_run", OWNER), ("wait", 3_240_000)]
+            return rng.choice(choices)
+        if m.join_authority and (ANYONE not in self._grantees(m) and rng.random() < 0.3):
+            return ("authorize", AUTHORITY, ANYONE)
         waiting = [slot for slot, status in statuses.items() if status in (MemberStatus.PENDING, MemberStatus.DESYNCED)]
         unready = [people[slot] for slot in waiting if not m.members[slot].ready]
         active = [slot for slot, status in statuses.items() if status is MemberStatus.ACTIVE]
         if unready and m.stage is not Phase.WAITING_FOR_MEMBERS:
             choices.append(("ready", rng.choice(unready), m.checkpoint_root[0]))
         if m.phase is Phase.WAITING_FOR_MEMBERS and outside:
-            choices.append(self._join(rng.choice(outside)))
+            choices.append(self._join(m, rng.choice(outside)))
         if m.phase is Phase.ROUND_TRAIN:
             entry = m.current()
             slots = [slot for slot in active if slot in entry.expected and slot not in entry.commitments]
@@ -117,21 +123,47 @@ class Author:
             return ("until", rng.choice([-1, 0, 0, 0, 1]))
         if m.due_slot is not None:
             return ("tick", rng.randrange(PEOPLE))
-        return ("resume", OWNER) if m.phase is Phase.PAUSED else self._join(rng.choice(outside or [0]))
+        return ("resume", OWNER) if m.phase is Phase.PAUSED else self._join(m, rng.choice(outside or [0]))
 
-    def _wallet(self, number: int):  # type: ignore[no-untyped-def]
+    def _credit(self, m: RunModel, people: dict[int, int]) -> list[Action]:
+        """What has to do with credit and rewards: worth doing now and then."""
+        rng = self.rng
+        choices: list[Action] = []
+        if rng.random() < 0.7:
+            return choices
+        for slot, member in m.members.items():
+            if member.credit and not member.live and not m.in_flight(slot):
+                choices.append(("archive", slot))
+            if member.reward > member.reward_claimed:
+                choices.append(("claim", people[slot], None) if m.vault else ("fund", rng.choice([1, 10**5])))
+        for receipt in m.receipts.values():
+            owner = self._number(receipt.wallet)
+            index = rng.randrange(10)
+            choices += [("restore", owner, index), ("claim", owner, index)]
+        return choices
+
+    @staticmethod
+    def _wallet(number: int) -> Pubkey:
         return Play.wallets[number]
 
-    def _join(self, who: int) -> Action:
+    @staticmethod
+    def _number(wallet: Pubkey) -> int:
+        return Play.wallets.index(wallet)
+
+    def _grantees(self, m: RunModel) -> list[int]:
+        return [ANYONE if grant.grantee is None else self._number(grant.grantee) for grant in m.grants.values()]
+
+    def _join(self, m: RunModel, who: int) -> Action:
         rng = self.rng
         node = who if rng.random() < 0.85 else rng.choice([who + 20, rng.randrange(PEOPLE)])
-        grantee = rng.choice([None, who, ANYONE, ANYONE, 0]) if rng.random() < 0.8 else rng.randrange(PEOPLE)
-        return ("join", who, node, rng.choice([1, 3, 1000, 1000, 1_000_000, 0, 1_000_001]), grantee)
+        share = rng.choice([1, 3, 1000, 1000, 1000, 1000]) if rng.random() < 0.95 else rng.choice([0, 1_000_001])
+        grantee = rng.choice([*self._grantees(m), None]) if rng.random() < 0.9 else rng.randrange(PEOPLE)
+        return ("join", who, node, share, grantee)
 
     def _commit(self, m: RunModel, who: int, slot: int) -> Action:
         rng, entry = self.rng, m.current()
         most = entry.slices.get(slot, (0, 0))[1] * m.terms.sequence_length
-        tokens = rng.choice([most, most, rng.randint(0, most), most + 1])
+        tokens = rng.choice([most, most, rng.randint(0, most)]) if rng.random() < 0.95 else most + 1
         fingerprint = 7 if rng.random() < 0.9 else rng.choice([8, 9])
         size = m.terms.update_bytes if rng.random() < 0.97 else m.terms.update_bytes + 1
         return ("commit", who, m.round, tokens, fingerprint, size)
@@ -145,7 +177,7 @@ class Author:
         authority = AUTHORITY if rng.random() < 0.9 else who
         number = max(0, m.round + rng.choice([0, 0, 0, -1, -1, -2, 1, 4]))
         writers: list[tuple[float, Callable[[], Action]]] = [
-            (6, lambda: self._join(who)),
+            (6, lambda: self._join(m, who)),
             (4, lambda: ("ready", who, rng.choice([m.checkpoint_root[0], 1, 99]))),
             (3, lambda: ("leave", who)),
             (3, lambda: ("set_share", who, rng.choice([1, 5, 2000, 0, 1_000_000]))),
@@ -159,15 +191,19 @@ class Author:
             (2, lambda: ("set_model", by, rng.choice(MODEL_CHANGES))),
             (1.5, lambda: ("pause", by)),
             (2, lambda: ("resume", by)),
-            (0.15, lambda: ("finish", by)),
+            (0.05, lambda: ("finish", by)),
             (1, lambda: ("close_run", by)),
             (2, lambda: ("kick", by, who)),
-            (2.5, lambda: ("ban", by, rng.choice([0, 0, 1, 1, 2]), who, rng.random() < 0.6)),
+            (1.5, lambda: ("ban", by, rng.choice([0, 0, 1, 1, 2]), who, rng.random() < 0.1)),
+            (1.5, lambda: self._lift(m, by)),
             (1.5, lambda: ("set_reward_rate", by, rng.choice([0, 10**6, 10**9, 10**10, 10**10 + 1]))),
             (1.5, lambda: ("fund", rng.choice([1, 10**4, 10**7]))),
             (3 if self.private else 0.5, lambda: ("authorize", authority, rng.choice([ANYONE, who, 0]))),
-            (2 if self.private else 0.3, lambda: ("revoke", authority, rng.choice([ANYONE, 0, who]), rng.random() < 0.5)),
-            (1, lambda: ("delegate", rng.choice([0, who]), rng.choice([0, who]), rng.randrange(PEOPLE), rng.random() < 0.3)),
+            (
+                2 if self.private else 0.3,
+                lambda: ("revoke", authority, rng.choice([ANYONE, 0, who]), rng.random() < 0.5),
+            ),
+            (1, lambda: self._delegate(m, who)),
             (3, lambda: ("archive", rng.choice([*m.members, who]))),
             (2, lambda: ("restore", self._receipt_owner(m, who), rng.randrange(10))),
             (3, lambda: ("claim", self._receipt_owner(m, who), rng.choice([None, None, rng.randrange(10)]))),
@@ -175,6 +211,20 @@ class Author:
         ]
         weights, makers = zip(*writers, strict=True)
         return rng.choices(makers, weights)[0]()
+
+    def _lift(self, m: RunModel, by: int) -> Action:
+        keys = [(kind, who) for who in range(PEOPLE) for kind in (0, 1)]
+        known = {Play.wallets[who]: (0, who) for who in range(PEOPLE)} | {
+            Play.nodes[who]: (1, who) for who in range(PEOPLE)
+        }
+        kind, who = self.rng.choice([known[key] for key in m.banned] or keys)
+        return ("ban", by, kind, who, True)
+
+    def _delegate(self, m: RunModel, who: int) -> Action:
+        rng = self.rng
+        grantee = rng.choice([*self._grantees(m), who])
+        signer = grantee if rng.random() < 0.9 and grantee != ANYONE else who
+        return ("delegate", signer, grantee, rng.randrange(PEOPLE), rng.random() < 0.3)
 
     def _receipt_owner(self, m: RunModel, who: int) -> int:
         owners = [n for n in range(PEOPLE) if any(r.wallet == self._wallet(n) for r in m.receipts.values())]
@@ -239,7 +289,9 @@ class Player:
                 name = "ok" if ended is None else getattr(ended, "name", str(ended))
                 self.ended[f"{actions[-1][0]}: {name}"] += 1
                 if log:
-                    log(f"slot {play.chain.slot} round {play.model.round} {play.model.phase.name}: {actions[-1]} {name}")
+                    log(
+                        f"slot {play.chain.slot} round {play.model.round} {play.model.phase.name}: {actions[-1]} {name}"
+                    )
                 if play.model.closed:
                     break
             self.rounds += play.model.round
