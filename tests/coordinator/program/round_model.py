@@ -94,6 +94,7 @@ class ModelGrant:
 @dataclass(slots=True)
 class ModelReceipt:
     wallet: Pubkey
+    payer: Pubkey
     credit: int
     updates_included: int
     reward: int
@@ -118,7 +119,8 @@ class RoundModel:
         self.next_limits: Limits | None = None
         self.phase, self.request, self.resume_phase = Phase.WAITING_FOR_MEMBERS, Request.NONE, Phase.UNINITIALIZED
         self.phase_slot = self.created_slot = slot
-        self.revision, self.config_version, self.model_round = 1, 0, 0
+        self.revision, self.config_version = 1, 0
+        self.model_round, self.schedule_rounds = 0, limits.total_rounds
         self.round = self.epoch = self.final_rounds = self.epoch_round = 0
         self.cursor = self.tokens = 0
         self.seed = hashlib.sha256(bytes(32) + bytes(addresses.run) + newest).digest()
@@ -132,6 +134,7 @@ class RoundModel:
         self.banned: list[Pubkey] = []
         self.grants: dict[Pubkey, ModelGrant] = {}
         self.receipts: dict[Pubkey, ModelReceipt] = {}
+        self.stale: dict[Pubkey, Pubkey] = {}  # records of closed runs of this name, and who gets their lamports
         self.votes: dict[int, bytes] = {}
         self.checkpoint_agreed: tuple[bytes, int] | None = None
         self.draining = False
@@ -162,6 +165,10 @@ class RoundModel:
 
     def open_rounds(self) -> list[ModelRound]:
         return [entry for entry in self.ring.values() if entry.in_flight]
+
+    def missing(self, address: Pubkey) -> E:
+        """What is said of a grant or a receipt that this run does not have."""
+        return E.ACCOUNT_MISMATCH if address in self.stale else E.WRONG_ACCOUNT_OWNER
 
     def in_flight(self, slot: int) -> bool:
         return any(slot in entry.active for entry in self.open_rounds())
@@ -271,7 +278,7 @@ class RoundModel:
             return E.NOT_PERMISSIONLESS
         grant = self.grants.get(address)
         if grant is None:
-            return E.WRONG_ACCOUNT_OWNER
+            return self.missing(address)
         if grant.authority != self.join_authority:
             return E.NOT_AUTHORIZED
         if grant.grantee in self.banned:

@@ -68,6 +68,7 @@ class RunModel(RoundModel):
         if terms.model_root != self.checkpoint_root:
             self.checkpoint_root, self.checkpoint_round = terms.model_root, self.round
         self.terms, self.model_round = terms, self.round
+        self.schedule_rounds = max(self.limits.total_rounds - self.round, 1)
         self.config_version += 1
         if self.phase is Phase.PAUSED:
             self.resume_phase, self.ready_count = Phase.WAITING_FOR_MEMBERS, 0
@@ -108,15 +109,26 @@ class RunModel(RoundModel):
     def close_run(self, by: Pubkey) -> Result:
         if by != self.owner:
             return E.NOT_OWNER
-        if self.phase is not Phase.FINISHED:
-            return E.NOT_FINISHED
+        if self.phase is not Phase.FINISHED or self.slot == self.created_slot:
+            return E.NOT_FINISHED  # records tell runs of one name apart by the slot of their creation
         if self.reward_paid < self.reward_earned and self.slot < self.phase_slot + CLAIM_SLOTS:
             return E.REWARDS_OWED
         self.closed = True
+        self.stale |= {address: grant.authority for address, grant in self.grants.items()}
+        self.stale |= {address: receipt.payer for address, receipt in self.receipts.items()}
+        self.grants, self.receipts = {}, {}
         return None
 
+    def _can_eject(self, slot: int) -> bool:
+        """Who is gone already, too, as long as its work may still count."""
+        member = self.members[slot]
+        return member.live or (member.status is not MemberStatus.EJECTED and self.in_flight(slot))
+
     def _eject(self, slot: int) -> None:
-        self._retire(slot, MemberStatus.EJECTED)
+        if self.members[slot].live:
+            self._retire(slot, MemberStatus.EJECTED)
+        else:
+            self.members[slot].become(MemberStatus.EJECTED, self.slot)
         for entry in self.ring.values():
             entry.eligible.discard(slot)
             if not entry.closed and slot in entry.expected:
@@ -130,7 +142,7 @@ class RunModel(RoundModel):
             return refused
         if slot is None:
             return E.NOT_A_MEMBER
-        if not self.members[slot].live:
+        if not self._can_eject(slot):
             return E.MEMBER_NOT_ACTIVE
         self._eject(slot)
         self.publish()
@@ -154,7 +166,7 @@ class RunModel(RoundModel):
             return E.BAN_LIST_FULL
         self.banned.append(key)
         for slot, member in self.members.items():
-            if member.live and bytes(key) in (bytes(member.wallet), member.node_key):
+            if bytes(key) in (bytes(member.wallet), member.node_key) and self._can_eject(slot):
                 self._eject(slot)
         self.publish()
         return None
@@ -181,12 +193,12 @@ class RunModel(RoundModel):
     def revoke(self, by: Pubkey, address: Pubkey, eject: bool) -> Result:
         grant = self.grants.get(address)
         if grant is None:
-            return E.WRONG_ACCOUNT_OWNER
+            return self.missing(address)
         ejects = eject and self.phase is not Phase.FINISHED
         if grant.authority != by or (ejects and self.join_authority != by):
             return E.NOT_AUTHORITY
         for slot, member in self.members.items():
-            if ejects and member.live and member.grant == address:
+            if ejects and member.grant == address and self._can_eject(slot):
                 self._eject(slot)
         del self.grants[address]
         self.publish()
@@ -195,7 +207,7 @@ class RunModel(RoundModel):
     def delegate(self, by: Pubkey, address: Pubkey, key: Pubkey, remove: bool) -> Result:
         grant = self.grants.get(address)
         if grant is None:
-            return E.WRONG_ACCOUNT_OWNER
+            return self.missing(address)
         if grant.grantee != by:
             return E.NOT_THE_GRANTEE
         if key == Pubkey.default():
@@ -216,7 +228,7 @@ class RunModel(RoundModel):
 
     # ------------------------------------------------------------------ credit
 
-    def archive(self, slot: int, address: Pubkey) -> Result:
+    def archive(self, slot: int, address: Pubkey, payer: Pubkey) -> Result:
         if self.phase is Phase.FINISHED:
             return E.RUN_FINISHED
         member = self.members.get(slot)
@@ -225,14 +237,14 @@ class RunModel(RoundModel):
         if member is None or not (member.credit or member.reward):
             return E.NOTHING_TO_ARCHIVE
         kept = (member.credit, member.updates_included, member.reward, member.reward_claimed)
-        self.receipts[address] = ModelReceipt(member.wallet, *kept)
+        self.receipts[address] = ModelReceipt(member.wallet, payer, *kept)
         del self.members[slot]
         return None
 
     def restore(self, wallet: Pubkey, address: Pubkey) -> Result:
         receipt = self.receipts.get(address)
         if receipt is None:
-            return E.WRONG_ACCOUNT_OWNER
+            return self.missing(address)
         if receipt.wallet != wallet:
             return E.WRONG_RECEIPT
         slot = self.find(wallet)
@@ -251,7 +263,7 @@ class RunModel(RoundModel):
         if address is not None:
             receipt = self.receipts.get(address)
             if receipt is None:
-                return E.WRONG_ACCOUNT_OWNER
+                return self.missing(address)
             if receipt.wallet != wallet:
                 return E.WRONG_RECEIPT
             holder = receipt
@@ -269,6 +281,16 @@ class RunModel(RoundModel):
         holder.reward_claimed += paid
         self.reward_paid += paid
         self.vault -= paid
+        return None
+
+    def reclaim(self, by: Pubkey, address: Pubkey) -> Result:
+        if address in self.grants or address in self.receipts:
+            return E.NOT_CLOSED
+        if address not in self.stale:
+            return E.WRONG_ACCOUNT_OWNER
+        if self.stale[address] != by:
+            return E.NOT_OWNER
+        del self.stale[address]
         return None
 
     def migrate(self) -> Result:

@@ -23,7 +23,7 @@ from coordinator.state import Phase, decode_header, decode_members, decode_membe
 
 Action = tuple[Any, ...]
 PEOPLE = 9
-OWNER, AUTHORITY = -1, -2  # who signs, besides wallets by their number
+OWNER, AUTHORITY, PAYER = -1, -2, -3  # who signs, besides wallets by their number
 ANYONE = -1  # a grantee
 START = 1000
 TAKEN = 0  # the system program's error for an address in use
@@ -54,14 +54,23 @@ class Play:
         chain.set_slot(START)
         self.run.must(self.run.create())
         self.rent = self.svm.minimum_balance_for_rent_exemption
-        self.model = RunModel(
-            self.run.addresses, self.run.owner, self.run.limits, TERMS, authority, START, self._newest()
-        )
         self.receipts: list[Pubkey] = []
-        self.final_sets: dict[int, frozenset[int]] = {}
-        self.final_tokens = 0
+        self._begin()
         self.before = [self.svm.get_account(address) for address in self.accounts]
         self._compare()
+
+    def _begin(self) -> None:
+        self.model = RunModel(
+            self.run.addresses,
+            self.run.owner,
+            self.run.limits,
+            TERMS,
+            self.run.join_authority,
+            self.chain.slot,
+            self._newest(),
+        )
+        self.final_sets: dict[int, frozenset[int]] = {}
+        self.final_tokens = 0
 
     def _newest(self) -> bytes:
         return digest_of("slot", self.chain.slot - 1)
@@ -71,7 +80,9 @@ class Play:
         self.model.slot, self.model.newest = slot, self._newest()
 
     def signer(self, who: int) -> Pubkey:
-        return {OWNER: self.run.owner, AUTHORITY: self.authority}.get(who) or RunDriver.wallet(who)
+        return {OWNER: self.run.owner, AUTHORITY: self.authority, PAYER: self.chain.payer.pubkey()}.get(
+            who
+        ) or RunDriver.wallet(who)
 
     def grant(self, grantee: int, by: int = AUTHORITY) -> Pubkey:
         key = Pubkey.default() if grantee == ANYONE else RunDriver.wallet(grantee)
@@ -92,6 +103,8 @@ class Play:
             if self.model.due_slot is not None:
                 self._set_slot(max(self.chain.slot, self.model.due_slot + rest[0]))
             return None
+        if self.model.closed and name not in ("create", "reclaim"):
+            name, rest = "tick", [0]
         if name == "fund":
             self.svm.airdrop(self.run.addresses.run, rest[0])
             self.model.vault += rest[0]
@@ -110,18 +123,18 @@ class Play:
     def _check(self, outcome: Outcome, expected: ErrorCode | int | None) -> None:
         if outcome.other is not None or outcome.code != expected:
             found = "success" if outcome.ok else outcome.other or outcome.code
-            if isinstance(found, int) and found in ErrorCode:
-                found = ErrorCode(found).name
+            found = next((error.name for error in ErrorCode if error == found), found)
             meant = "success" if expected is None else getattr(expected, "name", expected)
             raise Mismatch(f"ended with {found} on chain, {meant} in the model")
         after = [self.svm.get_account(address) for address in self.accounts]
+        after = [account if account and account.lamports else None for account in after]
         if expected is not None:
             if after != self.before:
                 raise Mismatch("a refused instruction changed an account")
             return
         self.before = after
         if self.model.closed:
-            if any(account is not None and account.lamports for account in after):
+            if any(after):
                 raise Mismatch("a closed run has accounts")
             return
         self._compare()
@@ -206,7 +219,26 @@ class Play:
         return ix.checkpoint(*self.place, *arguments), self.model.checkpoint(*arguments), {}
 
     def _tick(self, who: int) -> Any:
-        return ix.tick(*self.place, self.signer(who)), self.model.tick(), {}
+        expected = ErrorCode.WRONG_ACCOUNT_OWNER if self.model.closed else self.model.tick()
+        return ix.tick(*self.place, self.signer(who)), expected, {}
+
+    def _create(self) -> Any:
+        """The same name again: possible once the run before is closed."""
+        expected, stale = (None if self.model.closed else TAKEN), self.model.stale
+        if expected is None:
+            self._begin()
+            self.model.stale = stale
+        run, payer = self.run, self.chain.payer.pubkey()
+        instructions = ix.create_run_instructions(
+            self.chain.program, run.owner, run.run_id, run.limits, TERMS, self.rent, payer, run.join_authority
+        )
+        return instructions, expected, {}
+
+    def _reclaim(self, by: int, kind: int, number: int) -> Any:
+        address = self.grant(number) if kind else self.receipt(number)
+        instruction = ix.reclaim(self.run.addresses.run, self.chain.program, self.signer(by), address)
+        heirs = {} if by == PAYER else {self.signer(by): self.rent(GRANT_SIZE if kind else RECEIPT_SIZE)}
+        return instruction, self.model.reclaim(self.signer(by), address), heirs
 
     def _plain(self, name: str, by: int) -> Any:
         build: Callable[..., Instruction] = getattr(ix, name)
@@ -257,7 +289,7 @@ class Play:
     def _authorize(self, by: int, grantee: int) -> Any:
         key, address = None if grantee == ANYONE else RunDriver.wallet(grantee), self.grant(grantee, by)
         self.chain.__dict__["records"].add(address)
-        taken = address in self.model.grants
+        taken = address in self.model.grants or address in self.model.stale
         expected = TAKEN if taken else self.model.authorize(self.signer(by), key, address)
         instructions = ix.authorize(*self.place, self.signer(by), key, self.rent)
         return instructions, expected, {self.signer(by): -self.rent(GRANT_SIZE)}
@@ -277,7 +309,8 @@ class Play:
         wallet = member.wallet if member else Pubkey.default()
         seed = receipt_seed(self.run.addresses.run, wallet, self.chain.slot)
         address = Pubkey.create_with_seed(payer, seed, self.chain.program)
-        expected = TAKEN if address in self.model.receipts else self.model.archive(slot, address)
+        taken = address in self.model.receipts or address in self.model.stale
+        expected = TAKEN if taken else self.model.archive(slot, address, payer)
         if expected is None:
             self.receipts.append(address)
             self.chain.__dict__["records"].add(address)
@@ -304,6 +337,8 @@ class Play:
             done.append(action)
             return self.do(action)
 
+        if self.model.closed:
+            act("create")
         if self.model.phase is not Phase.FINISHED:
             act("finish", OWNER)
         for _ in range(12):

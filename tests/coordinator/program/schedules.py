@@ -17,7 +17,7 @@ from collections.abc import Callable
 
 from program_harness import Chain, ProgramFault
 from run_model import RunModel
-from schedule_play import ANYONE, AUTHORITY, OWNER, PEOPLE, Action, Mismatch, Play
+from schedule_play import ANYONE, AUTHORITY, OWNER, PAYER, PEOPLE, Action, Mismatch, Play
 from solders.pubkey import Pubkey
 
 from coordinator.values import MemberStatus, Phase
@@ -59,9 +59,11 @@ class Author:
         self.late: list[tuple[int, Action]] = []
         self.written = 0
 
-    def next(self, model: RunModel) -> Action:
+    def next(self, m: RunModel) -> Action:
         rng = self.rng
         self.written += 1
+        if m.closed:
+            return ("create",) if rng.random() < 0.5 else rng.choice([self._reclaim(m), ("tick", 0), ("wait", 1)])
         while self.late and rng.random() < 0.5:
             at, action = self.late[0]
             if at > self.written:
@@ -69,14 +71,14 @@ class Author:
             self.late.pop(0)
             return action
         kind = rng.random()
-        action = self._helpful(model) if kind < 0.72 else self._any(model)
+        action = self._helpful(m) if kind < 0.72 else self._any(m)
         fate = rng.random()
         if fate < 0.04:  # lost; who sent it believes otherwise
-            return self._any(model)
+            return self._any(m)
         if fate < 0.1:  # late, or a second time
             self.late.append((self.written + rng.randrange(1, 30), action))
             self.late.sort(key=lambda waiting: waiting[0])
-            return action if fate < 0.07 else self._any(model)
+            return action if fate < 0.07 else self._any(m)
         return action
 
     # ------------------------------------------------------------------ what would bring the run on
@@ -208,6 +210,8 @@ class Author:
             (2, lambda: ("restore", self._receipt_owner(m, who), rng.randrange(10))),
             (3, lambda: ("claim", self._receipt_owner(m, who), rng.choice([None, None, rng.randrange(10)]))),
             (0.2, lambda: ("migrate", by)),
+            (0.2, lambda: ("create",)),
+            (1 + 3 * bool(m.stale), lambda: self._reclaim(m)),
         ]
         weights, makers = zip(*writers, strict=True)
         return rng.choices(makers, weights)[0]()
@@ -219,6 +223,12 @@ class Author:
         }
         kind, who = self.rng.choice([known[key] for key in m.banned] or keys)
         return ("ban", by, kind, who, True)
+
+    def _reclaim(self, m: RunModel) -> Action:
+        rng = self.rng
+        kind = rng.randrange(2)
+        right = AUTHORITY if kind else PAYER
+        return ("reclaim", right if rng.random() < 0.9 else OWNER, kind, rng.choice([ANYONE, rng.randrange(PEOPLE)]))
 
     def _delegate(self, m: RunModel, who: int) -> Action:
         rng = self.rng
@@ -292,12 +302,9 @@ class Player:
                     log(
                         f"slot {play.chain.slot} round {play.model.round} {play.model.phase.name}: {actions[-1]} {name}"
                     )
-                if play.model.closed:
-                    break
             self.rounds += play.model.round
             self.actions += len(actions)
-            if not play.model.closed:
-                play.wind_up()
+            play.wind_up()
         except (Mismatch, ProgramFault) as problem:
             short, why = self._cut(author, actions, problem)
             text = "\n".join(f"  {action}," for action in short)
@@ -313,8 +320,6 @@ class Player:
         try:
             for action in actions:
                 play.do(action)
-                if play.model.closed:
-                    return None
             play.wind_up()
         except (Mismatch, ProgramFault) as problem:
             return str(problem)
