@@ -19,7 +19,15 @@ from coordinator import instructions as ix
 from coordinator.addresses import grant_address, receipt_seed
 from coordinator.errors import ErrorCode
 from coordinator.layout import GRANT_SIZE, MEMBERS_SIZE, RECEIPT_SIZE, ROUNDS_SIZE, RUN_SIZE
-from coordinator.state import Phase, decode_header, decode_members, decode_membership, decode_rounds, decode_run
+from coordinator.state import (
+    Phase,
+    Request,
+    decode_header,
+    decode_members,
+    decode_membership,
+    decode_rounds,
+    decode_run,
+)
 
 Action = tuple[Any, ...]
 PEOPLE = 9
@@ -28,6 +36,11 @@ ANYONE = -1  # a grantee
 START = 1000
 TAKEN = 0  # the system program's error for an address in use
 NOTHING = Account(0, b"", SYSTEM)
+DECODERS: tuple[Callable[[bytes], Any], ...] = (
+    decode_run,
+    lambda data: (decode_members(data), decode_membership(data)),
+    lambda data: (decode_header(data), decode_rounds(data)),
+)
 
 
 class Mismatch(AssertionError):
@@ -56,8 +69,9 @@ class Play:
         self.rent = self.svm.minimum_balance_for_rent_exemption
         self.receipts: list[Pubkey] = []
         self._begin()
-        self.before = [self.svm.get_account(address) for address in self.accounts]
-        self._compare()
+        self.before: list[Account | None] = [None, None, None]
+        self.decoded: list[Any] = [None, None, None]
+        self._compare([self.svm.get_account(address) for address in self.accounts])
 
     def _begin(self) -> None:
         self.model = RunModel(
@@ -132,20 +146,24 @@ class Play:
             if after != self.before:
                 raise Mismatch("a refused instruction changed an account")
             return
-        self.before = after
         if self.model.closed:
+            self.before = after
             if any(after):
                 raise Mismatch("a closed run has accounts")
             return
-        self._compare()
+        self._compare(after)
 
-    def _compare(self) -> None:
-        run_data, member_data, round_data = (bytes(account.data) if account else b"" for account in self.before)
-        run, members, rounds = decode_run(run_data), decode_members(member_data), decode_rounds(round_data)
-        others, model = decode_membership(member_data), self.model
+    def _compare(self, after: list[Account | None]) -> None:
+        for place, decode in enumerate(DECODERS):  # only what has changed: decoding is what takes the time
+            account = after[place]
+            if account is not None and account != self.before[place]:
+                self.decoded[place] = decode(bytes(account.data))
+        self.before = after
+        run, (members, others), (header, rounds) = self.decoded
+        model = self.model
         found = [
             *model.run_differences(run),
-            *model.header_differences(decode_header(round_data)),
+            *model.header_differences(header),
             *model.round_differences(rounds),
             *model.member_differences(members, others),
         ]
@@ -162,6 +180,10 @@ class Play:
                 continue
             self.final_sets[entry.round] = entry.included
             self.final_tokens += sum(entry.commitments[slot].tokens for slot in entry.included)
+            banned = {bytes(key) for key in others.banned}
+            counted = [member for member in members if member.slot in entry.included]
+            if any(bytes(member.wallet) in banned or member.node_key in banned for member in counted):
+                raise Mismatch(f"round {entry.round}: a banned key counts")
             if entry.included - entry.commitments.keys() or entry.attestations.keys() - set(entry.witnesses):
                 raise Mismatch(f"round {entry.round}: who has not committed is in, or who is no witness attested")
         for entry in rounds:
@@ -329,28 +351,59 @@ class Play:
 
     # ------------------------------------------------------------------ the end
 
-    def wind_up(self) -> list[Action]:
-        """Time alone, and the owner's word, bring every run to its end. Returns what was done for it."""
-        done: list[Action] = []
+    def _enliven(self) -> None:
+        """No tick is in sight: what the owner and those who would take part may do brings one into sight."""
+        model = self.model
+        if model.phase is Phase.PAUSED:
+            self._must("resume", OWNER)
+        for who in range(PEOPLE):
+            if model.due_slot is not None:
+                return
+            for kind, key in enumerate((self.wallets[who], self.nodes[who])):
+                if key in model.banned:
+                    self._must("ban", OWNER, kind, who, True)
+            grant = self.grant(ANYONE)
+            if grant in model.stale:
+                self._must("reclaim", AUTHORITY, 1, ANYONE)
+            if model.join_authority and grant not in model.grants:
+                self._must("authorize", AUTHORITY, ANYONE)
+            slot = model.find(self.wallets[who])
+            if slot is None or not model.members[slot].live:
+                self.do(("join", who, who, 1, ANYONE))  # its node key may be another's by now
+        if model.due_slot is None:
+            raise Mismatch("no tick is in sight, and nobody can bring one about")
 
-        def act(*action: Any) -> ErrorCode | int | None:
-            done.append(action)
-            return self.do(action)
+    def _must(self, *action: Any) -> None:
+        ended = self.do(action)
+        if ended is not None:
+            raise Mismatch(f"{action} ended with {ended!r} where the run needs it")
 
+    def wind_up(self) -> None:
+        """A tick succeeds as soon as it is due, wherever a schedule leads; legal actions make it due, and in the end
+        the owner's word ends the run."""
         if self.model.closed:
-            act("create")
-        if self.model.phase is not Phase.FINISHED:
-            act("finish", OWNER)
+            self._must("create")
+        for _ in range(3):
+            if self.model.phase is Phase.FINISHED:
+                return
+            if self.model.due_slot is None:
+                self._enliven()
+            self._tick_when_due()
+        if self.model.phase is not Phase.FINISHED and self.model.request is not Request.FINISH:
+            self._must("finish", OWNER)
         for _ in range(12):
             if self.model.phase is Phase.FINISHED:
-                return done
-            due = self.model.due_slot
-            if due is None:
-                raise Mismatch("the owner has finished the run, and no tick is in sight")
-            if due > self.chain.slot:
-                act("until", -1)
-                act("tick", 0)
-            act("until", 0)
-            if act("tick", 0) is not None:
-                raise Mismatch("a tick was refused in its slot")
+                return
+            self._tick_when_due()
         raise Mismatch("ticks do not bring the run to its end")
+
+    def _tick_when_due(self) -> None:
+        due = self.model.due_slot
+        if due is None:
+            raise Mismatch("no tick is in sight")
+        if due > self.chain.slot:
+            self.do(("until", -1))
+            if self.do(("tick", 0)) is not ErrorCode.NOT_DUE:
+                raise Mismatch("a tick came early")
+        self.do(("until", 0))
+        self._must("tick", 0)

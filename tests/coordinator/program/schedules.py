@@ -37,23 +37,25 @@ class Author:
     def __init__(self, rng: random.Random) -> None:
         self.rng = rng
         self.private = rng.random() < 0.3
+        self.crew = rng.randint(2, PEOPLE)  # so many like to be there before they begin
+        self.care = rng.choice([0.97, 0.97, 0.75])  # of witnesses
         minimum = rng.randint(1, 3)
         initial = rng.randint(minimum, 4)
         self.limits = {
             "min_members": minimum,
             "init_min_members": initial,
-            "max_members": rng.choice([initial, 6, 8, 256]) if initial <= 6 else 256,
+            "max_members": rng.choice([initial, 8, 256, 256]),
             "witnesses": rng.choice([0, 0, minimum, 1]),
             "overlap": rng.randint(0, 1),
             "max_missed": rng.choice([1, 2, 2, 3]),
             "join_grace": rng.choice([0, 3]),
-            "warmup_time": rng.choice([1, 15, 40]),
-            "max_round_train_time": rng.choice([5, 30]),
-            "round_witness_time": rng.choice([1, 12]),
-            "cooldown_time": rng.choice([1, 12]),
+            "warmup_time": rng.choice([1, 15, 40, 40]),
+            "max_round_train_time": rng.choice([5, 30, 30]),
+            "round_witness_time": rng.choice([1, 12, 12]),
+            "cooldown_time": rng.choice([1, 12, 12]),
             "adaptive_grace": rng.choice([0, 4]),
             "batch": rng.choice([minimum, 7, 23, 40]),
-            "rounds_per_epoch": rng.choice([1, 2, 4, 50]),
+            "rounds_per_epoch": rng.choice([1, 3, 8, 50]),
             "total_rounds": rng.choice([1, 5, 12, 1000, 1000, 1000]),
         }
         self.late: list[tuple[int, Action]] = []
@@ -85,7 +87,9 @@ class Author:
 
     def _helpful(self, m: RunModel) -> Action:
         rng = self.rng
-        if m.due_slot is not None and m.slot >= m.due_slot and rng.random() < 0.6:
+        gathering = m.stage in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP) and rng.random() < 0.9
+        wants = gathering and sum(member.live for member in m.members.values()) < min(self.crew, m.limits.max_members)
+        if m.due_slot is not None and m.slot >= m.due_slot and rng.random() < 0.6 and not wants:
             return ("tick", rng.randrange(PEOPLE))
         people = {slot: number for number in range(PEOPLE) if (slot := m.find(self._wallet(number))) is not None}
         statuses = {slot: m.members[slot].status for slot in people}
@@ -101,7 +105,7 @@ class Author:
         active = [slot for slot, status in statuses.items() if status is MemberStatus.ACTIVE]
         if unready and m.stage is not Phase.WAITING_FOR_MEMBERS:
             choices.append(("ready", rng.choice(unready), m.checkpoint_root[0]))
-        if m.phase is Phase.WAITING_FOR_MEMBERS and outside:
+        if outside and (wants or (m.phase is Phase.WAITING_FOR_MEMBERS and rng.random() < 0.2)):
             choices.append(self._join(m, rng.choice(outside)))
         if m.phase is Phase.ROUND_TRAIN:
             entry = m.current()
@@ -109,9 +113,10 @@ class Author:
             if slots:
                 choices += [self._commit(m, people[slot], slot) for slot in rng.sample(slots, min(3, len(slots)))]
         for entry in m.open_rounds():
-            silent = [slot for slot in entry.witnesses if slot not in entry.attestations and slot in people]
+            speaking = [slot for slot in people if statuses[slot] in (MemberStatus.ACTIVE, MemberStatus.DESYNCED)]
+            silent = [slot for slot in entry.witnesses if slot not in entry.attestations and slot in speaking]
             if entry.closed and silent:
-                named = [slot for slot in entry.commitments if rng.random() < 0.93]
+                named = [slot for slot in entry.commitments if rng.random() < self.care]
                 choices += [("attest", people[rng.choice(silent)], entry.round, tuple(named))] * 3
         if m.phase is Phase.COOLDOWN:
             voters = [people[slot] for slot in active if slot not in m.votes]
@@ -119,7 +124,7 @@ class Author:
                 choices += [("checkpoint", rng.choice(voters), m.final_rounds, 40 + m.final_rounds % 100)] * 2
         if m.phase is Phase.PAUSED and rng.random() < 0.4:
             choices.append(("resume", OWNER))
-        if choices and rng.random() < 0.8:
+        if choices and rng.random() < 0.93:
             return rng.choice(choices)
         if m.due_slot is not None and m.due_slot > m.slot and rng.random() < 0.5:
             return ("until", rng.choice([-1, 0, 0, 0, 1]))
@@ -187,7 +192,7 @@ class Author:
             (4, lambda: ("attest", who, number, tuple(s for s in range(9) if rng.random() < 0.4))),
             (3, lambda: ("checkpoint", who, rng.choice([m.final_rounds, number]), rng.choice([41, 42]))),
             (5, lambda: ("tick", who)),
-            (6, lambda: ("wait", rng.choice([1, 1, 2, 5, 20, 200]))),
+            (6, lambda: ("wait", rng.choice([1, 1, 1, 2, 2, 5, 5, 20, 200]))),
             (0.1, lambda: ("wait", 6_480_000)),
             (2, lambda: self._set_config(m, by)),
             (2, lambda: ("set_model", by, rng.choice(MODEL_CHANGES))),
@@ -278,17 +283,18 @@ MODEL_CHANGES: list[tuple[tuple[str, int], ...]] = [
 class Player:
     """Plays schedules, and cuts down those that fail."""
 
-    def __init__(self) -> None:
-        self.chain, self.played = Chain(), 0
+    def __init__(self, program: bytes | None = None, seconds_to_cut: float = 30) -> None:
+        self.program, self.played, self.seconds_to_cut = program, 0, seconds_to_cut
+        self.chain = Chain(program=program)
         self.ended: Counter[str] = Counter()
-        self.rounds = self.actions = 0
-        self.seen: set[str] = set()
+        self.happened: Counter[str] = Counter()
+        self.actions = 0
 
     def schedule(self, seed: int | str, steps: int = STEPS, log: Callable[[str], None] | None = None) -> None:
         """Raises Failure."""
         self.played += 1
         if self.played % CHAIN_LIFE == 0:
-            self.chain = Chain()
+            self.chain = Chain(program=self.program)
         author = Author(random.Random(f"schedule {seed}"))
         play = Play(self.chain, author.limits, author.private)
         actions: list[Action] = []
@@ -302,8 +308,8 @@ class Player:
                     log(
                         f"slot {play.chain.slot} round {play.model.round} {play.model.phase.name}: {actions[-1]} {name}"
                     )
-            self.rounds += play.model.round
             self.actions += len(actions)
+            self._count(play.model)
             play.wind_up()
         except (Mismatch, ProgramFault) as problem:
             short, why = self._cut(author, actions, problem)
@@ -314,6 +320,19 @@ class Player:
                 f"Play(chain, {author.limits}, private={author.private}), then\n{text}\n"
                 f"replay: python tests/coordinator/program/schedules.py --replay {seed}"
             ) from None
+
+    def _count(self, m: RunModel) -> None:
+        """What was reached at all, of a run and of the last rounds that it keeps: what the schedules are worth."""
+        self.happened["rounds"] += m.round
+        self.happened["void rounds"] += sum(not members for members in m.ever_included.values())
+        for member in m.members.values():
+            self.happened[f"members {member.status.name}"] += 1
+        for entry in m.ring.values():
+            self.happened["rounds kept"] += 1
+            self.happened["of several ranges"] += len(entry.ranges) > 2
+            self.happened["with somebody left out"] += bool(entry.included and entry.eligible - entry.included)
+            self.happened["with other fingerprints"] += len({c.fingerprint for c in entry.commitments.values()}) > 1
+            self.happened["with four or more included"] += len(entry.included) >= 4
 
     def _fails(self, author: Author, actions: list[Action]) -> str | None:
         play = Play(self.chain, author.limits, author.private)
@@ -327,7 +346,7 @@ class Player:
 
     def _cut(self, author: Author, actions: list[Action], problem: Exception) -> tuple[list[Action], str]:
         """Leave out whatever the failure, or another one, does not need: halves first, then single actions."""
-        why, size, until = str(problem), len(actions) // 2, time.monotonic() + 30
+        why, size, until = str(problem), len(actions) // 2, time.monotonic() + self.seconds_to_cut
         while size and time.monotonic() < until:
             at = 0
             while at < len(actions) and time.monotonic() < until:
@@ -354,8 +373,8 @@ def main() -> int:
     for seed in range(options.seed, options.seed + options.schedules):
         player.schedule(seed)
     elapsed = time.monotonic() - started
-    print(f"{options.schedules} schedules, {player.actions} actions, {player.rounds} rounds in {elapsed:.0f} s,")
-    print(f"seeds from {options.seed}: program and model agree")
+    print(f"{options.schedules} schedules, {player.actions} actions in {elapsed:.0f} s, seeds from {options.seed}:")
+    print(f"program and model agree; {dict(player.happened)}")
     for name, count in sorted(player.ended.items()):
         print(f"  {name} {count}")
     return 0
