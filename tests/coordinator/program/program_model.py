@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.state import Limits, Round
 
@@ -71,14 +71,3 @@ def included(entry: Round) -> frozenset[int]:
     need = quorum(len(entry.witnesses))
     counts = Counter(slot for named in entry.attestations.values() for slot in named)
     return frozenset(slot for slot in eligible(entry) if counts[slot] >= need)
-
-
-def decided(entry: Round, may_attest: Set[int]) -> bool:
-    """Nothing that the silent witnesses among `may_attest` may still say changes who is included."""
-    need, missing = quorum(len(entry.witnesses)), len((set(entry.witnesses) - entry.attestations.keys()) & may_attest)
-    counts = Counter(slot for named in entry.attestations.values() for slot in named)
-    return missing == 0 or all(counts[s] >= need or counts[s] + missing < need for s in eligible(entry))
-
-
-def flatten(ranges: Sequence[tuple[int, int]]) -> list[int]:
-    return [position for start, count in ranges for position in range(start, start + count)]

@@ -24,10 +24,12 @@ AUTHORITY = RunDriver.wallet(1000)
 
 @dataclass(slots=True)
 class Records:
-    """The grants (with the number of the grantee, None: anyone) and receipts (with the member's number) of a run."""
+    """The grants (with the number of the grantee, None: anyone) and receipts (with the member's number) of a run, and
+    those of a closed run of its name (with who gets the lamports)."""
 
     grants: list[tuple[Pubkey, int | None]] = field(default_factory=list)
     receipts: list[tuple[Pubkey, int]] = field(default_factory=list)
+    closed: list[tuple[Pubkey, Pubkey]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,6 +254,28 @@ def _crowd(run: RunDriver, records: Records) -> None:
         run.commit(member)
 
 
+def _reborn(run: RunDriver, records: Records) -> None:
+    """A run of the same name was here before, and has left a grant for everybody and a receipt."""
+    _admitted(run, records, 4)
+    run.tick_when_due()
+    for member in range(4):
+        run.must(run.ready(member))
+    run.tick_when_due()
+    number = run.train(range(4))
+    run.attest_all(number, range(4), range(4))
+    run.tick_when_due()
+    run.must(run.leave(1))
+    outcome, receipt = run.archive(1)
+    run.must(outcome)
+    run.must(run.finish())
+    run.tick_when_due()
+    run.must(run.by_owner(ix.close_run))
+    records.closed = [(grant, AUTHORITY) for grant, _ in records.grants] + [(receipt, run.chain.payer.pubkey())]
+    records.grants = []
+    run.must(run.create())
+    run.chain.advance()
+
+
 SCENES: dict[str, tuple[Play, int, dict[str, int]]] = {
     "waiting": (_waiting, 3, {}),
     "warming up": (_warming_up, 6, {"init_min_members": 5}),
@@ -280,6 +304,7 @@ SCENES: dict[str, tuple[Play, int, dict[str, int]]] = {
     "config pending": (_config_pending, 6, {}),
     "rewarded": (_rewarded, 9, {"overlap": 0, "rounds_per_epoch": 50, "total_rounds": 100}),
     "rewards owed": (_rewards_owed, 9, {"overlap": 0, "rounds_per_epoch": 50, "total_rounds": 100}),
+    "reborn": (_reborn, 5, {"overlap": 0, "rounds_per_epoch": 1}),
     "version 1": (_training, 6, {}),
     "crowd": (_crowd, 257, {"batch": 5000, "rounds_per_epoch": 8}),
 }
@@ -289,7 +314,7 @@ def play(chain: Chain, name: str) -> Scene:
     """Play one scene from nothing."""
     steps, people, limits = SCENES[name]
     run_id = name.replace(",", "").replace(" ", "-")
-    authority = AUTHORITY if name in ("private", "full lists") else None
+    authority = AUTHORITY if name in ("private", "full lists", "reborn") else None
     run = RunDriver(chain, run_id, join_authority=authority, **limits)
     spare = RunDriver(chain, f"spare-{run_id}", join_authority=authority, **limits)
     records = Records()
@@ -306,7 +331,7 @@ def play(chain: Chain, name: str) -> Scene:
         assert account is not None
         accounts[address] = account
         accounts[getattr(spare.addresses, part)] = Account(account.lamports, bytes(len(account.data)), chain.program)
-    for address, _ in [*records.grants, *records.receipts]:
+    for address, _ in [*records.grants, *records.receipts, *records.closed]:
         account = chain.svm.get_account(address)
         assert account is not None
         accounts[address] = account
