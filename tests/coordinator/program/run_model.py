@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
 
-from round_model import ModelGrant, ModelMember, ModelReceipt, Result, RoundModel
+from model_parts import ModelGrant, ModelMember, ModelReceipt
+from round_model import Result, RoundModel
 from solders.pubkey import Pubkey
 
 from coordinator.errors import ErrorCode as E
