@@ -18,13 +18,14 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from program_harness import CLOCK, LOADER, RENT, SYSTEM, Chain
+from program_host import HostProgram, Passed
 from program_offers import BUILDERS, View, fresh_key
 from program_scenes import AUTHORITY, SCENES, Scene, play
 from solders.account import Account
 from solders.instruction import Instruction
 from solders.pubkey import Pubkey
 from solders.transaction import Transaction
-from solders.transaction_metadata import SimulatedTransactionInfo, TransactionMetadata
+from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo, TransactionMetadata
 from solders.transaction_status import (
     InstructionErrorCustom,
     TransactionErrorInstructionError,
@@ -45,6 +46,7 @@ EDGES = [0, 1, 2, 3, 31, 32, 33, 127, 128, 255, 256, 2**16, 2**24, 2**31 - 1, 2*
 NOTHING = Account(0, b"", SYSTEM)
 KNOWN = {code.value: code.name for code in ErrorCode}
 
+Result = TransactionMetadata | FailedTransactionMetadata
 Meta = tuple[bytes, bool, bool]
 
 
@@ -112,6 +114,9 @@ class World:
         self.program = bytes(self.chain.program)
         self.scenes = [play(self.chain, name) for name in SCENES]
         self.foreign = self._foreign()
+        programdata, _ = Pubkey.find_program_address([self.program], LOADER)
+        known = (self.chain.program, programdata, LOADER, SYSTEM, CLOCK, RENT, SLOT_HASHES, INSTRUCTIONS_SYSVAR)
+        self.runtimes = {bytes(key) for key in known}  # never writable, whatever a message says
         for scene in self.scenes:
             self.baseline |= scene.accounts
             self.written.update(scene.accounts)  # the spare run's accounts do not exist yet
@@ -235,8 +240,9 @@ class Mutator:
 class Fuzzer:
     """Runs cases and counts how they end."""
 
-    def __init__(self, arch: str = "v3", seed: int = SEED) -> None:
-        self.world, self.seed = World(arch), seed
+    def __init__(self, arch: str = "v3", seed: int = SEED, host: HostProgram | None = None) -> None:
+        self.world, self.seed, self.host = World(arch), seed, host
+        self.compared = 0  # executions with the host's
         self.seen: Counter[str] = Counter()
         self.succeeded: Counter[str] = Counter()
         self.worst = 0
@@ -284,7 +290,10 @@ class Fuzzer:
         sent = transaction(call, self.world.program, self.world.payer, bytes(svm.latest_blockhash()))
         touched = [Pubkey(key) for key in {meta[0]: None for meta in call.metas} if key != self.world.payer]
         before = [(address, svm.get_account(address)) for address in touched]
+        foretold = self._on_host(call) if self.host else None
         result = svm.send_transaction(sent)
+        if foretold:
+            self._compare(result, *foretold)
         meta = result if isinstance(result, TransactionMetadata) else result.meta()
         units = meta.compute_units_consumed()
         self.worst = max(self.worst, units)
@@ -311,6 +320,50 @@ class Fuzzer:
             return "rent"  # the runtime's: a payment too small to bring an account into being
         raise Defect(f"{error!r} {meta.logs()}")
 
+    def _on_host(self, call: Call) -> tuple[int, list[Passed], list[Passed]] | None:
+        """The program's answer on this computer, the accounts before and after; None where the runtime would hand it
+        other flags than the message has."""
+        world = self.world
+        if not self.host or not world.runtimes.isdisjoint(key for key, _, _ in call.metas):
+            return None
+        signs = {key for key, signing, _ in call.metas if signing} | {world.payer}
+        written = {key for key, _, writing in call.metas if writing} | {world.payer}
+        before = []
+        for key, _, _ in call.metas:
+            account = world.chain.svm.get_account(Pubkey(key)) or NOTHING
+            state = (bytes(account.owner), account.lamports, bytes(account.data))
+            before.append(Passed(key, key in signs, key in written, *state))
+        code, after = self.host.run(before, call.data, world.program, world.chain.slot)
+        return code, before, after
+
+    def _compare(self, result: Result, code: int, before: list[Passed], after: list[Passed]) -> None:
+        """A refused instruction must not even have tried to write; one that succeeds writes the same on both."""
+        self.compared += 1
+        if not isinstance(result, TransactionMetadata):
+            error = result.err()
+            if isinstance(error, TransactionErrorInsufficientFundsForRent):
+                return
+            known = isinstance(error, TransactionErrorInstructionError) and isinstance(
+                error.err, InstructionErrorCustom
+            )
+            found = error.err.code if known else None
+            if code != found:
+                raise Defect(f"{found} on chain, {code} on this computer")
+            if before != after:
+                raise Defect("an instruction wrote before it was refused")
+            return
+        if code:
+            raise Defect(f"success on chain, {code} on this computer")
+        for passed in after:
+            account = self.world.chain.svm.get_account(Pubkey(passed.key)) or NOTHING
+            if passed.key == self.world.payer:
+                continue  # pays the fee
+            if (account.lamports, bytes(account.data) if account.lamports else b"") != (
+                passed.lamports,
+                passed.data if passed.lamports else b"",
+            ):
+                raise Defect(f"{Pubkey(passed.key)} is not as this computer would leave it")
+
     def _describe(self, scene: Scene, number: int, index: int, call: Call) -> str:
         roles = {bytes(getattr(scene.run.addresses, name)): name for name in ("run", "members", "rounds")}
         metas = [
@@ -326,18 +379,22 @@ def main() -> int:
     parser.add_argument("executions", type=int, nargs="?", default=100_000)
     parser.add_argument("--seed", type=int, default=SEED)
     parser.add_argument("--arch", choices=("v3", "v0"), default="v3")
+    parser.add_argument("--host", action="store_true", help="compare with the program compiled for this computer")
     parser.add_argument("--replay", type=int, nargs=2, metavar=("SEED", "CASE"))
     options = parser.parse_args()
+    host = HostProgram() if options.host else None
     if options.replay:
         seed, case = options.replay
-        Fuzzer(options.arch, seed).case(case, log=print)
+        Fuzzer(options.arch, seed, host).case(case, log=print)
         return 0
-    fuzzer, started = Fuzzer(options.arch, options.seed), time.monotonic()
+    fuzzer, started = Fuzzer(options.arch, options.seed, host), time.monotonic()
     for case in range(-(-options.executions // CASE)):
         fuzzer.case(case)
     elapsed = time.monotonic() - started
     total = sum(fuzzer.seen.values())
     print(f"{total} executions in {elapsed:.0f} s ({total / elapsed:.0f} per second), seed {options.seed}: no defect")
+    if host:
+        print(f"{fuzzer.compared} of them compared with this computer's")
     print(f"at most {fuzzer.worst} compute units; succeeded: {dict(fuzzer.succeeded)}")
     print(f"ended: {dict(fuzzer.seen.most_common())}")
     return 0
