@@ -48,8 +48,13 @@ bench: setup
 	$(BIN)/python -m benchmarks.ledger_restart
 
 # What takes too long for every change: a million inputs for the decoder of updates, 50 kills of a ledger under load.
+# What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
+# and for its instructions, ten thousand schedules of a run, and replicas over rank layouts for 500 rounds.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
+	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
+	$(BIN)/python tests/coordinator/program/program_fuzzing.py 1000000
+	$(BIN)/python tests/coordinator/program/schedules.py 10000
 	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py -k for_long --timeout 1800
 	$(BIN)/python tests/coordinator/ledger/kill_ledger.py 50
 

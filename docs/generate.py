@@ -18,6 +18,7 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from coordinator.errors import ERROR_TEXT, FIRST_ERROR
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
 from psyche_node.exits import RANGES, Exit
 from psyche_node.node.config import NodeConfig
@@ -40,6 +41,31 @@ def exit_codes() -> str:
         lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in codes]
         lines.append("")
     return "\n".join(lines)
+
+
+def program_errors() -> str:
+    """A text is what the error means and, behind the first semicolon, what to do."""
+    lines = [
+        "# Errors of the program\n",
+        "What the on-chain program returns when it refuses an instruction: `Custom(number)` in a transaction's result. "
+        "A refused instruction has changed nothing.",
+        "The texts are those of `coordinator/errors.py`, which every command prints.\n",
+        f"Numbers below {FIRST_ERROR} are not this program's, but the system program's or the runtime's.\n",
+        "| number | name | what it means | what to do |",
+        "|---|---|---|---|",
+    ]
+    for code, text in sorted(ERROR_TEXT.items()):
+        meaning, _, resolve = text.partition("; ")
+        lines.append(f"| {code.value} | `{code.name}` | {_sentence(meaning)} | {_sentence(resolve)} |")
+    return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    if not text:
+        return ""
+    # a name of the interface stays as it is written in the program
+    start = text if "_" in text.split()[0] else text[0].upper() + text[1:]
+    return start.replace("|", "\\|") + "."
 
 
 def report_format() -> str:
@@ -152,6 +178,7 @@ def _models(annotation: object) -> list[type[BaseModel]]:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "errors.md": program_errors,
     "exit-codes.md": exit_codes,
     "report.md": report_format,
     "settings.md": settings,
