@@ -19,7 +19,7 @@ from coordinator.client import Pulse
 from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Round
 
 _ROWS: Final = 16
-_PHASE_STYLES: Final = {
+PHASE_STYLES: Final = {
     Phase.ROUND_TRAIN: "bold green",
     Phase.ROUND_WITNESS: "bold green",
     Phase.WARMUP: "bold cyan",
@@ -27,7 +27,7 @@ _PHASE_STYLES: Final = {
     Phase.FINISHED: "bold blue",
     Phase.PAUSED: "bold yellow",
 }
-_STATUS_STYLES: Final = {
+STATUS_STYLES: Final = {
     MemberStatus.ACTIVE: "green",
     MemberStatus.PENDING: "cyan",
     MemberStatus.DESYNCED: "yellow",
@@ -142,7 +142,7 @@ class RunReport:
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
-        state = Text(run.phase.name, style=_PHASE_STYLES.get(run.phase, "bold"))
+        state = Text(run.phase.name, style=PHASE_STYLES.get(run.phase, "bold"))
         state.append(f"  since slot {run.phase_slot:,}", style="dim")
         if header.due_slot != UNKNOWN_SLOT and run.phase is not Phase.FINISHED:
             wait = header.due_slot - self.pulse.slot
@@ -180,7 +180,7 @@ class RunReport:
         for member in shown:
             identity = Text(str(member.wallet))
             identity.append(f"\n{peer_id(member.node_key)}", style="dim")
-            status = Text(member.status.name, style=_STATUS_STYLES.get(member.status, ""))
+            status = Text(member.status.name, style=STATUS_STYLES.get(member.status, ""))
             if member.ready and self.pulse.run.phase is Phase.WARMUP:
                 status.append("\nready", style="dim")
             table.add_row(

@@ -12,14 +12,15 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from coordinator.admin import exits as admin_exits
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
-from psyche_node.exits import RANGES, Exit
+from psyche_node import exits
 from psyche_node.node.config import NodeConfig
 from psyche_node.sim.result import Record, RunResult
 from psyche_node.sim.settings import Recipe, SimSettings
@@ -30,16 +31,30 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false",
 
 
 def exit_codes() -> str:
-    lines = ["# Exit codes\n", "How `psyche-node` and `psyche-sim` ended, and what to do about it.\n"]
-    for first, last, component in RANGES:
-        codes = [code for code in Exit if first <= code <= last]
-        if not codes:
-            continue
-        lines += [f"## {first} to {last}: {component}\n", "| code | name | what it means | how to resolve |"]
-        lines += ["|---|---|---|---|"]
-        lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in codes]
-        lines.append("")
+    lines = [
+        "# Exit codes\n",
+        "How the commands ended, and what to do about it. A number means the same in every command that has it.\n",
+        "## psyche-node and psyche-sim\n",
+        *_exit_tables(exits.RANGES, list(exits.Exit)),
+        "## psyche-admin\n",
+        *_exit_tables(admin_exits.RANGES, list(admin_exits.AdminExit)),
+    ]
     return "\n".join(lines)
+
+
+def _exit_tables(
+    ranges: Sequence[tuple[int, int, str]], codes: Sequence[exits.Exit | admin_exits.AdminExit]
+) -> list[str]:
+    lines = []
+    for first, last, component in ranges:
+        inside = [code for code in codes if first <= code <= last]
+        if not inside:
+            continue
+        lines += [f"### {first} to {last}: {component}\n", "| code | name | what it means | how to resolve |"]
+        lines += ["|---|---|---|---|"]
+        lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in inside]
+        lines.append("")
+    return lines
 
 
 def report_format() -> str:
