@@ -1,4 +1,4 @@
-"""Addresses of a run's three accounts, derived from its owner and its name."""
+"""Addresses of a run's three accounts, derived from its owner and its name, and of its grants."""
 
 from __future__ import annotations
 
@@ -45,3 +45,19 @@ def run_addresses(program_id: Pubkey, owner: Pubkey, run_id: str) -> RunAddresse
         members=Pubkey.create_with_seed(owner, seeds.members, program_id),
         rounds=Pubkey.create_with_seed(owner, seeds.rounds, program_id),
     )
+
+
+def grant_seed(run: Pubkey, grantee: Pubkey) -> str:
+    """The `create_account_with_seed` seed of a grant; the base is the run's join authority."""
+    return hashlib.sha256(bytes(run) + bytes(grantee)).digest()[:14].hex() + "grt"
+
+
+def grant_address(program_id: Pubkey, authority: Pubkey, run: Pubkey, grantee: Pubkey) -> Pubkey:
+    """Where the authority's grant to `grantee` lives (`Pubkey.default()`: the grant to anyone)."""
+    return Pubkey.create_with_seed(authority, grant_seed(run, grantee), program_id)
+
+
+def receipt_seed(run: Pubkey, wallet: Pubkey, slot: int) -> str:
+    """A seed for the receipt of a member's credit, archived in chain slot `slot`; the base is who pays for it."""
+    stem = hashlib.sha256(bytes(run) + bytes(wallet) + slot.to_bytes(8, "little")).digest()[:14].hex()
+    return stem + "rct"

@@ -45,7 +45,7 @@ class ErrorCode(IntEnum):
     NODE_KEY_IN_USE = 6028
     RUN_FULL = 6029
     BAD_SHARE = 6030
-    EJECTED = 6031
+    BANNED = 6031
     NOT_PERMISSIONLESS = 6032
     MEMBER_NOT_ACTIVE = 6033
     WRONG_MODEL_ROOT = 6034
@@ -62,6 +62,27 @@ class ErrorCode(IntEnum):
     ALREADY_VOTED = 6045
     NOT_DUE = 6046
     RUN_FINISHED = 6047
+    NOT_OWNER = 6048
+    NOT_AUTHORITY = 6049
+    NOT_AUTHORIZED = 6050
+    NOT_THE_GRANTEE = 6051
+    BAD_KEY = 6052
+    ALREADY_BANNED = 6053
+    NOT_BANNED = 6054
+    BAN_LIST_FULL = 6055
+    ALREADY_A_DELEGATE = 6056
+    NOT_A_DELEGATE = 6057
+    DELEGATES_FULL = 6058
+    ALREADY_REQUESTED = 6059
+    NOT_PAUSED = 6060
+    NOT_FINISHED = 6061
+    REWARDS_OWED = 6062
+    SLOT_IN_USE = 6063
+    NOTHING_TO_ARCHIVE = 6064
+    WRONG_RECEIPT = 6065
+    BAD_REWARD_RATE = 6066
+    NOTHING_TO_CLAIM = 6067
+    REWARDS_UNFUNDED = 6068
 
 
 ERROR_TEXT: dict[ErrorCode, str] = {
@@ -95,9 +116,9 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.ALREADY_A_MEMBER: "the wallet is already a member of the run",
     ErrorCode.NODE_KEY_IN_USE: "another member uses this node key; every node needs its own",
     ErrorCode.RUN_FULL: "the run has no room for another member",
-    ErrorCode.BAD_SHARE: "a share must be 1 to 1000000",
-    ErrorCode.EJECTED: "the owner ejected this wallet from the run",
-    ErrorCode.NOT_PERMISSIONLESS: "the run admits members only through its join authority",
+    ErrorCode.BAD_SHARE: "a share must be 1 to 1000000, and within the run's max_share",
+    ErrorCode.BANNED: "the owner has banned this wallet, node key or grantee from the run; ask the owner to lift it",
+    ErrorCode.NOT_PERMISSIONLESS: "the run admits members only with a grant of its join authority; ask for one",
     ErrorCode.MEMBER_NOT_ACTIVE: "the member's status does not allow this instruction (dropped, left or out of sync)",
     ErrorCode.WRONG_MODEL_ROOT: "the model root is not the run's; load the run's model or checkpoint again",
     ErrorCode.ALREADY_READY: "the member has already reported ready",
@@ -113,6 +134,27 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.ALREADY_VOTED: "the member has already reported a checkpoint root for this round",
     ErrorCode.NOT_DUE: "no transition is due at this slot",
     ErrorCode.RUN_FINISHED: "the run is finished; nothing more will happen in it",
+    ErrorCode.NOT_OWNER: "only the run's owner may do this; sign with the owner's wallet",
+    ErrorCode.NOT_AUTHORITY: "only the run's join authority may do this; sign with its wallet",
+    ErrorCode.NOT_AUTHORIZED: "the grant is not of the present join authority, or is not for this wallet; ask for one",
+    ErrorCode.NOT_THE_GRANTEE: "only the grantee may delegate its grant; sign with the grantee's wallet",
+    ErrorCode.BAD_KEY: "a key of zeros cannot be banned or delegated to",
+    ErrorCode.ALREADY_BANNED: "the key is banned already",
+    ErrorCode.NOT_BANNED: "the key is not banned, so there is nothing to lift",
+    ErrorCode.BAN_LIST_FULL: "64 keys are banned, which is the most; lift one, or admit members by grants instead",
+    ErrorCode.ALREADY_A_DELEGATE: "the key is a delegate of this grant already",
+    ErrorCode.NOT_A_DELEGATE: "the key is no delegate of this grant, so there is nothing to remove",
+    ErrorCode.DELEGATES_FULL: "the grant has 32 delegates, which is the most; remove one, or ask for another grant",
+    ErrorCode.ALREADY_REQUESTED: "the run is paused, or about to pause or finish; wait, or resume it",
+    ErrorCode.NOT_PAUSED: "the run is neither paused nor about to be",
+    ErrorCode.NOT_FINISHED: "only a finished run can be closed; finish it first",
+    ErrorCode.REWARDS_OWED: "members have rewards to claim; fund the run, or wait 6480000 slots after its end",
+    ErrorCode.SLOT_IN_USE: "the member takes part, or has work in a round that is not final; archive its credit later",
+    ErrorCode.NOTHING_TO_ARCHIVE: "the slot is empty or its member has no credit, so a joiner can have it as it is",
+    ErrorCode.WRONG_RECEIPT: "the receipt belongs to another wallet; sign with the wallet that it names",
+    ErrorCode.BAD_REWARD_RATE: "a reward rate is at most 10000000000 lamports (10 SOL) per million tokens",
+    ErrorCode.NOTHING_TO_CLAIM: "everything that this member has earned is paid, or it has earned nothing",
+    ErrorCode.REWARDS_UNFUNDED: "the run account holds nothing above its rent; ask the owner to fund the run",
 }
 
 

@@ -1,8 +1,8 @@
 """The program's instructions, as solders `Instruction`s.
 
 Instruction data is an 8-byte Anchor mark followed by fixed-size little-endian fields. Which keys sign: `join` needs
-the wallet and the node key, `create_run_instructions` the owner (and the payer, if another), all others the wallet or
-payer named.
+the wallet and the node key, `create_run_instructions` the owner (and the payer, if another), all others the owner,
+authority, grantee, wallet or payer named.
 """
 
 from __future__ import annotations
@@ -16,28 +16,78 @@ from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
 from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
 
-from coordinator.addresses import RunAddresses, run_addresses, run_seeds
-from coordinator.layout import LIMITS, MEMBERS_SIZE, ROUNDS_SIZE, RUN_SIZE, TERMS, discriminator
+from coordinator.addresses import RunAddresses, grant_address, grant_seed, receipt_seed, run_addresses, run_seeds
+from coordinator.layout import (
+    GRANT_SIZE,
+    LIMITS,
+    MEMBERS_SIZE,
+    RECEIPT_SIZE,
+    ROUNDS_SIZE,
+    RUN_SIZE,
+    TERMS,
+    discriminator,
+)
 from coordinator.state import Limits, Terms, bitmap_words
 
 __all__ = [
     "RunAddresses",
+    "archive",
     "attest",
+    "authorize",
+    "ban",
     "checkpoint",
+    "claim",
+    "close_run",
     "commit",
     "create_run_instructions",
+    "delegate",
+    "finish",
     "init_run",
     "join",
+    "kick",
     "leave",
+    "migrate",
+    "pause",
     "ready",
+    "restore",
+    "resume",
+    "revoke",
     "run_addresses",
+    "set_config",
+    "set_model",
+    "set_reward_rate",
+    "set_share",
     "tick",
 ]
 
-MARKS: Final = {
-    name: discriminator("global", name)
-    for name in ("init_run", "join", "ready", "commit", "attest", "tick", "checkpoint", "leave")
-}
+INSTRUCTIONS: Final = (
+    "init_run",
+    "migrate",
+    "set_config",
+    "set_model",
+    "pause",
+    "resume",
+    "finish",
+    "close_run",
+    "kick",
+    "ban",
+    "set_reward_rate",
+    "authorize",
+    "revoke",
+    "delegate",
+    "join",
+    "ready",
+    "set_share",
+    "commit",
+    "attest",
+    "checkpoint",
+    "leave",
+    "archive",
+    "restore",
+    "claim",
+    "tick",
+)
+MARKS: Final = {name: discriminator("global", name) for name in INSTRUCTIONS}
 MAX_SOURCE_BYTES: Final = 64
 DEFAULT_SHARE: Final = 1000
 
@@ -81,20 +131,29 @@ def _pack_terms(terms: Terms) -> bytes:
     return TERMS.pack(**values)
 
 
-def _metas(addresses: RunAddresses, *signers: Pubkey, written: str) -> list[AccountMeta]:
-    """Signers first, then run, members, rounds; `written` names the accounts that the instruction writes."""
-    metas = [AccountMeta(key, is_signer=True, is_writable=False) for key in signers]
+def _metas(addresses: RunAddresses, *signers: Pubkey, written: str, paid: bool = False) -> list[AccountMeta]:
+    """Signers first, then run, members, rounds; `written` names the accounts that the instruction writes. `paid`: the
+    signer gets lamports."""
+    metas = [AccountMeta(key, is_signer=True, is_writable=paid) for key in signers]
     for name in ("run", "members", "rounds"):
         metas.append(AccountMeta(getattr(addresses, name), is_signer=False, is_writable=name in written.split()))
     return metas
 
 
-def init_run(program_id: Pubkey, owner: Pubkey, run_id: str, limits: Limits, terms: Terms) -> Instruction:
-    """Turn the three freshly created accounts of `run_id` into a run that waits for members. Signed by the owner."""
+def init_run(
+    program_id: Pubkey,
+    owner: Pubkey,
+    run_id: str,
+    limits: Limits,
+    terms: Terms,
+    join_authority: Pubkey | None = None,
+) -> Instruction:
+    """Turn the three freshly created accounts of `run_id` into a run that waits for members. Signed by the owner.
+    `join_authority` None: anyone may join."""
     addresses = run_addresses(program_id, owner, run_id)
     name = run_id.encode("utf-8")
     data = MARKS["init_run"] + name.ljust(32, b"\0") + _pack("B7x", "run id", len(name))
-    data += _pack_limits(limits) + _pack_terms(terms)
+    data += _pack_limits(limits) + _pack_terms(terms) + bytes(join_authority or Pubkey.default())
     return Instruction(program_id, data, _metas(addresses, owner, written="run members rounds"))
 
 
@@ -106,6 +165,7 @@ def create_run_instructions(
     terms: Terms,
     rent: Callable[[int], int],
     payer: Pubkey | None = None,
+    join_authority: Pubkey | None = None,
 ) -> list[Instruction]:
     """Create the run's accounts and initialise them: four instructions that fit in one transaction, in this order.
 
@@ -132,20 +192,28 @@ def create_run_instructions(
         )
         for address, seed, size in accounts
     ]
-    return [*created, init_run(program_id, owner, run_id, limits, terms)]
+    return [*created, init_run(program_id, owner, run_id, limits, terms, join_authority)]
 
 
 def join(
-    addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, node_key: Pubkey | bytes, share: int = DEFAULT_SHARE
+    addresses: RunAddresses,
+    program_id: Pubkey,
+    wallet: Pubkey,
+    node_key: Pubkey | bytes,
+    share: int = DEFAULT_SHARE,
+    grant: Pubkey | None = None,
 ) -> Instruction:
-    """Become a member, in WaitingForMembers or Warmup. Signed by the wallet and by the node key (Ed25519, 32 bytes)."""
+    """Become a member, in any phase but Finished, or go on under another node key. Signed by the wallet and by the node
+    key (Ed25519, 32 bytes). `grant` is needed where the run has a join authority."""
     key = node_key if isinstance(node_key, Pubkey) else Pubkey.from_bytes(_fixed(node_key, 32, "node key"))
-    data = MARKS["join"] + _pack("I", "share", share)
-    return Instruction(program_id, data, _metas(addresses, wallet, key, written="members rounds"))
+    metas = _metas(addresses, wallet, key, written="members rounds")
+    if grant is not None:
+        metas.append(AccountMeta(grant, is_signer=False, is_writable=False))
+    return Instruction(program_id, MARKS["join"] + _pack("I4x", "share", share), metas)
 
 
 def ready(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, model_root: bytes) -> Instruction:
-    """Report the model loaded: in Warmup, or, after a desync, in any phase of training. The root is
+    """Report the model loaded: in Warmup, or, to join or after a desync, in any phase of training. The root is
     `run.checkpoint_root`."""
     data = MARKS["ready"] + _fixed(model_root, 32, "model root")
     return Instruction(program_id, data, _metas(addresses, wallet, written="members rounds"))
@@ -190,3 +258,165 @@ def checkpoint(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, roun
 def leave(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey) -> Instruction:
     """Leave the run; credit and an update already committed stay."""
     return Instruction(program_id, MARKS["leave"], _metas(addresses, wallet, written="members rounds"))
+
+
+def set_share(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, share: int) -> Instruction:
+    """Ask for another share of the batch, from the next round on."""
+    data = MARKS["set_share"] + _pack("I4x", "share", share)
+    return Instruction(program_id, data, _metas(addresses, wallet, written="members"))
+
+
+# ---------------------------------------------------------------------- the owner's; `owner` signs
+
+
+def set_config(
+    addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, limits: Limits, join_authority: Pubkey | None
+) -> Instruction:
+    """New limits from the next round on (at once while no round is open), and the join authority at once."""
+    data = MARKS["set_config"] + _pack_limits(limits) + bytes(join_authority or Pubkey.default())
+    return Instruction(program_id, data, _metas(addresses, owner, written="run rounds"))
+
+
+def set_model(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, terms: Terms) -> Instruction:
+    """In WaitingForMembers or Paused: another model, other data or optimizer settings. All members warm up again."""
+    return Instruction(
+        program_id, MARKS["set_model"] + _pack_terms(terms), _metas(addresses, owner, written="run rounds")
+    )
+
+
+def pause(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
+    """Pause the run once the round in flight is final and its checkpoint agreed."""
+    return Instruction(program_id, MARKS["pause"], _metas(addresses, owner, written="run rounds"))
+
+
+def resume(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
+    """Let a paused run go on, or take back a pause that has not come about yet."""
+    return Instruction(program_id, MARKS["resume"], _metas(addresses, owner, written="run members rounds"))
+
+
+def finish(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
+    """End the run once the round in flight is final and its checkpoint agreed."""
+    return Instruction(program_id, MARKS["finish"], _metas(addresses, owner, written="run rounds"))
+
+
+def close_run(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
+    """Delete a finished run; the accounts' lamports go to the owner."""
+    metas = _metas(addresses, owner, written="run members rounds", paid=True)
+    return Instruction(program_id, MARKS["close_run"], metas)
+
+
+def kick(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, wallet: Pubkey) -> Instruction:
+    """Put a member out at once. It may join again."""
+    metas = _metas(addresses, owner, written="run members rounds")
+    return Instruction(program_id, MARKS["kick"] + bytes(wallet), metas)
+
+
+def ban(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, key: Pubkey, *, lift: bool = False) -> Instruction:
+    """Keep a wallet, node key or grantee out of the run, and put a member that has it out at once; or `lift` that."""
+    metas = _metas(addresses, owner, written="run members rounds")
+    return Instruction(program_id, MARKS["ban"] + bytes(key) + _pack("I4x", "lift", lift), metas)
+
+
+def set_reward_rate(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, rate: int) -> Instruction:
+    """Lamports per million tokens of credit earned from now on."""
+    data = MARKS["set_reward_rate"] + _pack("Q", "reward rate", rate)
+    return Instruction(program_id, data, _metas(addresses, owner, written="run rounds"))
+
+
+def migrate(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
+    """Bring the accounts of the version before to this version's layout."""
+    return Instruction(program_id, MARKS["migrate"], _metas(addresses, owner, written="run members rounds"))
+
+
+# ---------------------------------------------------------------------- grants
+
+
+def authorize(
+    addresses: RunAddresses,
+    program_id: Pubkey,
+    authority: Pubkey,
+    grantee: Pubkey | None,
+    rent: Callable[[int], int],
+) -> list[Instruction]:
+    """Let `grantee` (None: anyone) join: creates the grant account, at `grant_address`, and fills it. Signed by the
+    authority, which pays."""
+    key = grantee or Pubkey.default()
+    address = grant_address(program_id, authority, addresses.run, key)
+    created = _create(program_id, authority, address, grant_seed(addresses.run, key), GRANT_SIZE, rent)
+    metas = [*_metas(addresses, authority, written=""), AccountMeta(address, is_signer=False, is_writable=True)]
+    return [created, Instruction(program_id, MARKS["authorize"] + bytes(key), metas)]
+
+
+def revoke(
+    addresses: RunAddresses, program_id: Pubkey, authority: Pubkey, grant: Pubkey, *, eject: bool = False
+) -> Instruction:
+    """Take a grant back; its lamports go to the authority. `eject`: members that joined under it are put out, too."""
+    metas = _metas(addresses, authority, written="run members rounds", paid=True)
+    metas.append(AccountMeta(grant, is_signer=False, is_writable=True))
+    return Instruction(program_id, MARKS["revoke"] + _pack("I4x", "eject", eject), metas)
+
+
+def delegate(
+    addresses: RunAddresses,
+    program_id: Pubkey,
+    grantee: Pubkey,
+    grant: Pubkey,
+    key: Pubkey,
+    *,
+    remove: bool = False,
+) -> Instruction:
+    """Let another key of the grantee's join under its grant, or `remove` it. Signed by the grantee."""
+    metas = [*_metas(addresses, grantee, written=""), AccountMeta(grant, is_signer=False, is_writable=True)]
+    return Instruction(program_id, MARKS["delegate"] + bytes(key) + _pack("I4x", "remove", remove), metas)
+
+
+# ---------------------------------------------------------------------- credit
+
+
+def archive(
+    addresses: RunAddresses,
+    program_id: Pubkey,
+    payer: Pubkey,
+    slot: int,
+    wallet: Pubkey,
+    chain_slot: int,
+    rent: Callable[[int], int],
+) -> list[Instruction]:
+    """Move the credit of a member that is gone (`wallet`, in `slot`) into a receipt, so that its slot is free. The
+    receipt's address is new for every `chain_slot`."""
+    seed = receipt_seed(addresses.run, wallet, chain_slot)
+    address = Pubkey.create_with_seed(payer, seed, program_id)
+    created = _create(program_id, payer, address, seed, RECEIPT_SIZE, rent)
+    metas = [*_metas(addresses, payer, written="members"), AccountMeta(address, is_signer=False, is_writable=True)]
+    return [created, Instruction(program_id, MARKS["archive"] + _pack("I4x", "slot", slot), metas)]
+
+
+def restore(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey) -> Instruction:
+    """Move a receipt's credit into the wallet's present slot; the receipt's lamports go to the wallet."""
+    metas = _metas(addresses, wallet, written="members", paid=True)
+    metas.append(AccountMeta(receipt, is_signer=False, is_writable=True))
+    return Instruction(program_id, MARKS["restore"], metas)
+
+
+def claim(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey | None = None) -> Instruction:
+    """Have the rewards paid that were earned and not claimed: in the wallet's slot, or in a receipt."""
+    metas = _metas(addresses, wallet, written="run members", paid=True)
+    if receipt is not None:
+        metas.append(AccountMeta(receipt, is_signer=False, is_writable=True))
+    return Instruction(program_id, MARKS["claim"], metas)
+
+
+def _create(
+    program_id: Pubkey, payer: Pubkey, address: Pubkey, seed: str, size: int, rent: Callable[[int], int]
+) -> Instruction:
+    return create_account_with_seed(
+        CreateAccountWithSeedParams(
+            from_pubkey=payer,
+            to_pubkey=address,
+            base=payer,
+            seed=seed,
+            lamports=rent(size),
+            space=size,
+            owner=program_id,
+        )
+    )

@@ -11,7 +11,8 @@ import struct
 from collections.abc import Sequence
 from typing import Any, Final
 
-VERSION: Final = 1
+VERSION: Final = 2
+RECORD_VERSION: Final = 1
 MAX_MEMBERS: Final = 256
 MAX_WITNESSES: Final = 32
 ROUND_RING: Final = 4
@@ -19,6 +20,7 @@ INCLUSION_RING: Final = 8
 MAX_RANGES: Final = 16
 MAX_REQUEUE: Final = 512
 MAX_BANNED: Final = 64
+MAX_DELEGATES: Final = 32
 COUNTER_PLANES: Final = 6
 MAX_SHARE: Final = 1_000_000
 UNKNOWN_SLOT: Final = 2**64 - 1
@@ -66,6 +68,8 @@ def discriminator(kind: str, name: str) -> bytes:
 RUN_MARK: Final = discriminator("account", "Run")
 MEMBERS_MARK: Final = discriminator("account", "Members")
 ROUNDS_MARK: Final = discriminator("account", "Rounds")
+GRANT_MARK: Final = discriminator("account", "Grant")
+RECEIPT_MARK: Final = discriminator("account", "Receipt")
 
 INCLUSION: Final = Record("inclusion", [("round", "I"), ("flags", "I"), ("members", "4Q")])
 INCLUSION_PRESENT: Final = 1
@@ -87,8 +91,9 @@ LIMIT_FIELDS: Final = (
     "batch",
     "rounds_per_epoch",
     "total_rounds",
+    "max_share",
 )
-LIMITS: Final = Record("limits", [*((name, "I") for name in LIMIT_FIELDS), ("reserved", "I")])
+LIMITS: Final = Record("limits", [(name, "I") for name in LIMIT_FIELDS])
 
 TERMS: Final = Record(
     "terms",
@@ -123,7 +128,7 @@ RUN: Final = Record(
         ("version", "I"),
         ("phase", "B"),
         ("run_id_length", "B"),
-        ("pause_pending", "B"),
+        ("request", "B"),
         ("resume_phase", "B"),
         ("owner", "32s"),
         ("members", "32s"),
@@ -150,9 +155,11 @@ RUN: Final = Record(
         ("terms", f"{TERMS.size}s"),
         ("reward_rate", "Q"),
         ("reward_paid", "Q"),
-        ("reward_mint", "32s"),
-        ("reward_vault", "32s"),
-        ("reserved", "480s"),
+        ("reward_earned", "Q"),
+        ("model_round", "I"),
+        ("pad", "I"),
+        ("next_limits", f"{LIMITS.size}s"),
+        ("reserved", "464s"),
     ],
 )
 
@@ -173,7 +180,8 @@ MEMBER: Final = Record(
         ("ready", "B"),
         ("missed", "B"),
         ("excluded", "B"),
-        ("reserved", "16s"),
+        ("status_slot", "Q"),
+        ("reward", "Q"),
     ],
 )
 
@@ -184,7 +192,7 @@ MEMBERS: Final = Record(
         ("version", "I"),
         ("banned_count", "I"),
         ("run", "32s"),
-        ("archive_root", "32s"),
+        ("unused", "32s"),
         ("archived_credit", "Q"),
         ("archived_members", "Q"),
         ("reserved", "160s"),
@@ -276,6 +284,41 @@ ROUNDS: Final = Record(
     ],
 )
 
+GRANT: Final = Record(
+    "grant",
+    [
+        ("discriminator", "8s"),
+        ("version", "I"),
+        ("delegate_count", "I"),
+        ("run", "32s"),
+        ("authority", "32s"),
+        ("grantee", "32s"),
+        ("created_slot", "Q"),
+        ("reserved", "Q"),
+        ("delegate", f"{MAX_DELEGATES * 32}s"),
+    ],
+)
+
+RECEIPT: Final = Record(
+    "receipt",
+    [
+        ("discriminator", "8s"),
+        ("version", "I"),
+        ("reserved", "I"),
+        ("run", "32s"),
+        ("wallet", "32s"),
+        ("payer", "32s"),
+        ("credit", "Q"),
+        ("updates_included", "Q"),
+        ("reward", "Q"),
+        ("reward_claimed", "Q"),
+        ("archived_slot", "Q"),
+        ("pad", "Q"),
+    ],
+)
+
+GRANT_SIZE: Final = GRANT.size
+RECEIPT_SIZE: Final = RECEIPT.size
 RUN_SIZE: Final = RUN.size
 MEMBERS_SIZE: Final = MEMBERS.size
 ROUNDS_SIZE: Final = ROUNDS.size

@@ -11,6 +11,8 @@ from solders.pubkey import Pubkey
 
 from coordinator import layout
 from coordinator.layout import (
+    GRANT,
+    GRANT_SIZE,
     HEADER,
     HEADER_SIZE,
     INCLUSION,
@@ -21,6 +23,8 @@ from coordinator.layout import (
     MEMBERS,
     MEMBERS_SIZE,
     RANGE,
+    RECEIPT,
+    RECEIPT_SIZE,
     ROUND,
     ROUND_RING,
     ROUND_SIZE,
@@ -34,12 +38,16 @@ from coordinator.layout import (
 )
 from coordinator.values import (
     Commitment,
+    Grant,
     Header,
     InclusionSet,
     Limits,
     Member,
+    Membership,
     MemberStatus,
     Phase,
+    Receipt,
+    Request,
     Round,
     Run,
     Terms,
@@ -56,19 +64,26 @@ __all__ = [
     "RUN_SIZE",
     "UNKNOWN_SLOT",
     "Commitment",
+    "Grant",
     "Header",
     "InclusionSet",
     "Limits",
     "MalformedAccount",
     "Member",
     "MemberStatus",
+    "Membership",
     "Phase",
+    "Receipt",
+    "Request",
     "Round",
     "Run",
     "Terms",
     "bitmap_words",
+    "decode_grant",
     "decode_header",
     "decode_members",
+    "decode_membership",
+    "decode_receipt",
     "decode_requeue",
     "decode_round",
     "decode_rounds",
@@ -82,17 +97,18 @@ class MalformedAccount(ValueError):
     """Account data that is not what the program writes. Says which account, what was found and what was expected."""
 
 
-def _check(data: bytes, record: Record, size: int, mark: bytes) -> None:
+def _check(data: bytes, record: Record, size: int, mark: bytes, version: int = layout.VERSION) -> None:
     if len(data) < size:
         raise MalformedAccount(
             f"{record.name} account has {len(data)} bytes, expected {size}; is this the right address?"
         )
     if data[:8] != mark:
         raise MalformedAccount(f"{record.name} account starts with {data[:8].hex()}, expected {mark.hex()}")
-    version = record.get(data, "version")
-    if version != layout.VERSION:
+    found = record.get(data, "version")
+    if found != version:
+        advice = "the owner can bring it here with psyche-admin run migrate" if found < version else "upgrade"
         raise MalformedAccount(
-            f"{record.name} account has layout version {version}, this version reads {layout.VERSION}; upgrade"
+            f"{record.name} account has layout version {found}, this version reads {version}; {advice}"
         )
 
 
@@ -108,6 +124,23 @@ def _phase(value: int) -> Phase:
         return Phase(value)
     except ValueError as error:
         raise MalformedAccount(f"run phase {value} is unknown to this version; upgrade psyche-node") from error
+
+
+def _request(value: int) -> Request:
+    try:
+        return Request(value)
+    except ValueError as error:
+        raise MalformedAccount(f"owner's request {value} is unknown to this version; upgrade psyche-node") from error
+
+
+def _key_or_none(raw: bytes) -> Pubkey | None:
+    return Pubkey.from_bytes(raw) if any(raw) else None
+
+
+def _keys(raw: bytes, count: int, most: int, what: str) -> tuple[Pubkey, ...]:
+    if count > most:
+        raise MalformedAccount(f"{count} {what}, at most {most} fit")
+    return tuple(Pubkey.from_bytes(raw[32 * index : 32 * (index + 1)]) for index in range(count))
 
 
 def _limits(data: memoryview) -> Limits:
@@ -160,7 +193,13 @@ def decode_run(data: bytes) -> Run:
         "tokens",
         "revision",
         "created_slot",
+        "config_version",
+        "model_round",
+        "reward_rate",
+        "reward_earned",
+        "reward_paid",
     )
+    following = _limits(part("next_limits"))
     return Run(
         owner=Pubkey.from_bytes(bytes(part("owner"))),
         run_id=_text(RUN.get(data, "run_id"), "run id"),
@@ -170,7 +209,10 @@ def decode_run(data: bytes) -> Run:
         terms=_terms(part("terms")),
         members_address=Pubkey.from_bytes(bytes(part("members"))),
         rounds_address=Pubkey.from_bytes(bytes(part("rounds"))),
-        join_authority=Pubkey.from_bytes(authority) if any(authority) else None,
+        join_authority=_key_or_none(authority),
+        request=_request(RUN.get(data, "request")),
+        resume_phase=_phase(RUN.get(data, "resume_phase")),
+        next_limits=following if following.batch else None,
         **{name: RUN.get(data, name) for name in plain},
     )
 
@@ -190,6 +232,9 @@ def decode_members(data: bytes) -> tuple[Member, ...]:
         "excluded",
         "credit",
         "updates_included",
+        "status_slot",
+        "reward",
+        "reward_claimed",
     )
     members = []
     for slot in range(MAX_MEMBERS):
@@ -205,10 +250,47 @@ def decode_members(data: bytes) -> tuple[Member, ...]:
                 wallet=Pubkey.from_bytes(MEMBER.get(data, "wallet", base)),
                 status=MemberStatus(status),
                 ready=bool(MEMBER.get(data, "ready", base)),
+                grant=_key_or_none(MEMBER.get(data, "grant", base)),
                 **{name: MEMBER.get(data, name, base) for name in plain},
             )
         )
     return tuple(members)
+
+
+def decode_membership(data: bytes) -> Membership:
+    """Decode what a members account holds besides its slots. Raises MalformedAccount."""
+    _check(data, MEMBERS, MEMBERS_SIZE, layout.MEMBERS_MARK)
+    return Membership(
+        banned=_keys(MEMBERS.get(data, "banned"), MEMBERS.get(data, "banned_count"), layout.MAX_BANNED, "banned keys"),
+        archived_credit=MEMBERS.get(data, "archived_credit"),
+        archived_members=MEMBERS.get(data, "archived_members"),
+    )
+
+
+def decode_grant(data: bytes) -> Grant:
+    """Decode a grant account. Raises MalformedAccount."""
+    _check(data, GRANT, GRANT_SIZE, layout.GRANT_MARK, layout.RECORD_VERSION)
+    return Grant(
+        run=Pubkey.from_bytes(GRANT.get(data, "run")),
+        authority=Pubkey.from_bytes(GRANT.get(data, "authority")),
+        grantee=_key_or_none(GRANT.get(data, "grantee")),
+        delegates=_keys(
+            GRANT.get(data, "delegate"), GRANT.get(data, "delegate_count"), layout.MAX_DELEGATES, "delegates"
+        ),
+        created_slot=GRANT.get(data, "created_slot"),
+    )
+
+
+def decode_receipt(data: bytes) -> Receipt:
+    """Decode a receipt account. Raises MalformedAccount."""
+    _check(data, RECEIPT, RECEIPT_SIZE, layout.RECEIPT_MARK, layout.RECORD_VERSION)
+    plain = ("credit", "updates_included", "reward", "reward_claimed", "archived_slot")
+    return Receipt(
+        run=Pubkey.from_bytes(RECEIPT.get(data, "run")),
+        wallet=Pubkey.from_bytes(RECEIPT.get(data, "wallet")),
+        payer=Pubkey.from_bytes(RECEIPT.get(data, "payer")),
+        **{name: RECEIPT.get(data, name) for name in plain},
+    )
 
 
 def decode_round(data: bytes | memoryview, base: int = 0) -> Round | None:

@@ -29,6 +29,14 @@ class Phase(IntEnum):
     PAUSED = 7
 
 
+class Request(IntEnum):
+    """What the owner has asked for and a tick has not brought about yet."""
+
+    NONE = 0
+    PAUSE = 1
+    FINISH = 2
+
+
 class MemberStatus(IntEnum):
     """What a member's slot says of it. Only ACTIVE members are assigned data."""
 
@@ -47,6 +55,7 @@ class Limits:
 
     `witnesses` 0 elects every active member, up to 32. `overlap` is 0 or 1. `join_grace` counts from the join that
     reached `init_min_members`. `adaptive_grace` is added to 1.5 x the median commit time.
+    `max_share` bounds the share that a member may ask for; 0 leaves the general bound of 1,000,000.
     """
 
     init_min_members: int
@@ -64,6 +73,7 @@ class Limits:
     batch: int
     rounds_per_epoch: int
     total_rounds: int
+    max_share: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +123,8 @@ class Run:
     Every round below `final_rounds` has a final inclusion set, and the weights on which `round` is trained contain
     exactly those. `inclusion` holds the last 8 final sets, newest last. In COOLDOWN and FINISHED `round` is the next
     round to train, and equals `final_rounds`. `checkpoint_root` is the model root before `checkpoint_round` (the start
-    model for 0).
+    model for 0). Learning-rate schedules count from `model_round`. `next_limits` hold from the next round on. Rewards
+    are lamports; `reward_rate` is per million tokens. `resume_phase` says where a paused run goes on.
     """
 
     version: int
@@ -140,6 +151,14 @@ class Run:
     tokens: int
     revision: int
     created_slot: int
+    request: Request
+    resume_phase: Phase
+    config_version: int
+    next_limits: Limits | None
+    model_round: int
+    reward_rate: int
+    reward_earned: int
+    reward_paid: int
 
     def inclusion_set(self, round_number: int) -> InclusionSet | None:
         """The final inclusion set of a round, or None when it is not final or no longer kept (8 rounds)."""
@@ -149,7 +168,8 @@ class Run:
 @dataclass(frozen=True, slots=True)
 class Member:
     """One slot of the member table. `credit` is tokens in included updates; `missed` counts rounds without a
-    commitment in a row, `excluded` rounds whose commitment was not included."""
+    commitment in a row, `excluded` rounds whose commitment was not included. `status_slot` is when the status changed
+    last; `reward` and `reward_claimed` are lamports; `grant` is the authorization under which it joined."""
 
     slot: int
     wallet: Pubkey
@@ -164,6 +184,49 @@ class Member:
     credit: int
     updates_included: int
     ready: bool
+    grant: Pubkey | None
+    status_slot: int
+    reward: int
+    reward_claimed: int
+
+    @property
+    def live(self) -> bool:
+        """Whether the member takes part, or is about to."""
+        return self.status in (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
+
+
+@dataclass(frozen=True, slots=True)
+class Membership:
+    """What the members account holds besides the members: keys that are banned, and credit that lies in receipts."""
+
+    banned: tuple[Pubkey, ...]
+    archived_credit: int
+    archived_members: int
+
+
+@dataclass(frozen=True, slots=True)
+class Grant:
+    """Who may join a run that has a join authority. `grantee` None: anyone. Delegates are the grantee's other keys."""
+
+    run: Pubkey
+    authority: Pubkey
+    grantee: Pubkey | None
+    delegates: tuple[Pubkey, ...]
+    created_slot: int
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """Credit of a member whose slot was given to others. Its wallet gets it back by `restore`."""
+
+    run: Pubkey
+    wallet: Pubkey
+    payer: Pubkey
+    credit: int
+    updates_included: int
+    reward: int
+    reward_claimed: int
+    archived_slot: int
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ u64 read_input(const u8 *raw, struct input *input, u64 *mark) {
             account->writable = at[2];
             account->address = (const key *)(at + 8);
             account->owner = (const key *)(at + 40);
+            account->lamports = (u64 *)(at + 72);
             account->length = length;
             account->data = (void *)(at + 88);
         }
@@ -40,26 +41,36 @@ u64 read_input(const u8 *raw, struct input *input, u64 *mark) {
     return 0;
 }
 
-static u64 check_account(const struct input *input, const struct account *account, u64 size, u64 mark) {
+/* What every kind of account begins with. */
+struct head {
+    u64 discriminator;
+    u32 version;
+};
+
+static u64 check_account(const struct input *input, const struct account *account, u64 size, u64 mark, u64 version) {
     require(same_key(account->owner, &input->program), WRONG_ACCOUNT_OWNER);
     require(account->length == size, WRONG_ACCOUNT_SIZE);
-    const struct header *header = account->data; /* mark and version lie at the same place in all three */
-    require(header->discriminator == mark, WRONG_ACCOUNT_TYPE);
-    require(header->version == VERSION, WRONG_ACCOUNT_VERSION);
+    const struct head *head = account->data;
+    require(head->discriminator == mark, WRONG_ACCOUNT_TYPE);
+    require(head->version == version, WRONG_ACCOUNT_VERSION);
     return 0;
 }
 
 /* Accounts are: `signers` keys that must sign, then run, members, rounds. */
 u64 open_run(const struct input *input, u64 signers, u64 writes, struct context *out) {
+    return open_version(input, signers, writes, VERSION, out);
+}
+
+u64 open_version(const struct input *input, u64 signers, u64 writes, u64 version, struct context *out) {
     require(input->account_count >= signers + 3, MISSING_ACCOUNTS);
     for (u64 i = 0; i < signers; i++) require(input->account[i].signer, MISSING_SIGNER);
 
     const struct account *run = &input->account[signers];
     const struct account *members = run + 1;
     const struct account *rounds = run + 2;
-    check(check_account(input, run, sizeof(struct run), ACCOUNT_RUN));
-    check(check_account(input, members, sizeof(struct members), ACCOUNT_MEMBERS));
-    check(check_account(input, rounds, sizeof(struct rounds), ACCOUNT_ROUNDS));
+    check(check_account(input, run, sizeof(struct run), ACCOUNT_RUN, version));
+    check(check_account(input, members, sizeof(struct members), ACCOUNT_MEMBERS, version));
+    check(check_account(input, rounds, sizeof(struct rounds), ACCOUNT_ROUNDS, version));
 
     out->run = run->data;
     out->members = members->data;
@@ -73,6 +84,71 @@ u64 open_run(const struct input *input, u64 signers, u64 writes, struct context 
     require(members->writable || !(writes & WRITES_MEMBERS), ACCOUNT_NOT_WRITABLE);
     require(rounds->writable || !(writes & WRITES_ROUNDS), ACCOUNT_NOT_WRITABLE);
     return read_slot(&out->slot);
+}
+
+/* The same, for the run's owner. */
+u64 open_owned(const struct input *input, u64 writes, struct context *out) {
+    check(open_run(input, 1, writes, out));
+    require(same_key(&out->run->owner, input->account[0].address), NOT_OWNER);
+    return 0;
+}
+
+/* A grant or a receipt of this run, behind the run's three accounts. */
+u64 open_record(const struct input *input, u64 index, u64 size, u64 mark, const struct account **out) {
+    require(input->account_count > index, MISSING_ACCOUNTS);
+    const struct account *account = &input->account[index];
+    check(check_account(input, account, size, mark, RECORD_VERSION));
+    const struct grant *record = account->data; /* the run lies at the same place in both kinds */
+    require(same_key(&record->run, input->account[index - 3].address), ACCOUNT_MISMATCH);
+    *out = account;
+    return 0;
+}
+
+/* An account that someone has just created for this program. */
+u64 check_fresh(const struct input *input, const struct account *account, u64 size) {
+    require(same_key(account->owner, &input->program), WRONG_ACCOUNT_OWNER);
+    require(account->length == size, WRONG_ACCOUNT_SIZE);
+    require(*(const u64 *)account->data == 0, ALREADY_INITIALIZED);
+    require(account->writable, ACCOUNT_NOT_WRITABLE);
+    return 0;
+}
+
+/* Whether lamports can move between the two, by this program's hand. */
+u64 check_payable(const struct account *from, const struct account *to) {
+    require(from->writable && to->writable, ACCOUNT_NOT_WRITABLE);
+    require(!same_key(from->address, to->address), ACCOUNT_MISMATCH);
+    return 0;
+}
+
+/* An account without lamports is gone at the end of the transaction; without its mark it is nothing until then. */
+void close_account(const struct account *account, const struct account *heir) {
+    sol_memset_(account->data, 0, account->length);
+    *heir->lamports += *account->lamports;
+    *account->lamports = 0;
+}
+
+#define STEM_BYTES 14
+#define SEED_LENGTH (2 * STEM_BYTES + 3)
+
+/* create_account_with_seed's address: SHA-256(base, seed, program), seed = hex of SHA-256(name)'s first 14 bytes and
+ * a tag. The base is the first signer. */
+u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
+                  const char *tag) {
+    key hash;
+    sol_sha256(name, parts, (u8 *)&hash);
+    const u8 *bytes = (const u8 *)&hash;
+    u8 seed[SEED_LENGTH + 1];
+    for (u64 i = 0; i < STEM_BYTES; i++) {
+        u64 high = bytes[i] >> 4, low = bytes[i] & 15;
+        seed[2 * i] = (u8)(high < 10 ? '0' + high : 'a' - 10 + high);
+        seed[2 * i + 1] = (u8)(low < 10 ? '0' + low : 'a' - 10 + low);
+    }
+    for (u64 i = 0; i < 3; i++) seed[2 * STEM_BYTES + i] = (u8)tag[i];
+    slice derived[3] = {{input->account[0].address, 32}, {seed, SEED_LENGTH}, {&input->program, 32}};
+    key address;
+    sol_sha256(derived, 3, (u8 *)&address);
+    require(same_key(&address, account->address), WRONG_ADDRESS);
+    return 0;
 }
 
 u64 read_slot(u64 *slot) {

@@ -1,5 +1,5 @@
 /* The start of a round: its positions, everybody's slice of them, its witnesses. */
-#include "program.h"
+#include "events.h"
 #include "random.h"
 
 /* The members that take part, in slot order. */
@@ -9,25 +9,33 @@ struct team {
     u8 slot[MAX_MEMBERS];
 };
 
-/* Collect the active members; a desynced one that has reported ready is active again from here on. */
+/* Collect the active members. One that has joined or re-synced and reported ready is active from here on; one that has
+ * had the time of a warm-up for it and is not ready gives its place up. */
 static void gather(struct context *c, struct round *round, struct team *team) {
     u64 count = 0, share = 0;
+    bitmap dropped = {{0, 0, 0, 0}};
+    struct header *h = &c->rounds->header;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         struct member *member = &c->members->member[slot];
-        if (member->status == DESYNCED && member->ready) {
-            member->status = ACTIVE;
-            member->ready = 0;
-            member->missed = 0;
-            member->excluded = 0;
-            c->rounds->header.active++;
+        u64 status = member->status;
+        if (status == PENDING || status == DESYNCED) {
+            if (member->ready) {
+                activate(c, member);
+            } else if (c->slot - member->status_slot > c->run->limits.warmup_time) {
+                become(c, member, DROPPED);
+                h->members--;
+                set_bit(&dropped, slot);
+            }
         }
         if (member->status != ACTIVE) continue;
+        member->share = member->next_share;
         team->slot[count++] = (u8)slot;
         share += member->share;
         set_bit(&round->active, slot);
     }
     team->count = count;
     team->share = share;
+    emit_members(c, EVENT_MEMBERS_DROPPED, round->round, &dropped);
 }
 
 /* Slices are contiguous, from the rotated first member on, and end at floor(positions x cumulative share / total
@@ -70,7 +78,21 @@ static void elect_witnesses(struct round *round, struct team *team, u64 wanted, 
     round->witness_count = (u8)elected;
 }
 
+static void emit_started(const struct context *c, const struct round *round) {
+    struct event_round_started event;
+    event.mark = EVENT_ROUND_STARTED;
+    event.run = c->rounds->header.run;
+    event.round = round->round;
+    event.first_slot = round->first_slot;
+    event.positions = round->positions;
+    event.active = round->active;
+    sol_memcpy_(event.range, round->range, sizeof event.range);
+    sol_memcpy_(event.slice_count, round->slice_count, sizeof event.slice_count);
+    emit(event);
+}
+
 void start_round(struct context *c) {
+    adopt_config(c);
     struct run *run = c->run;
     struct round *round = entry_of(c->rounds, run->round);
     sol_memset_(round, 0, sizeof *round);
@@ -93,4 +115,5 @@ void start_round(struct context *c) {
     elect_witnesses(round, &team, run->limits.witnesses, &random);
     c->rounds->header.committed = 0;
     c->rounds->header.drain = 0;
+    emit_started(c, round);
 }

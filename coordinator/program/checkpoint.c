@@ -27,7 +27,8 @@ u64 checkpoint(const struct input *input) {
     c.rounds->vote[slot] = a->root;
     h->checkpoint_votes++;
     u64 same = 0;
-    for_each (voter, &h->checkpoint_voted) same += same_key(&c.rounds->vote[voter], &a->root);
+    for_each (voter, &h->checkpoint_voted)
+        same += c.members->member[voter].status == ACTIVE && same_key(&c.rounds->vote[voter], &a->root);
     if (!h->checkpoint_agreed && same >= two_thirds(h->active)) {
         /* the next tick, due at once, carries it into the run account */
         h->checkpoint_agreed = 1;

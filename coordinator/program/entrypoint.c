@@ -13,6 +13,23 @@ u64 entrypoint(const u8 *raw) {
     if (mark == IX_READY) return ready(&input);
     if (mark == IX_JOIN) return join(&input);
     if (mark == IX_LEAVE) return leave(&input);
+    if (mark == IX_SET_SHARE) return set_share(&input);
+    if (mark == IX_CLAIM) return claim(&input);
+    if (mark == IX_ARCHIVE) return archive(&input);
+    if (mark == IX_RESTORE) return restore(&input);
+    if (mark == IX_AUTHORIZE) return authorize(&input);
+    if (mark == IX_REVOKE) return revoke(&input);
+    if (mark == IX_DELEGATE) return delegate(&input);
+    if (mark == IX_SET_CONFIG) return set_config(&input);
+    if (mark == IX_SET_MODEL) return set_model(&input);
+    if (mark == IX_PAUSE) return pause(&input);
+    if (mark == IX_RESUME) return resume(&input);
+    if (mark == IX_FINISH) return finish(&input);
+    if (mark == IX_KICK) return kick(&input);
+    if (mark == IX_BAN) return ban(&input);
+    if (mark == IX_SET_REWARD_RATE) return set_reward_rate(&input);
     if (mark == IX_INIT_RUN) return init_run(&input);
+    if (mark == IX_CLOSE_RUN) return close_run(&input);
+    if (mark == IX_MIGRATE) return migrate(&input);
     return UNKNOWN_INSTRUCTION;
 }

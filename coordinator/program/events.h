@@ -20,7 +20,66 @@ struct event_member_joined {
     u32 share;
 };
 
-/* MemberReady, MemberLeft */
+struct event_run_closed {
+    u64 mark;
+    key run;
+    key owner;
+    u64 tokens;
+};
+
+struct event_config_changed {
+    u64 mark;
+    key run;
+    u32 round;
+    u32 config_version;
+};
+
+struct event_model_changed {
+    u64 mark;
+    key run;
+    u32 round;
+    u32 config_version;
+    key model_root;
+    key data_manifest;
+};
+
+/* Authorized, Revoked */
+struct event_key {
+    u64 mark;
+    key run;
+    key grantee;
+};
+
+/* MemberArchived, MemberRestored */
+struct event_credit {
+    u64 mark;
+    key run;
+    key wallet;
+    u64 credit;
+    u32 member;
+    u32 pad;
+};
+
+struct event_reward_paid {
+    u64 mark;
+    key run;
+    key wallet;
+    u64 lamports;
+};
+
+/* Slices lie one behind the other in the batch, from the member `first_slot` on and around. */
+struct event_round_started {
+    u64 mark;
+    key run;
+    u32 round;
+    u32 first_slot;
+    u64 positions;
+    bitmap active;
+    struct range range[MAX_RANGES];
+    u32 slice_count[MAX_MEMBERS];
+};
+
+/* MemberReady, MemberLeft, MemberEjected */
 struct event_member {
     u64 mark;
     key run;

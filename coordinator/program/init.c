@@ -4,17 +4,6 @@
 #include "events.h"
 #include "random.h"
 
-struct init_arguments {
-    u8 run_id[32];
-    u8 run_id_length;
-    u8 pad[7];
-    struct limits limits;
-    struct terms terms;
-};
-_Static_assert(sizeof(struct init_arguments) == 384, "init_run's data");
-
-#define STEM_BYTES 14
-#define SEED_LENGTH (2 * STEM_BYTES + 3)
 #define MAX_SEQUENCE (1u << 24)
 #define MAX_UPDATE_BYTES (1ull << 40)
 #define MAX_TOPK (1u << 16)
@@ -22,13 +11,23 @@ _Static_assert(sizeof(struct init_arguments) == 384, "init_run's data");
 #define FP32_ONE 0x3f800000u
 #define FP32_INFINITY 0x7f800000u
 
+struct init_arguments {
+    u8 run_id[32];
+    u8 run_id_length;
+    u8 pad[7];
+    struct limits limits;
+    struct terms terms;
+    key join_authority;
+};
+_Static_assert(sizeof(struct init_arguments) == 416, "init_run's data");
+
 static u64 check_run_id(const u8 *run_id, u64 length) {
     require(length >= 1 && length <= 32, BAD_RUN_ID);
     for (u64 i = 0; i < 32; i++) require((run_id[i] != 0) == (i < length), BAD_RUN_ID);
     return 0;
 }
 
-static u64 check_limits(const struct limits *l) {
+u64 check_limits(const struct limits *l) {
     require(l->min_members >= 1 && l->min_members <= l->init_min_members, BAD_MEMBER_LIMITS);
     require(l->init_min_members <= l->max_members && l->max_members <= MAX_MEMBERS, BAD_MEMBER_LIMITS);
     require(l->witnesses <= MAX_WITNESSES && l->witnesses <= l->min_members, BAD_WITNESSES);
@@ -39,7 +38,7 @@ static u64 check_limits(const struct limits *l) {
     require(l->batch >= l->min_members && l->batch <= MAX_BATCH, BAD_BATCH);
     require(l->rounds_per_epoch >= 1, BAD_ROUNDS);
     require(l->total_rounds >= 1 && l->total_rounds < 1u << 31, BAD_ROUNDS);
-    require(l->reserved == 0, BAD_INSTRUCTION_DATA);
+    require(l->max_share <= MAX_SHARE, BAD_SHARE);
     return 0;
 }
 
@@ -53,7 +52,7 @@ static int zero_padded(const u8 *text, u64 size) {
     return 1;
 }
 
-static u64 check_terms(const struct terms *t) {
+u64 check_terms(const struct terms *t) {
     require(t->samples >= 1, BAD_DATA_TERMS);
     require(t->sequence_length >= 1 && t->sequence_length <= MAX_SEQUENCE, BAD_DATA_TERMS);
     require(t->update_bytes >= 1 && t->update_bytes <= MAX_UPDATE_BYTES, BAD_UPDATE_TERMS);
@@ -69,41 +68,6 @@ static u64 check_terms(const struct terms *t) {
     return 0;
 }
 
-/* create_account_with_seed's address: SHA-256(owner, seed, program), seed = hex of SHA-256(run id)'s first 14 bytes
- * and a tag. */
-static u64 check_address(const struct input *input, const struct account *account, u8 *seed, const char *tag) {
-    for (u64 i = 0; i < 3; i++) seed[2 * STEM_BYTES + i] = (u8)tag[i];
-    slice parts[3] = {{input->account[0].address, 32}, {seed, SEED_LENGTH}, {&input->program, 32}};
-    key address;
-    sol_sha256(parts, 3, (u8 *)&address);
-    require(same_key(&address, account->address), WRONG_ADDRESS);
-    return 0;
-}
-
-static u64 check_fresh(const struct input *input, const struct account *account, u64 size) {
-    require(same_key(account->owner, &input->program), WRONG_ACCOUNT_OWNER);
-    require(account->length == size, WRONG_ACCOUNT_SIZE);
-    require(*(const u64 *)account->data == 0, ALREADY_INITIALIZED);
-    require(account->writable, ACCOUNT_NOT_WRITABLE);
-    return 0;
-}
-
-static u64 check_addresses(const struct input *input, const u8 *run_id, u64 length) {
-    key hash;
-    slice name = {run_id, length};
-    sol_sha256(&name, 1, (u8 *)&hash);
-    u8 seed[SEED_LENGTH + 1];
-    const u8 *bytes = (const u8 *)&hash;
-    for (u64 i = 0; i < STEM_BYTES; i++) {
-        u64 high = bytes[i] >> 4, low = bytes[i] & 15;
-        seed[2 * i] = (u8)(high < 10 ? '0' + high : 'a' - 10 + high);
-        seed[2 * i + 1] = (u8)(low < 10 ? '0' + low : 'a' - 10 + low);
-    }
-    check(check_address(input, &input->account[1], seed, "run"));
-    check(check_address(input, &input->account[2], seed, "mem"));
-    return check_address(input, &input->account[3], seed, "rnd");
-}
-
 u64 init_run(const struct input *input) {
     require(input->length == sizeof(struct init_arguments), BAD_INSTRUCTION_DATA);
     const struct init_arguments *arguments = (const struct init_arguments *)input->data;
@@ -115,7 +79,10 @@ u64 init_run(const struct input *input) {
     check(check_fresh(input, &account[3], sizeof(struct rounds)));
     for (u64 i = 0; i < 7; i++) require(arguments->pad[i] == 0, BAD_INSTRUCTION_DATA);
     check(check_run_id(arguments->run_id, arguments->run_id_length));
-    check(check_addresses(input, arguments->run_id, arguments->run_id_length));
+    slice name = {arguments->run_id, arguments->run_id_length};
+    check(check_address(input, &account[1], &name, 1, "run"));
+    check(check_address(input, &account[2], &name, 1, "mem"));
+    check(check_address(input, &account[3], &name, 1, "rnd"));
     check(check_limits(&arguments->limits));
     check(check_terms(&arguments->terms));
     u64 slot;
@@ -134,6 +101,7 @@ u64 init_run(const struct input *input) {
     sol_memcpy_(run->run_id, arguments->run_id, 32);
     run->limits = arguments->limits;
     run->terms = arguments->terms;
+    run->join_authority = arguments->join_authority;
     run->checkpoint_root = arguments->terms.model_root;
     run->phase_slot = slot;
     run->created_slot = slot;

@@ -9,6 +9,7 @@
 struct account {
     const key *address;
     const key *owner;
+    u64 *lamports;
     void *data;
     u64 length;
     u8 signer;
@@ -31,12 +32,37 @@ struct input {
 /* accounts.c */
 u64 read_input(const u8 *raw, struct input *input, u64 *mark);
 u64 open_run(const struct input *input, u64 signers, u64 writes, struct context *out);
+u64 open_version(const struct input *input, u64 signers, u64 writes, u64 version, struct context *out);
+u64 open_owned(const struct input *input, u64 writes, struct context *out);
+u64 open_record(const struct input *input, u64 index, u64 size, u64 mark, const struct account **out);
+u64 check_fresh(const struct input *input, const struct account *account, u64 size);
+u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
+                  const char *tag);
+u64 check_payable(const struct account *from, const struct account *to);
+void close_account(const struct account *account, const struct account *heir);
 u64 read_slot(u64 *slot);
 u64 find_member(const struct members *members, const key *wallet);
 #define NO_MEMBER MAX_MEMBERS
 
 /* instructions */
 u64 init_run(const struct input *input);
+u64 migrate(const struct input *input);
+u64 set_config(const struct input *input);
+u64 set_model(const struct input *input);
+u64 pause(const struct input *input);
+u64 resume(const struct input *input);
+u64 finish(const struct input *input);
+u64 close_run(const struct input *input);
+u64 kick(const struct input *input);
+u64 ban(const struct input *input);
+u64 authorize(const struct input *input);
+u64 revoke(const struct input *input);
+u64 delegate(const struct input *input);
+u64 archive(const struct input *input);
+u64 restore(const struct input *input);
+u64 set_reward_rate(const struct input *input);
+u64 claim(const struct input *input);
+u64 set_share(const struct input *input);
 u64 join(const struct input *input);
 u64 ready(const struct input *input);
 u64 leave(const struct input *input);
@@ -44,6 +70,28 @@ u64 commit(const struct input *input);
 u64 attest(const struct input *input);
 u64 checkpoint(const struct input *input);
 u64 tick(const struct input *input);
+
+/* init.c: what a run may be like */
+u64 check_limits(const struct limits *limits);
+u64 check_terms(const struct terms *terms);
+
+/* members.c */
+void become(const struct context *c, struct member *member, u8 status);
+void activate(struct context *c, struct member *member);
+u64 eject(struct context *c, u64 slot);
+int in_flight(const struct rounds *rounds, u64 slot);
+
+/* ban.c */
+int is_banned(const struct members *members, const key *key_);
+
+/* grant.c */
+u64 admit(const struct input *input, const struct context *c, key *grant);
+
+/* rewards.c */
+u64 reward_of(const struct run *run, u64 tokens);
+
+/* config.c */
+void adopt_config(struct context *c);
 
 /* schedule.c: when the next tick is due, from the state alone */
 void schedule(struct context *c);
@@ -58,6 +106,11 @@ void close_round(struct context *c);
 void finalize_round(struct context *c, struct round *round);
 void next_seed(struct context *c, const struct round *round);
 void publish_attested(struct context *c);
+void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members);
+
+/* tick.c */
+void go_on(struct context *c, u64 phase);
+void publish(struct context *c);
 
 /* requeue.c */
 u64 draw_positions(struct context *c, struct round *round, u64 members); /* 0: all of them for one member */

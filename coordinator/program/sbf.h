@@ -23,6 +23,7 @@ typedef struct { const void *data; u64 length; } slice;
 
 u64 sol_sha256(const slice *parts, u64 count, u8 *hash);
 u64 sol_get_clock_sysvar(void *clock);
+u64 sol_get_rent_sysvar(void *rent);
 u64 sol_get_sysvar(const u8 *id, u8 *out, u64 offset, u64 length);
 void sol_log_data(const slice *parts, u64 count);
 void sol_memset_(void *at, u8 value, u64 length);

@@ -26,6 +26,7 @@ int decided(const struct context *c, const struct round *round) {
 static u64 waiting_due(struct context *c) {
     const struct limits *l = &c->run->limits;
     struct header *h = &c->rounds->header;
+    if (c->run->request) return c->slot;
     if (h->members < l->init_min_members) {
         h->grace_slot = UNKNOWN_SLOT;
         return UNKNOWN_SLOT;
@@ -37,8 +38,8 @@ static u64 waiting_due(struct context *c) {
 static u64 warmup_due(const struct context *c) {
     const struct limits *l = &c->run->limits;
     const struct header *h = &c->rounds->header;
-    if (h->ready < l->min_members) return UNKNOWN_SLOT;
-    return h->ready == h->members ? c->slot : saturating_add(c->run->phase_slot, l->warmup_time);
+    if (c->run->request) return c->slot;
+    return h->ready >= l->min_members && h->ready == h->members ? c->slot : saturating_add(c->run->phase_slot, l->warmup_time);
 }
 
 /* All have committed; or 2/3 have, and 1.5 times the median commit time and the grace are over; or the time is up. */
@@ -79,5 +80,6 @@ void schedule(struct context *c) {
     if (c->run->phase == ROUND_WITNESS) due = witness_due(c);
     if (c->run->phase == COOLDOWN)
         due = h->checkpoint_agreed ? c->slot : saturating_add(c->run->phase_slot, c->run->limits.cooldown_time);
+    if (c->run->phase == PAUSED && c->run->request) due = c->slot;
     h->due_slot = due;
 }

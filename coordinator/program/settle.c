@@ -6,13 +6,13 @@
 static void drop(struct context *c, u64 slot, bitmap *dropped) {
     struct member *member = &c->members->member[slot];
     if (member->status != ACTIVE) return;
-    member->status = DROPPED;
+    become(c, member, DROPPED);
     c->rounds->header.active--;
     c->rounds->header.members--;
     set_bit(dropped, slot);
 }
 
-static void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members) {
+void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members) {
     if (zero_key((const key *)members)) return;
     struct event_members event = {mark, c->rounds->header.run, round, 0, *members};
     emit(event);
@@ -21,12 +21,12 @@ static void emit_members(const struct context *c, u64 mark, u32 round, const bit
 /* Boyer and Moore's majority vote over the committed fingerprints, with the second pass that proves the majority. */
 static int majority_fingerprint(const struct round *round, u64 *majority) {
     u64 candidate = 0, lead = 0, votes = 0;
-    for_each (slot, &round->committed) {
+    for_each (slot, &round->eligible) {
         u64 fingerprint = round->fingerprint[slot];
         if (lead == 0) candidate = fingerprint;
         lead = fingerprint == candidate ? lead + 1 : lead - 1;
     }
-    for_each (slot, &round->committed) votes += round->fingerprint[slot] == candidate;
+    for_each (slot, &round->eligible) votes += round->fingerprint[slot] == candidate;
     *majority = candidate;
     return 2 * votes > round->committed_count;
 }
@@ -37,20 +37,24 @@ void close_round(struct context *c) {
     struct header *h = &c->rounds->header;
     struct round *round = entry_of(c->rounds, run->round);
     bitmap dropped = {{0, 0, 0, 0}}, desynced = {{0, 0, 0, 0}};
+    /* who was ejected is not expected any more, and what it has committed does not count */
+    for (u64 w = 0; w < 4; w++) round->eligible.word[w] = round->committed.word[w] & round->expected.word[w];
     u64 majority;
     int known = majority_fingerprint(round, &majority);
-    round->eligible = round->committed;
     for_each (slot, &round->expected) {
         struct member *member = &c->members->member[slot];
         if (!has_bit(&round->committed, slot)) {
-            if (++member->missed >= run->limits.max_missed) drop(c, slot, &dropped);
+            /* no speed that its share promises: the others should not wait for so much again */
+            if (member->share > 1) member->next_share = member->share / 2;
+            if (member->missed < 255) member->missed++;
+            if (member->missed >= run->limits.max_missed) drop(c, slot, &dropped);
             continue;
         }
         member->missed = 0;
         if (!known || round->fingerprint[slot] == majority) continue;
         clear_bit(&round->eligible, slot);
         if (member->status != ACTIVE) continue;
-        member->status = DESYNCED;
+        become(c, member, DESYNCED);
         member->ready = 0;
         h->active--;
         set_bit(&desynced, slot);
@@ -73,13 +77,18 @@ void finalize_round(struct context *c, struct round *round) {
     for (u64 w = 0; any && w < 4; w++) refused.word[w] = round->eligible.word[w] & ~round->included.word[w];
     for_each (slot, &refused) {
         /* the witnesses could not get it, or it was malformed */
-        if (++c->members->member[slot].excluded >= run->limits.max_missed) drop(c, slot, &dropped);
+        struct member *member = &c->members->member[slot];
+        if (member->excluded < 255) member->excluded++;
+        if (member->excluded >= run->limits.max_missed) drop(c, slot, &dropped);
     }
     for_each (slot, &round->included) {
         struct member *member = &c->members->member[slot];
         member->excluded = 0;
         member->updates_included++;
         member->credit = saturating_add(member->credit, round->tokens[slot]);
+        u64 reward = reward_of(run, round->tokens[slot]);
+        member->reward = saturating_add(member->reward, reward);
+        run->reward_earned = saturating_add(run->reward_earned, reward);
         tokens += round->tokens[slot];
     }
     run->tokens = saturating_add(run->tokens, tokens);

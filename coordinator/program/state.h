@@ -8,7 +8,8 @@
 
 #include "sbf.h"
 
-#define VERSION 1
+#define VERSION 2
+#define RECORD_VERSION 1 /* of grants and receipts */
 #define MAX_MEMBERS 256
 #define MAX_WITNESSES 32
 #define ROUND_RING 4
@@ -16,6 +17,7 @@
 #define MAX_RANGES 16
 #define MAX_REQUEUE 512
 #define MAX_BANNED 64
+#define MAX_DELEGATES 32
 #define COUNTER_PLANES 6 /* attestation counts go to 32: six bits */
 #define MAX_SHARE 1000000
 #define MAX_BATCH (1u << 24)
@@ -33,6 +35,9 @@ enum phase {
 };
 
 enum status { EMPTY = 0, PENDING = 1, ACTIVE = 2, DESYNCED = 3, DROPPED = 4, LEFT = 5, STATUS_EJECTED = 6 };
+
+/* What the owner has asked for and a tick has not brought about yet. */
+enum request { REQUEST_NONE = 0, REQUEST_PAUSE = 1, REQUEST_FINISH = 2 };
 
 enum round_state { ROUND_UNUSED = 0, ROUND_OPEN = 1, ROUND_CLOSED = 2, ROUND_IS_FINAL = 3 };
 
@@ -62,7 +67,7 @@ struct limits {
     u32 batch;
     u32 rounds_per_epoch;
     u32 total_rounds;
-    u32 reserved;
+    u32 max_share; /* 0: MAX_SHARE */
 };
 
 struct terms {
@@ -93,12 +98,12 @@ struct run {
     u32 version;
     u8 phase;
     u8 run_id_length;
-    u8 pause_pending;
-    u8 resume_phase;
+    u8 request;
+    u8 resume_phase; /* of a paused run */
     key owner;
     key members;
     key rounds;
-    key join_authority; /* zero: anyone may join */
+    key join_authority; /* whose grants admit members; zero: anyone may join */
     u8 run_id[32];
     u64 revision; /* counts writes: a client's key against duplicates */
     u64 phase_slot;
@@ -118,11 +123,13 @@ struct run {
     struct inclusion inclusion[INCLUSION_RING]; /* at round % 8 */
     struct limits limits;
     struct terms terms;
-    u64 reward_rate;
+    u64 reward_rate; /* lamports per million tokens of credit */
     u64 reward_paid;
-    key reward_mint;
-    key reward_vault;
-    u8 reserved[480];
+    u64 reward_earned; /* sum of all members' rewards */
+    u32 model_round; /* first round under the present terms: learning-rate schedules count from it */
+    u32 pad;
+    struct limits next_limits; /* from the next round on; a batch of 0: none */
+    u8 reserved[464];
 };
 
 struct member {
@@ -140,7 +147,8 @@ struct member {
     u8 ready;
     u8 missed; /* rounds without a commitment, in a row */
     u8 excluded; /* commitments not included since the last that was */
-    u8 reserved[16];
+    u64 status_slot; /* when the status changed last */
+    u64 reward; /* lamports earned, ever */
 };
 
 struct members {
@@ -148,8 +156,8 @@ struct members {
     u32 version;
     u32 banned_count;
     key run;
-    key archive_root; /* hash chain over (wallet, credit) of members whose slots were given to others */
-    u64 archived_credit;
+    u8 unused[32];
+    u64 archived_credit; /* in receipts */
     u64 archived_members;
     u8 reserved[160];
     key banned[MAX_BANNED];
@@ -230,6 +238,36 @@ struct rounds {
     struct round ring[ROUND_RING]; /* at round % 4 */
 };
 
+/* Who may join where the run has a join authority: the grantee (zero: anyone), and the keys of its other machines.
+ * The account exists as long as the grant holds. */
+struct grant {
+    u64 discriminator;
+    u32 version;
+    u32 delegate_count;
+    key run;
+    key authority;
+    key grantee;
+    u64 created_slot;
+    u64 reserved;
+    key delegate[MAX_DELEGATES];
+};
+
+/* The credit of a member whose slot was given to others. */
+struct receipt {
+    u64 discriminator;
+    u32 version;
+    u32 reserved;
+    key run;
+    key wallet;
+    key payer;
+    u64 credit;
+    u64 updates_included;
+    u64 reward;
+    u64 reward_claimed;
+    u64 archived_slot;
+    u64 pad;
+};
+
 _Static_assert(sizeof(struct limits) == 64, "limits");
 _Static_assert(sizeof(struct terms) == 280, "terms");
 _Static_assert(sizeof(struct run) == 1536, "run");
@@ -238,6 +276,8 @@ _Static_assert(sizeof(struct members) == 43264, "members");
 _Static_assert(sizeof(struct round) == 20192, "round");
 _Static_assert(sizeof(struct header) == 256, "header");
 _Static_assert(sizeof(struct rounds) == 97408, "rounds");
+_Static_assert(sizeof(struct grant) == 1152, "grant");
+_Static_assert(sizeof(struct receipt) == 160, "receipt");
 
 /* The three accounts, checked to belong together, and the chain's slot. */
 struct context {
@@ -246,5 +286,10 @@ struct context {
     struct rounds *rounds;
     u64 slot;
 };
+
+/* What a paused run goes back to counts as its phase for those who come and go meanwhile. */
+INLINE u64 stage_of(const struct run *run) { return run->phase == PAUSED ? run->resume_phase : run->phase; }
+
+INLINE int live(u64 status) { return status == PENDING || status == ACTIVE || status == DESYNCED; }
 
 INLINE struct round *entry_of(struct rounds *rounds, u64 round) { return &rounds->ring[round % ROUND_RING]; }

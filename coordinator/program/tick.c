@@ -13,36 +13,56 @@ static void enter(struct context *c, u8 phase) {
 static void begin_warmup(struct context *c) {
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         struct member *member = &c->members->member[slot];
-        if (member->status != ACTIVE && member->status != DESYNCED) continue;
-        member->status = PENDING;
-        member->ready = 0;
+        if (!live(member->status)) continue;
+        become(c, member, PENDING);
     }
     c->rounds->header.active = 0;
     c->rounds->header.ready = 0;
     enter(c, WARMUP);
 }
 
-/* Members that are not ready by now stay pending: they can be ready in the next warm-up. */
-static void begin_training(struct context *c) {
+static void wait_for_members(struct context *c) {
+    c->rounds->header.grace_slot = UNKNOWN_SLOT;
+    enter(c, WAITING_FOR_MEMBERS);
+}
+
+/* Too few were ready in time. Who has had the whole time makes room; who came late stays. */
+static void give_up_warmup(struct context *c) {
+    bitmap dropped = {{0, 0, 0, 0}};
     struct header *h = &c->rounds->header;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         struct member *member = &c->members->member[slot];
-        if (member->status != PENDING || !member->ready) continue;
-        member->status = ACTIVE;
-        member->ready = 0;
-        member->missed = 0;
-        member->excluded = 0;
-        h->active++;
+        int overdue = c->slot - member->status_slot >= c->run->limits.warmup_time;
+        if (member->status != PENDING || member->ready || !overdue) continue;
+        become(c, member, DROPPED);
+        h->members--;
+        set_bit(&dropped, slot);
     }
+    emit_members(c, EVENT_MEMBERS_DROPPED, c->run->round, &dropped);
     h->ready = 0;
+    wait_for_members(c);
+}
+
+/* The round's start makes members that are ready active. Others stay pending: they can be ready later. */
+static void begin_training(struct context *c) {
+    c->rounds->header.ready = 0;
     c->run->epoch_round = c->run->round;
     start_round(c);
     enter(c, ROUND_TRAIN);
 }
 
+static void end_warmup(struct context *c) {
+    if (c->rounds->header.ready < c->run->limits.min_members) {
+        give_up_warmup(c);
+    } else {
+        begin_training(c);
+    }
+}
+
 /* No further round may start before a cooldown. */
 static int epoch_ends(const struct context *c) {
     const struct run *run = c->run;
+    if (run->request) return 1;
     u64 done = (u64)run->round + 1;
     return done >= run->limits.total_rounds || done - run->epoch_round >= run->limits.rounds_per_epoch ||
            c->rounds->header.active < run->limits.min_members;
@@ -61,6 +81,7 @@ static void begin_cooldown(struct context *c) {
     h->checkpoint_agreed = 0;
     h->checkpoint_votes = 0;
     for (u64 w = 0; w < 4; w++) h->checkpoint_voted.word[w] = 0;
+    adopt_config(c);
     enter(c, COOLDOWN);
 }
 
@@ -92,6 +113,23 @@ static void end_witnessing(struct context *c) {
     }
 }
 
+static void pause_now(struct context *c, u8 resume_phase) {
+    c->run->request = REQUEST_NONE;
+    c->run->resume_phase = resume_phase;
+    enter(c, PAUSED);
+}
+
+/* Where the run goes when nothing holds it up: after a cooldown, or out of a pause. */
+void go_on(struct context *c, u64 phase) {
+    if (phase == WARMUP) {
+        enter(c, WARMUP);
+    } else if (phase == ROUND_TRAIN && c->rounds->header.active >= c->run->limits.min_members) {
+        begin_training(c);
+    } else {
+        wait_for_members(c);
+    }
+}
+
 static void end_cooldown(struct context *c) {
     struct run *run = c->run;
     struct header *h = &c->rounds->header;
@@ -99,19 +137,16 @@ static void end_cooldown(struct context *c) {
         run->checkpoint_root = h->checkpoint_root;
         run->checkpoint_round = h->checkpoint_round;
     }
-    if (run->round >= run->limits.total_rounds) {
+    if (run->round >= run->limits.total_rounds || run->request == REQUEST_FINISH) {
         enter(c, FINISHED);
         return;
     }
     run->epoch++;
-    if (h->active < run->limits.min_members) {
-        h->grace_slot = UNKNOWN_SLOT;
-        enter(c, WAITING_FOR_MEMBERS);
-        return;
+    if (run->request == REQUEST_PAUSE) {
+        pause_now(c, ROUND_TRAIN);
+    } else {
+        go_on(c, ROUND_TRAIN);
     }
-    run->epoch_round = run->round;
-    start_round(c);
-    enter(c, ROUND_TRAIN);
 }
 
 u64 tick(const struct input *input) {
@@ -124,18 +159,31 @@ u64 tick(const struct input *input) {
     require(h->due_slot != UNKNOWN_SLOT && c.slot >= h->due_slot, NOT_DUE);
 
     u64 phase = run->phase;
-    if (phase == WAITING_FOR_MEMBERS) begin_warmup(&c);
-    if (phase == WARMUP) begin_training(&c);
-    if (phase == ROUND_TRAIN) end_commits(&c);
-    if (phase == ROUND_WITNESS) end_witnessing(&c);
-    if (phase == COOLDOWN) end_cooldown(&c);
+    int idle = phase == WAITING_FOR_MEMBERS || phase == WARMUP || phase == PAUSED;
+    if (idle && run->request == REQUEST_FINISH) {
+        enter(&c, FINISHED);
+    } else if (idle && run->request == REQUEST_PAUSE) {
+        pause_now(&c, (u8)phase);
+    } else {
+        if (phase == WAITING_FOR_MEMBERS) begin_warmup(&c);
+        if (phase == WARMUP) end_warmup(&c);
+        if (phase == ROUND_TRAIN) end_commits(&c);
+        if (phase == ROUND_WITNESS) end_witnessing(&c);
+        if (phase == COOLDOWN) end_cooldown(&c);
+    }
+    publish(&c);
+    return 0;
+}
 
+/* Every change of the run account ends here: what the header and the counters say follows from it. */
+void publish(struct context *c) {
+    struct run *run = c->run;
+    struct header *h = &c->rounds->header;
     run->revision++;
     run->member_count = h->members;
     run->active_count = h->active;
     h->phase = run->phase;
     h->round = run->round;
-    publish_attested(&c);
-    schedule(&c);
-    return 0;
+    publish_attested(c);
+    schedule(c);
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
@@ -22,18 +22,20 @@ from solders.transaction import Transaction
 from solders.transaction_metadata import FailedTransactionMetadata, TransactionMetadata
 
 from coordinator import instructions as ix
-from coordinator.addresses import RunAddresses, run_addresses
+from coordinator.addresses import RunAddresses, grant_address, run_addresses
 from coordinator.errors import ErrorCode
 from coordinator.state import (
     Header,
     Limits,
     Member,
+    Membership,
     Phase,
     Round,
     Run,
     Terms,
     decode_header,
     decode_members,
+    decode_membership,
     decode_rounds,
     decode_run,
 )
@@ -210,8 +212,16 @@ def deploy(chain: Chain, program: bytes, key_seed: int = 9) -> Pubkey:
 class RunDriver:
     """One run on a chain, with short names for what its members do. Members are numbered as they are named, from 0."""
 
-    def __init__(self, chain: Chain, run_id: str = "test-run", terms: Terms = TERMS, **limits: int) -> None:
+    def __init__(
+        self,
+        chain: Chain,
+        run_id: str = "test-run",
+        terms: Terms = TERMS,
+        join_authority: Pubkey | None = None,
+        **limits: int,
+    ) -> None:
         self.chain = chain
+        self.join_authority = join_authority
         self.limits = replace(LIMITS, **limits)
         self.terms = terms
         self.run_id = run_id
@@ -223,7 +233,14 @@ class RunDriver:
         rent = self.chain.svm.minimum_balance_for_rent_exemption
         return self.chain.send(
             ix.create_run_instructions(
-                self.chain.program, self.owner, self.run_id, self.limits, self.terms, rent, self.chain.payer.pubkey()
+                self.chain.program,
+                self.owner,
+                self.run_id,
+                self.limits,
+                self.terms,
+                rent,
+                self.chain.payer.pubkey(),
+                self.join_authority,
             )
         )
 
@@ -264,6 +281,10 @@ class RunDriver:
         return {member.slot: member for member in decode_members(self.data(self.addresses.members))}
 
     @property
+    def membership(self) -> Membership:
+        return decode_membership(self.data(self.addresses.members))
+
+    @property
     def rounds(self) -> dict[int, Round]:
         return {entry.round: entry for entry in decode_rounds(self.data(self.addresses.rounds))}
 
@@ -272,9 +293,58 @@ class RunDriver:
 
     # -- instructions
 
-    def join(self, member: int, share: int = 1000, node: int | None = None) -> Outcome:
+    def join(self, member: int, share: int = 1000, node: int | None = None, grant: Pubkey | None = None) -> Outcome:
         key = self.node(member if node is None else node)
-        return self.chain.send(ix.join(self.addresses, self.chain.program, self.wallet(member), key, share))
+        return self.chain.send(ix.join(self.addresses, self.chain.program, self.wallet(member), key, share, grant))
+
+    def by_owner(self, build: Callable[..., Instruction], *arguments: Any, **options: Any) -> Outcome:
+        """One of the owner's instructions, e.g. `by_owner(ix.kick, wallet)`."""
+        return self.chain.send(build(self.addresses, self.chain.program, self.owner, *arguments, **options))
+
+    def pause(self) -> Outcome:
+        return self.by_owner(ix.pause)
+
+    def resume(self) -> Outcome:
+        return self.by_owner(ix.resume)
+
+    def finish(self) -> Outcome:
+        return self.by_owner(ix.finish)
+
+    def kick(self, member: int) -> Outcome:
+        return self.by_owner(ix.kick, self.wallet(member))
+
+    def ban(self, key: Pubkey, *, lift: bool = False) -> Outcome:
+        return self.by_owner(ix.ban, key, lift=lift)
+
+    def set_config(self, **limits: int) -> Outcome:
+        return self.by_owner(ix.set_config, replace(self.run.limits, **limits), self.run.join_authority)
+
+    def set_share(self, member: int, share: int) -> Outcome:
+        return self.chain.send(ix.set_share(self.addresses, self.chain.program, self.wallet(member), share))
+
+    def grant(self, grantee: Pubkey | None, authority: Pubkey | None = None) -> Pubkey:
+        """Where the grant lies."""
+        chosen = authority or self.run.join_authority or self.owner
+        return grant_address(self.chain.program, chosen, self.addresses.run, grantee or Pubkey.default())
+
+    def authorize(self, grantee: Pubkey | None, authority: Pubkey | None = None) -> Outcome:
+        chosen = authority or self.run.join_authority or self.owner
+        rent = self.chain.svm.minimum_balance_for_rent_exemption
+        return self.chain.send(ix.authorize(self.addresses, self.chain.program, chosen, grantee, rent))
+
+    def archive(self, slot: int) -> tuple[Outcome, Pubkey]:
+        """Also the receipt's address."""
+        payer, rent = self.chain.payer.pubkey(), self.chain.svm.minimum_balance_for_rent_exemption
+        member = self.members.get(slot)
+        wallet = member.wallet if member else Pubkey.default()
+        made = ix.archive(self.addresses, self.chain.program, payer, slot, wallet, self.chain.slot, rent)
+        return self.chain.send(made), made[1].accounts[4].pubkey
+
+    def restore(self, member: int, receipt: Pubkey) -> Outcome:
+        return self.chain.send(ix.restore(self.addresses, self.chain.program, self.wallet(member), receipt))
+
+    def claim(self, member: int, receipt: Pubkey | None = None) -> Outcome:
+        return self.chain.send(ix.claim(self.addresses, self.chain.program, self.wallet(member), receipt))
 
     def ready(self, member: int, root: bytes | None = None) -> Outcome:
         chosen = self.run.checkpoint_root if root is None else root

@@ -11,7 +11,7 @@ from coordinator import layout
 from coordinator.errors import ERROR_TEXT, ErrorCode, describe
 from coordinator.instructions import MARKS
 from coordinator.toolchain.build import PROGRAM_FOLDER
-from coordinator.values import MemberStatus, Phase
+from coordinator.values import MemberStatus, Phase, Request
 
 STATE = (PROGRAM_FOLDER / "state.h").read_text()
 DEFINES = dict(re.findall(r"^#define (\w+) (\d+)\b", STATE, re.MULTILINE))
@@ -27,6 +27,8 @@ RECORDS = {
     "round": layout.ROUND,
     "header": layout.HEADER,
     "rounds": layout.ROUNDS,
+    "grant": layout.GRANT,
+    "receipt": layout.RECEIPT,
 }
 
 
@@ -58,7 +60,16 @@ def test_structs_match(name: str) -> None:
 
 def test_constants_match() -> None:
     same = ("VERSION", "MAX_MEMBERS", "MAX_WITNESSES", "ROUND_RING", "INCLUSION_RING", "MAX_RANGES", "MAX_REQUEUE")
-    for name in (*same, "MAX_BANNED", "COUNTER_PLANES", "MAX_SHARE", "INCLUSION_PRESENT", "INCLUSION_VOID"):
+    for name in (
+        *same,
+        "RECORD_VERSION",
+        "MAX_DELEGATES",
+        "MAX_BANNED",
+        "COUNTER_PLANES",
+        "MAX_SHARE",
+        "INCLUSION_PRESENT",
+        "INCLUSION_VOID",
+    ):
         assert int(DEFINES[name]) == getattr(layout, name), name
 
 
@@ -72,6 +83,8 @@ def test_enums_match() -> None:
     assert enum_body(STATE, "phase") == {phase.name: phase.value for phase in Phase}
     statuses = {name.removeprefix("STATUS_"): value for name, value in enum_body(STATE, "status").items()}
     assert statuses == {status.name: status.value for status in MemberStatus}
+    requests = {name.removeprefix("REQUEST_"): value for name, value in enum_body(STATE, "request").items()}
+    assert requests == {request.name: request.value for request in Request}
     assert list(enum_body(STATE, "round_state").values()) == [
         layout.ROUND_UNUSED,
         layout.ROUND_OPEN,
@@ -101,5 +114,6 @@ def test_account_sizes() -> None:
     """What a node is pushed per round is the run account and the header; the tables are fetched."""
     assert (layout.RUN_SIZE, layout.HEADER_SIZE) == (1536, 256)
     assert layout.MEMBERS_SIZE == 43_264
+    assert (layout.GRANT_SIZE, layout.RECEIPT_SIZE) == (1152, 160)
     assert layout.ROUNDS_SIZE == 97_408
     assert layout.round_offset(5) == layout.round_offset(1) == layout.ROUNDS.offsets["ring"] + layout.ROUND_SIZE

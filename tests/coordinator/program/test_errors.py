@@ -95,6 +95,17 @@ def every_instruction(run: RunDriver) -> dict[str, Instruction]:
         "tick": ix.tick(a, p, w),
         "checkpoint": ix.checkpoint(a, p, w, 0, bytes(32)),
         "leave": ix.leave(a, p, w),
+        "set_share": ix.set_share(a, p, w, 5),
+        "claim": ix.claim(a, p, w),
+        "set_config": ix.set_config(a, p, run.owner, run.limits, None),
+        "set_model": ix.set_model(a, p, run.owner, run.terms),
+        "pause": ix.pause(a, p, run.owner),
+        "resume": ix.resume(a, p, run.owner),
+        "finish": ix.finish(a, p, run.owner),
+        "close_run": ix.close_run(a, p, run.owner),
+        "kick": ix.kick(a, p, run.owner, w),
+        "ban": ix.ban(a, p, run.owner, w),
+        "set_reward_rate": ix.set_reward_rate(a, p, run.owner, 5),
     }
 
 
@@ -108,13 +119,20 @@ def test_instruction_data(chain: Chain) -> None:
         refused(run, E.BAD_INSTRUCTION_DATA, lambda i=shorter: send(i))
         unknown = changed(instruction, data=b"\xff" + instruction.data[1:])
         refused(run, E.UNKNOWN_INSTRUCTION, lambda i=unknown: send(i))
-        if name in ("commit", "attest", "checkpoint"):
-            reserved = changed(instruction, data=instruction.data[:12] + b"\1" + instruction.data[13:])
+        at = {"commit": 12, "attest": 12, "checkpoint": 12, "join": 12, "set_share": 12, "ban": 44}.get(name)
+        if at:
+            reserved = changed(instruction, data=instruction.data[:at] + b"\1" + instruction.data[at + 1 :])
             refused(run, E.BAD_INSTRUCTION_DATA, lambda i=reserved: send(i))
     refused(run, E.BAD_INSTRUCTION_DATA, lambda: chain.send(Instruction(chain.program, b"", [])))
 
 
-@pytest.mark.parametrize("name", ["join", "ready", "commit", "attest", "tick", "checkpoint", "leave"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("join", "ready", "commit", "attest", "tick", "checkpoint", "leave", "set_share", "claim", "set_config"),
+        *("set_model", "pause", "resume", "finish", "close_run", "kick", "ban", "set_reward_rate"),
+    ],
+)
 def test_accounts(chain: Chain, name: str) -> None:
     run, other = training(chain), training(chain)
     instruction = every_instruction(run)[name]
@@ -227,7 +245,7 @@ def init_with(chain: Chain, run: RunDriver, offset: int, new: bytes) -> Outcome:
         (32, b"\x21", E.BAD_RUN_ID),
         (32, b"\x05", E.BAD_RUN_ID),
         (33, b"\1", E.BAD_INSTRUCTION_DATA),
-        (40 + layout.LIMITS.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
+        (40 + layout.LIMITS.offsets["max_share"], b"\1\2\3\4", E.BAD_SHARE),
         (104 + layout.TERMS.offsets["window"], b"\x09", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["lookahead"], b"\2", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["clip_votes"], b"\2", E.BAD_OPTIMIZER_TERMS),
@@ -310,15 +328,137 @@ def test_join(chain: Chain) -> None:
     refused(run, E.NODE_KEY_IN_USE, lambda: run.join(9, node=1))
     refused(run, E.BAD_SHARE, lambda: run.join(9, share=0))
     refused(run, E.BAD_SHARE, lambda: run.join(9, share=1_000_001))
-    run.patch(run.addresses.run, layout.RUN.offsets["join_authority"], b"\1" * 32)
-    refused(run, E.NOT_PERMISSIONLESS, lambda: run.join(9))
-    run.patch(run.addresses.run, layout.RUN.offsets["join_authority"], bytes(32))
-    status = layout.MEMBERS.offsets["member"] + 2 * layout.MEMBER.size + layout.MEMBER.offsets["status"]
-    run.patch(run.addresses.members, status, bytes([MemberStatus.EJECTED]))
-    refused(run, E.EJECTED, lambda: run.join(2, node=9))
-    refused(run, E.EJECTED, lambda: run.join(9, node=2))
+    run.must(run.ban(run.wallet(2)))
+    run.must(run.ban(run.node(8)))
+    refused(run, E.BANNED, lambda: run.join(2, node=9))
+    refused(run, E.BANNED, lambda: run.join(9, node=8))
     run.must(run.join(9))
-    refused(training(chain), E.WRONG_PHASE, lambda: chain.send(every_instruction(training(chain))["join"]))
+    run.must(run.join(9, node=10))
+    assert run.members[3].node_key == bytes(run.node(10)), "a live member goes on under its new node key"
+    capped = new_run(chain, max_share=2000)
+    capped.must(capped.create())
+    refused(capped, E.BAD_SHARE, lambda: capped.join(1, share=2001))
+    capped.must(capped.join(1, share=2000))
+    refused(capped, E.BAD_SHARE, lambda: capped.set_share(1, 2001))
+
+
+def test_join_by_grant(chain: Chain) -> None:
+    authority = RunDriver.wallet(700)
+    chain.svm.airdrop(authority, 10**10)
+    run = RunDriver(chain, Names.fresh(), join_authority=authority)
+    run.must(run.create())
+    refused(run, E.NOT_PERMISSIONLESS, lambda: run.join(1))
+    refused(run, E.NOT_AUTHORITY, lambda: run.authorize(run.wallet(1), run.owner))
+    mine, members = run.grant(run.wallet(1)), run.addresses.members
+    refused(run, E.WRONG_ACCOUNT_OWNER, lambda: run.join(1, grant=mine))
+    refused(run, E.WRONG_ACCOUNT_SIZE, lambda: run.join(1, grant=members))
+    run.must(run.authorize(run.wallet(1)))
+    create, grant_it = ix.authorize(run.addresses, chain.program, authority, run.wallet(1), lambda size: 0)
+    del create
+    refused(run, E.ALREADY_INITIALIZED, lambda: chain.send(grant_it))
+    refused(run, E.MISSING_ACCOUNTS, lambda: chain.send(changed(grant_it, accounts=grant_it.accounts[:-1])))
+    refused(run, E.NOT_AUTHORIZED, lambda: run.join(2, grant=mine))
+    run.must(run.join(1, grant=mine))
+
+    def delegate(key: Pubkey, by: int = 1, *, remove: bool = False) -> Outcome:
+        return chain.send(ix.delegate(run.addresses, chain.program, run.wallet(by), mine, key, remove=remove))
+
+    refused(run, E.NOT_THE_GRANTEE, lambda: delegate(run.wallet(2), by=2))
+    refused(run, E.BAD_KEY, lambda: delegate(Pubkey.default()))
+    refused(run, E.NOT_A_DELEGATE, lambda: delegate(run.wallet(2), remove=True))
+    run.must(delegate(run.wallet(2)))
+    refused(run, E.ALREADY_A_DELEGATE, lambda: delegate(run.wallet(2)))
+    run.must(run.join(2, grant=mine))
+    for index in range(31):
+        run.must(delegate(run.wallet(800 + index)))
+    refused(run, E.DELEGATES_FULL, lambda: delegate(run.wallet(900)))
+    run.must(delegate(run.wallet(2), remove=True))
+
+    def revoke(by: Pubkey, **options: bool) -> Outcome:
+        return chain.send(ix.revoke(run.addresses, chain.program, by, mine, **options))
+
+    refused(run, E.NOT_AUTHORITY, lambda: revoke(run.wallet(1)))
+    other = RunDriver(chain, Names.fresh(), join_authority=authority)
+    other.must(other.create())
+    refused(other, E.ACCOUNT_MISMATCH, lambda: other.join(1, grant=mine))
+    run.must(run.ban(run.wallet(1)))
+    refused(run, E.BANNED, lambda: run.join(801, grant=mine))
+    run.must(run.by_owner(ix.set_config, run.run.limits, run.owner))
+    run.must(run.ban(run.wallet(1), lift=True))
+    refused(run, E.NOT_AUTHORIZED, lambda: run.join(801, grant=mine))
+    refused(run, E.NOT_AUTHORITY, lambda: revoke(authority, eject=True))
+    run.must(revoke(authority))
+
+
+def test_bans(chain: Chain) -> None:
+    run = waiting(chain)
+    key = run.wallet(50)
+    refused(run, E.BAD_KEY, lambda: run.ban(Pubkey.default()))
+    refused(run, E.NOT_BANNED, lambda: run.ban(key, lift=True))
+    run.must(run.ban(key))
+    refused(run, E.ALREADY_BANNED, lambda: run.ban(key))
+    for index in range(63):
+        run.must(run.ban(run.wallet(100 + index)))
+    refused(run, E.BAN_LIST_FULL, lambda: run.ban(run.wallet(1)))
+    refused(run, E.NOT_A_MEMBER, lambda: run.kick(50))
+    run.must(run.kick(1))
+    refused(run, E.MEMBER_NOT_ACTIVE, lambda: run.kick(1))
+
+
+def test_owner(chain: Chain) -> None:
+    run = training(chain)
+    stranger = run.wallet(0)
+    for build, arguments in (
+        (ix.pause, ()),
+        (ix.resume, ()),
+        (ix.finish, ()),
+        (ix.close_run, ()),
+        (ix.kick, (run.wallet(1),)),
+        (ix.ban, (run.wallet(1),)),
+        (ix.set_reward_rate, (5,)),
+        (ix.set_config, (run.limits, None)),
+        (ix.set_model, (run.terms,)),
+    ):
+        instruction = build(run.addresses, chain.program, stranger, *arguments)
+        refused(run, E.NOT_OWNER, lambda i=instruction: chain.send(i))
+    refused(run, E.NOT_PAUSED, run.resume)
+    refused(run, E.WRONG_PHASE, lambda: run.by_owner(ix.set_model, run.terms))
+    refused(run, E.NOT_FINISHED, lambda: run.by_owner(ix.close_run))
+    refused(run, E.BAD_REWARD_RATE, lambda: run.by_owner(ix.set_reward_rate, 10**10 + 1))
+    refused(run, E.BAD_BATCH, lambda: run.set_config(batch=1))
+    refused(run, E.WRONG_ACCOUNT_VERSION, lambda: run.by_owner(ix.migrate))
+    run.must(run.pause())
+    refused(run, E.ALREADY_REQUESTED, run.pause)
+    run.must(run.finish())
+    refused(run, E.ALREADY_REQUESTED, run.finish)
+    refused(run, E.ALREADY_REQUESTED, run.resume)
+
+
+def test_credit_instructions(chain: Chain) -> None:
+    run = training(chain, overlap=0, rounds_per_epoch=1, total_rounds=1)
+    run.must(run.by_owner(ix.set_reward_rate, 10**9))
+    refused(run, E.NOTHING_TO_CLAIM, lambda: run.claim(0))
+    refused(run, E.NOT_A_MEMBER, lambda: run.claim(77))
+    refused(run, E.NOTHING_TO_ARCHIVE, lambda: run.archive(9)[0])
+    run.train(range(4))
+    run.must(run.leave(3))
+    refused(run, E.SLOT_IN_USE, lambda: run.archive(3)[0])
+    refused(run, E.SLOT_IN_USE, lambda: run.archive(0)[0])
+    run.attest_all(0, [0, 1, 2], range(4))
+    run.tick_when_due()
+    refused(run, E.REWARDS_UNFUNDED, lambda: run.claim(0))
+    for wallet in (0, 3):
+        chain.svm.airdrop(run.wallet(wallet), 10**9)
+    outcome, receipt = run.archive(3)
+    run.must(outcome)
+    refused(run, E.WRONG_RECEIPT, lambda: run.restore(0, receipt))
+    refused(run, E.WRONG_RECEIPT, lambda: run.claim(0, receipt))
+    refused(run, E.NOT_A_MEMBER, lambda: run.restore(3, receipt))
+    instruction = ix.archive(run.addresses, chain.program, run.owner, 2, run.wallet(2), 1, lambda size: 0)[1]
+    run.must(run.leave(2))
+    refused(run, E.MISSING_ACCOUNTS, lambda: chain.send(changed(instruction, accounts=instruction.accounts[:-1])))
+    run.tick_when_due()
+    refused(run, E.REWARDS_OWED, lambda: run.by_owner(ix.close_run))
 
 
 def test_run_full(chain: Chain) -> None:
@@ -346,6 +486,9 @@ def test_slots_with_credit_are_not_given_away(chain: Chain) -> None:
     run.must(run.join(1))
     assert run.members[77].wallet == run.wallet(1)
     refused(run, E.RUN_FULL, lambda: run.join(2))
+    run.must(run.archive(200)[0])
+    run.must(run.join(2))
+    assert run.members[200].wallet == run.wallet(2), "archived credit makes room"
     run.must(run.join(1003))
     assert (run.members[3].status, run.members[3].credit) == (MemberStatus.PENDING, 5)
 
@@ -431,6 +574,16 @@ def test_tick_checkpoint_and_the_end(chain: Chain) -> None:
         lambda: run.commit(0),
         lambda: run.checkpoint(0, bytes(32)),
         lambda: run.leave(0),
+        run.pause,
+        run.resume,
+        run.finish,
+        lambda: run.kick(0),
+        lambda: run.ban(run.wallet(0)),
+        lambda: run.set_config(batch=100),
+        lambda: run.by_owner(ix.set_model, run.terms),
+        lambda: run.by_owner(ix.set_reward_rate, 1),
+        lambda: run.set_share(0, 1),
+        lambda: run.archive(1)[0],
     ):
         refused(run, E.RUN_FINISHED, act)
     waits = waiting(chain)
@@ -460,6 +613,6 @@ def test_signatures_are_really_needed() -> None:
 
 def test_every_error_is_reached() -> None:
     """Last in the file: the tests above name them all (they must have run, in one process)."""
-    if len(REACHED) < 20:
+    if len(REACHED) < 40:
         pytest.skip("run the whole file")
     assert set(ErrorCode) - REACHED == set()

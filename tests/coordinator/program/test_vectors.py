@@ -76,7 +76,7 @@ def test_decoders_refuse_what_is_not_theirs(stored: tuple[bytes, bytes, bytes]) 
         with pytest.raises(MalformedAccount, match="starts with"):
             decode(b"\0" + data[1:])
         with pytest.raises(MalformedAccount, match="version"):
-            decode(data[:8] + b"\x02" + data[9:])
+            decode(data[:8] + b"\x03" + data[9:])
     with pytest.raises(MalformedAccount, match="phase 9"):
         decode_run(run[:12] + b"\x09" + run[13:])
     with pytest.raises(MalformedAccount, match="phase 9"):

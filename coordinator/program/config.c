@@ -1,0 +1,88 @@
+/* set_config, set_model: what the owner can change in a run that has begun. Accounts: owner (signer), run, members,
+ * rounds. */
+#include "events.h"
+
+struct config_arguments {
+    struct limits limits;
+    key join_authority;
+};
+
+struct model_arguments {
+    struct terms terms;
+};
+
+static void announce_config(const struct context *c) {
+    struct event_config_changed event = {EVENT_CONFIG_CHANGED, c->rounds->header.run, c->run->round,
+                                         c->run->config_version};
+    emit(event);
+}
+
+/* Between two rounds: what set_config has left takes effect. */
+void adopt_config(struct context *c) {
+    struct run *run = c->run;
+    if (!run->next_limits.batch) return;
+    run->limits = run->next_limits;
+    sol_memset_(&run->next_limits, 0, sizeof run->next_limits);
+    run->config_version++;
+    announce_config(c);
+}
+
+/* New limits hold from the next round on, or at once while no round is open. A new join authority holds at once: it
+ * concerns joins only. */
+u64 set_config(const struct input *input) {
+    struct context c;
+    require(input->length == sizeof(struct config_arguments), BAD_INSTRUCTION_DATA);
+    check(open_owned(input, WRITES_RUN | WRITES_ROUNDS, &c));
+    const struct config_arguments *a = (const struct config_arguments *)input->data;
+    require(c.run->phase != FINISHED, RUN_FINISHED);
+    check(check_limits(&a->limits));
+
+    c.run->join_authority = a->join_authority;
+    c.run->next_limits = a->limits;
+    if (c.run->phase != ROUND_TRAIN && c.run->phase != ROUND_WITNESS) adopt_config(&c);
+    publish(&c);
+    return 0;
+}
+
+static int same_data(const struct terms *a, const struct terms *b) {
+    return same_key(&a->data_manifest, &b->data_manifest) && a->samples == b->samples &&
+           a->sequence_length == b->sequence_length;
+}
+
+/* Another model, other data or other optimizer settings, while nobody trains: all members warm up again. Other data
+ * is begun from its first position. With the root of the last checkpoint, training goes on from there. */
+u64 set_model(const struct input *input) {
+    struct context c;
+    require(input->length == sizeof(struct model_arguments), BAD_INSTRUCTION_DATA);
+    check(open_owned(input, WRITES_RUN | WRITES_ROUNDS, &c));
+    const struct terms *terms = &((const struct model_arguments *)input->data)->terms;
+    struct run *run = c.run;
+    struct header *h = &c.rounds->header;
+    require(run->phase != FINISHED, RUN_FINISHED);
+    require(run->phase == WAITING_FOR_MEMBERS || run->phase == PAUSED, WRONG_PHASE);
+    check(check_terms(terms));
+
+    if (!same_data(terms, &run->terms)) {
+        run->cursor = 0;
+        h->requeue_head = 0;
+        h->requeue_count = 0;
+        h->requeued = 0;
+    }
+    if (!same_key(&terms->model_root, &run->checkpoint_root)) {
+        run->checkpoint_root = terms->model_root;
+        run->checkpoint_round = run->round;
+    }
+    run->terms = *terms;
+    run->model_round = run->round;
+    run->config_version++;
+    if (run->phase == PAUSED) {
+        run->resume_phase = WAITING_FOR_MEMBERS;
+        h->ready = 0;
+    }
+    publish(&c);
+
+    struct event_model_changed event = {EVENT_MODEL_CHANGED, h->run, run->round, run->config_version,
+                                        terms->model_root, terms->data_manifest};
+    emit(event);
+    return 0;
+}
