@@ -1,10 +1,10 @@
-"""The command line: groups of commands, each in its own module."""
+"""The command line: groups of commands, each module its own part."""
 
 from __future__ import annotations
 
 import typer
 
-from coordinator.admin import keys, ledgers, programs, runs
+from coordinator.admin import keys, ledgers, programs, records, runs
 
 app = typer.Typer(
     name="psyche-admin",
@@ -14,10 +14,13 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
+run_app = typer.Typer(help="Runs: create, watch, steer, export and close them.", no_args_is_help=True)
+for part in (runs, records):
+    run_app.add_typer(part.app)
 app.add_typer(keys.app, name="keys")
 app.add_typer(ledgers.app, name="ledger")
 app.add_typer(programs.app, name="program")
-app.add_typer(runs.app, name="run")
+app.add_typer(run_app, name="run")
 
 
 def main() -> None:

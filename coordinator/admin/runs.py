@@ -32,7 +32,7 @@ from coordinator.run_config import load_settings
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.wallet import load_keypair
 
-app = typer.Typer(help="Runs: create, watch, steer and close them.", no_args_is_help=True)
+app = typer.Typer()
 
 
 @app.command("create")
