@@ -14,24 +14,28 @@ struct team {
 static void gather(struct context *c, struct round *round, struct team *team) {
     u64 count = 0, share = 0;
     bitmap dropped = {{0, 0, 0, 0}};
-    struct header *h = &c->rounds->header;
-    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
-        struct member *member = &c->members->member[slot];
-        u64 status = member->status;
-        if (status == PENDING || status == DESYNCED) {
-            if (member->ready) {
+    struct member *member = c->members->member;
+    for (u64 w = 0; w < 4; w++) {
+        u64 active = 0;
+        for (u64 slot = 64 * w, bit = 1; bit; slot++, bit <<= 1, member++) {
+            u64 status = member->status;
+            if (status != ACTIVE) {
+                if (status != PENDING && status != DESYNCED) continue;
+                if (!member->ready) {
+                    if (c->slot - member->status_slot <= c->run->limits.warmup_time) continue;
+                    become(c, member, DROPPED);
+                    c->rounds->header.members--;
+                    set_bit(&dropped, slot);
+                    continue;
+                }
                 activate(c, member);
-            } else if (c->slot - member->status_slot > c->run->limits.warmup_time) {
-                become(c, member, DROPPED);
-                h->members--;
-                set_bit(&dropped, slot);
             }
+            member->share = member->next_share;
+            share += member->share;
+            team->slot[count++] = (u8)slot;
+            active |= bit;
         }
-        if (member->status != ACTIVE) continue;
-        member->share = member->next_share;
-        team->slot[count++] = (u8)slot;
-        share += member->share;
-        set_bit(&round->active, slot);
+        round->active.word[w] = active;
     }
     team->count = count;
     team->share = share;

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from program_harness import Chain, Outcome, RunDriver
 
+from coordinator import instructions as ix
+
 BUDGET = 60_000
 SMALL_BUDGET = 10_000
 SMALL = ("commit", "attest")
@@ -38,6 +40,7 @@ def measure(members: int) -> dict[str, int]:
     everybody = range(members)
     odd = [member for member in everybody if member % 2]
     note("init_run", run.create())
+    note("set_reward_rate", run.by_owner(ix.set_reward_rate, 10**9 + 7))
     for member in everybody:
         note("join", run.join(member))
     tick("WaitingForMembers -> Warmup")
@@ -65,7 +68,15 @@ def measure(members: int) -> dict[str, int]:
         if run.members[member].status.name == "DESYNCED":
             note("ready", run.ready(member, b"\x01" * 32))
     tick("Cooldown -> RoundTrain")
+    note("set_share", run.set_share(members - 1, 999))
+    note("set_config", run.set_config(batch=run.limits.batch + 1))
+    note("kick", run.kick(members - 2))
+    note("ban", run.ban(run.node(members - 3)))
     note("leave", run.leave(members - 1))
+    chain.svm.airdrop(run.addresses.run, 10**11)
+    chain.svm.airdrop(run.wallet(1), 10**9)
+    note("claim", run.claim(1))
+    note("pause", run.pause())
     return worst
 
 

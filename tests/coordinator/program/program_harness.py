@@ -118,7 +118,9 @@ def digest_of(*parts: object) -> bytes:
 class Chain:
     """A LiteSVM with the program deployed. Signatures are not verified unless asked for; signer flags are."""
 
-    def __init__(self, arch: str = "v3", sigverify: bool = False, all_features: bool = False) -> None:
+    def __init__(
+        self, arch: str = "v3", sigverify: bool = False, all_features: bool = False, program: bytes | None = None
+    ) -> None:
         svm = LiteSVM()
         if all_features:  # what mainnet may become; the set must be chosen before the built-in programs
             svm = svm.with_feature_set(FeatureSet.all_enabled()).with_builtins()
@@ -128,7 +130,7 @@ class Chain:
         self.sigverify = sigverify
         self.slot = 100
         self.set_slot(self.slot)
-        self.program = deploy(self, program_bytes(arch))
+        self.program = deploy(self, program or program_bytes(arch))
         self.set_slot(self.slot + 1)
 
     def set_slot(self, slot: int) -> None:
@@ -168,31 +170,44 @@ class Chain:
         return Outcome(code, None if code is not None else text, units, tuple(result.meta().logs()))
 
 
-def deploy(chain: Chain, program: bytes, key_seed: int = 9) -> Pubkey:
-    """The loader's own path: buffer, writes of at most 900 bytes, deploy with its strict verification."""
-    buffer_pair, key_pair = (Keypair.from_seed(bytes([seed]) * 32) for seed in (key_seed + 100, key_seed))
-    buffer, key = buffer_pair.pubkey(), key_pair.pubkey()
-    payer = chain.payer.pubkey()
-    rent = chain.svm.minimum_balance_for_rent_exemption
+def _loader(data: bytes, *metas: tuple[Pubkey, bool, bool]) -> Instruction:
+    return Instruction(LOADER, data, [AccountMeta(address, signs, writes) for address, signs, writes in metas])
+
+
+def _must(outcome: Outcome) -> None:
+    assert outcome.ok, f"deploy failed: {outcome}"
+
+
+def _fill_buffer(chain: Chain, program: bytes, key_seed: int) -> Pubkey:
+    """A buffer account that holds the program, written at most 900 bytes at a time."""
+    pair, payer = Keypair.from_seed(bytes([key_seed]) * 32), chain.payer.pubkey()
+    buffer = pair.pubkey()
     space = 37 + len(program)
-
-    def loader(data: bytes, *metas: tuple[Pubkey, bool, bool]) -> Instruction:
-        return Instruction(LOADER, data, [AccountMeta(address, signs, writes) for address, signs, writes in metas])
-
-    def create(address: Pubkey, size: int) -> Instruction:
-        return create_account(
-            CreateAccountParams(from_pubkey=payer, to_pubkey=address, lamports=rent(size), space=size, owner=LOADER)
-        )
-
-    initialize = loader(struct.pack("<I", 0), (buffer, False, True), (payer, False, False))
-    outcomes = [chain.send([create(buffer, space), initialize], [buffer_pair])]
+    rent = chain.svm.minimum_balance_for_rent_exemption(space)
+    create = create_account(
+        CreateAccountParams(from_pubkey=payer, to_pubkey=buffer, lamports=rent, space=space, owner=LOADER)
+    )
+    initialize = _loader(struct.pack("<I", 0), (buffer, False, True), (payer, False, False))
+    _must(chain.send([create, initialize], [pair]))
     for at in range(0, len(program), WRITE_CHUNK):
         chunk = program[at : at + WRITE_CHUNK]
         data = struct.pack("<IIQ", 1, at, len(chunk)) + chunk
-        outcomes.append(chain.send(loader(data, (buffer, False, True), (payer, True, False))))
+        _must(chain.send(_loader(data, (buffer, False, True), (payer, True, False))))
+    return buffer
+
+
+# An upgrade may be larger than what it replaces.
+MAX_PROGRAM_BYTES = 100_000
+
+
+def deploy(chain: Chain, program: bytes, key_seed: int = 9) -> Pubkey:
+    """The loader's own path, with its strict verification: buffer, writes, deploy."""
+    buffer = _fill_buffer(chain, program, key_seed + 100)
+    pair, payer = Keypair.from_seed(bytes([key_seed]) * 32), chain.payer.pubkey()
+    key = pair.pubkey()
     programdata, _ = Pubkey.find_program_address([bytes(key)], LOADER)
-    deploy_now = loader(
-        struct.pack("<IQ", 2, len(program)),
+    deploy_now = _loader(
+        struct.pack("<IQ", 2, max(len(program), MAX_PROGRAM_BYTES)),
         (payer, True, True),
         (programdata, False, True),
         (key, False, True),
@@ -202,11 +217,30 @@ def deploy(chain: Chain, program: bytes, key_seed: int = 9) -> Pubkey:
         (SYSTEM, False, False),
         (payer, True, False),
     )
-    outcomes.append(chain.send([create(key, 36), deploy_now], [key_pair]))
-    failed = [outcome for outcome in outcomes if not outcome.ok]
-    if failed:
-        raise AssertionError(f"deploy failed: {failed[0]}")
+    rent = chain.svm.minimum_balance_for_rent_exemption(36)
+    create = create_account(
+        CreateAccountParams(from_pubkey=payer, to_pubkey=key, lamports=rent, space=36, owner=LOADER)
+    )
+    _must(chain.send([create, deploy_now], [pair]))
     return key
+
+
+def upgrade(chain: Chain, program: bytes) -> None:
+    """Replace the deployed program; it is in force from the next slot."""
+    buffer, payer = _fill_buffer(chain, program, 120), chain.payer.pubkey()
+    programdata, _ = Pubkey.find_program_address([bytes(chain.program)], LOADER)
+    replace_now = _loader(
+        struct.pack("<I", 3),
+        (programdata, False, True),
+        (chain.program, False, True),
+        (buffer, False, True),
+        (payer, False, True),
+        (RENT, False, False),
+        (CLOCK, False, False),
+        (payer, True, False),
+    )
+    _must(chain.send(replace_now))
+    chain.advance()
 
 
 class RunDriver:
