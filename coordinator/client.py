@@ -263,10 +263,16 @@ class CoordinatorClient(Chain):
         await self.send(*created)
         return addresses
 
-    async def join(self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE) -> Signature:
-        """Become a member with this node key, which signs too."""
-        made = instructions.join(self.addresses, self.program_id, self._signer(), node_key.pubkey(), share)
+    async def join(
+        self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE, grant: Pubkey | None = None
+    ) -> Signature:
+        """Become a member with this node key, which signs too; by a grant, where the run has a join authority."""
+        made = instructions.join(self.addresses, self.program_id, self._signer(), node_key.pubkey(), share, grant)
         return await self.send(made, extra_signers=(node_key,))
+
+    async def set_share(self, share: int) -> Signature:
+        """Ask for another share of the batch, from the next round on."""
+        return await self.send(instructions.set_share(self.addresses, self.program_id, self._signer(), share))
 
     async def ready(self, model_root: bytes) -> Signature:
         """Report the model loaded."""

@@ -95,6 +95,11 @@ class Exit(IntEnum):
         "An account of the run does not decode.",
         "Check that RUN is a run's account and that the program is a version this release knows; upgrade the node.",
     )
+    EJECTED = (
+        25,
+        "The run's owner has put this node out of the run.",
+        "Ask the owner why. After a kick the node may join again; after a ban only when the owner lifts it.",
+    )
     NETWORK = (
         30,
         "The network process could not listen or start.",
@@ -179,6 +184,8 @@ _EXITS: dict[str, Exit] = {
     "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
+    "psyche_node.node.roundloop.Ejected": Exit.EJECTED,
+    "psyche_node.node.roundloop.TermsChanged": Exit.CONFIG,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
     "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,
     "builtins.TimeoutError": Exit.UNEXPECTED,

@@ -10,7 +10,19 @@ from solders.pubkey import Pubkey
 
 from coordinator.client import Pulse
 from coordinator.layout import UNKNOWN_SLOT
-from coordinator.state import Commitment, Header, InclusionSet, Limits, Member, MemberStatus, Phase, Round, Run, Terms
+from coordinator.state import (
+    Commitment,
+    Header,
+    InclusionSet,
+    Limits,
+    Member,
+    MemberStatus,
+    Phase,
+    Request,
+    Round,
+    Run,
+    Terms,
+)
 
 MEMBERS = frozenset(range(4))
 KEY = Pubkey.from_bytes(bytes(range(32)))
@@ -55,7 +67,7 @@ TERMS = Terms(
     data_source="",
 )
 RUN = Run(
-    version=1,
+    version=2,
     owner=KEY,
     run_id="test",
     phase=Phase.ROUND_TRAIN,
@@ -79,6 +91,15 @@ RUN = Run(
     tokens=0,
     revision=0,
     created_slot=0,
+    request=Request.NONE,
+    resume_phase=Phase.UNINITIALIZED,
+    config_version=0,
+    next_limits=None,
+    model_round=0,
+    schedule_rounds=100,
+    reward_rate=0,
+    reward_earned=0,
+    reward_paid=0,
 )
 
 
@@ -164,4 +185,8 @@ def member_of(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
         credit=0,
         updates_included=0,
         ready=False,
+        grant=None,
+        status_slot=0,
+        reward=0,
+        reward_claimed=0,
     )
