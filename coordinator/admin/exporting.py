@@ -15,20 +15,9 @@ from coordinator.admin.replay import Replay
 from coordinator.chain import ChainUnavailable
 from coordinator.client import CoordinatorClient
 from coordinator.history import Happening, HistoryIncomplete, happenings, signatures_of
-from coordinator.layout import RECEIPT_MARK, RECEIPT_SIZE, ROUNDS_SIZE
-from coordinator.state import (
-    Header,
-    MalformedAccount,
-    Member,
-    Membership,
-    Receipt,
-    Run,
-    decode_header,
-    decode_members,
-    decode_membership,
-    decode_receipt,
-    decode_run,
-)
+from coordinator.layout import RECEIPT_MARK, RECEIPT_SIZE
+from coordinator.snapshot import Snapshot, take_snapshot
+from coordinator.state import Member, Receipt, decode_receipt
 
 # Until nothing happened between the two looks at a run that goes on.
 _ATTEMPTS: Final = 50
@@ -41,21 +30,10 @@ class IncompleteRecord(AdminError):
 
 
 @dataclass(frozen=True, slots=True)
-class Accounts:
-    """The run's accounts as of one slot."""
-
-    slot: int
-    run: Run
-    header: Header
-    members: tuple[Member, ...]
-    membership: Membership
-
-
-@dataclass(frozen=True, slots=True)
 class Past:
     """A run's accounts and everything that the chain's history says happened before exactly that state."""
 
-    accounts: Accounts
+    accounts: Snapshot
     receipts: tuple[Receipt, ...]
     events: tuple[Happening, ...]
     complete: bool
@@ -73,10 +51,13 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
     """
     run = client.addresses.run
     for _ in range(_ATTEMPTS):
-        before = await _raw(client)
+        before = await take_snapshot(client)
         signatures = await signatures_of(client, run)
-        after = await _raw(client)
-        if before[1] == after[1] and await signatures_of(client, run, signatures[-1][0] if signatures else None) == []:
+        after = await take_snapshot(client)
+        if (
+            before.raw == after.raw
+            and await signatures_of(client, run, signatures[-1][0] if signatures else None) == []
+        ):
             break
         await asyncio.sleep(client.slot_seconds / 4)
     else:
@@ -93,20 +74,7 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
             f"the endpoint's history of run {run} begins after the run; use one that has all of it, or give --partial"
         )
     receipts = await _receipts(client, run)
-    return Past(_decoded(*before), receipts, tuple(events), complete)
-
-
-async def _raw(client: CoordinatorClient) -> tuple[int, tuple[bytes, ...]]:
-    addresses = client.addresses
-    slot, found = await client.accounts([addresses.run, addresses.members, addresses.rounds], (0, ROUNDS_SIZE))
-    if any(one is None or one.owner != client.program_id for one in found):
-        raise MalformedAccount(f"the accounts of run {addresses.run} are not all there; was it closed?")
-    return slot, tuple(one.data for one in found if one is not None)
-
-
-def _decoded(slot: int, raw: tuple[bytes, ...]) -> Accounts:
-    run, members, rounds = raw
-    return Accounts(slot, decode_run(run), decode_header(rounds), decode_members(members), decode_membership(members))
+    return Past(before, receipts, tuple(events), complete)
 
 
 async def _receipts(client: CoordinatorClient, run: Pubkey) -> tuple[Receipt, ...]:
@@ -194,7 +162,7 @@ def _receipt_line(receipt: Receipt) -> dict[str, Any]:
     }
 
 
-def _state_line(accounts: Accounts) -> dict[str, Any]:
+def _state_line(accounts: Snapshot) -> dict[str, Any]:
     run = accounts.run
     return {
         "kind": "state",

@@ -14,6 +14,8 @@ from coordinator.rpc import Endpoints, shown_url
 
 # An endpoint further behind than this is not one to act on.
 LAGGING_SLOTS: Final = 150
+# They are not asked at the very same moment.
+_NOISE_SLOTS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,12 +46,20 @@ class EndpointHealth:
             "genesis_hash": self.genesis,
         }
 
+    def brief(self) -> str:
+        """A few words, as rich markup."""
+        if self.problem is not None:
+            return f"[red]✗ {self.url} does not answer[/red]"
+        mark = "[green]✓[/green]" if self.healthy else "[yellow]![/yellow]"
+        behind = f"[yellow]{self.behind:,} slots behind[/yellow]" if self.behind > _NOISE_SLOTS else ""
+        return f"{mark} {self.url}  [dim]{1000 * self.seconds:.0f} ms[/dim] {behind}"
+
     def text(self) -> str:
         """One line, as rich markup."""
         if self.problem is not None:
             return f"[red]✗[/red] {self.url}  [red]{escape(self.problem)}[/red]"
         mark = "[green]✓[/green]" if self.healthy else "[yellow]![/yellow]"
-        behind = f", [yellow]{self.behind:,} slots behind[/yellow]" if self.behind else ""
+        behind = f", [yellow]{self.behind:,} slots behind[/yellow]" if self.behind > _NOISE_SLOTS else ""
         facts = f"{1000 * self.seconds:.0f} ms, slot {self.slot:,}{behind}"
         return f"{mark} {self.url}  {facts}  [dim]version {escape(self.version)}, genesis {self.genesis[:8]}…[/dim]"
 

@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 from rich.markup import escape
 from rich.table import Table
+from solders.pubkey import Pubkey
 
 from coordinator import instructions
 from coordinator.addresses import run_addresses
@@ -30,6 +31,7 @@ from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
 from coordinator.run_config import load_settings
 from coordinator.run_report import PHASE_STYLES, RunReport
+from coordinator.snapshot import take_snapshot
 from coordinator.wallet import load_keypair
 
 app = typer.Typer()
@@ -55,7 +57,8 @@ def create(
 
     async def act() -> None:
         settings = load_settings(run_id, config, overrides or [])
-        limits, terms = settings.on_chain()
+        limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
+        authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
         wallet = load_keypair(payer)
         owner = wallet.pubkey()
         program_id = pubkey(program, "--program")
@@ -67,7 +70,7 @@ def create(
                 raise RunExists(f"{owner} has a run {settings.run_id!r} already, at {run}; choose another name")
             await client.load_rent()
             made = instructions.create_run_instructions(
-                program_id, owner, settings.run_id, limits, terms, client.rent_exempt
+                program_id, owner, settings.run_id, limits, terms, client.rent_exempt, join_authority=authority
             )
             await carry_out(
                 client,
@@ -93,13 +96,7 @@ def show(
 
     async def act() -> None:
         async with RunChoice(rpc, run, program, owner).open() as client:
-            report = RunReport(
-                program=client.program_id,
-                addresses=client.addresses,
-                pulse=await client.pulse(),
-                members=await client.members(),
-                rounds=await client.rounds(),
-            )
+            report = RunReport(client.program_id, client.addresses, await take_snapshot(client))
         if as_json:
             print(json.dumps(report.to_json(), indent=2))
         else:
