@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import tomllib
 from collections.abc import Sequence
@@ -226,13 +227,19 @@ def _override(table: dict[str, Any], override: str) -> None:
     *path, name = key.strip().split(".")
     if not equals or not name or not all(path):
         raise ConfigError(f"--set {override!r} must look like limits.batch=64")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a string need not be quoted on the command line
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {part} is not a section")
         table = inner
-    table[name] = parsed
+    table[name] = _parsed(value.strip())
+
+
+def _parsed(text: str) -> Any:
+    """A value as TOML has it; strings need not be quoted on the command line."""
+    if re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        return text  # a digest, also where its digits happen to be a number
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

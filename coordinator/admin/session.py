@@ -47,9 +47,11 @@ def go(action: Coroutine[Any, Any, None]) -> None:
         raise typer.Exit(status) from None
 
 
-def chain_at(rpc: Sequence[str], wallet: Keypair | None = None, priority_fee: int = 0) -> Chain:
-    """A connection that gives up as soon as a person would."""
-    return Chain(rpc, wallet, priority_fee=priority_fee, patience=PATIENCE)
+def chain_at(
+    rpc: Sequence[str], wallet: Keypair | None = None, priority_fee: int = 0, program: Pubkey | None = None
+) -> Chain:
+    """A connection that gives up as soon as a person would. `program`'s errors get their names."""
+    return Chain(rpc, wallet, program_id=program, priority_fee=priority_fee, patience=PATIENCE)
 
 
 @dataclass(frozen=True, slots=True)

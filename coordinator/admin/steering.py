@@ -170,14 +170,15 @@ def migrate(
     async def act() -> None:
         wallet = load_keypair(payer)
         address = pubkey(run, "the run")
-        async with chain_at(rpc, wallet, priority_fee) as chain:
+        async with chain_at(rpc) as chain:
             account = await chain.account(address, (0, RUN_SIZE))
-            if account is None or len(account.data) < RUN_SIZE or account.data[:8] != RUN_MARK:
-                raise RunNotFound(f"there is no run at {address}")
-            # The accounts' places are the same in every version.
-            members, rounds = (Pubkey.from_bytes(RUN.get(account.data, name)) for name in ("members", "rounds"))
-            made = ix.migrate(RunAddresses(address, members, rounds), account.owner, wallet.pubkey())
-            manner = Manner(wallet, account.owner, dry_run, False, as_json, priority_fee)
+        if account is None or len(account.data) < RUN_SIZE or account.data[:8] != RUN_MARK:
+            raise RunNotFound(f"there is no run at {address}")
+        # The accounts' places are the same in every version.
+        members, rounds = (Pubkey.from_bytes(RUN.get(account.data, name)) for name in ("members", "rounds"))
+        made = ix.migrate(RunAddresses(address, members, rounds), account.owner, wallet.pubkey())
+        manner = Manner(wallet, account.owner, dry_run, False, as_json, priority_fee)
+        async with chain_at(rpc, wallet, priority_fee, account.owner) as chain:
             step = Step("migrate the run's accounts", [made])
             await carry_out(chain, manner, step, {"run": str(address)}, f"run {address} is migrated")
 

@@ -55,7 +55,8 @@ _ROUNDS: Final = "last rounds: whose update counts"
 def _shared(lines: int, watched: Watched) -> tuple[int, int]:
     """Rows of rounds and of members in so many lines: a third for rounds, and what members leave over."""
     members = len(watched.now.members) + 1
-    rounds = min(max(lines // 3, lines - members, _LEAST_ROUNDS), _MOST_ROUNDS)
+    kept = max(len(watched.now.run.inclusion), _LEAST_ROUNDS)
+    rounds = min(max(lines // 3, lines - members, _LEAST_ROUNDS), _MOST_ROUNDS, kept)
     return rounds, max(lines - rounds - 1, 1)
 
 

@@ -43,3 +43,9 @@ def run(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: P
 
     asyncio.run(asyncio.wait_for(play(), 60))
     return created
+
+
+@pytest.fixture
+def root_vectors() -> Path:
+    """Checked-in files that several packages are tested against."""
+    return Path(__file__).resolve().parents[2] / "vectors"
