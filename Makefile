@@ -31,6 +31,7 @@ lint: setup
 
 program: setup
 	$(BIN)/python -m coordinator.toolchain.build
+	$(BIN)/python -m coordinator.idl
 
 proto: setup
 	$(BIN)/python proto/generate.py
@@ -46,6 +47,7 @@ nightly: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m coordinator.idl
 
 clean:
 	rm -rf $(VENV) build runs

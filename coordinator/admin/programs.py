@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.admin.failures import ProgramDiffers
 from coordinator.admin.options import RPC_DEFAULT, AsJson, DryRun, Payer, PriorityFee, Rpc, Yes
-from coordinator.admin.output import confirm, pubkey, read_file, show, sol
+from coordinator.admin.output import address_of, confirm, read_file, show, sol
 from coordinator.admin.sending import Manner, Step, fee_of, show_dry_run, simulate
 from coordinator.admin.session import chain_at, go
 from coordinator.chain import Chain, TransactionFailed
@@ -27,6 +28,7 @@ from coordinator.deploy import (
     program_hash,
     upgrade,
 )
+from coordinator.idl import NO_ADDRESS, legacy, modern
 from coordinator.program import program_bytes
 from coordinator.wallet import load_keypair, load_or_create_keypair
 
@@ -94,8 +96,7 @@ def upgrade_program(
     async def act() -> None:
         wallet = load_keypair(payer)
         data = program_bytes() if so is None else read_file(so)
-        path = Path(program)
-        address = load_keypair(path).pubkey() if path.is_file() else pubkey(program, "the program")
+        address = address_of(program, "the program")
         manner = Manner(wallet, None, dry_run=dry_run, yes=yes, as_json=as_json, priority_fee=priority_fee)
         async with chain_at(rpc, wallet, priority_fee) as chain:
             there = await present(chain, address)
@@ -131,8 +132,7 @@ def verify_program(
     """Check that the program on the chain is the one built here, and say who may replace it."""
 
     async def act() -> None:
-        path = Path(program)
-        address = load_keypair(path).pubkey() if path.is_file() else pubkey(program, "the program")
+        address = address_of(program, "the program")
         expected = _built() if build else program_bytes() if so is None else read_file(so)
         check_program(expected)
         async with chain_at(rpc) as chain:
@@ -161,6 +161,22 @@ def verify_program(
         show(result, as_json, "\n".join(lines))
         if not same:
             raise ProgramDiffers(f"program {address} is not the one built here")
+
+    go(act())
+
+
+@app.command("idl")
+def show_idl(
+    program: Annotated[
+        str | None, typer.Argument(help="Address of the program, to be written into it; or its key file.")
+    ] = None,
+    old: Annotated[bool, typer.Option("--legacy", help="The format before Anchor 0.30, as anchorpy reads it.")] = False,
+) -> None:
+    """Print the program's interface description, for Anchor clients and explorers."""
+
+    async def act() -> None:
+        address = str(address_of(program, "the program")) if program else NO_ADDRESS
+        print(json.dumps(legacy(address) if old else modern(address), indent=1))
 
     go(act())
 
