@@ -44,6 +44,7 @@ bench: setup
 # What takes too long for every change: a million inputs for the decoder of updates.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
+	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py -k for_long --timeout 1800
 
 docs: setup
 	$(BIN)/python docs/generate.py
