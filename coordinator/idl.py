@@ -86,8 +86,8 @@ _KEY_ARRAYS: Final = frozenset({("members", "banned"), ("grant", "delegate")})
 class Call:
     """An instruction: what it does, who signs, which of the run's accounts it writes, and its data in file order.
 
-    `paid`: the signers get lamports. `extra` are accounts behind the run's: (name, writable, optional). Arguments are
-    (name, struct code or the name of a record).
+    `paid`: the signers get lamports. `tables`: members and rounds are among the accounts. `extra` are accounts behind
+    the run's: (name, writable, optional). Arguments are (name, struct code or the name of a record).
     """
 
     doc: str
@@ -96,6 +96,7 @@ class Call:
     args: tuple[tuple[str, str], ...] = ()
     extra: tuple[tuple[str, bool, bool], ...] = ()
     paid: bool = False
+    tables: bool = True
 
 
 _ALL: Final = "run members rounds"
@@ -185,6 +186,15 @@ CALLS: Final = {
         _RECEIPT,
     ),
     "restore": Call("Move a receipt's credit back.", ("wallet",), "members", (), _RECEIPT, paid=True),
+    "reclaim": Call(
+        "After a run was closed: the lamports of a receipt go back to its payer, of a grant to the authority.",
+        ("payer",),
+        "",
+        (),
+        (("record", True, False),),
+        paid=True,
+        tables=False,
+    ),
     "claim": Call(
         "Have earned rewards paid: of the wallet's slot, or of a receipt.",
         ("wallet",),
@@ -277,7 +287,8 @@ def _legacy_instruction(name: str, call: Call) -> dict[str, Any]:
 def _metas(call: Call) -> list[tuple[str, bool, bool, bool]]:
     """(name, writable, signer, optional) of every account, in order."""
     metas = [(name, call.paid, True, False) for name in call.signers]
-    metas += [(name, name in call.writes.split(), False, False) for name in ("run", "members", "rounds")]
+    of_run = ("run", "members", "rounds") if call.tables else ("run",)
+    metas += [(name, name in call.writes.split(), False, False) for name in of_run]
     return metas + [(name, writable, False, optional) for name, writable, optional in call.extra]
 
 
@@ -293,8 +304,8 @@ def _legacy_struct(name: str, record: Record) -> dict[str, Any]:
 
 
 def _fields(record: Record, key: str, name: Callable[[str], str]) -> list[dict[str, Any]]:
-    """A record's fields but its mark, which Anchor's clients put in front by themselves. (The rounds account begins with
-    its header, whose mark is the account's.)"""
+    """A record's fields but its mark, which Anchor's clients put in front by themselves. The rounds account begins with
+    its header, whose mark is the account's."""
     return [
         {"name": name(field), "type": _type(record.name, field, code, key)}
         for field, code in record.fields

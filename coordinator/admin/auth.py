@@ -23,7 +23,7 @@ from coordinator.admin.options import (
 from coordinator.admin.output import address_of, console
 from coordinator.admin.session import RunChoice, go
 from coordinator.chain import Chain
-from coordinator.layout import GRANT_MARK, GRANT_SIZE
+from coordinator.layout import GRANT, GRANT_MARK, GRANT_SIZE
 from coordinator.run_config import ConfigError
 from coordinator.state import Grant, MalformedAccount, decode_grant
 
@@ -108,8 +108,9 @@ def list_grants(
 
     async def act() -> None:
         async with RunChoice(rpc, run, program, owner).open() as client:
-            authority = (await client.pulse()).run.join_authority
-            grants = await grants_of(client, client.program_id, client.addresses.run)
+            run_now = (await client.pulse()).run
+            authority = run_now.join_authority
+            grants = await grants_of(client, client.program_id, client.addresses.run, run_now.created_slot)
         if as_json:
             shape = {
                 "join_authority": None if authority is None else str(authority),
@@ -124,15 +125,15 @@ def list_grants(
     go(act())
 
 
-async def grants_of(chain: Chain, program: Pubkey, run: Pubkey) -> list[tuple[Pubkey, Grant]]:
-    """The grants of a run, by age."""
+async def grants_of(chain: Chain, program: Pubkey, run: Pubkey, created_slot: int) -> list[tuple[Pubkey, Grant]]:
+    """The grants of a run, by age; those of an earlier run of its name, created in another slot, open nothing."""
     found = []
     for address, account in await chain.program_accounts(program, GRANT_MARK, (0, GRANT_SIZE)):
         try:
             grant = decode_grant(account.data)
         except MalformedAccount:
             continue  # another version's
-        if grant.run == run:
+        if grant.run == run and GRANT.get(account.data, "run_slot") == created_slot:
             found.append((address, grant))
     return sorted(found, key=lambda one: (one[1].created_slot, str(one[0])))
 

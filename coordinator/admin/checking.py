@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import Final, NoReturn
 
+from solders.pubkey import Pubkey
+
+from coordinator.addresses import run_addresses
 from coordinator.admin.exporting import Past, event_line, lines_of, most_tokens
 from coordinator.admin.record import InvalidRecord, Line, Record
 from coordinator.admin.replay import Replay
-from coordinator.client import CoordinatorClient
+from coordinator.history import Happening
 
-_ORDER = ("run", "event", "member", "receipt", "state")
+_ORDER: Final = ("run", "event", "member", "receipt", "state")
+# They move without an event: the slot is when it was looked at, and the owner's requests log nothing.
+_UNLOGGED: Final = frozenset({"slot", "requeued"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,7 +24,8 @@ class Checked:
     """What a consistent record amounts to."""
 
     run_id: str
-    address: str
+    address: Pubkey
+    program: Pubkey
     complete: bool
     events: int
     rounds: int
@@ -38,6 +45,7 @@ def check_consistency(record: Record) -> Checked:
     """
     header, *rest = record.lines
     complete = header["complete"] is True
+    _check_address(header)
     names = [str(line["name"]) for line in rest if line["kind"] == "event"]
     try:
         bound = most_tokens(header.value, names)
@@ -72,13 +80,25 @@ def check_consistency(record: Record) -> Checked:
     _check_end(replay, complete, members, receipts, state)
     return Checked(
         str(header["run_id"]),
-        str(header["address"]),
+        Pubkey.from_string(header["address"]),
+        Pubkey.from_string(header["program"]),
         complete,
         len(names),
         replay.rounds,
         len(members),
         state.integer("tokens"),
     )
+
+
+def _check_address(header: Line) -> None:
+    """Address, program, owner and name belong together: nobody can put a name on another run."""
+    try:
+        program, owner = Pubkey.from_string(header["program"]), Pubkey.from_string(header["owner"])
+        address = str(run_addresses(program, owner, str(header["run_id"])).run)
+    except (TypeError, ValueError) as error:
+        raise InvalidRecord(f"line {header.number}: program, owner or run_id cannot be: {error}") from None
+    if header["address"] != address:
+        _refuse(header, f"run {header['run_id']!r} of {owner} would be at {address}, not at {header['address']}")
 
 
 def _check_end(replay: Replay, complete: bool, members: list[Line], receipts: list[Line], state: Line) -> None:
@@ -112,47 +132,38 @@ def _check_end(replay: Replay, complete: bool, members: list[Line], receipts: li
             _refuse(state, f"{what}: the account has {found}, the events make {told}")
 
 
-async def check_against_chain(record: Record, client: CoordinatorClient, past: Past, genesis: str) -> int:
-    """Compare with the chain's own history; how many events have happened since.
+def compare_events(record: Record, history: Sequence[Happening], genesis: str) -> int:
+    """Compare with the events that the chain has under the run's address; how many have happened since.
 
     Raises:
         InvalidRecord: the chain says otherwise.
     """
     header = record.lines[0]
-    here = (str(client.addresses.run), str(client.program_id), str(past.accounts.run.owner), genesis)
-    for key, value in zip(("address", "program", "owner", "genesis_hash"), here, strict=True):
-        if header[key] != value:
-            _refuse(header, f"{key} is {header[key]}, on this chain it is {value}")
+    if header["genesis_hash"] != genesis:
+        _refuse(header, f"it is of the chain with genesis hash {header['genesis_hash']}, this one has {genesis}")
     told = [line for line in record.lines if line["kind"] == "event"]
-    known = [event_line(one) for one in past.events]
-    if not header["complete"]:
-        first = told[0].value["signature"] if told else None
-        known = known[next((i for i, one in enumerate(known) if one["signature"] == first), 0) :]
+    if not told:
+        return len(history)
+    # An earlier run of this name, since closed, has the same address: begin where the record does.
+    begins = [index for index, one in enumerate(history) if one.signature == told[0]["signature"]]
+    known = [event_line(one) for one in history[begins[0] :]] if begins else []
     for line, there in zip(told, known, strict=False):
         if line.value != there:
             _refuse(line, f"the chain has {there['name']} of transaction {there['signature']} here, with other values")
     if len(told) > len(known):
         _refuse(told[len(known)], "the chain does not have this event")
-    if len(told) == len(known):
-        _check_accounts(record, client, past, genesis)
     return len(known) - len(told)
 
 
-def _check_accounts(record: Record, client: CoordinatorClient, past: Past, genesis: str) -> None:
-    """Nothing has happened since: the accounts must be the same, too."""
+def compare_accounts(record: Record, past: Past, run: Pubkey, program: Pubkey, genesis: str) -> None:
+    """Compare with the accounts, if nothing has happened since. Raises InvalidRecord."""
     kinds = ("member", "receipt", "state")
     theirs = [line for line in record.lines if line["kind"] in kinds]
-    ours = [one for one in lines_of(past, client.addresses.run, client.program_id, genesis) if one["kind"] in kinds]
+    ours = [one for one in lines_of(past, run, program, genesis) if one["kind"] in kinds]
     if len(theirs) != len(ours):
         raise InvalidRecord(f"the record has {len(theirs)} accounts of members and receipts, the chain {len(ours)}")
     for line, one in zip(theirs, ours, strict=True):
-        # Claims and changes of shares log nothing, or nothing that moves these; the slot is when it was looked at.
-        differing = [
-            key
-            for key in one
-            if key not in ("slot", "reward_claimed", "reward_paid", "node_key", "status")
-            and one[key] != line.value.get(key)
-        ]
+        differing = [key for key in one if key not in _UNLOGGED and one[key] != line.value.get(key)]
         if differing:
             _refuse(line, f"{differing[0]} is {line.value.get(differing[0])}, on the chain it is {one[differing[0]]}")
 

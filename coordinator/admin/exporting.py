@@ -15,12 +15,13 @@ from coordinator.admin.replay import Replay
 from coordinator.chain import ChainUnavailable
 from coordinator.client import CoordinatorClient
 from coordinator.history import Happening, HistoryIncomplete, happenings, signatures_of
-from coordinator.layout import RECEIPT_MARK, RECEIPT_SIZE
+from coordinator.layout import RECEIPT, RECEIPT_MARK, RECEIPT_SIZE
 from coordinator.snapshot import Snapshot, take_snapshot
 from coordinator.state import Member, Receipt, decode_receipt
 
 # Until nothing happened between the two looks at a run that goes on.
 _ATTEMPTS: Final = 50
+_FIRST: Final = "RunCreated"
 
 
 class IncompleteRecord(AdminError):
@@ -31,12 +32,17 @@ class IncompleteRecord(AdminError):
 
 @dataclass(frozen=True, slots=True)
 class Past:
-    """A run's accounts and everything that the chain's history says happened before exactly that state."""
+    """A run's accounts and everything that the chain's history says happened before exactly that state. Events of an
+    earlier run of the same name, which was closed, are not among them."""
 
     accounts: Snapshot
     receipts: tuple[Receipt, ...]
     events: tuple[Happening, ...]
-    complete: bool
+
+    @property
+    def complete(self) -> bool:
+        """Whether the events begin with the run's first."""
+        return bool(self.events) and self.events[0].event.name == _FIRST
 
 
 async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
@@ -68,19 +74,25 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         events = await happenings(client, client.program_id, run, [name for name, succeeded in signatures if succeeded])
     except HistoryIncomplete as error:
         raise IncompleteRecord(str(error)) from error
-    complete = bool(events) and events[0].event.name == "RunCreated"
-    if not complete and not partial:
+    births = [index for index, one in enumerate(events) if one.event.name == _FIRST]
+    past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
+    if not past.complete and not partial:
         raise IncompleteRecord(
             f"the endpoint's history of run {run} begins after the run; use one that has all of it, or give --partial"
         )
-    receipts = await _receipts(client, run)
-    return Past(before, receipts, tuple(events), complete)
+    return past
 
 
-async def _receipts(client: CoordinatorClient, run: Pubkey) -> tuple[Receipt, ...]:
+async def _receipts(client: CoordinatorClient, now: Snapshot) -> tuple[Receipt, ...]:
+    """Those of this run, not of an earlier one of its name."""
     found = await client.program_accounts(client.program_id, RECEIPT_MARK, (0, RECEIPT_SIZE))
-    receipts = (decode_receipt(account.data) for _, account in found)
-    return tuple(sorted((one for one in receipts if one.run == run), key=lambda one: one.archived_slot))
+    receipts = [
+        decode_receipt(account.data)
+        for _, account in found
+        if len(account.data) == RECEIPT_SIZE and RECEIPT.get(account.data, "run_slot") == now.run.created_slot
+    ]
+    own = (one for one in receipts if one.run == client.addresses.run)
+    return tuple(sorted(own, key=lambda one: (one.archived_slot, str(one.wallet))))
 
 
 def lines_of(past: Past, run: Pubkey, program: Pubkey, genesis: str) -> list[dict[str, Any]]:

@@ -8,12 +8,13 @@ from typing import Annotated, Any
 import typer
 from rich.markup import escape
 
-from coordinator.admin.checking import check_against_chain, check_consistency
+from coordinator.admin.checking import Checked, check_consistency, compare_accounts, compare_events
 from coordinator.admin.exporting import lines_of, read_past
 from coordinator.admin.options import RPC_DEFAULT, AsJson, OwnerAddress, ProgramAddress, Rpc, RunName
 from coordinator.admin.output import show
-from coordinator.admin.record import InvalidRecord, read_record, write_record
-from coordinator.admin.session import RunChoice, go
+from coordinator.admin.record import InvalidRecord, Record, read_record, write_record
+from coordinator.admin.session import RunChoice, chain_at, go
+from coordinator.history import happenings, signatures_of
 from coordinator.wallet import load_keypair
 
 app = typer.Typer()
@@ -75,16 +76,11 @@ def verify(
         found = check_consistency(record)
         if signer is not None and signer != str(record.signer):
             raise InvalidRecord(f"it is signed by {record.signer}, not by {signer}")
-        since: int | None = None
-        if rpc:
-            async with RunChoice(rpc, found.address).open() as client:
-                past = await read_past(client, partial=not found.complete)
-                genesis = str(await client.rpc.call("getGenesisHash"))
-                since = await check_against_chain(record, client, past, genesis)
+        since = await _since(record, found, rpc) if rpc else None
         result: dict[str, Any] = {
             "valid": True,
             "run_id": found.run_id,
-            "address": found.address,
+            "address": str(found.address),
             "signer": str(record.signer),
             "complete": found.complete,
             "events": found.events,
@@ -105,3 +101,18 @@ def verify(
         show(result, as_json, "\n".join(lines))
 
     go(act())
+
+
+async def _since(record: Record, found: Checked, rpc: list[str]) -> int:
+    """How many events have happened since, if the chain says what the record says. Raises InvalidRecord."""
+    async with chain_at(rpc) as chain:
+        genesis = str(await chain.rpc.call("getGenesisHash"))
+        signatures = await signatures_of(chain, found.address)
+        names = [name for name, succeeded in signatures if succeeded]
+        since = compare_events(record, await happenings(chain, found.program, found.address, names), genesis)
+    if since == 0:
+        # So the run was not closed, and its accounts are those of the record.
+        async with RunChoice(rpc, str(found.address)).open() as client:
+            past = await read_past(client, partial=not found.complete)
+            compare_accounts(record, past, found.address, found.program, genesis)
+    return since

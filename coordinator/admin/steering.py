@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
@@ -24,11 +24,16 @@ from coordinator.admin.options import (
 from coordinator.admin.output import lamports_of, pubkey, sol
 from coordinator.admin.sending import Manner, Step, carry_out
 from coordinator.admin.session import chain_at, go
+from coordinator.chain import Chain
 from coordinator.client import RunNotFound
-from coordinator.layout import RUN, RUN_MARK, RUN_SIZE
+from coordinator.layout import GRANT, GRANT_MARK, RECEIPT, RECEIPT_MARK, RUN, RUN_MARK, RUN_SIZE
+from coordinator.run_config import ConfigError
 from coordinator.wallet import load_keypair
 
 app = typer.Typer()
+
+# What fits into one transaction.
+_MOST_RECORDS: Final = 16
 
 
 @acting(app, "set", asks=True)
@@ -183,3 +188,46 @@ def migrate(
             await carry_out(chain, manner, step, {"run": str(address)}, f"run {address} is migrated")
 
     go(act())
+
+
+@app.command("reclaim")
+def reclaim(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="Address that the closed run had.")],
+    program: Annotated[str, typer.Option(help="Address of the coordinator program.")],
+    payer: Payer,
+    rpc: Rpc = RPC_DEFAULT,
+    priority_fee: PriorityFee = 0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """After a run was closed: get back the deposits of grants and receipts that the wallet has paid."""
+
+    async def act() -> None:
+        wallet = load_keypair(payer)
+        address, program_id = pubkey(run, "the run"), pubkey(program, "--program")
+        async with chain_at(rpc, wallet, priority_fee, program_id) as chain:
+            paid = await _paid_by(chain, program_id, address, wallet.pubkey())
+            if not paid:
+                raise ConfigError(f"{wallet.pubkey()} has paid no grant or receipt of run {address} that is left")
+            now = paid[:_MOST_RECORDS]
+            manner = Manner(wallet, program_id, dry_run, False, as_json, priority_fee)
+            step = Step(
+                f"reclaim {len(now)} deposits", [ix.reclaim(address, program_id, wallet.pubkey(), one) for one in now]
+            )
+            result = {"run": str(address), "reclaimed": len(now), "left": len(paid) - len(now)}
+            rest = f"; {len(paid) - len(now)} are left: run it again" if len(paid) > len(now) else ""
+            await carry_out(chain, manner, step, result, f"{len(now)} deposits are back{rest}")
+
+    go(act())
+
+
+async def _paid_by(chain: Chain, program: Pubkey, run: Pubkey, wallet: Pubkey) -> list[Pubkey]:
+    """Grants and receipts of a run, whichever of its name, whose deposit is the wallet's."""
+    paid = []
+    for record, mark, payer in ((GRANT, GRANT_MARK, "authority"), (RECEIPT, RECEIPT_MARK, "payer")):
+        for address, account in await chain.program_accounts(program, mark, (0, record.size)):
+            if len(account.data) < record.size:
+                continue
+            if record.get(account.data, "run") == bytes(run) and record.get(account.data, payer) == bytes(wallet):
+                paid.append(address)
+    return paid

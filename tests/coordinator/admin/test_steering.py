@@ -144,13 +144,29 @@ def test_an_owner_changes_and_ends_a_run(
 
     do(ledger, run, stranger, end)
     assert "`run export` keeps a record" in admin("run", "close", *paid, status=80)
+    admin("run", "set", run, f"join_authority={load_keypair(stranger).pubkey()}", *paid[1:], status=22)
+    record = wallet.with_name("record.jsonl")
+    admin("run", "export", run, "--out", record, "--wallet", stranger, "--rpc", ledger.rpc)
     closed = admin_json("run", "close", *paid, "--yes")
     assert closed["lamports"] < -2 * SOL, "deposits and what was funded come back to the owner"
     assert "no account" in admin(*show, status=25)
+    assert "1 events have happened since" in admin("run", "verify", record, "--rpc", ledger.rpc)
+
+    # another run of the same name has the same address, and a history of its own
+    assert create("limits.init_min_members=4") == run
+    again = wallet.with_name("again.jsonl")
+    exported = admin_json("run", "export", run, "--out", again, "--wallet", stranger, "--rpc", ledger.rpc)
+    assert (exported["events"], exported["complete"]) == (1, True)
+    for path, since in ((record, 2), (again, 0)):
+        assert admin_json("run", "verify", path, "--rpc", ledger.rpc)["events_since"] == since
 
 
 def test_a_join_authority_lets_in_whom_it_wants(
-    ledger: Ledger, create: Callable[..., str], another: Callable[[str], Path], wallet: Path
+    ledger: Ledger,
+    program: tuple[Keypair, Pubkey],
+    create: Callable[..., str],
+    another: Callable[[str], Path],
+    wallet: Path,
 ) -> None:
     authority, grantee, other = another("authority"), another("grantee"), another("other")
     keys = [load_keypair(path).pubkey() for path in (authority, grantee, other)]
@@ -197,7 +213,9 @@ def test_a_join_authority_lets_in_whom_it_wants(
     everybody = admin_json("auth", "grant", run, "--anyone", *options)
     assert "anyone" in admin(*listed)
     join(other, everybody["grant"])
+    assert "NOT_CLOSED" in admin("run", "reclaim", run, "--program", program[1], *options, status=22)
     admin("auth", "revoke", run, "--anyone", *options)
+    assert "no grant or receipt" in admin("run", "reclaim", run, "--program", program[1], *options, status=10)
     admin("auth", "grant", run, *options, status=2)
     admin("run", "set", run, "join_authority=anyone", "--payer", wallet, *rpc)
     assert "anyone may join" in admin(*listed)
