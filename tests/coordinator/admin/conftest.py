@@ -29,11 +29,16 @@ def config(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.fixture
-def run(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path) -> dict[str, Any]:
-    """A run that has come to round 2."""
+@pytest.fixture(scope="module")
+def run(ledger: Ledger, program: tuple[Keypair, Pubkey], tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A run that has come to round 2, of an owner of its own, to be looked at only."""
+    folder = tmp_path_factory.mktemp("run")
+    owner, settings = folder / "owner.json", folder / "run.toml"
+    settings.write_text(CONFIG)
+    admin("keys", "new", owner)
+    admin("ledger", "airdrop", owner, "50", "--rpc", ledger.rpc)
     created: dict[str, Any] = admin_json(
-        "run", "create", "--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc
+        "run", "create", "--payer", owner, "--program", program[1], "--config", settings, "--rpc", ledger.rpc
     )
 
     async def play() -> None:
