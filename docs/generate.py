@@ -19,6 +19,8 @@ from pathlib import Path
 from pydantic import BaseModel
 
 from coordinator.admin import exits as admin_exits
+from coordinator.admin import record
+from coordinator.events import EVENTS
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
 from psyche_node import exits
 from psyche_node.node.config import NodeConfig
@@ -84,6 +86,32 @@ def report_format() -> str:
             lines.append(f"| `{name}` | {_type(field.annotation)} | {_one_line(field.description)} |")
             waiting += [part for part in _models(field.annotation) if part not in waiting]
         lines.append("")
+    return "\n".join(lines)
+
+
+def record_format() -> str:
+    head, _, body = (record.__doc__ or "").partition("\n\n")
+    lines = [
+        "# Record of a run\n",
+        "What `psyche-admin run export` writes and `psyche-admin run verify` checks. " + head + "\n",
+        "```",
+        *(line.removeprefix("    ") for line in body.split("\n\n")[0].splitlines()),
+        "```\n",
+        *(f"{_one_line(part)}\n" for part in body.split("\n\n")[1:]),
+        "A line of kind `round` follows the event that made the round final. `trained` lists everybody who had data in",
+        "it: `positions` are [start, count] pairs of the shuffled data, `digest` is that of the committed update.",
+        "`returned` are the positions that are trained again, because their update does not count.\n",
+        "## Events\n",
+        "Each has `slot`, `signature` (of its transaction), `index` (its place among the run's events there) and `name`.",
+        "Addresses are base58, node keys and digests hex, members numbers of slots.\n",
+        "| event | fields |",
+        "|---|---|",
+    ]
+    hidden = {"mark", "run", "pad", "slot"}
+    renamed = {"range": "ranges", "slice_count": "slices"}
+    for name, event in EVENTS.items():
+        fields = [renamed.get(field, field) for field, _ in event.fields if field not in hidden]
+        lines.append(f"| `{name}` | {', '.join(f'`{field}`' for field in fields) or 'none'} |")
     return "\n".join(lines)
 
 
@@ -168,6 +196,7 @@ def _models(annotation: object) -> list[type[BaseModel]]:
 
 PAGES: dict[str, Callable[[], str]] = {
     "exit-codes.md": exit_codes,
+    "record.md": record_format,
     "report.md": report_format,
     "settings.md": settings,
 }

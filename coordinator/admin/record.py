@@ -7,9 +7,10 @@
     {"kind": "state", ...}                                  the run's account at the end
     {"kind": "signature", ...}                              the exporter's signature over all lines above
 
-h(0) = SHA-256(format); h(i) = SHA-256(h(i-1) || SHA-256(line i without its newline)). What is signed is Solana's
-off-chain message (it cannot be taken for a transaction) with the text "FORMAT LINES HASH": the number of lines before
-the signature and the last hash in hex. `solana verify-offchain-signature` checks it too.
+h(0) = SHA-256(format); h(i) = SHA-256 of h(i-1) followed by SHA-256(line i without its newline). What is signed
+(Ed25519) is an off-chain message of Solana's, version 0, which cannot be taken for a transaction: 0xff, "solana
+offchain", two zero bytes, the length of the text in 16 bits, and the text "FORMAT LINES HASH": the number of lines
+before the signature, and the last hash in hex.
 """
 
 from __future__ import annotations
