@@ -152,8 +152,7 @@ def get_program_accounts(rpc: Rpc, params: list[Any]) -> Json:
 def request_airdrop(rpc: Rpc, params: list[Any]) -> Json:
     to = pubkey_at(params, 0)
     lamports = number(params[1] if len(params) > 1 else None, "lamports")
-    wire = rpc.bank.airdrop_transaction(to, lamports)
-    record = rpc.bank.apply(Execute(wire))
+    record = rpc.live.apply(Execute(rpc.live.airdrop_transaction(to, lamports)))
     if record is None or record.error is not None:
         raise invalid(f"the faucet cannot give {lamports} lamports: {record.error if record else 'it is empty'}")
     return str(record.signature)

@@ -1,4 +1,4 @@
-"""Solana's WebSocket subscriptions: account, program, logs, signature, slot.
+"""Solana's WebSocket subscriptions: account, program, logs, signature, slot, root.
 
 Changes are pushed as each transaction executes. A client that does not read as fast as it is sent to is disconnected
 when its queue is full; it never holds up the ledger or the other clients.
@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import json
 import logging
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -19,10 +20,13 @@ from solders.pubkey import Pubkey
 from solders.signature import Signature
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
+from websockets.http11 import Request
 
-from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank, Record
+from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank
 from coordinator.ledger.dispatch import COMMITMENTS, parse_request
 from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
+from coordinator.ledger.faults import Chance, Faults
+from coordinator.ledger.http import reset
 from coordinator.ledger.params import (
     INTERNAL_ERROR,
     INVALID_PARAMS,
@@ -41,6 +45,7 @@ from coordinator.ledger.params import (
     text_at,
     window_of,
 )
+from coordinator.ledger.state import Record
 
 log = logging.getLogger(__name__)
 # Failed handshakes are other people's mistakes (port scans, plain HTTP); their tracebacks are not news.
@@ -55,32 +60,44 @@ MAX_QUEUED_BYTES: Final = 16 * 2**20
 _GONE: Final = Account(0, b"", SYSTEM_PROGRAM)
 
 
+WhenDurable = Callable[[Callable[[], None]], None]
+
+
 @dataclass(slots=True, eq=False)
 class _Client:
     """One connection: what it subscribed to and what waits to be sent to it."""
 
     socket: ServerConnection
-    queue: asyncio.Queue[str] = field(default_factory=lambda: asyncio.Queue(MAX_QUEUED))
+    queue: deque[tuple[float, str]] = field(default_factory=deque)
     queued_bytes: int = 0
     subscriptions: dict[int, _Subscription] = field(default_factory=dict)
     dropped: bool = False
+    waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def push(self, text: str) -> None:
+    def push(self, text: str, due: float = 0.0) -> None:
+        """Queue a message; it is sent at `due` (the loop's time) or later, and never before an earlier one."""
         if self.dropped:
             return
-        if self.queue.full() or self.queued_bytes + len(text) > MAX_QUEUED_BYTES:
-            log.warning("a WebSocket client is too slow: disconnected with %d messages unsent", self.queue.qsize())
+        if len(self.queue) >= MAX_QUEUED or self.queued_bytes + len(text) > MAX_QUEUED_BYTES:
+            log.warning("a WebSocket client is too slow: disconnected with %d messages unsent", len(self.queue))
             self.dropped = True
             self.socket.transport.abort()
             return
         self.queued_bytes += len(text)
-        self.queue.put_nowait(text)
+        self.queue.append((due, text))
+        self.waiting.set()
 
     async def write(self) -> None:
+        loop = asyncio.get_running_loop()
         while True:
-            text = await self.queue.get()
-            self.queued_bytes -= len(text)
-            await self.socket.send(text)
+            while self.queue:
+                due, text = self.queue.popleft()
+                self.queued_bytes -= len(text)
+                if due > loop.time():
+                    await asyncio.sleep(due - loop.time())
+                await self.socket.send(text)
+            self.waiting.clear()
+            await self.waiting.wait()
 
 
 @dataclass(slots=True, eq=False)
@@ -99,18 +116,22 @@ class PubSub:
     """The subscriptions to one bank, and the WebSocket server that carries them.
 
     Args:
-        bank: its `on_record` and `on_slot` are taken by this object.
+        bank: whose changes are pushed.
+        when_durable: calls a function once everything that the bank has executed is durable.
+        faults: what goes wrong on the way.
     """
 
-    def __init__(self, bank: Bank) -> None:
+    def __init__(self, bank: Bank, when_durable: WhenDurable, faults: Faults) -> None:
         self._bank = bank
+        self._when_durable = when_durable
+        self._chance = Chance(faults, lambda: bank.slot)
         self._topics: dict[tuple[str, Pubkey | Signature | None], dict[int, _Subscription]] = {}
         self._kinds: dict[str, int] = {}
         self._identities = itertools.count(1)
         self._clients: set[_Client] = set()
         self._server: Server | None = None
-        bank.on_record = self._record
-        bank.on_slot = self._slot
+        bank.on_record.append(self._record)
+        bank.on_slot.append(self._slot)
 
     async def start(self, host: str, port: int) -> None:
         """Listen. Raises OSError when it cannot."""
@@ -123,6 +144,7 @@ class PubSub:
             close_timeout=1,
             logger=_quiet,
             server_header=None,
+            process_request=self._admit,
         )
 
     async def stop(self) -> None:
@@ -142,6 +164,8 @@ class PubSub:
         client = _Client(socket)
         self._clients.add(client)
         writer = asyncio.create_task(self._write(client))
+        life = self._chance.socket_life()
+        cut = None if life is None else asyncio.get_running_loop().call_later(life, self._cut, client)
         try:
             async for message in socket:
                 self._answer(client, message)
@@ -150,8 +174,19 @@ class PubSub:
         finally:
             self._clients.discard(client)
             writer.cancel()
+            if cut is not None:
+                cut.cancel()
             for subscription in tuple(client.subscriptions.values()):
                 self._remove(subscription)
+
+    def _admit(self, socket: ServerConnection, request: Request) -> None:
+        if self._chance.hits("refuse_sockets", self._chance.faults.refuse_sockets):
+            reset(socket.transport)
+
+    def _cut(self, client: _Client) -> None:
+        if self._chance.active():
+            client.dropped = True
+            reset(client.socket.transport)
 
     async def _write(self, client: _Client) -> None:
         try:
@@ -164,7 +199,7 @@ class PubSub:
             requests = json.loads(message)
         except (ValueError, RecursionError):
             error = {"code": PARSE_ERROR, "message": "Parse error"}
-            client.push(json.dumps({"jsonrpc": "2.0", "error": error, "id": None}))
+            self._push(client, json.dumps({"jsonrpc": "2.0", "error": error, "id": None}))
             return
         for request in requests if isinstance(requests, list) else [requests]:
             self._answer_one(client, request)
@@ -191,7 +226,7 @@ class PubSub:
             log.exception("subscription failed: %.200r", request)
             reply["error"] = {"code": INTERNAL_ERROR, "message": "Internal error"}
         reply["id"] = identity
-        client.push(json.dumps(reply))
+        self._push(client, json.dumps(reply))
         if then is not None:
             then()
 
@@ -223,8 +258,8 @@ class PubSub:
             return name.removesuffix("Subscribe"), pubkey_at(params, 0)
         if name == "signatureSubscribe":
             return "signature", parse_signature(text_at(params, 0, "a signature"))
-        if name == "slotSubscribe":
-            return "slot", None
+        if name in ("slotSubscribe", "rootSubscribe"):
+            return name.removesuffix("Subscribe"), None
         if name == "logsSubscribe":
             wanted = params[0] if params else None
             if wanted in ("all", "allWithVotes"):
@@ -261,10 +296,22 @@ class PubSub:
 
     # ------------------------------------------------------------------ notifications
 
+    def _push(self, client: _Client, text: str) -> None:
+        """What a client learns is durable first. The delay is one way of the two that a request takes."""
+
+        def push() -> None:
+            delay = self._chance.half_delay("push")
+            client.push(text, asyncio.get_running_loop().time() + delay if delay else 0.0)
+
+        self._when_durable(push)
+
     def _send(self, kind: str, subscription: _Subscription, result: str) -> None:
-        subscription.client.push(
+        if self._chance.hits("mute", self._chance.faults.mute):
+            return
+        self._push(
+            subscription.client,
             f'{{"jsonrpc":"2.0","method":"{kind}Notification","params":'
-            f'{{"result":{result},"subscription":{subscription.identity}}}}}'
+            f'{{"result":{result},"subscription":{subscription.identity}}}}}',
         )
 
     def _value(self, value: Json) -> str:
@@ -276,6 +323,9 @@ class PubSub:
             result = json.dumps({"parent": parent, "root": parent, "slot": slot})
             for subscription in tuple(self._topics[("slot", None)].values()):
                 self._send("slot", subscription, result)
+        if self._kinds.get("root"):
+            for subscription in tuple(self._topics[("root", None)].values()):
+                self._send("root", subscription, str(parent))
 
     def _record(self, record: Record) -> None:
         if self._kinds.get("signature"):

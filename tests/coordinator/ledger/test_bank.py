@@ -20,7 +20,8 @@ from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
 
 from coordinator.ledger import bank as bank_module
-from coordinator.ledger.bank import MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Record, Refused
+from coordinator.ledger.bank import MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Refused
+from coordinator.ledger.state import Record
 
 GENESIS = bytes(32)
 SOL = 10**9

@@ -245,3 +245,51 @@ def test_batches_are_answered_in_order(ledger: Ledger) -> None:
 )
 def test_wrong_requests_get_errors(ledger: Ledger, method: str, params: list[object], code: int) -> None:
     assert call(ledger, method, *params)["error"]["code"] == code
+
+
+def test_blocks_are_described_as_on_a_cluster(ledger: Ledger) -> None:
+    payer = funded(ledger)
+    sent = payment(ledger, payer, Keypair().pubkey(), SOL)
+    signature = send(ledger, sent)["result"]
+    slot = call(ledger, "getSignatureStatuses", [signature])["result"]["value"][0]["slot"]
+    assert call(ledger, "getBlock", 2**40)["error"]["code"] == -32004
+    while call(ledger, "getSlot")["result"] <= slot:
+        pass
+    block = call(ledger, "getBlock", slot, {"maxSupportedTransactionVersion": 0})["result"]
+    assert signature in [one["transaction"]["signatures"][0] for one in block["transactions"]]
+    assert block["parentSlot"] < slot
+    signatures = call(ledger, "getBlock", slot, {"transactionDetails": "signatures", "rewards": False})["result"]
+    assert signature in signatures["signatures"]
+    assert "rewards" not in signatures
+    bare = call(ledger, "getBlock", slot, {"transactionDetails": "none"})["result"]
+    assert bare["blockhash"] == block["blockhash"]
+    assert call(ledger, "getBlockTime", slot)["result"] == block["blockTime"]
+    slots = call(ledger, "getBlocks", slot, slot + 50)["result"]
+    assert slots[0] == slot
+    following = call(ledger, "getBlocksWithLimit", slot, 2)["result"]
+    while len(following) < 2:
+        following = call(ledger, "getBlocksWithLimit", slot, 2)["result"]
+    after = call(ledger, "getBlock", following[1], {"transactionDetails": "none"})["result"]
+    assert (after["parentSlot"], after["previousBlockhash"]) == (slot, block["blockhash"])
+    assert after["blockHeight"] == block["blockHeight"] + 1
+
+
+def test_solana_py_knows_the_cluster(ledger: Ledger) -> None:
+    async def use(client: AsyncClient) -> None:
+        identity = (await client.get_identity()).value.identity
+        assert (await client.get_slot_leader()).value == identity
+        assert (await client.get_slot_leaders(0, 2)).value == [identity, identity]
+        assert (await client.get_cluster_nodes()).value[0].pubkey == identity
+        assert (await client.get_vote_accounts()).value.current == []
+        assert (await client.get_epoch_schedule()).value.slots_per_epoch == 432_000
+        assert (await client.get_first_available_block()).value >= 0
+        assert (await client.get_minimum_ledger_slot()).value >= 0
+        assert (await client.get_supply()).value.total > 0
+        assert (await client.get_inflation_governor()).value.initial == 0.0
+        assert (await client.get_inflation_rate()).value.total == 0.0
+        assert (await client.get_recent_performance_samples()).value == []
+        slot = (await client.get_blocks(0)).value[-1]
+        block = (await client.get_block(slot, max_supported_transaction_version=0)).value
+        assert block is not None
+
+    with_solana_py(ledger, use)
