@@ -36,6 +36,7 @@ lint: setup
 
 program: setup
 	$(BIN)/python -m coordinator.toolchain.build
+	$(BIN)/python -m coordinator.idl
 
 proto: setup
 	$(BIN)/python proto/generate.py
@@ -47,9 +48,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.ledger
 	$(BIN)/python -m benchmarks.ledger_restart
 
-# What takes too long for every change: a million inputs for the decoder of updates, 50 kills of a ledger under load.
 # What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
-# and for its instructions, ten thousand schedules of a run, and replicas over rank layouts for 500 rounds.
+# and for its instructions, ten thousand schedules of a run, replicas over rank layouts for 500 rounds, and 50 kills of
+# a ledger under load.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
@@ -67,6 +68,7 @@ contract-surfpool: setup
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m coordinator.idl
 
 clean:
 	rm -rf $(VENV) build runs

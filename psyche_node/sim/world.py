@@ -184,7 +184,8 @@ class World:
         if self.funded < OWNER_NEEDS:
             raise SimulationFailed(
                 f"wallet {self.owner.pubkey()} has {self.funded / LAMPORTS_PER_SOL:g} SOL on {self.rpc}; a run needs "
-                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: psyche-admin airdrop, or transfer"
+                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: "
+                "psyche-admin ledger airdrop, or transfer"
             )
         await deploy(self.chain, self.owner, program, program_bytes())
 
