@@ -88,7 +88,7 @@ class Replay:
 
     def _ejected(self, event: Line) -> None:
         for one in self._open.values():
-            one.ejected.add(event.integer("member"))
+            one.ejected |= event.slots("members")
 
     def _credit_archived(self, event: Line) -> None:
         slot, credit, wallet = event.integer("member"), event.integer("credit"), str(event["wallet"])
@@ -233,7 +233,7 @@ _HANDLERS: Final = {
     "RunClosed": Replay._run_closed,
     "ModelChanged": Replay._model_changed,
     "MemberJoined": Replay._joined,
-    "MemberEjected": Replay._ejected,
+    "MembersEjected": Replay._ejected,
     "MemberArchived": Replay._credit_archived,
     "MemberRestored": Replay._credit_restored,
     "Committed": Replay._committed,
