@@ -217,7 +217,7 @@ class CoordinatorClient(Chain):
     async def join(
         self, node_key: Keypair, share: int = instructions.DEFAULT_SHARE, grant: Pubkey | None = None
     ) -> Signature:
-        """Become a member with this node key, which signs too; `grant` where the run has a join authority."""
+        """Become a member with this node key, which signs too; by a grant, where the run has a join authority."""
         made = instructions.join(self.addresses, self.program_id, self._signer(), node_key.pubkey(), share, grant)
         return await self.send(made, extra_signers=(node_key,))
 

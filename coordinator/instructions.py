@@ -49,6 +49,7 @@ __all__ = [
     "migrate",
     "pause",
     "ready",
+    "reclaim",
     "restore",
     "resume",
     "revoke",
@@ -84,6 +85,7 @@ INSTRUCTIONS: Final = (
     "leave",
     "archive",
     "restore",
+    "reclaim",
     "claim",
     "tick",
 )
@@ -396,6 +398,17 @@ def restore(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt
     metas = _metas(addresses, wallet, written="members", paid=True)
     metas.append(AccountMeta(receipt, is_signer=False, is_writable=True))
     return Instruction(program_id, MARKS["restore"], metas)
+
+
+def reclaim(run: Pubkey, program_id: Pubkey, payer: Pubkey, record: Pubkey) -> Instruction:
+    """After a run was closed: the lamports of one of its receipts go back to who paid for it, of a grant to the
+    authority."""
+    metas = [
+        AccountMeta(payer, is_signer=True, is_writable=True),
+        AccountMeta(run, is_signer=False, is_writable=False),
+        AccountMeta(record, is_signer=False, is_writable=True),
+    ]
+    return Instruction(program_id, MARKS["reclaim"], metas)
 
 
 def claim(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey | None = None) -> Instruction:

@@ -157,7 +157,7 @@ RUN: Final = Record(
         ("reward_paid", "Q"),
         ("reward_earned", "Q"),
         ("model_round", "I"),
-        ("pad", "I"),
+        ("schedule_rounds", "I"),
         ("next_limits", f"{LIMITS.size}s"),
         ("reserved", "464s"),
     ],
@@ -294,7 +294,7 @@ GRANT: Final = Record(
         ("authority", "32s"),
         ("grantee", "32s"),
         ("created_slot", "Q"),
-        ("reserved", "Q"),
+        ("run_slot", "Q"),
         ("delegate", f"{MAX_DELEGATES * 32}s"),
     ],
 )
@@ -313,7 +313,7 @@ RECEIPT: Final = Record(
         ("reward", "Q"),
         ("reward_claimed", "Q"),
         ("archived_slot", "Q"),
-        ("pad", "Q"),
+        ("run_slot", "Q"),
     ],
 )
 

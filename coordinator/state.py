@@ -195,6 +195,7 @@ def decode_run(data: bytes) -> Run:
         "created_slot",
         "config_version",
         "model_round",
+        "schedule_rounds",
         "reward_rate",
         "reward_earned",
         "reward_paid",

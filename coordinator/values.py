@@ -123,8 +123,9 @@ class Run:
     Every round below `final_rounds` has a final inclusion set, and the weights on which `round` is trained contain
     exactly those. `inclusion` holds the last 8 final sets, newest last. In COOLDOWN and FINISHED `round` is the next
     round to train, and equals `final_rounds`. `checkpoint_root` is the model root before `checkpoint_round` (the start
-    model for 0). Learning-rate schedules count from `model_round`. `next_limits` hold from the next round on. Rewards
-    are lamports; `reward_rate` is per million tokens. `resume_phase` says where a paused run goes on.
+    model for 0). The learning-rate schedule counts from `model_round` and spans `schedule_rounds`. `next_limits`
+    hold from the next round on. Rewards are lamports; `reward_rate` is per million tokens. `resume_phase` says where a
+    paused run goes on.
     """
 
     version: int
@@ -156,6 +157,7 @@ class Run:
     config_version: int
     next_limits: Limits | None
     model_round: int
+    schedule_rounds: int
     reward_rate: int
     reward_earned: int
     reward_paid: int

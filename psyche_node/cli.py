@@ -42,6 +42,7 @@ def run(
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; 0 lets PyTorch choose.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
+    share: Annotated[int | None, typer.Option(help="Share of the batch; 0: the measured speed.")] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
     ] = None,
@@ -69,6 +70,7 @@ def run(
         "device": device,
         "threads": threads,
         "micro_batch": micro_batch,
+        "share": share,
         "evaluate_every": evaluate_every,
         "check_every": check_every,
         "update_timeout": update_timeout,

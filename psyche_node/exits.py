@@ -56,7 +56,7 @@ class Exit(IntEnum):
     WALLET = (
         11,
         "The wallet cannot be used: no file, not a Solana keypair, or readable by others.",
-        "Make one with `psyche-admin wallet new FILE`, or run `chmod 600 FILE` on the one you have.",
+        "Make one with `psyche-admin keys new FILE`, or run `chmod 600 FILE` on the one you have.",
     )
     NODE_KEY = (
         12,
@@ -77,7 +77,7 @@ class Exit(IntEnum):
     TRANSACTION_FAILED = (
         21,
         "The cluster refused a transaction before the program saw it, most often because the wallet is empty.",
-        "Look at the wallet's balance with `psyche-admin wallet show FILE`, fund it, and start again.",
+        "Look at the wallet's balance with `psyche-admin keys show FILE`, fund it, and start again.",
     )
     PROGRAM_REFUSED = (
         22,
@@ -94,6 +94,11 @@ class Exit(IntEnum):
         24,
         "An account of the run does not decode.",
         "Check that RUN is a run's account and that the program is a version this release knows; upgrade the node.",
+    )
+    EJECTED = (
+        25,
+        "The run's owner has put this node out of the run.",
+        "Ask the owner why. After a kick the node may join again; after a ban only when the owner lifts it.",
     )
     NETWORK = (
         30,
@@ -179,6 +184,8 @@ _EXITS: dict[str, Exit] = {
     "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
+    "psyche_node.node.roundloop.Ejected": Exit.EJECTED,
+    "psyche_node.node.roundloop.TermsChanged": Exit.CONFIG,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
     "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,
     "builtins.TimeoutError": Exit.UNEXPECTED,

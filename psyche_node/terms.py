@@ -10,7 +10,8 @@ from psyche_node.training.terms import TrainingTerms
 def training_terms(run: Run) -> TrainingTerms:
     terms = run.terms
     return TrainingTerms(
-        total_rounds=run.limits.total_rounds,
+        first_round=run.model_round,
+        total_rounds=run.schedule_rounds,
         schedule=Schedule(terms.schedule),
         warmup_rounds=terms.warmup_rounds,
         decay_rounds=terms.decay_rounds,

@@ -30,9 +30,10 @@ from solders.signature import Signature
 from solders.system_program import TransferParams, transfer
 from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
-from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo, TransactionMetadata
+from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
-from coordinator.ledger.encoding import Json, error_json
+from coordinator.ledger.encoding import error_json
+from coordinator.ledger.state import Block, Capture, Chain, Record, State
 
 MAX_TRANSACTION_BYTES: Final = 1232
 MAX_BLOCKHASH_AGE: Final = 150
@@ -41,6 +42,7 @@ SLOTS_PER_EPOCH: Final = 432_000
 LAMPORTS_PER_SIGNATURE: Final = 5000
 # History serves getTransaction and getSignaturesForAddress; duplicates are refused independently of it.
 HISTORY_TRANSACTIONS: Final = 20_000
+HISTORY_BLOCKS: Final = 8_192
 FAUCET_LAMPORTS: Final = 500_000_000 * 10**9
 SYSTEM_PROGRAM: Final = Pubkey.default()
 _SYSVAR_OWNER: Final = Pubkey.from_string("Sysvar1111111111111111111111111111111111111")
@@ -79,27 +81,6 @@ Change = AdvanceSlot | Execute
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """A transaction that entered the ledger: it succeeded, or it failed and paid its fee.
-
-    `keys` are all accounts in message order, `writable` those that the transaction may change. `error` is Solana's
-    JSON for a TransactionError, or None. Balances are lamports, in the order of `keys`.
-    """
-
-    signature: Signature
-    slot: int
-    unix_time: int
-    transaction: bytes
-    keys: tuple[Pubkey, ...]
-    loaded_from: int
-    writable: tuple[Pubkey, ...]
-    error: Json
-    meta: TransactionMetadata
-    balances_before: tuple[int, ...]
-    balances_after: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
 class Checked:
     """A transaction that passed every check short of execution."""
 
@@ -135,12 +116,16 @@ class Bank:
         self.unix_time = unix_time
         self.transaction_count = 0
         self._entry = self._bank_hash = bytes(self.genesis_hash)
-        self._mixin = hashlib.sha256()
+        self._mixin = b""
         self._slot_hashes: deque[bytes] = deque(maxlen=MAX_SLOT_HASHES)
+        self.blocks: deque[Block] = deque(maxlen=HISTORY_BLOCKS)
         self._blockhashes: OrderedDict[bytes, int] = OrderedDict({self._entry: 0})
         self._seen: dict[bytes, set[bytes]] = {self._entry: set()}
         self._history: OrderedDict[Signature, Record] = OrderedDict()
         self._by_address: dict[Pubkey, deque[Record]] = {}
+        # Every account that a transaction may have changed: with what `LiteSVM()` starts with, the VM's whole state.
+        self._accounts: dict[Pubkey, None] = {self._faucet.pubkey(): None}
+        self._capture: Capture | None = None
         self._vm_slot = -1
         self._airdrops = 0
         self._faucet_key = self._faucet.pubkey()
@@ -161,23 +146,39 @@ class Bank:
             for begun in self.on_slot:
                 begun(parent, change.slot)
             return None
-        record = self._execute(change.transaction)
-        if record is not None:
-            for changed in self.on_change:
-                changed(change)
-            for executed in self.on_record:
-                executed(record)
+        parsed = VersionedTransaction.from_bytes(change.transaction)
+        record = self._execute(change.transaction, parsed, keep_failure=True)
+        if isinstance(record, FailedTransactionMetadata):
+            return None
+        self._tell(change, record)
         return record
+
+    def apply_if_succeeds(self, checked: Checked) -> Record | FailedTransactionMetadata:
+        """`apply` a transaction that succeeds; one that fails changes nothing and its failure is returned.
+
+        The same as `simulate` and then `apply`, at the cost of one execution.
+        """
+        record = self._execute(checked.wire, checked.parsed, keep_failure=False)
+        if not isinstance(record, FailedTransactionMetadata):
+            self._tell(Execute(checked.wire), record)
+        return record
+
+    def _tell(self, change: Execute, record: Record) -> None:
+        for changed in self.on_change:
+            changed(change)
+        for executed in self.on_record:
+            executed(record)
 
     def _advance(self, slot: int, unix_time: int) -> None:
         if slot <= self.slot:
             raise ValueError(f"slot {slot} does not follow slot {self.slot}")
-        parent = self.slot
-        entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin.digest()).digest()
+        parent, previous = self.slot, self._entry
+        entry = hashlib.sha256(self._secret + self._entry + struct.pack("<Q", parent) + self._mixin).digest()
         self._bank_hash = hashlib.sha256(self._bank_hash + entry).digest()
         self._slot_hashes.appendleft(struct.pack("<Q", parent) + self._bank_hash)
         self._entry = entry
-        self._mixin = hashlib.sha256()
+        self._mixin = b""
+        self.blocks.append(Block(parent, self.parent, self.block_height, self.unix_time, entry, previous))
         self.slot = slot
         self.block_height += 1
         # The clock never runs backwards, as on a cluster.
@@ -188,20 +189,33 @@ class Bank:
             oldest, _ = self._blockhashes.popitem(last=False)
             del self._seen[oldest]
 
-    def _execute(self, wire: bytes) -> Record | None:
+    def _execute(
+        self, wire: bytes, parsed: VersionedTransaction, *, keep_failure: bool
+    ) -> Record | FailedTransactionMetadata:
+        """Returns the failure of a transaction that left no trace: it could not pay, or failures are not kept."""
         self._sync()
-        parsed = VersionedTransaction.from_bytes(wire)
         message = parsed.message
         if not isinstance(message, Message | MessageV0):
             raise ValueError("a change must be a transaction that passed `check`")
         keys, writable, loaded_from = self._accounts_of(message)
-        before = tuple(self._vm.get_balance(key) or 0 for key in keys)
+        if self._capture is not None:
+            self._capture.keep(writable)
+        balance = self._vm.get_balance
+        payer = None if keep_failure else self._vm.get_account(keys[0])
+        before = tuple([balance(key) or 0 for key in keys])
         result = self._vm.send_transaction(parsed)
+        after = tuple([balance(key) or 0 for key in keys])
         failed = isinstance(result, FailedTransactionMetadata)
-        meta = result.meta() if isinstance(result, FailedTransactionMetadata) else result
-        after = tuple(self._vm.get_balance(key) or 0 for key in keys)
-        if failed and after[0] == before[0]:
-            return None
+        if isinstance(result, FailedTransactionMetadata):
+            if after[0] == before[0]:
+                return result
+            if payer is not None:
+                # All that a failed transaction changes is its payer's account: it paid the fee.
+                self._vm.set_account(keys[0], payer)
+                return result
+            meta = result.meta()
+        else:
+            meta = result
         record = Record(
             signature=parsed.signatures[0],
             slot=self.slot,
@@ -218,10 +232,15 @@ class Bank:
         )
         self.transaction_count += 1
         self._airdrops += keys[0] == self._faucet_key
-        self._mixin.update(bytes(record.signature))
+        self._mixin = hashlib.sha256(self._mixin + bytes(record.signature)).digest()
         seen = self._seen.get(bytes(message.recent_blockhash))
         if seen is not None:
             seen.add(bytes(message.hash()))
+        self._accounts.update(dict.fromkeys(record.writable))
+        if 0 in after:
+            for key, left in zip(keys, after, strict=True):
+                if not left:
+                    self._accounts.pop(key, None)
         self._remember(record)
         return record
 
@@ -248,6 +267,58 @@ class Bank:
         hashes = struct.pack("<Q", len(self._slot_hashes)) + b"".join(self._slot_hashes)
         account = Account(1, hashes.ljust(_SLOT_HASHES_BYTES, b"\0"), _SYSVAR_OWNER)
         self._vm.set_account(SLOT_HASHES, account)
+
+    # ------------------------------------------------------------------ saving and restoring
+
+    def capture(self) -> Capture:
+        """The state as it is now, to be read while the bank goes on. One at a time: a new one ends the one before."""
+        chain = Chain(
+            genesis_hash=bytes(self.genesis_hash),
+            slot=self.slot,
+            block_height=self.block_height,
+            unix_time=self.unix_time,
+            transaction_count=self.transaction_count,
+            airdrops=self._airdrops,
+            entry=self._entry,
+            bank_hash=self._bank_hash,
+            mixin=self._mixin,
+            slot_hashes=tuple(self._slot_hashes),
+            blocks=tuple(self.blocks),
+            blockhashes=tuple((h, height, self._seen[h].copy()) for h, height in self._blockhashes.items()),
+        )
+        records = tuple(self._history.values())
+        self._capture = Capture(chain, records, dict(self._accounts), self._vm.get_account)
+        return self._capture
+
+    def end_capture(self) -> None:
+        self._capture = None
+
+    def restore(self, state: State) -> None:
+        """Become what `state` says. Only for a new bank with the same genesis."""
+        if self.slot or self.transaction_count:
+            raise ValueError("only a new bank can be restored")
+        if state.genesis_hash != bytes(self.genesis_hash):
+            raise ValueError("the state belongs to another genesis")
+        self.slot, self.block_height, self.unix_time = state.slot, state.block_height, state.unix_time
+        self.transaction_count, self._airdrops = state.transaction_count, state.airdrops
+        self._entry, self._bank_hash, self._mixin = state.entry, state.bank_hash, state.mixin
+        self._slot_hashes = deque(state.slot_hashes, maxlen=MAX_SLOT_HASHES)
+        self._blockhashes = OrderedDict((blockhash, height) for blockhash, height, _ in state.blockhashes)
+        self.blocks.extend(state.blocks)
+        self._seen = {blockhash: set(seen) for blockhash, _, seen in state.blockhashes}
+        self._sync()
+        executables = []
+        for key, account in state.accounts:
+            self._accounts[key] = None
+            if account.executable:
+                executables.append((key, account))
+            else:
+                self._vm.set_account(key, account)
+        # A program is loaded from its program data when it is set: that has to be there before.
+        for key, account in executables:
+            self._vm.set_account(key, account)
+        for record in state.records:
+            self._remember(record)
 
     # ------------------------------------------------------------------ transactions
 
@@ -286,6 +357,16 @@ class Bank:
         self._sync()
         return self._vm.simulate_transaction(checked.parsed)
 
+    def fee_of(self, message: Message | MessageV0) -> int:
+        """What a transaction with this message would pay, in lamports, its price of compute included."""
+        signatures = message.header.num_required_signatures
+        self._sync()
+        result = self._vm.simulate_transaction(
+            VersionedTransaction.populate(message, [Signature.default()] * signatures)
+        )
+        # A message that cannot be loaded has no fee for the VM.
+        return max(result.meta().fee(), signatures * LAMPORTS_PER_SIGNATURE)
+
     def airdrop_transaction(self, to: Pubkey, lamports: int) -> bytes:
         """A faucet transfer as wire bytes, ready for `apply`. Once applied, the next one differs, also in its slot."""
         distinct = set_compute_unit_limit(1_000 + self._airdrops % 1_000_000)
@@ -322,6 +403,15 @@ class Bank:
     @property
     def latest_blockhash(self) -> Hash:
         return Hash(self._entry)
+
+    @property
+    def parent(self) -> int:
+        """The slot before the current one."""
+        return self.blocks[-1].slot if self.blocks else 0
+
+    def records_in(self, slot: int) -> list[Record]:
+        """What the history still has of a slot, in the order of execution."""
+        return [record for record in self._history.values() if record.slot == slot]
 
     def last_valid_block_height(self, blockhash: bytes) -> int | None:
         """The last block height at which a transaction with this blockhash is accepted; None if it is not known."""

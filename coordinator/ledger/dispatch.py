@@ -7,7 +7,9 @@ import logging
 from collections.abc import Callable
 from typing import Any, Final
 
-from coordinator.ledger.bank import Bank, Execute, Refused
+from solders.transaction_metadata import FailedTransactionMetadata
+
+from coordinator.ledger.bank import Bank, Checked, Execute, Refused
 from coordinator.ledger.encoding import Json, UnsupportedEncoding
 from coordinator.ledger.params import (
     INTERNAL_ERROR,
@@ -31,6 +33,7 @@ COMMITMENTS: Final = frozenset(
     {"processed", "confirmed", "finalized", "recent", "single", "root", "max", "singleGossip"}
 )
 
+_encode: Final = json.JSONEncoder(separators=(",", ":")).encode
 Method = Callable[["Rpc", list[Any]], Json]
 _METHODS: Final[dict[str, Method]] = {}
 
@@ -55,39 +58,50 @@ class Rpc:
         self.bank = bank
         self.live = bank if live is None else live
 
-    def submit(self, wire: bytes) -> None:
-        """Execute a transaction that passed `bank.check`."""
-        if self.live is not self.bank:
+    def submit(self, checked: Checked, *, preflight: bool) -> FailedTransactionMetadata | None:
+        """Execute a transaction that passed `bank.check`. Returns its failure if preflight stopped it."""
+        if self.live is self.bank:
+            if preflight:
+                result = self.live.apply_if_succeeds(checked)
+                return result if isinstance(result, FailedTransactionMetadata) else None
+            self.live.apply(Execute(checked.wire))
+            return None
+        failure = self.preflight(checked) if preflight else None
+        if failure is None:
             try:
-                self.live.check(wire)
+                self.live.check(checked.wire)
             except Refused:
-                return  # the endpoint that forwarded it never learns
-        self.live.apply(Execute(wire))
+                return None  # the endpoint that forwarded it never learns
+            self.live.apply(Execute(checked.wire))
+        return failure
+
+    def preflight(self, checked: Checked) -> FailedTransactionMetadata | None:
+        """How a transaction would fail; None if it would not."""
+        result = self.bank.simulate(checked)
+        return result if isinstance(result, FailedTransactionMetadata) else None
 
     def answer(self, body: bytes) -> bytes:
         """The response to one HTTP body: a request or a batch. Never raises."""
         try:
-            request = json.loads(body)
+            request = json.loads(body.decode())
         except (ValueError, RecursionError):
-            return _dump(_failure(None, RpcError(PARSE_ERROR, "Parse error")))
+            return _failure(None, RpcError(PARSE_ERROR, "Parse error"))
         if not isinstance(request, list):
-            return _dump(self.call(request))
+            return self.call(request)
         if not request or len(request) > MAX_BATCH:
-            return _dump(_failure(None, RpcError(INVALID_REQUEST, f"A batch has 1 to {MAX_BATCH} requests")))
+            return _failure(None, RpcError(INVALID_REQUEST, f"A batch has 1 to {MAX_BATCH} requests"))
         parts: list[bytes] = []
         size = 0
         for one in request:
             if size > MAX_RESPONSE_BYTES:
-                parts.append(
-                    _dump(_failure(_id_of(one), RpcError(INTERNAL_ERROR, "The batch's response is too large")))
-                )
+                parts.append(_failure(_id_of(one), RpcError(INTERNAL_ERROR, "The batch's response is too large")))
                 continue
-            parts.append(_dump(self.call(one)))
+            parts.append(self.call(one))
             size += len(parts[-1])
         return b"[" + b",".join(parts) + b"]"
 
-    def call(self, request: Json) -> dict[str, Json]:
-        """The response object to one request object. Never raises."""
+    def call(self, request: Json) -> bytes:
+        """The response to one request object. Never raises."""
         identity = _id_of(request)
         try:
             name, params = parse_request(request)
@@ -96,7 +110,8 @@ class Rpc:
                 raise RpcError(METHOD_NOT_FOUND, "Method not found")
             for value in params:
                 self._check_options(value)
-            return {"jsonrpc": "2.0", "result": function(self, params), "id": identity}
+            result = _encode(function(self, params))
+            return f'{{"jsonrpc":"2.0","result":{result},"id":{_encode_id(identity)}}}'.encode()
         except RpcError as error:
             return _failure(identity, error)
         except UnsupportedEncoding as error:
@@ -108,6 +123,11 @@ class Rpc:
                 raise
             log.exception("request failed: %.200r", request)
             return _failure(identity, RpcError(INTERNAL_ERROR, "Internal error"))
+
+    @property
+    def identity(self) -> str:
+        """The one validator that there is, by a name of its own: the chain's genesis hash, which is 32 bytes too."""
+        return str(self.bank.genesis_hash)
 
     def context(self, value: Json) -> dict[str, Json]:
         return {"context": {"slot": self.bank.slot, "apiVersion": API_VERSION}, "value": value}
@@ -141,9 +161,10 @@ def _id_of(request: Json) -> Json:
     return identity if isinstance(identity, str | int | float) else None
 
 
-def _failure(identity: Json, error: RpcError) -> dict[str, Json]:
-    return {"jsonrpc": "2.0", "error": error.to_json(), "id": identity}
+def _encode_id(identity: Json) -> str:
+    # Nearly always a small number; the encoder takes far longer for it than for a string.
+    return str(identity) if type(identity) is int else _encode(identity)
 
 
-def _dump(value: Json) -> bytes:
-    return json.dumps(value, separators=(",", ":")).encode()
+def _failure(identity: Json, error: RpcError) -> bytes:
+    return _encode({"jsonrpc": "2.0", "error": error.to_json(), "id": identity}).encode()

@@ -20,7 +20,7 @@ from solders.transaction_status import (
 from coordinator.base58 import base58_encode
 
 if TYPE_CHECKING:
-    from coordinator.ledger.bank import Record
+    from coordinator.ledger.state import Record
 
 Json = Any
 

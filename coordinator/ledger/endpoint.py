@@ -11,10 +11,14 @@ import socket
 from functools import partial
 from typing import Final
 
+from solders.transaction_metadata import FailedTransactionMetadata
+
 # Imported for their effect: they register the methods.
+from coordinator.ledger import blocks as _blocks  # noqa: F401
 from coordinator.ledger import methods as _methods  # noqa: F401
+from coordinator.ledger import tokens as _tokens  # noqa: F401
 from coordinator.ledger import transactions as _transactions  # noqa: F401
-from coordinator.ledger.bank import Bank
+from coordinator.ledger.bank import Bank, Checked
 from coordinator.ledger.dispatch import Rpc
 from coordinator.ledger.faults import Chance, Faults
 from coordinator.ledger.http import HttpServer
@@ -128,9 +132,10 @@ class _FaultyRpc(Rpc):
         super().__init__(bank)
         self._chance = Chance(faults, lambda: bank.slot)
 
-    def submit(self, wire: bytes) -> None:
-        if not self._chance.hits("lose", self._chance.faults.lose):
-            super().submit(wire)
+    def submit(self, checked: Checked, *, preflight: bool) -> FailedTransactionMetadata | None:
+        if self._chance.hits("lose", self._chance.faults.lose):
+            return self.preflight(checked) if preflight else None
+        return super().submit(checked, preflight=preflight)
 
 
 def _method_names(body: bytes) -> set[str]:

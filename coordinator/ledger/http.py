@@ -11,7 +11,7 @@ import asyncio
 import logging
 import socket
 import struct
-from typing import Final
+from typing import Final, NamedTuple
 
 from coordinator.ledger.reply import Answer, Reply
 
@@ -43,6 +43,9 @@ _REASONS: Final = {
     503: "Service Unavailable",
     505: "HTTP Version Not Supported",
 }
+_OK: Final = (f"HTTP/1.1 200 OK\r\n{_CORS}content-type: application/json\r\ncontent-length: %d\r\n\r\n").encode()
+_HEADS: Final = 256
+_HEAD_BYTES: Final = 1024
 _LINGER_NOT: Final = struct.pack("ii", 1, 0)
 
 
@@ -53,6 +56,48 @@ class _Refuse(Exception):
         super().__init__(text)
         self.status = status
         self.text = text
+
+
+class _Head(NamedTuple):
+    """What matters of a request's header."""
+
+    method: str
+    path: str
+    keep_alive: bool
+    length: int
+    expects_continue: bool
+
+
+def _parse_head(head: bytes) -> _Head:
+    """Raises _Refuse."""
+    request_line, *lines = head.decode("latin-1").split("\r\n")
+    words = request_line.split(" ")
+    if len(words) != 3 or not words[2].startswith("HTTP/"):
+        raise _Refuse(400, "not an HTTP request")
+    method, path, version = words
+    if version not in ("HTTP/1.1", "HTTP/1.0"):
+        raise _Refuse(505, "use HTTP/1.1")
+    headers: dict[str, str] = {}
+    for line in lines:
+        name, colon, value = line.partition(":")
+        name = name.lower()
+        if not colon or not name or name != name.strip():
+            raise _Refuse(400, "malformed header line")
+        if name == "content-length" and name in headers and headers[name] != value.strip():
+            raise _Refuse(400, "two different lengths")
+        headers[name] = value.strip()
+    connection = headers.get("connection", "").lower()
+    keep_alive = "close" not in connection and (version == "HTTP/1.1" or "keep-alive" in connection)
+    if "transfer-encoding" in headers:
+        raise _Refuse(411, "send Content-Length; transfer encodings are not supported")
+    length = headers.get("content-length", "0")
+    # isdecimal alone admits other scripts' digits; latin-1 has none, but has superscripts, which it refuses.
+    if not length.isdecimal() or len(length) > 12:
+        raise _Refuse(400, "malformed Content-Length")
+    if int(length) > MAX_BODY_BYTES:
+        raise _Refuse(413, f"the body is over {MAX_BODY_BYTES} bytes")
+    expects_continue = headers.get("expect", "").lower() == "100-continue"
+    return _Head(method, path, keep_alive, int(length), expects_continue)
 
 
 class _Connection(asyncio.Protocol):
@@ -97,8 +142,8 @@ class _Connection(asyncio.Protocol):
         if len(self._buffer) > MAX_HEADER_BYTES + MAX_BODY_BYTES and not self._peer_writes_slowly:
             # More than one whole request is waiting: answer what is here before reading on.
             self._transport.pause_reading()
-        if not self._waiting:
-            self._schedule()
+        if not self._waiting and not self._scheduled:
+            self._turn()
 
     def pause_writing(self) -> None:
         self._peer_writes_slowly = True
@@ -177,35 +222,11 @@ class _Connection(asyncio.Protocol):
             if len(self._buffer) >= MAX_HEADER_BYTES:
                 raise _Refuse(431, f"the header is over {MAX_HEADER_BYTES} bytes")
             return False
-        request_line, *lines = bytes(self._buffer[:end]).decode("latin-1").split("\r\n")
-        words = request_line.split(" ")
-        if len(words) != 3 or not words[2].startswith("HTTP/"):
-            raise _Refuse(400, "not an HTTP request")
-        self._method, self._path, version = words
-        if version not in ("HTTP/1.1", "HTTP/1.0"):
-            raise _Refuse(505, "use HTTP/1.1")
-        headers: dict[str, str] = {}
-        for line in lines:
-            name, colon, value = line.partition(":")
-            name = name.lower()
-            if not colon or not name or name != name.strip():
-                raise _Refuse(400, "malformed header line")
-            if name == "content-length" and name in headers and headers[name] != value.strip():
-                raise _Refuse(400, "two different lengths")
-            headers[name] = value.strip()
-        connection = headers.get("connection", "").lower()
-        self._keep_alive = "close" not in connection and (version == "HTTP/1.1" or "keep-alive" in connection)
-        if "transfer-encoding" in headers:
-            raise _Refuse(411, "send Content-Length; transfer encodings are not supported")
-        length = headers.get("content-length", "0")
-        # isdecimal alone admits other scripts' digits; latin-1 has none, but has superscripts, which it refuses.
-        if not length.isdecimal() or len(length) > 12:
-            raise _Refuse(400, "malformed Content-Length")
-        if int(length) > MAX_BODY_BYTES:
-            raise _Refuse(413, f"the body is over {MAX_BODY_BYTES} bytes")
-        if headers.get("expect", "").lower() == "100-continue" and self._transport is not None:
+        head = self._server.head(bytes(self._buffer[:end]))
+        self._method, self._path, self._keep_alive = head.method, head.path, head.keep_alive
+        if head.expects_continue and self._transport is not None:
             self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
-        self._body_at, self._body_length, self._in_body = end + 4, int(length), True
+        self._body_at, self._body_length, self._in_body = end + 4, head.length, True
         return True
 
     def _route(self, body: bytes) -> None:
@@ -230,7 +251,9 @@ class _Connection(asyncio.Protocol):
         if not reply.status:
             reset(self._transport)
             return
-        if reply.status == 200:
+        if reply.status == 200 and self._keep_alive:
+            self._transport.write(_OK % len(reply.body) + reply.body)
+        elif reply.status == 200:
             self._respond(200, reply.body, "application/json")
         else:
             after = () if reply.retry_after is None else (f"retry-after: {reply.retry_after}",)
@@ -273,6 +296,7 @@ class HttpServer:
 
     def __init__(self, answer: Answer) -> None:
         self.answer = answer
+        self._heads: dict[bytes, _Head] = {}
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
         self._sweeper: asyncio.Task[None] | None = None
@@ -291,6 +315,17 @@ class HttpServer:
             self._server.close()
         for connection in tuple(self._connections):
             connection.close()
+
+    def head(self, head: bytes) -> _Head:
+        """A header, parsed. Clients send the same one over and over: it is parsed once. Raises _Refuse."""
+        known = self._heads.get(head)
+        if known is None:
+            known = _parse_head(head)
+            if len(head) <= _HEAD_BYTES:
+                if len(self._heads) >= _HEADS:
+                    self._heads.clear()
+                self._heads[head] = known
+        return known
 
     def admit(self, connection: _Connection) -> bool:
         if len(self._connections) >= MAX_CONNECTIONS:

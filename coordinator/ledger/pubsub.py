@@ -1,4 +1,4 @@
-"""Solana's WebSocket subscriptions: account, program, logs, signature, slot.
+"""Solana's WebSocket subscriptions: account, program, logs, signature, slot, root.
 
 Changes are pushed as each transaction executes. A client that does not read as fast as it is sent to is disconnected
 when its queue is full; it never holds up the ledger or the other clients.
@@ -22,7 +22,7 @@ from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request
 
-from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank, Record
+from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank
 from coordinator.ledger.dispatch import COMMITMENTS, parse_request
 from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
 from coordinator.ledger.faults import Chance, Faults
@@ -45,6 +45,7 @@ from coordinator.ledger.params import (
     text_at,
     window_of,
 )
+from coordinator.ledger.state import Record
 
 log = logging.getLogger(__name__)
 # Failed handshakes are other people's mistakes (port scans, plain HTTP); their tracebacks are not news.
@@ -257,8 +258,8 @@ class PubSub:
             return name.removesuffix("Subscribe"), pubkey_at(params, 0)
         if name == "signatureSubscribe":
             return "signature", parse_signature(text_at(params, 0, "a signature"))
-        if name == "slotSubscribe":
-            return "slot", None
+        if name in ("slotSubscribe", "rootSubscribe"):
+            return name.removesuffix("Subscribe"), None
         if name == "logsSubscribe":
             wanted = params[0] if params else None
             if wanted in ("all", "allWithVotes"):
@@ -322,6 +323,9 @@ class PubSub:
             result = json.dumps({"parent": parent, "root": parent, "slot": slot})
             for subscription in tuple(self._topics[("slot", None)].values()):
                 self._send("slot", subscription, result)
+        if self._kinds.get("root"):
+            for subscription in tuple(self._topics[("root", None)].values()):
+                self._send("root", subscription, str(parent))
 
     def _record(self, record: Record) -> None:
         if self._kinds.get("signature"):

@@ -37,6 +37,7 @@ from coordinator.ledger.params import (
     pubkey_at,
     text_at,
 )
+from coordinator.ledger.state import Record
 
 MAX_STATUSES: Final = 256
 MAX_SIGNATURES: Final = 1000
@@ -100,12 +101,10 @@ def send_transaction(rpc: Rpc, params: list[Any]) -> Json:
             return str(rpc.bank.check(wire, blockhash=False).signature)
         message = f"Transaction simulation failed: {refused.text}"
         raise RpcError(PREFLIGHT_FAILURE, message, _refused_json(refused.error)) from None
-    if not skip_preflight:
-        result = rpc.bank.simulate(checked)
-        if isinstance(result, FailedTransactionMetadata):
-            shape = _simulation_json(result)
-            raise RpcError(PREFLIGHT_FAILURE, f"Transaction simulation failed: {_readable(shape['err'])}", shape)
-    rpc.submit(wire)
+    failure = rpc.submit(checked, preflight=not skip_preflight)
+    if failure is not None:
+        shape = _simulation_json(failure)
+        raise RpcError(PREFLIGHT_FAILURE, f"Transaction simulation failed: {_readable(shape['err'])}", shape)
     return str(checked.signature)
 
 
@@ -205,9 +204,13 @@ def get_transaction(rpc: Rpc, params: list[Any]) -> Json:
     record = rpc.bank.record(signature)
     if record is None:
         return None
-    version = options.get("maxSupportedTransactionVersion")
-    shape = record_json(record, encoding_of(options, "json"), with_version=True)
-    if version is None:
+    return versioned_record_json(record, encoding_of(options, "json"), options)
+
+
+def versioned_record_json(record: Record, encoding: str, options: dict[str, Any]) -> dict[str, Json]:
+    """A record for a client that says which versions it knows; for one that does not, only legacy ones."""
+    shape = record_json(record, encoding, with_version=True)
+    if options.get("maxSupportedTransactionVersion") is None:
         if shape["version"] != "legacy":
             raise RpcError(
                 UNSUPPORTED_VERSION,

@@ -93,15 +93,31 @@ u64 open_owned(const struct input *input, u64 writes, struct context *out) {
     return 0;
 }
 
-/* A grant or a receipt of this run, behind the run's three accounts. */
-u64 open_record(const struct input *input, u64 index, u64 size, u64 mark, const struct account **out) {
+/* A grant or a receipt, behind the run's three accounts. Which run it belongs to is up to the caller. */
+static u64 check_record(const struct input *input, u64 index, u64 size, u64 mark, const struct account **out) {
     require(input->account_count > index, MISSING_ACCOUNTS);
-    const struct account *account = &input->account[index];
-    check(check_account(input, account, size, mark, RECORD_VERSION));
-    const struct grant *record = account->data; /* the run lies at the same place in both kinds */
-    require(same_key(&record->run, input->account[index - 3].address), ACCOUNT_MISMATCH);
-    *out = account;
+    *out = &input->account[index];
+    return check_account(input, *out, size, mark, RECORD_VERSION);
+}
+
+/* A run's address comes from its name, so the next run of that name has it, too: they differ in the slot. */
+static u64 check_run_of_record(const struct input *input, u64 index, const key *run, u64 run_slot) {
+    const struct account *account = &input->account[index - 3];
+    require(same_key(run, account->address), ACCOUNT_MISMATCH);
+    require(run_slot == ((const struct run *)account->data)->created_slot, ACCOUNT_MISMATCH);
     return 0;
+}
+
+u64 open_grant(const struct input *input, u64 index, const struct account **out) {
+    check(check_record(input, index, sizeof(struct grant), ACCOUNT_GRANT, out));
+    const struct grant *grant = (*out)->data;
+    return check_run_of_record(input, index, &grant->run, grant->run_slot);
+}
+
+u64 open_receipt(const struct input *input, u64 index, const struct account **out) {
+    check(check_record(input, index, sizeof(struct receipt), ACCOUNT_RECEIPT, out));
+    const struct receipt *receipt = (*out)->data;
+    return check_run_of_record(input, index, &receipt->run, receipt->run_slot);
 }
 
 /* An account that someone has just created for this program. */

@@ -39,8 +39,8 @@ u64 ban(const struct input *input) {
     members->banned[members->banned_count++] = a->key_;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         const struct member *member = &members->member[slot];
-        if (!live(member->status)) continue;
-        if (same_key(&member->wallet, &a->key_) || same_key(&member->node_key, &a->key_)) check(eject(&c, slot));
+        int has_it = same_key(&member->wallet, &a->key_) || same_key(&member->node_key, &a->key_);
+        if (has_it && can_eject(&c, slot)) check(eject(&c, slot));
     }
     publish(&c);
     return 0;

@@ -74,6 +74,8 @@ u64 set_model(const struct input *input) {
     }
     run->terms = *terms;
     run->model_round = run->round;
+    u64 total = run->limits.total_rounds;
+    run->schedule_rounds = total > run->round ? (u32)(total - run->round) : 1;
     run->config_version++;
     if (run->phase == PAUSED) {
         run->resume_phase = WAITING_FOR_MEMBERS;

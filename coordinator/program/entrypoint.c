@@ -17,6 +17,7 @@ u64 entrypoint(const u8 *raw) {
     if (mark == IX_CLAIM) return claim(&input);
     if (mark == IX_ARCHIVE) return archive(&input);
     if (mark == IX_RESTORE) return restore(&input);
+    if (mark == IX_RECLAIM) return reclaim(&input);
     if (mark == IX_AUTHORIZE) return authorize(&input);
     if (mark == IX_REVOKE) return revoke(&input);
     if (mark == IX_DELEGATE) return delegate(&input);

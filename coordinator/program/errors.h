@@ -71,4 +71,5 @@ enum error {
     BAD_REWARD_RATE = 6066,
     NOTHING_TO_CLAIM = 6067,
     REWARDS_UNFUNDED = 6068,
+    NOT_CLOSED = 6069,
 };

@@ -33,7 +33,7 @@ u64 admit(const struct input *input, const struct context *c, key *address) {
     if (zero_key(&c->run->join_authority)) return 0;
     require(input->account_count > GRANT_ACCOUNT + 1, NOT_PERMISSIONLESS);
     const struct account *account;
-    check(open_record(input, GRANT_ACCOUNT + 1, sizeof(struct grant), ACCOUNT_GRANT, &account));
+    check(open_grant(input, GRANT_ACCOUNT + 1, &account));
     const struct grant *grant = account->data;
     require(same_key(&grant->authority, &c->run->join_authority), NOT_AUTHORIZED);
     require(!is_banned(c->members, &grant->grantee), BANNED);
@@ -70,6 +70,7 @@ u64 authorize(const struct input *input) {
     grant->authority = *input->account[0].address;
     grant->grantee = *grantee;
     grant->created_slot = c.slot;
+    grant->run_slot = c.run->created_slot;
     struct event_key event = {EVENT_AUTHORIZED, grant->run, *grantee};
     emit(event);
     return 0;
@@ -83,7 +84,7 @@ u64 revoke(const struct input *input) {
     const struct revoke_arguments *a = (const struct revoke_arguments *)input->data;
     require(a->eject <= 1 && a->reserved == 0, BAD_INSTRUCTION_DATA);
     const struct account *account;
-    check(open_record(input, GRANT_ACCOUNT, sizeof(struct grant), ACCOUNT_GRANT, &account));
+    check(open_grant(input, GRANT_ACCOUNT, &account));
     const struct grant *grant = account->data;
     require(same_key(&grant->authority, input->account[0].address), NOT_AUTHORITY);
     int ejects = a->eject && c.run->phase != FINISHED;
@@ -92,7 +93,7 @@ u64 revoke(const struct input *input) {
 
     for (u64 slot = 0; ejects && slot < MAX_MEMBERS; slot++) {
         const struct member *member = &c.members->member[slot];
-        if (live(member->status) && same_key(&member->grant, account->address)) check(eject(&c, slot));
+        if (same_key(&member->grant, account->address) && can_eject(&c, slot)) check(eject(&c, slot));
     }
     struct event_key event = {EVENT_REVOKED, grant->run, grant->grantee};
     close_account(account, &input->account[0]);
@@ -108,7 +109,7 @@ u64 delegate(const struct input *input) {
     const struct delegate_arguments *a = (const struct delegate_arguments *)input->data;
     require(a->remove <= 1 && a->reserved == 0, BAD_INSTRUCTION_DATA);
     const struct account *account;
-    check(open_record(input, GRANT_ACCOUNT, sizeof(struct grant), ACCOUNT_GRANT, &account));
+    check(open_grant(input, GRANT_ACCOUNT, &account));
     require(account->writable, ACCOUNT_NOT_WRITABLE);
     struct grant *grant = account->data;
     require(same_key(&grant->grantee, input->account[0].address), NOT_THE_GRANTEE);

@@ -101,6 +101,7 @@ u64 init_run(const struct input *input) {
     sol_memcpy_(run->run_id, arguments->run_id, 32);
     run->limits = arguments->limits;
     run->terms = arguments->terms;
+    run->schedule_rounds = arguments->limits.total_rounds;
     run->join_authority = arguments->join_authority;
     run->checkpoint_root = arguments->terms.model_root;
     run->phase_slot = slot;

@@ -25,6 +25,7 @@
 #define IX_LEAVE 0x70ad956b6c94ea3bull /* "global:leave" */
 #define IX_ARCHIVE 0x6bb593565044bf10ull /* "global:archive" */
 #define IX_RESTORE 0x3a06238b807a254dull /* "global:restore" */
+#define IX_RECLAIM 0xbaa36d91f9ecb12cull /* "global:reclaim" */
 #define IX_CLAIM 0xd26c9fd5c1d6c63eull /* "global:claim" */
 #define IX_TICK 0x0f3f5065082c4f5cull /* "global:tick" */
 

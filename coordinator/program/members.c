@@ -38,13 +38,23 @@ static void stop_expecting(struct round *round, u64 slot) {
     round->expected_count--;
 }
 
+/* Who has left or was dropped cannot be put out any more, unless it has work that may still count. */
+int can_eject(const struct context *c, u64 slot) {
+    u64 status = c->members->member[slot].status;
+    return live(status) || (status != EMPTY && status != STATUS_EJECTED && in_flight(c->rounds, slot));
+}
+
 /* Out at once, by the owner's hand: what it has committed in rounds that are not final does not count. Its slices come
  * back when those are final. */
 u64 eject(struct context *c, u64 slot) {
     struct header *h = &c->rounds->header;
     struct member *member = &c->members->member[slot];
-    require(live(member->status), MEMBER_NOT_ACTIVE);
-    retire(c, member, STATUS_EJECTED);
+    require(can_eject(c, slot), MEMBER_NOT_ACTIVE);
+    if (live(member->status)) {
+        retire(c, member, STATUS_EJECTED);
+    } else {
+        become(c, member, STATUS_EJECTED);
+    }
     for (u64 i = 0; i < ROUND_RING; i++) {
         struct round *round = &c->rounds->ring[i];
         clear_bit(&round->eligible, slot);

@@ -13,6 +13,7 @@ u64 migrate(const struct input *input) {
     require(same_key(&c.run->owner, input->account[0].address), NOT_OWNER);
 
     c.run->version = VERSION;
+    c.run->schedule_rounds = c.run->limits.total_rounds;
     c.members->version = VERSION;
     c.rounds->header.version = VERSION;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {

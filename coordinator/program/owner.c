@@ -53,7 +53,7 @@ u64 close_run(const struct input *input) {
     require(input->length == 0, BAD_INSTRUCTION_DATA);
     check(open_owned(input, WRITES_RUN | WRITES_MEMBERS | WRITES_ROUNDS, &c));
     const struct run *run = c.run;
-    require(run->phase == FINISHED, NOT_FINISHED);
+    require(run->phase == FINISHED && c.slot > run->created_slot, NOT_FINISHED);
     int owes = run->reward_paid < run->reward_earned;
     require(!owes || c.slot >= saturating_add(run->phase_slot, CLAIM_SLOTS), REWARDS_OWED);
     const struct account *owner = &input->account[0];

@@ -34,7 +34,8 @@ u64 read_input(const u8 *raw, struct input *input, u64 *mark);
 u64 open_run(const struct input *input, u64 signers, u64 writes, struct context *out);
 u64 open_version(const struct input *input, u64 signers, u64 writes, u64 version, struct context *out);
 u64 open_owned(const struct input *input, u64 writes, struct context *out);
-u64 open_record(const struct input *input, u64 index, u64 size, u64 mark, const struct account **out);
+u64 open_grant(const struct input *input, u64 index, const struct account **out);
+u64 open_receipt(const struct input *input, u64 index, const struct account **out);
 u64 check_fresh(const struct input *input, const struct account *account, u64 size);
 u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
                   const char *tag);
@@ -60,6 +61,7 @@ u64 revoke(const struct input *input);
 u64 delegate(const struct input *input);
 u64 archive(const struct input *input);
 u64 restore(const struct input *input);
+u64 reclaim(const struct input *input);
 u64 set_reward_rate(const struct input *input);
 u64 claim(const struct input *input);
 u64 set_share(const struct input *input);
@@ -79,6 +81,7 @@ u64 check_terms(const struct terms *terms);
 void become(const struct context *c, struct member *member, u8 status);
 void activate(struct context *c, struct member *member);
 u64 eject(struct context *c, u64 slot);
+int can_eject(const struct context *c, u64 slot);
 int in_flight(const struct rounds *rounds, u64 slot);
 
 /* ban.c */

@@ -52,7 +52,7 @@ u64 claim(const struct input *input) {
     u64 earned, *claimed;
     if (input->account_count > RECEIPT_ACCOUNT) {
         const struct account *account;
-        check(open_record(input, RECEIPT_ACCOUNT, sizeof(struct receipt), ACCOUNT_RECEIPT, &account));
+        check(open_receipt(input, RECEIPT_ACCOUNT, &account));
         struct receipt *receipt = account->data;
         require(same_key(&receipt->wallet, wallet->address), WRONG_RECEIPT);
         require(account->writable, ACCOUNT_NOT_WRITABLE);

@@ -126,8 +126,8 @@ struct run {
     u64 reward_rate; /* lamports per million tokens of credit */
     u64 reward_paid;
     u64 reward_earned; /* sum of all members' rewards */
-    u32 model_round; /* first round under the present terms: learning-rate schedules count from it */
-    u32 pad;
+    u32 model_round; /* first round under the present terms: their learning-rate schedule counts from it */
+    u32 schedule_rounds; /* and spans so many, whatever becomes of total_rounds meanwhile */
     struct limits next_limits; /* from the next round on; a batch of 0: none */
     u8 reserved[464];
 };
@@ -248,7 +248,7 @@ struct grant {
     key authority;
     key grantee;
     u64 created_slot;
-    u64 reserved;
+    u64 run_slot; /* when the run was created: a later one of the same name is another */
     key delegate[MAX_DELEGATES];
 };
 
@@ -265,7 +265,7 @@ struct receipt {
     u64 reward;
     u64 reward_claimed;
     u64 archived_slot;
-    u64 pad;
+    u64 run_slot;
 };
 
 _Static_assert(sizeof(struct limits) == 64, "limits");

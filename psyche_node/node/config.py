@@ -54,6 +54,8 @@ class NodeConfig(BaseModel):
     """CPU threads of the training process. 0 lets PyTorch choose. Replicas are identical whatever this is."""
     micro_batch: int = Field(default=0, ge=0)
     """Sequences per forward pass. 0 chooses by device. Lower it if memory runs out; replicas stay identical."""
+    share: int = Field(default=0, ge=0, le=1_000_000)
+    """Share of the batch, in proportion to the other members' shares. 0: the measured tokens per second."""
     evaluate_every: int = Field(default=0, ge=0)
     """Rounds between evaluations of the held-out loss on this node. 0: only at the end."""
     check_every: int = Field(default=0, ge=0)

@@ -12,6 +12,7 @@ from solders.keypair import Keypair
 
 from coordinator.client import CoordinatorClient, ProgramError, Pulse
 from coordinator.errors import ErrorCode
+from coordinator.instructions import DEFAULT_SHARE
 from coordinator.state import Member, MemberStatus, Phase, Run
 from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
@@ -28,6 +29,7 @@ from psyche_node.node.journal import Journal
 from psyche_node.node.outsider import intrude
 from psyche_node.node.processes import Child
 from psyche_node.node.roundloop import Cadence, RoundLoop
+from psyche_node.node.share import Share
 from psyche_node.node.ticker import keep_ticking
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
@@ -92,6 +94,11 @@ class Node:
             background.append(tasks.create_task(self._follow_members(parts)))
             await intrude(parts.chain, parts.view, parts.network.endpoint, parts.store)
             return
+        if run.checkpoint_root != run.terms.model_root:
+            raise JoinRefused(
+                f"the run stands at round {run.round} and its members have trained the model since round "
+                f"{run.model_round}; this version can join at the beginning only"
+            )
         member = self._member = await self._join(parts)
         background.append(tasks.create_task(self._follow_members(parts)))
         await self._get_ready(parts, member)
@@ -107,9 +114,11 @@ class Node:
             store=parts.store,
             journal=parts.journal,
             faults=self._faults,
+            share=Share(parts.chain, self._config.share),
             cadence=Cadence(evaluate=self._config.evaluate_every, check=self._config.check_every),
             run_key=bytes(parts.chain.addresses.run),
             member=member,
+            first_round=run.model_round,
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
         )
@@ -214,7 +223,7 @@ class Node:
             phase = parts.view.pulse.run.phase
             if phase not in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP):
                 raise JoinRefused(f"the run is in {phase.name}; nodes join it while it waits for members")
-            await parts.chain.join(self._node_key.keypair)
+            await parts.chain.join(self._node_key.keypair, self._config.share or DEFAULT_SHARE)
             mine = await self._my_record(parts.chain)
             if mine is None:
                 raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")

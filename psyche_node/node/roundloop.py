@@ -22,12 +22,21 @@ from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
+from psyche_node.node.share import Share
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
 from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, Root, RootIs, Save, Train, Trained
 
 log = logging.getLogger(__name__)
 KEPT_ROUNDS = 4
+
+
+class Ejected(Exception):
+    """The owner has put this node out of the run; the message says what to do."""
+
+
+class TermsChanged(Exception):
+    """The run goes on with another model, other data or other optimizer settings than this node has loaded."""
 
 
 class Desynced(Exception):
@@ -63,9 +72,11 @@ class RoundLoop:
         store: BlobStore,
         journal: Journal,
         faults: Faults,
+        share: Share,
         cadence: Cadence,
         run_key: bytes,
         member: int,
+        first_round: int,
         folder: Path,
         update_timeout: float,
     ) -> None:
@@ -77,9 +88,9 @@ class RoundLoop:
             journal,
             faults,
         )
-        self._cadence, self._run_key, self._member = cadence, run_key, member
+        self._share, self._cadence, self._run_key, self._member = share, cadence, run_key, member
         self._folder, self._update_timeout = folder, update_timeout
-        self._applied = 0
+        self._applied = self._first_round = first_round
         self._trained = -1
         self._only_follows = False
         self._sent: set[int] = set()
@@ -106,6 +117,11 @@ class RoundLoop:
             elif run.phase is Phase.ROUND_TRAIN:
                 self._trained = run.round
                 await self._train(run.round)
+            elif run.model_round > self._first_round:
+                raise TermsChanged(
+                    f"from round {run.model_round} on the run has another model, data or optimizer settings: "
+                    "get what the run now names (psyche-admin run show) and start this node again"
+                )
             elif run.phase is Phase.WARMUP:
                 self._ready_epoch = run.epoch
                 await self._report_ready()
@@ -200,6 +216,7 @@ class RoundLoop:
             # A failed step leaves the round, not the process: the others requeue this member's data.
             log.error("round %d: not trained: %s", number, error)
             self._journal.write("failed", round=number, reason=str(error))
+            self._share.missed()
             return
         seconds = time.monotonic() - started
         self.train_seconds += seconds
@@ -211,8 +228,10 @@ class RoundLoop:
         except (ProgramError, ChainUnavailable) as error:
             log.warning("round %d: the commitment came too late or was refused: %s", number, error)
             self._journal.write("late", round=number, reason=str(error))
+            self._share.missed()
         else:
             await self._exchange.publish(number, self._member, digest, adopted)
+            await self._share.follow(reply.tokens, seconds, self._view.pulse.run.limits.max_share)
         stats = await self._network.call(GetStats(), Stats)
         self._journal.write(
             "trained",
@@ -243,6 +262,11 @@ class RoundLoop:
             raise Desynced(
                 f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory or "
                 "GPU may be at fault: check both, and join again when the run next waits for members"
+            )
+        if status is MemberStatus.EJECTED:
+            raise Ejected(
+                f"round {number} goes on without this node: the run's owner has put it out. Ask the owner why before "
+                "joining again"
             )
         if not self._only_follows:
             self._only_follows = True

@@ -23,7 +23,7 @@ from solders.system_program import transfer as system_transfer
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
 from coordinator.deploy import deploy
-from coordinator.instructions import run_addresses
+from coordinator.instructions import DEFAULT_SHARE, run_addresses
 from coordinator.program import program_bytes
 from coordinator.state import Member, Phase, Round
 from coordinator.wallet import load_or_create_keypair
@@ -184,7 +184,8 @@ class World:
         if self.funded < OWNER_NEEDS:
             raise SimulationFailed(
                 f"wallet {self.owner.pubkey()} has {self.funded / LAMPORTS_PER_SOL:g} SOL on {self.rpc}; a run needs "
-                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: psyche-admin airdrop, or transfer"
+                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: "
+                "psyche-admin ledger airdrop, or transfer"
             )
         await deploy(self.chain, self.owner, program, program_bytes())
 
@@ -216,6 +217,8 @@ class World:
             "--device": settings.device,
             "--threads": str(settings.threads_of(index)),
             "--micro-batch": str(settings.micro_batch_of(index)),
+            # The nodes share this machine's cores: who happens to run alone would measure itself to be fast.
+            "--share": str(DEFAULT_SHARE),
             "--check-every": str(settings.check_every),
             "--evaluate-every": str(settings.evaluate_every if index == 0 else 0),
         }

@@ -27,6 +27,8 @@ class Scheduled(Protocol):
     """What ``lr_bits`` needs to know of a run's terms."""
 
     @property
+    def first_round(self) -> int: ...
+    @property
     def total_rounds(self) -> int: ...
     @property
     def schedule(self) -> int: ...
@@ -41,13 +43,14 @@ class Scheduled(Protocol):
 
 
 def lr_bits(terms: Scheduled, round: int) -> int:
-    """Return the learning rate of ``round`` (0 and up) as an fp32 bit pattern, the same on every host.
+    """Return the learning rate of ``round`` as an fp32 bit pattern, the same on every host.
 
     In warm-up round r of w it is (r + 1) / w of the peak. The exact value is rounded to the nearest fp32 number, ties
-    to even. After the last round it stays where it is. Raises ValueError for a negative round.
+    to even. After the last round it stays where it is. Raises ValueError for a round before the first.
     """
-    if round < 0:
-        raise ValueError(f"round {round} is negative; rounds count up from 0")
+    if round < terms.first_round:
+        raise ValueError(f"round {round} is before the first round of these terms, {terms.first_round}")
+    round -= terms.first_round
     peak, final = exact(terms.peak_lr_bits), exact(terms.final_lr_bits)
     if round < terms.warmup_rounds:
         return fp32_bits(peak * Fraction(round + 1, terms.warmup_rounds))

@@ -108,7 +108,7 @@ class Session:
         self._seed = bytes.fromhex(terms.data_seed) or data.digest
         self.optimizer = DisTrO(
             self.model.named_parameters(),
-            lr=lr_bits(terms, 0),
+            lr=lr_bits(terms, terms.first_round),
             decay=fp32(terms.decay_bits),
             topk=terms.topk,
             weight_decay=fp32(terms.weight_decay_bits),

@@ -22,8 +22,10 @@ class TrainingTerms(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    first_round: int = Field(default=0, ge=0)
+    """Round of the run with which the schedule begins."""
     total_rounds: int = Field(ge=1)
-    """Rounds of the run; the schedule ends with the last one."""
+    """Rounds of the schedule; after the last one the learning rate stays where it is."""
     schedule: Schedule = Schedule.COSINE
     """How the learning rate changes after its warm-up."""
     warmup_rounds: int = Field(default=0, ge=0)

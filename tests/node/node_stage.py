@@ -67,7 +67,7 @@ class ScriptedChain:
             raise self.errors[name].pop(0)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, None]]:
-        if name not in ("attest", "commit", "tick", "ready", "checkpoint"):
+        if name not in ("attest", "commit", "tick", "ready", "checkpoint", "set_share"):
             raise AttributeError(name)
 
         async def send(*arguments: Any) -> None:

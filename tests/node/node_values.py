@@ -10,8 +10,19 @@ from solders.pubkey import Pubkey
 
 from coordinator.client import Pulse
 from coordinator.layout import UNKNOWN_SLOT
-from coordinator.state import Commitment, Header, InclusionSet, Limits, Member, MemberStatus, Phase, Round, Run, Terms
-from coordinator.values import Request
+from coordinator.state import (
+    Commitment,
+    Header,
+    InclusionSet,
+    Limits,
+    Member,
+    MemberStatus,
+    Phase,
+    Request,
+    Round,
+    Run,
+    Terms,
+)
 
 MEMBERS = frozenset(range(4))
 KEY = Pubkey.from_bytes(bytes(range(32)))
@@ -56,7 +67,7 @@ TERMS = Terms(
     data_source="",
 )
 RUN = Run(
-    version=1,
+    version=2,
     owner=KEY,
     run_id="test",
     phase=Phase.ROUND_TRAIN,
@@ -85,6 +96,7 @@ RUN = Run(
     config_version=0,
     next_limits=None,
     model_round=0,
+    schedule_rounds=100,
     reward_rate=0,
     reward_earned=0,
     reward_paid=0,

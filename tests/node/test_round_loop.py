@@ -21,6 +21,7 @@ from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.journal import Journal, JournalReader
 from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop
+from psyche_node.node.share import Share
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
 from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, Root, RootIs, Save, Train, Trained
@@ -154,9 +155,11 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
                 store=BlobStore(folder / "blobs"),
                 journal=journal,
                 faults=Faults(),
+                share=Share(chain, 1000),  # type: ignore[arg-type]
                 cadence=Cadence(evaluate=0, check=0),
                 run_key=bytes(32),
                 member=ME,
+                first_round=0,
                 folder=folder,
                 update_timeout=5.0,
             )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import cache
@@ -27,6 +28,7 @@ from optimizer.layout import Layout, LayoutError
 from optimizer.sharding import Alone, local, site_of
 
 RUN = bytes(range(32))
+ROUNDS = int(os.environ.get("REPLICA_ROUNDS", "40"))  # `make nightly` has 500
 # Tensors that are cut in every awkward way: less rows than ranks, tiles cut by shards, shards left empty.
 SHAPES = [(64, 128), (70, 130), (300, 130), (1000, 100), (3, 200), (203, 5), (1, 130)]
 SHAPES += [(9, 7, 5), (1, 9, 70), (4, 1, 90), (5000,), (70,), (3,)]
@@ -290,6 +292,23 @@ def rounds_equal_those_of_one_process() -> None:
                     optimizer.restore(lost)
         assert pair.many.travelling == pair.one.travelling
         assert pair.many.report().sampled > 0
+
+
+def replicas_stay_equal_for_long() -> None:
+    """A site of several processes beside one process: every update and, at the end, every weight."""
+    pair = Pair.of(fsdp)
+    full = [values(seed, pair.plain) for seed in range(5)]
+    shards = [[(p, s.clone()) for _, p, s in pair.shares.shards(pair.sharded, these)] for these in full]
+    for round in range(ROUNDS):
+        for name, parameter in trained(pair.plain):
+            parameter.grad = full[round * 3 % 5][name]
+        for parameter, shard in shards[round * 3 % 5]:
+            parameter.grad = like(shard, parameter)
+        blobs = [vote.__wrapped__(pair.one.layout, round, 1), pair.encode(round)]
+        for optimizer in (pair.one, pair.many):
+            optimizer.apply(blobs, lr=0.003)
+    pair.same_weights()
+    assert pair.one.fingerprint() == pair.many.fingerprint()
 
 
 def training_equals_that_of_one_process() -> None:

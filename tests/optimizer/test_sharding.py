@@ -54,6 +54,7 @@ def test_on_any_number_of_processes(ranks: Ranks, size: int, case: str) -> None:
         "shards_that_cannot_be_told",
         "copies_that_differ_are_told",
         "a_state_of_another_sharding_is_refused",
+        "replicas_stay_equal_for_long",
     ],
 )
 def test_on_several_processes(ranks: Ranks, size: int, case: str) -> None:

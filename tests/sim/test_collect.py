@@ -48,6 +48,10 @@ def member(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
         credit=20,
         updates_included=2,
         ready=False,
+        grant=None,
+        status_slot=0,
+        reward=0,
+        reward_claimed=0,
     )
 
 

@@ -100,5 +100,13 @@ def test_short_runs_do_not_divide_by_zero() -> None:
                 terms = schedule(kind, total_rounds=total, warmup_rounds=warmup, decay_rounds=min(2, total))
                 assert all(lr_bits(terms, r) > 0 for r in range(total + 1))
     assert lr_bits(schedule(Schedule.WSD, decay_rounds=0), 50) == PEAK
-    with pytest.raises(ValueError, match="negative"):
+    with pytest.raises(ValueError, match="first round"):
         lr_bits(schedule(Schedule.COSINE), -1)
+
+
+def test_a_schedule_begins_with_the_first_round_of_its_terms() -> None:
+    for kind in Schedule:
+        early, late = schedule(kind), schedule(kind, first_round=40)
+        assert [lr_bits(late, r + 40) for r in range(120)] == [lr_bits(early, r) for r in range(120)]
+        with pytest.raises(ValueError, match="first round of these terms, 40"):
+            lr_bits(late, 39)

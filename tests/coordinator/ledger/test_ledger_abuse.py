@@ -175,7 +175,7 @@ def test_signals_end_it_cleanly(number: signal.Signals) -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--port", "70000"], ["--port", "-1"], ["--port", "x"], ["--slot-ms", "0"], ["--dir", "/nowhere"]]
+    "arguments", [["--port", "70000"], ["--port", "-1"], ["--port", "x"], ["--slot-ms", "0"], ["--snapshot-every", "1"]]
 )
 def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "coordinator.ledger", "run", *arguments]

@@ -163,3 +163,22 @@ def test_a_client_that_does_not_read_is_dropped_and_holds_up_nobody(ledger: Ledg
 async def _read_all(socket: ClientConnection) -> None:
     while True:
         await socket.recv()
+
+
+def test_roots_are_pushed_and_slices_of_accounts(ledger: Ledger) -> None:
+    async def run() -> None:
+        payer, to = funded(ledger), Keypair().pubkey()
+        async with Socket(ledger) as socket:
+            await socket.request("rootSubscribe")
+            first, second = (await socket.push())[2], (await socket.push())[2]
+            assert second > first
+        async with Socket(ledger) as socket:
+            whole = {"encoding": "base64", "dataSlice": {"offset": 0, "length": 4}}
+            await socket.request("accountSubscribe", "SysvarC1ock11111111111111111111111111111111", whole)
+            sliced = await socket.request("accountSubscribe", str(to), whole)
+            send(ledger, payment(ledger, payer, to, SOL))
+            _, subscription, result = await socket.push()
+            assert subscription == sliced
+            assert result["value"]["data"] == ["", "base64"]
+
+    asyncio.run(run())

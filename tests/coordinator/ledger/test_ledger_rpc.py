@@ -11,6 +11,7 @@ from solana.rpc.async_api import AsyncClient
 from solana.rpc.core import RPCException
 from solana.rpc.models import DataSliceOpts, MemcmpOpts, TxOpts
 from solders.hash import Hash
+from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.message import Message
 from solders.pubkey import Pubkey
@@ -245,3 +246,91 @@ def test_batches_are_answered_in_order(ledger: Ledger) -> None:
 )
 def test_wrong_requests_get_errors(ledger: Ledger, method: str, params: list[object], code: int) -> None:
     assert call(ledger, method, *params)["error"]["code"] == code
+
+
+def test_blocks_are_described_as_on_a_cluster(ledger: Ledger) -> None:
+    payer = funded(ledger)
+    sent = payment(ledger, payer, Keypair().pubkey(), SOL)
+    signature = send(ledger, sent)["result"]
+    slot = call(ledger, "getSignatureStatuses", [signature])["result"]["value"][0]["slot"]
+    assert call(ledger, "getBlock", 2**40)["error"]["code"] == -32004
+    while call(ledger, "getSlot")["result"] <= slot:
+        pass
+    block = call(ledger, "getBlock", slot, {"maxSupportedTransactionVersion": 0})["result"]
+    assert signature in [one["transaction"]["signatures"][0] for one in block["transactions"]]
+    assert block["parentSlot"] < slot
+    signatures = call(ledger, "getBlock", slot, {"transactionDetails": "signatures", "rewards": False})["result"]
+    assert signature in signatures["signatures"]
+    assert "rewards" not in signatures
+    bare = call(ledger, "getBlock", slot, {"transactionDetails": "none"})["result"]
+    assert bare["blockhash"] == block["blockhash"]
+    assert call(ledger, "getBlockTime", slot)["result"] == block["blockTime"]
+    slots = call(ledger, "getBlocks", slot, slot + 50)["result"]
+    assert slots[0] == slot
+    following = call(ledger, "getBlocksWithLimit", slot, 2)["result"]
+    while len(following) < 2:
+        following = call(ledger, "getBlocksWithLimit", slot, 2)["result"]
+    after = call(ledger, "getBlock", following[1], {"transactionDetails": "none"})["result"]
+    assert (after["parentSlot"], after["previousBlockhash"]) == (slot, block["blockhash"])
+    assert after["blockHeight"] == block["blockHeight"] + 1
+
+
+def test_solana_py_knows_the_cluster(ledger: Ledger) -> None:
+    async def use(client: AsyncClient) -> None:
+        identity = (await client.get_identity()).value.identity
+        assert (await client.get_slot_leader()).value == identity
+        assert (await client.get_slot_leaders(0, 2)).value == [identity, identity]
+        assert (await client.get_cluster_nodes()).value[0].pubkey == identity
+        assert (await client.get_vote_accounts()).value.current == []
+        assert (await client.get_epoch_schedule()).value.slots_per_epoch == 432_000
+        assert (await client.get_first_available_block()).value >= 0
+        assert (await client.get_minimum_ledger_slot()).value >= 0
+        assert (await client.get_supply()).value.total > 0
+        assert (await client.get_inflation_governor()).value.initial == 0.0
+        assert (await client.get_inflation_rate()).value.total == 0.0
+        assert (await client.get_recent_performance_samples()).value == []
+        slot = (await client.get_blocks(0)).value[-1]
+        block = (await client.get_block(slot, max_supported_transaction_version=0)).value
+        assert block is not None
+
+    with_solana_py(ledger, use)
+
+
+def test_tokens_are_found_by_their_owner(ledger: Ledger) -> None:
+    """A mint and an account of the token program, made with its own instructions."""
+    payer, mint, account = funded(ledger), Keypair(), Keypair()
+    token = Pubkey.from_string("TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA")
+
+    def made(key: Keypair, space: int) -> Instruction:
+        return create_account(
+            CreateAccountParams(
+                from_pubkey=payer.pubkey(), to_pubkey=key.pubkey(), lamports=SOL // 10, space=space, owner=token
+            )
+        )
+
+    def writes(*keys: Pubkey) -> list[AccountMeta]:
+        return [AccountMeta(key, is_signer=False, is_writable=True) for key in keys]
+
+    instructions = [
+        made(mint, 82),
+        Instruction(token, bytes([20, 2]) + bytes(payer.pubkey()) + b"\0", writes(mint.pubkey())),
+        made(account, 165),
+        Instruction(token, bytes([18]) + bytes(payer.pubkey()), writes(account.pubkey(), mint.pubkey())),
+        Instruction(
+            token,
+            bytes([7]) + (12_345).to_bytes(8, "little"),
+            [*writes(mint.pubkey(), account.pubkey()), AccountMeta(payer.pubkey(), is_signer=True, is_writable=False)],
+        ),
+    ]
+    at = blockhash(ledger)
+    message = Message.new_with_blockhash(instructions, payer.pubkey(), at)
+    assert "result" in send(ledger, Transaction([payer, mint, account], message, at))
+    owner = str(payer.pubkey())
+    for wanted in ({"mint": str(mint.pubkey())}, {"programId": str(token)}):
+        found = call(ledger, "getTokenAccountsByOwner", owner, wanted, {"encoding": "base64"})["result"]["value"]
+        assert [one["pubkey"] for one in found] == [str(account.pubkey())]
+    balance = call(ledger, "getTokenAccountBalance", str(account.pubkey()))["result"]["value"]
+    assert (balance["amount"], balance["uiAmountString"]) == ("12345", "123.45")
+    assert call(ledger, "getTokenSupply", str(mint.pubkey()))["result"]["value"]["amount"] == "12345"
+    assert call(ledger, "getTokenAccountBalance", owner)["error"]["code"] == -32602
+    assert call(ledger, "getTokenAccountsByOwner", owner, {})["error"]["code"] == -32602

@@ -459,6 +459,15 @@ def test_credit_instructions(chain: Chain) -> None:
     refused(run, E.MISSING_ACCOUNTS, lambda: chain.send(changed(instruction, accounts=instruction.accounts[:-1])))
     run.tick_when_due()
     refused(run, E.REWARDS_OWED, lambda: run.by_owner(ix.close_run))
+    payer = chain.payer.pubkey()
+    reclaim = ix.reclaim(run.addresses.run, chain.program, payer, receipt)
+    refused(run, E.NOT_CLOSED, lambda: chain.send(reclaim))
+    refused(run, E.MISSING_ACCOUNTS, lambda: chain.send(changed(reclaim, accounts=reclaim.accounts[:2])))
+    refused(run, E.MISSING_SIGNER, lambda: chain.send(with_meta(reclaim, 0, signer=False, pubkey=run.wallet(5))))
+    refused(run, E.ACCOUNT_MISMATCH, lambda: chain.send(with_meta(reclaim, 1, pubkey=run.wallet(5))))
+    refused(run, E.WRONG_ACCOUNT_TYPE, lambda: chain.send(with_meta(reclaim, 2, pubkey=run.addresses.run)))
+    refused(run, E.WRONG_ACCOUNT_OWNER, lambda: chain.send(with_meta(reclaim, 2, pubkey=run.wallet(0))))
+    refused(run, E.BAD_INSTRUCTION_DATA, lambda: chain.send(changed(reclaim, data=reclaim.data + b"x")))
 
 
 def test_run_full(chain: Chain) -> None:

@@ -130,6 +130,8 @@ def test_finish_of_a_run_that_never_began() -> None:
     run.must(run.create())
     run.must(run.finish())
     run.must(run.tick())
+    assert run.by_owner(ix.close_run).code == ErrorCode.NOT_FINISHED, "not in the slot that made it"
+    run.chain.advance()
     run.must(run.by_owner(ix.close_run))
 
 
@@ -304,3 +306,62 @@ class OlderRun(RunDriver):
 
 def long_run_of(chain: Chain) -> OlderRun:
     return OlderRun(chain, rounds_per_epoch=100, total_rounds=100, overlap=0)
+
+
+def test_receipts_and_grants_are_of_one_run_and_not_of_its_name() -> None:
+    """A closed run's name can be used again. What is left of the first run is worth nothing in the second one."""
+    chain = Chain()
+    run = RunDriver(chain, overlap=0, rounds_per_epoch=1, total_rounds=1)
+    run.join_authority = run.owner
+    run.must(run.create())
+    run.must(run.authorize(None))
+    grant = run.grant(None)
+    for member in range(4):
+        run.must(run.join(member, grant=grant))
+        chain.svm.airdrop(run.wallet(member), 10**9)
+    run.must(run.by_owner(ix.set_reward_rate, 10**9))
+    run.tick_when_due()
+    for member in range(4):
+        run.must(run.ready(member))
+    run.tick_when_due()
+    play(run)
+    run.must(run.leave(3))
+    outcome, receipt = run.archive(3)
+    run.must(outcome)
+    payer = chain.payer.pubkey()
+    early = chain.send(ix.reclaim(run.addresses.run, chain.program, payer, receipt))
+    assert early.code == ErrorCode.NOT_CLOSED
+    run.tick_when_due()
+    chain.advance(6_480_000)
+    run.must(run.by_owner(ix.close_run))
+    run.must(run.create())
+    assert run.join(3, grant=grant).code == ErrorCode.ACCOUNT_MISMATCH
+    run.must(run.by_owner(ix.set_config, run.limits, None))
+    run.must(run.join(3))
+    assert run.restore(3, receipt).code == ErrorCode.ACCOUNT_MISMATCH
+    chain.svm.airdrop(run.addresses.run, 10**9)
+    assert run.claim(3, receipt).code == ErrorCode.ACCOUNT_MISMATCH
+    for record, heir in ((receipt, payer), (grant, run.owner)):
+        stranger = chain.send(ix.reclaim(run.addresses.run, chain.program, run.wallet(0), record))
+        assert stranger.code == ErrorCode.NOT_OWNER
+        before = chain.svm.get_balance(heir) or 0
+        run.must(chain.send(ix.reclaim(run.addresses.run, chain.program, heir, record)))
+        assert (chain.svm.get_balance(heir) or 0) > before - 20_000
+        assert chain.svm.get_account(record) is None
+
+
+@pytest.mark.parametrize("put_out", ["kick", "ban"])
+def test_leaving_is_no_way_around_being_put_out(put_out: str) -> None:
+    run = long_run(overlap=0)
+    run.start()
+    for member in range(4):
+        run.must(run.commit(member))
+    run.must(run.leave(3))
+    run.must(run.kick(3) if put_out == "kick" else run.ban(run.wallet(3)))
+    assert run.members[3].status is MemberStatus.EJECTED
+    assert run.kick(3).code == ErrorCode.MEMBER_NOT_ACTIVE
+    run.tick_when_due()
+    run.attest_all(0, range(3), range(4))
+    run.tick_when_due()
+    assert run.run.inclusion_set(0).members == {0, 1, 2}
+    assert (run.members[3].credit, run.run.tokens) == (0, 300)
