@@ -204,8 +204,8 @@ class Pulses:
         return {"encoding": "base64", "commitment": self._chain.commitment, "dataSlice": slice_}
 
     def _run_pushed(self, value: Json) -> None:
-        if value is not None:
-            self._run_pushes += 1
+        # Without a value: the subscription stands now, and what changed before that is found by looking.
+        self._run_pushes += 1
         self._whole_next = True
         self._changed.set()
 

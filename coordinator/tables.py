@@ -2,19 +2,21 @@
 
 The entry of a round has 20 KB, and endpoints count requests and bytes. What is
 fixed when the round begins is read once; commitments are read when there are enough new ones to be worth it, and when
-the round is closed, after which nothing that a node uses changes any more.
+the round is closed and some are missing, after which nothing that a node uses changes any more.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Final, Protocol
 
 from coordinator.state import Phase, Round
 from coordinator.values import Header, Run
 
-# Up to this many members, updates are fetched as they come, in four lots; beyond it, in two.
+# Up to this many members, updates are fetched as they come, in four lots; up to that many, in two; beyond it, in one.
 _SMALL_RUN: Final = 16
+_LARGE_RUN: Final = 64
 _KEPT_ROUNDS: Final = 4
 
 
@@ -55,6 +57,7 @@ class RoundTables:
         """
         run = state.run
         async with self._reading:
+            self._close(state)
             for number in range(run.final_rounds, run.round + 1):
                 if self._is_worth_reading(number, state):
                     early = not self._closed(number, state) and state.header.committed < _lot(state.header.active)
@@ -71,14 +74,26 @@ class RoundTables:
             return await self._read(number, state, commitments=closed)
 
     async def _read(self, number: int, state: State, *, commitments: bool) -> Round | None:
-        slots = max(self._slots, state.header.members)
-        record = await self._chain.round(number, slots, state.run.terms.update_bytes, commitments=commitments)
+        slots, update_bytes = max(self._slots, state.header.members), state.run.terms.update_bytes
+        record = await self._chain.round(number, slots, update_bytes, commitments=commitments)
+        if record is not None and record.closed and not commitments:
+            # It was closed meanwhile, and what is closed counts as known in full.
+            record = await self._chain.round(number, slots, update_bytes, commitments=True)
         if record is None:
             self.rounds.pop(number, None)
             return None
         self._slots = max(record.active, default=-1) + 1
         self.rounds[number] = record
         return record
+
+    def _close(self, state: State) -> None:
+        """Take note that the newest round is closed, if all that is committed in it is known."""
+        known = self.rounds.get(state.run.round)
+        if known is None or known.closed or not self._closed(known.round, state):
+            return
+        # Commitments are never taken back, so as many as there are means all that there are.
+        if state.run.phase is Phase.ROUND_WITNESS and len(known.commitments) == state.header.committed:
+            self.rounds[known.round] = replace(known, closed=True)
 
     def _is_worth_reading(self, number: int, state: State) -> bool:
         known = self.rounds.get(number)
@@ -98,4 +113,6 @@ class RoundTables:
 
 def _lot(members: int) -> int:
     """How many new commitments are worth a reading."""
+    if members > _LARGE_RUN:
+        return members
     return max(1, members // 4 if members <= _SMALL_RUN else -(-members // 2))

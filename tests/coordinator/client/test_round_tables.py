@@ -58,8 +58,8 @@ class Chain:
         )
 
 
-@pytest.mark.parametrize(("members", "readings"), [(1, 1), (4, 4), (16, 4), (17, 2), (64, 2), (256, 2)])
-def test_commitments_are_read_in_a_few_lots_and_again_when_the_round_is_closed(members: int, readings: int) -> None:
+@pytest.mark.parametrize(("members", "readings"), [(1, 1), (4, 4), (16, 4), (17, 2), (64, 2), (65, 1), (256, 1)])
+def test_commitments_are_read_in_a_few_lots(members: int, readings: int) -> None:
     async def run() -> None:
         chain = Chain(members)
         tables = RoundTables(chain)
@@ -74,7 +74,35 @@ def test_commitments_are_read_in_a_few_lots_and_again_when_the_round_is_closed(m
         for _ in range(3):
             known = await tables.refresh(state(Phase.ROUND_WITNESS, 0, committed=members, members=members))
         assert known[0].closed
-        assert len(chain.reads) == readings + 2
+        assert len(chain.reads) == readings + 1, "what is complete is not read again"
+
+    asyncio.run(run())
+
+
+def test_a_round_that_closes_before_everybody_has_committed_is_read_once_more() -> None:
+    async def run() -> None:
+        chain = Chain(8, committed=6)
+        tables = RoundTables(chain)
+        await tables.refresh(state(Phase.ROUND_TRAIN, 0, committed=6, members=8))
+        chain.closed, chain.members = 1, 7
+        known = await tables.refresh(state(Phase.ROUND_WITNESS, 0, committed=7, members=8))
+        assert known[0].closed
+        assert len(known[0].commitments) == 7
+        assert chain.reads == [(0, True), (0, True)]
+
+    asyncio.run(run())
+
+
+def test_a_round_found_closed_is_known_in_full_whatever_was_asked_for() -> None:
+    async def run() -> None:
+        chain = Chain(4, closed=1)
+        tables = RoundTables(chain)
+        now = state(Phase.ROUND_TRAIN, 0)
+        assert len((await tables.refresh(now))[0].commitments) == 4
+        tables = RoundTables(chain)
+        record = await tables.record(0, now, closed=False)
+        assert record is not None
+        assert len(record.commitments) == 4
 
     asyncio.run(run())
 

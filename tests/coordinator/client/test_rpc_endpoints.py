@@ -207,7 +207,7 @@ def test_calls_that_fail_together_are_one_failure() -> None:
         ("-3", 0.0, 0.0),
         ("inf", None, None),
         ("soon", None, None),
-        (format_datetime(datetime.now(UTC) + timedelta(seconds=100), usegmt=True), 50, 100),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=9), usegmt=True), 3600, 9 * 3600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),
     ],
 )

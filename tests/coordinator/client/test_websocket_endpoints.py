@@ -6,7 +6,7 @@ import asyncio
 import logging
 
 import pytest
-from runs import TERMS, joined, limits
+from runs import TERMS, close, joined, limits, take_part
 from solders.keypair import Keypair
 
 from coordinator import pulses, subscriptions
@@ -66,17 +66,15 @@ def test_a_websocket_that_says_nothing_is_given_up(
         async with CoordinatorClient([well.rpc], program.pubkey(), None, owner) as founder:
             await founder.airdrop(owner.pubkey(), 100 * SOL)
             await deploy(founder, owner, program, program_bytes())
-            addresses = await founder.create_run("mute", limits(), TERMS)
+            addresses = await founder.create_run("mute", limits(total_rounds=30, rounds_per_epoch=30), TERMS)
         async with CoordinatorClient([mute.rpc, well.rpc], program.pubkey(), addresses, None) as client:
-            watch = client.watch()
             nodes = [await joined([well.rpc], addresses.run) for _ in range(2)]
-            async for pulse in watch:
-                if pulse.header.due(pulse.slot):
-                    await nodes[0].tick()
+            playing = [asyncio.create_task(take_part(node)) for node in nodes]
+            async for _ in client.watch():
                 if client.subscriptions.connected_to == well.ws:
                     break
-            for node in nodes:
-                await node.close()
+            await asyncio.gather(*playing)
+            await close(*nodes)
         await ledger.stop()
 
     asyncio.run(asyncio.wait_for(run(), 60))
