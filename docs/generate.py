@@ -102,7 +102,7 @@ def record_format() -> str:
         "it: `positions` are [start, count] pairs of the shuffled data, `digest` is that of the committed update.",
         "`returned` are the positions that are trained again, because their update does not count.\n",
         "## Events\n",
-        "Each has `slot`, `signature` (of its transaction), `index` (its place among the run's events there) and `name`.",
+        "Each has `slot`, `signature` (of its transaction), `index` (place among the run's events there) and `name`.",
         "Addresses are base58, node keys and digests hex, members numbers of slots.\n",
         "| event | fields |",
         "|---|---|",

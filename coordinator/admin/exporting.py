@@ -41,8 +41,15 @@ class Past:
 
     @property
     def complete(self) -> bool:
-        """Whether the events begin with the run's first."""
-        return bool(self.events) and self.events[0].event.name == _FIRST
+        """Whether the events begin with the run's first, and every round's with its start: version 1 of the program
+        did not log that."""
+        if not self.events or self.events[0].event.name != _FIRST:
+            return False
+        numbers = {
+            name: {one.event.fields["round"] for one in self.events if one.event.name == name}
+            for name in ("RoundStarted", "Committed", "RoundFinal")
+        }
+        return numbers["Committed"] | numbers["RoundFinal"] <= numbers["RoundStarted"]
 
 
 async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
@@ -78,7 +85,8 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
     past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
     if not past.complete and not partial:
         raise IncompleteRecord(
-            f"the endpoint's history of run {run} begins after the run; use one that has all of it, or give --partial"
+            f"the endpoint's history of run {run} does not have every round's start; use an endpoint that has all of "
+            "it, or, also for a run that version 1 of the program began, give --partial"
         )
     return past
 

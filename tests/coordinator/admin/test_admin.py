@@ -13,6 +13,7 @@ from ledger_process import SOL, Ledger
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
+from coordinator.addresses import run_addresses
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
 from coordinator.wallet import load_keypair
@@ -215,3 +216,12 @@ def test_endpoints_are_looked_at_one_by_one(ledger: Ledger, monkeypatch: pytest.
     assert "127.0.0.1:9" in found[1]["problem"]
     hint = admin("ledger", "show", "--rpc", "http://127.0.0.1:9", status=20)
     assert "psyche-ledger run" in hint
+
+
+def test_a_name_whose_address_is_taken_is_refused(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path
+) -> None:
+    members = run_addresses(program[1], load_keypair(wallet).pubkey(), "blocked").members
+    admin("ledger", "airdrop", members, "1", "--rpc", ledger.rpc)
+    options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    assert "choose another name" in admin("run", "create", "blocked", *options, status=10)

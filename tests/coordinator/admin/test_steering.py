@@ -191,6 +191,7 @@ def test_a_join_authority_lets_in_whom_it_wants(
 
     assert "NOT_AUTHORITY" in admin("auth", "grant", run, grantee, "--payer", other, *rpc, status=22)
     granted = admin_json("auth", "grant", run, grantee, "--payer", authority, *rpc)
+    assert "may join already" in admin("auth", "grant", run, grantee, "--payer", authority, *rpc, status=10)
     admin("auth", "delegate", run, other, "--payer", grantee, *rpc)
     assert "ALREADY_A_DELEGATE" in admin("auth", "delegate", run, other, "--payer", grantee, *rpc, status=22)
     (found,) = admin_json(*listed)["grants"]
