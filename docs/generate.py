@@ -20,6 +20,7 @@ from pydantic import BaseModel
 
 from coordinator.admin import exits as admin_exits
 from coordinator.admin import record
+from coordinator.errors import ERROR_TEXT, FIRST_ERROR
 from coordinator.events import EVENTS
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
 from psyche_node import exits
@@ -57,6 +58,31 @@ def _exit_tables(
         lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in inside]
         lines.append("")
     return lines
+
+
+def program_errors() -> str:
+    """A text is what the error means and, behind the first semicolon, what to do."""
+    lines = [
+        "# Errors of the program\n",
+        "What the on-chain program returns when it refuses an instruction: `Custom(number)` in a transaction's result. "
+        "A refused instruction has changed nothing.",
+        "The texts are those of `coordinator/errors.py`, which every command prints.\n",
+        f"Numbers below {FIRST_ERROR} are not this program's, but the system program's or the runtime's.\n",
+        "| number | name | what it means | what to do |",
+        "|---|---|---|---|",
+    ]
+    for code, text in sorted(ERROR_TEXT.items()):
+        meaning, _, resolve = text.partition("; ")
+        lines.append(f"| {code.value} | `{code.name}` | {_sentence(meaning)} | {_sentence(resolve)} |")
+    return "\n".join(lines)
+
+
+def _sentence(text: str) -> str:
+    if not text:
+        return ""
+    # a name of the interface stays as it is written in the program
+    start = text if "_" in text.split()[0] else text[0].upper() + text[1:]
+    return start.replace("|", "\\|") + "."
 
 
 def report_format() -> str:
@@ -102,7 +128,7 @@ def record_format() -> str:
         "it: `positions` are [start, count] pairs of the shuffled data, `digest` is that of the committed update.",
         "`returned` are the positions that are trained again, because their update does not count.\n",
         "## Events\n",
-        "Each has `slot`, `signature` (of its transaction), `index` (place among the run's events there) and `name`.",
+        "Each has `slot`, `signature` (of its transaction), `index` (its place among that one's events) and `name`.",
         "Addresses are base58, node keys and digests hex, members numbers of slots.\n",
         "| event | fields |",
         "|---|---|",
@@ -195,6 +221,7 @@ def _models(annotation: object) -> list[type[BaseModel]]:
 
 
 PAGES: dict[str, Callable[[], str]] = {
+    "errors.md": program_errors,
     "exit-codes.md": exit_codes,
     "record.md": record_format,
     "report.md": report_format,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from coordinator.errors import ERROR_TEXT, ErrorCode
 from psyche_node import exits
 from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import RemoteFailure
@@ -60,6 +61,12 @@ def test_decisions_are_numbered_and_complete(root: Path) -> None:
         places = [text.find(part) for part in DECISION_PARTS]
         assert -1 not in places, f"{path.name} misses one of {DECISION_PARTS}"
         assert places == sorted(places), f"{path.name}: the parts are in another order"
+
+
+def test_every_error_of_the_program_says_what_to_do() -> None:
+    assert sorted(ERROR_TEXT) == sorted(ErrorCode)
+    lacking = [code.name for code, text in ERROR_TEXT.items() if len(text.partition("; ")[2].split()) < 2]
+    assert not lacking, "ERROR_TEXT: what it means; what to do"
 
 
 def test_exit_codes_fit_their_ranges_and_the_shell() -> None:

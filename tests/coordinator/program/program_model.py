@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence, Set
+from collections.abc import Iterable, Mapping, Sequence
 
 from coordinator.state import Limits, Round
 
@@ -57,6 +57,12 @@ def eligible(entry: Round) -> frozenset[int]:
     )
 
 
+def majority_of(fingerprints: Sequence[int]) -> int | None:
+    """What more than half of them are."""
+    counted = Counter(fingerprints).most_common(1)
+    return counted[0][0] if counted and 2 * counted[0][1] > len(fingerprints) else None
+
+
 def quorum(count: int) -> int:
     return -(-2 * count // 3)
 
@@ -65,14 +71,3 @@ def included(entry: Round) -> frozenset[int]:
     need = quorum(len(entry.witnesses))
     counts = Counter(slot for named in entry.attestations.values() for slot in named)
     return frozenset(slot for slot in eligible(entry) if counts[slot] >= need)
-
-
-def decided(entry: Round, may_attest: Set[int]) -> bool:
-    """Nothing that the silent witnesses among `may_attest` may still say changes who is included."""
-    need, missing = quorum(len(entry.witnesses)), len((set(entry.witnesses) - entry.attestations.keys()) & may_attest)
-    counts = Counter(slot for named in entry.attestations.values() for slot in named)
-    return missing == 0 or all(counts[s] >= need or counts[s] + missing < need for s in eligible(entry))
-
-
-def flatten(ranges: Sequence[tuple[int, int]]) -> list[int]:
-    return [position for start, count in ranges for position in range(start, start + count)]
