@@ -168,7 +168,7 @@ _EXITS: dict[str, Exit] = {
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
-    "coordinator.transactions.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,

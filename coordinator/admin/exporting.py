@@ -63,14 +63,13 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         ChainUnavailable: the run changes so fast that no consistent view was had.
     """
     run = client.addresses.run
+    signatures = await signatures_of(client, run)
     for _ in range(_ATTEMPTS):
         before = await take_snapshot(client)
-        signatures = await signatures_of(client, run)
+        signatures += await signatures_of(client, run, _last(signatures))
         after = await take_snapshot(client)
-        if (
-            before.raw == after.raw
-            and await signatures_of(client, run, signatures[-1][0] if signatures else None) == []
-        ):
+        # What landed after the first look is in the list, and would have changed the accounts or come since.
+        if before.raw == after.raw and not await signatures_of(client, run, _last(signatures)):
             break
         await asyncio.sleep(client.slot_seconds / 4)
     else:
@@ -89,6 +88,10 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
             "it, or, also for a run that version 1 of the program began, give --partial"
         )
     return past
+
+
+def _last(signatures: list[tuple[str, bool]]) -> str | None:
+    return signatures[-1][0] if signatures else None
 
 
 async def _receipts(client: CoordinatorClient, now: Snapshot) -> tuple[Receipt, ...]:

@@ -9,11 +9,13 @@ from typing import Any
 
 import pytest
 from admin_harness import HEX, admin, admin_json
+from endpoints import endpoint, failure
 from ledger_process import SOL, Ledger
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from coordinator.addresses import run_addresses
+from coordinator.admin.health import EndpointHealth, probe
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
 from coordinator.wallet import load_keypair
@@ -209,11 +211,20 @@ def test_a_dry_run_sends_nothing_and_knows_the_cost(
 
 
 def test_endpoints_are_looked_at_one_by_one(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.admin.ledgers.PATIENCE", 4.0)
-    found = admin_json("ledger", "show", "--rpc", ledger.rpc, "--rpc", "http://127.0.0.1:9")["endpoints"]
-    assert [one["healthy"] for one in found] == [True, False]
-    assert found[0]["slot"] > 0
-    assert "127.0.0.1:9" in found[1]["problem"]
+    async def refuse(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return failure(request, -32601, "Method not found")
+
+    async def look() -> tuple[EndpointHealth, ...]:
+        async with endpoint(refuse) as bad:
+            return await probe([ledger.rpc, bad], 30)
+
+    good, bad = asyncio.run(look())
+    assert (good.healthy, bad.healthy) == (True, False)
+    assert good.slot > 0
+    assert "Method not found" in str(bad.problem)
+    (shown,) = admin_json("ledger", "show", "--rpc", ledger.rpc)["endpoints"]
+    assert (shown["healthy"], shown["genesis_hash"]) == (True, good.genesis)
+    monkeypatch.setattr("coordinator.admin.ledgers.PATIENCE", 0.3)
     hint = admin("ledger", "show", "--rpc", "http://127.0.0.1:9", status=20)
     assert "psyche-ledger run" in hint
 
