@@ -7,6 +7,7 @@ struct team {
     u64 count;
     u64 share;
     u8 slot[MAX_MEMBERS];
+    u32 share_of[MAX_MEMBERS]; /* by slot */
 };
 
 /* A member gets the share that it asks for. More than it had it gets by doubling, and only in good standing. */
@@ -22,8 +23,9 @@ static void settle_newcomers(const struct context *c, struct team *team, const b
     u64 most = smaller(share_limit(c->run), mean);
     for_each (slot, newcomers) {
         struct member *member = &c->members->member[slot];
-        member->share = (u32)smaller(member->next_share, most);
-        team->share += member->share;
+        u64 share = smaller(member->next_share, most);
+        member->share = team->share_of[slot] = (u32)share;
+        team->share += share;
     }
 }
 
@@ -46,14 +48,17 @@ static void gather(struct context *c, struct round *round, struct team *team) {
                 }
                 become(c, member, ACTIVE);
             }
-            if (member->share) {
-                share += member->share = next_share(member, most);
-                established++;
-            } else {
-                newcomers.word[w] |= bit;
-            }
-            team->slot[count++] = (u8)slot;
             active |= bit;
+            team->slot[count++] = (u8)slot;
+            u64 had = member->share;
+            if (!had) {
+                newcomers.word[w] |= bit;
+                continue;
+            }
+            if (had != member->next_share || had > most) member->share = (u32)(had = next_share(member, most));
+            team->share_of[slot] = (u32)had;
+            share += had;
+            established++;
         }
         round->active.word[w] = active;
     }
@@ -66,14 +71,14 @@ static void gather(struct context *c, struct round *round, struct team *team) {
 /* Slices are contiguous, from the rotated first member on. Everybody gets one position, where there are enough: who has
  * nothing to do could stay for ever without doing anything. The others follow the shares: the slices end at
  * floor(others x cumulative share / total share), and their sum is exact. */
-static void cut_slices(struct round *round, const struct members *members, const struct team *team, u64 first) {
+static void cut_slices(struct round *round, const struct team *team, u64 first) {
     u64 total = team->share, cumulative = 0, offset = 0, empty = 0;
     u64 least = round->positions >= team->count, others = round->positions - (least ? team->count : 0);
     round->assigned = round->active;
     for (u64 i = 0, at = first; i < team->count; i++) {
         u64 slot = team->slot[at];
         if (++at == team->count) at = 0;
-        cumulative += members->member[slot].share;
+        cumulative += team->share_of[slot];
         u64 end = least * (i + 1) + others * cumulative / total;
         round->slice_offset[slot] = (u32)offset;
         round->slice_count[slot] = (u32)(end - offset);
@@ -141,7 +146,7 @@ void start_round(struct context *c) {
     u64 first = draw(&random) % team.count;
     round->first_slot = team.slot[first];
     if (draw_positions(c, round, team.count)) {
-        cut_slices(round, c->members, &team, first);
+        cut_slices(round, &team, first);
     } else {
         give_ranges(round, &team, first);
     }

@@ -102,7 +102,7 @@ void grant_address(const struct input *input, const struct context *c, const key
 u64 admit(const struct input *input, const struct context *c, key *grant, u64 *most);
 
 /* rewards.c */
-u64 reward_of(const struct run *run, u64 tokens);
+u64 reward_of(u64 rate, u64 tokens);
 
 /* config.c */
 void adopt_config(struct context *c);

@@ -9,7 +9,7 @@ void drop(struct context *c, u64 slot, bitmap *dropped) {
 }
 
 /* One more of what max_missed bounds, for a member that still takes part. */
-static void blame(struct context *c, u64 slot, u8 *count, bitmap *dropped) {
+INLINE void blame(struct context *c, u64 slot, u8 *count, bitmap *dropped) {
     if (*count < 255) ++*count;
     if (*count >= c->run->limits.max_missed && c->members->member[slot].status == ACTIVE) drop(c, slot, dropped);
 }
@@ -71,6 +71,7 @@ void close_round(struct context *c) {
 void finalize_round(struct context *c, struct round *round) {
     struct run *run = c->run;
     u64 quorum = two_thirds(round->witness_count), tokens = 0, any = 0;
+    u64 rate = run->reward_rate, rewards = 0;
     int late = !decided(c, round);
     bitmap dropped = {{0, 0, 0, 0}};
     for (u64 w = 0; w < 4; w++)
@@ -92,12 +93,13 @@ void finalize_round(struct context *c, struct round *round) {
         struct member *member = &c->members->member[slot];
         member->excluded = 0;
         member->updates_included++;
-        member->credit = saturating_add(member->credit, round->tokens[slot]);
-        u64 reward = reward_of(run, round->tokens[slot]);
+        u64 trained = round->tokens[slot], reward = reward_of(rate, trained);
+        member->credit = saturating_add(member->credit, trained);
         member->reward = saturating_add(member->reward, reward);
-        run->reward_earned = saturating_add(run->reward_earned, reward);
-        tokens += round->tokens[slot];
+        tokens += trained;
+        rewards = saturating_add(rewards, reward);
     }
+    run->reward_earned = saturating_add(run->reward_earned, rewards);
     run->tokens = saturating_add(run->tokens, tokens);
     round->state = ROUND_IS_FINAL;
     round->final_slot = c->slot;

@@ -22,8 +22,8 @@ MUTANTS = {
     ),
     "forgets a position": (
         "requeue.c",
-        "push_range(c, r->start + (from - piece->base), end - from);",
-        "push_range(c, r->start + (from - piece->base), end - from - (end - from > 5));",
+        "push_range(r, r->range->start + (from - r->base), end - from);",
+        "push_range(r, r->range->start + (from - r->base), end - from - (end - from > 5));",
     ),
     "counts the ejected": ("members.c", "round->eligible.word[w] &= ~out;", ";"),
     "forgives the silent": ("settle.c", "if (silent) blame(", "if (silent && slot > 250) blame("),
