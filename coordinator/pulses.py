@@ -142,7 +142,7 @@ class Pulses:
             while True:
                 self._changed.clear()
                 self._stop_gathering()
-                before = self._last
+                before, pushes = self._last, self._run_pushes
                 try:
                     pulse = await self._read_news()
                 except (ChainUnavailable, RunNotFound) as error:
@@ -151,7 +151,7 @@ class Pulses:
                     continue
                 failures = 0
                 self._subscribe(pulse)
-                self._check_pushes(before)
+                self._check_pushes(before, pushes)
                 if pulse.slot >= newest:
                     newest = pulse.slot
                     yield pulse
@@ -231,7 +231,7 @@ class Pulses:
             self._gathering.cancel()
             self._gathering = None
 
-    def _check_pushes(self, before: _Seen | None) -> None:
+    def _check_pushes(self, before: _Seen | None, pushes: int) -> None:
         """Notice a WebSocket that looks alive and says nothing: what polling finds must be pushed, too."""
         subscriptions = self._chain.subscriptions
         now = asyncio.get_running_loop().time()
@@ -248,4 +248,5 @@ class Pulses:
         if before is not None and self._last is not None and self._last.front != before.front:
             if self._run_pushes == self._pushes_at_change and self._unpushed is None:
                 self._unpushed = (now, self._run_pushes)
-            self._pushes_at_change = self._run_pushes
+            # Not those that came while this was read: they may be of the next change.
+            self._pushes_at_change = pushes

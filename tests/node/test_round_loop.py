@@ -14,7 +14,7 @@ from node_values import commitment, included, member_of, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError
 from coordinator.errors import ErrorCode
-from coordinator.state import Commitment, MemberStatus, Phase
+from coordinator.state import Commitment, Member, MemberStatus, Phase
 from psyche_node.faults import Faults
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import GetStats, Stats
@@ -329,8 +329,16 @@ def test_dropped_member_follows_and_desynced_one_ends(tmp_path: Path, status: Me
         async with scene(tmp_path) as it:
             it.chain.list = (member_of(0), member_of(ME, status))
             it.chain.table = (round_of(0, ALL), round_of(1, closed=False, active=frozenset({0, 2, 3})))
+            looked, members = asyncio.Event(), it.chain.members
+
+            async def look() -> tuple[Member, ...]:
+                looked.set()
+                return await members()
+
+            it.chain.members = look  # type: ignore[method-assign]
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, 1, sets=[included(0, {0})]))
             await settle(lambda: it.did() == ["apply 0-"])
+            await looked.wait()
             if status is MemberStatus.DESYNCED:
                 with pytest.raises(Desynced, match="fingerprint"):
                     await it.task
