@@ -7,7 +7,12 @@ STAMP  := $(VENV)/.installed
 # The torch release that the tests run on; constraints.txt pins the same one.
 TORCH  ?= torch==2.13.0
 
-.PHONY: demo test nightly setup lint program proto docs bench clean
+# An independent Solana validator stand-in and the JavaScript client, for `make contract-surfpool`; it needs node and npm.
+NODE_MODULES := build/contract
+SURFPOOL := @solana/surfpool-linux-x64-gnu@1.5.0
+WEB3_JS  := @solana/web3.js@1.99.0
+
+.PHONY: demo test nightly contract-surfpool setup lint program proto docs bench clean
 
 demo: setup
 	$(BIN)/psyche-sim $(ARGS)
@@ -31,6 +36,7 @@ lint: setup
 
 program: setup
 	$(BIN)/python -m coordinator.toolchain.build
+	$(BIN)/python -m coordinator.idl
 
 proto: setup
 	$(BIN)/python proto/generate.py
@@ -39,18 +45,30 @@ bench: setup
 	$(BIN)/python -m benchmarks.program_cu
 	$(BIN)/python -m benchmarks.optimizer
 	$(BIN)/python -m benchmarks.convergence
+	$(BIN)/python -m benchmarks.ledger
+	$(BIN)/python -m benchmarks.ledger_restart
 
 # What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
-# and for its instructions, ten thousand schedules of a run, and replicas over rank layouts for 500 rounds.
+# and for its instructions, ten thousand schedules of a run, replicas over rank layouts for 500 rounds, and 50 kills of
+# a ledger under load.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
 	$(BIN)/python tests/coordinator/program/program_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/schedules.py 10000
 	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py -k for_long --timeout 1800
+	$(BIN)/python tests/coordinator/ledger/kill_ledger.py 50
+
+# The contract of Solana's RPC over psyche-ledger and over Surfpool (Linux, x86-64).
+contract-surfpool: setup
+	@command -v node >/dev/null && command -v npm >/dev/null || { echo "skipped: make contract-surfpool needs node and npm on the PATH"; exit 0; }; \
+	if [ "$$(uname -sm)" != "Linux x86_64" ]; then echo "skipped: Surfpool's package is for Linux on x86-64 only"; exit 0; fi; \
+	npm install --silent --no-audit --no-fund --prefix $(NODE_MODULES) $(SURFPOOL) $(WEB3_JS) && \
+	PSYCHE_CONTRACT_MODULES=$(NODE_MODULES) $(BIN)/pytest tests/coordinator/ledger/test_contract.py
 
 docs: setup
 	$(BIN)/python docs/generate.py
+	$(BIN)/python -m coordinator.idl
 
 clean:
 	rm -rf $(VENV) build runs

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import random
 from collections.abc import AsyncIterator, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any, Final, Self
 
 from solders.keypair import Keypair
@@ -16,27 +15,24 @@ from solders.signature import Signature
 from coordinator import instructions
 from coordinator.addresses import RunAddresses, run_addresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
-from coordinator.rpc import PATIENCE_SECONDS, Json
+from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
+from coordinator.layout import MAX_MEMBERS, ROUND, round_offset
+from coordinator.pulses import Delay, Pulse, Pulses, RunNotFound
+from coordinator.rpc import PATIENCE_SECONDS, Json, Unusable
 from coordinator.state import (
-    HEADER_SIZE,
     MEMBERS_SIZE,
+    ROUND_SIZE,
     ROUNDS_SIZE,
-    RUN_SIZE,
-    UNKNOWN_SLOT,
-    Header,
     Limits,
     MalformedAccount,
     Member,
-    Phase,
     Round,
-    Run,
     Terms,
-    decode_header,
     decode_members,
+    decode_round,
     decode_rounds,
     decode_run,
 )
-from coordinator.watch import Pace
 
 __all__ = [
     "ChainError",
@@ -52,30 +48,16 @@ __all__ = [
 
 log = logging.getLogger(__name__)
 
-_PULSE_BYTES: Final = max(RUN_SIZE, HEADER_SIZE)
-_LONGEST_PAUSE: Final = 10.0
-# Up to this many members every change of the header is pushed; beyond it, 256 members' commitments would cost more
-# than polling, so only changes of the state machine are pushed.
-_PUSH_HEADER_MEMBERS: Final = 64
+# Twice what the protocol allows commit and attest: priority fees are paid on it, and nodes send these two every round.
+_FEW_UNITS: Final = 20_000
+_LOOKS: Final = 3
+_LOOK_PAUSE: Final = 0.8
 _MAX_SIGNATURE_PAGES: Final = 100
 _SIGNATURES_PER_PAGE: Final = 1000
 
 
-class RunNotFound(ChainError):
-    """There is no run where one was looked for."""
-
-
 class RunExists(ChainError):
     """The owner has a run of this name already."""
-
-
-@dataclass(frozen=True, slots=True)
-class Pulse:
-    """The state of the run as of one slot: the state machine, and what moves between its ticks."""
-
-    slot: int
-    run: Run
-    header: Header
 
 
 class CoordinatorClient(Chain):
@@ -87,7 +69,8 @@ class CoordinatorClient(Chain):
         run: the run's accounts; None for a client that only deploys, creates runs and moves funds.
         wallet: the member's or owner's wallet; None to read only.
         commitment: processed, confirmed or finalized.
-        priority_fee: micro-lamports per compute unit; raise it when transactions expire on a busy cluster.
+        priority_fee: micro-lamports per compute unit, or "auto": what the cluster has lately asked for.
+        priority_fee_cap: micro-lamports per compute unit that "auto" never goes above.
         patience: seconds that a call may take with all its attempts.
     """
 
@@ -99,7 +82,8 @@ class CoordinatorClient(Chain):
         wallet: Keypair | None,
         *,
         commitment: str = "confirmed",
-        priority_fee: int = 0,
+        priority_fee: PriorityFee = 0,
+        priority_fee_cap: int = DEFAULT_FEE_CAP,
         patience: float = PATIENCE_SECONDS,
     ) -> None:
         super().__init__(
@@ -108,11 +92,11 @@ class CoordinatorClient(Chain):
             program_id=program_id,
             commitment=commitment,
             priority_fee=priority_fee,
+            priority_fee_cap=priority_fee_cap,
             patience=patience,
         )
         self.program_id = program_id
         self._run = run
-        self._pace = Pace()
 
     @classmethod
     async def open(
@@ -127,11 +111,13 @@ class CoordinatorClient(Chain):
             address = run if isinstance(run, Pubkey) else Pubkey.from_string(run)
         except ValueError:
             raise RunNotFound(f"{run!r} is not the address of a run (32 bytes in base58)") from None
-        async with Chain(rpc_urls, **options) as chain:
-            account = await chain.account(address)
+        account = await _find(rpc_urls, address, options)
         if account is None:
             raise RunNotFound(f"there is no account {address} on this chain; is it the right RPC endpoint?")
-        decoded = _run_in(address, account)
+        try:
+            decoded = decode_run(account.data)
+        except MalformedAccount as error:
+            raise RunNotFound(f"account {address} is not a run of this version: {error}") from error
         # The addresses are derived from owner and name, so the account proves that it is what it says it is.
         addresses = run_addresses(account.owner, decoded.owner, decoded.run_id)
         if addresses.run != address:
@@ -144,37 +130,27 @@ class CoordinatorClient(Chain):
             raise ChainError("this client was opened without a run")
         return self._run
 
-    @property
-    def slot_seconds(self) -> float:
-        """Seconds per slot, as measured by `watch`; 0.4, a cluster's, before that."""
-        return self._pace.slot_seconds
-
     # ------------------------------------------------------------------ reading
 
     async def pulse(self) -> Pulse:
         """The state of the run, in one request. Raises RunNotFound."""
-        addresses = self.addresses
-        slot, (run, rounds) = await self.accounts([addresses.run, addresses.rounds], (0, _PULSE_BYTES))
-        if run is None or rounds is None:
-            raise RunNotFound(f"run {addresses.run} is not on this chain; was it closed, or is it another endpoint?")
-        try:
-            return Pulse(slot, _run_in(addresses.run, run), decode_header(rounds.data))
-        except MalformedAccount as error:
-            raise RunNotFound(str(error)) from error
+        return await Pulses(self, self.addresses).read()
+
+    def watch(self, delay: Delay | None = None) -> AsyncIterator[Pulse]:
+        """The state of the run whenever it changes or this client should act, and now and then in between.
+
+        Never ends by itself, and survives lost connections; the slot never goes back. Raises RunNotFound when the run
+        is gone. `delay` gives the slots that this client waits after a transition is due before it would tick.
+        """
+        return Pulses(self, self.addresses, delay).follow()
 
     async def members(self) -> tuple[Member, ...]:
         """Everybody in the member table, in slot order."""
-        return decode_members(await self._whole(self.addresses.members, MEMBERS_SIZE))
+        return decode_members(await self._part(self.addresses.members, 0, MEMBERS_SIZE))
 
     async def rounds(self) -> tuple[Round, ...]:
         """The rounds that the chain keeps in full, oldest first."""
-        return decode_rounds(await self._whole(self.addresses.rounds, ROUNDS_SIZE))
-
-    async def _whole(self, key: Pubkey, size: int) -> bytes:
-        account = await self.account(key, (0, size))
-        if account is None or account.owner != self.program_id:
-            raise RunNotFound(f"account {key} of run {self.addresses.run} is not on this chain")
-        return account.data
+        return decode_rounds(await self._part(self.addresses.rounds, 0, ROUNDS_SIZE))
 
     async def transaction_counts(self) -> tuple[int, int]:
         """How many transactions named this run, and how many of them failed, as far as the endpoint's history goes."""
@@ -184,9 +160,7 @@ class CoordinatorClient(Chain):
             options: dict[str, Json] = {"limit": _SIGNATURES_PER_PAGE, "commitment": "confirmed"}
             if before is not None:
                 options["before"] = before
-            page = await self.rpc.call("getSignaturesForAddress", [str(self.addresses.run), options])
-            if not isinstance(page, list) or not all(isinstance(one, dict) for one in page):
-                raise ChainUnavailable("getSignaturesForAddress: the endpoint's answer does not have Solana's shape")
+            page = await self.rpc.ask("getSignaturesForAddress", [str(self.addresses.run), options], _page)
             total += len(page)
             failed += sum(one.get("err") is not None for one in page)
             if len(page) < _SIGNATURES_PER_PAGE:
@@ -194,56 +168,33 @@ class CoordinatorClient(Chain):
             before = str(page[-1].get("signature"))
         return total, failed
 
-    async def watch(self) -> AsyncIterator[Pulse]:
-        """The state of the run whenever it changes or a transition becomes due, and now and then in between.
+    async def round(self, number: int, slots: int, update_bytes: int, *, commitments: bool = True) -> Round | None:
+        """One round as far as a node needs it; None when the chain does not keep it (any more).
 
-        Never ends by itself, and survives lost connections; the slot never goes back. Raises RunNotFound when the run
-        is gone.
+        Of its commitments only digest and length are given (the program takes no length but `update_bytes`), the rest
+        is 0; none at all without `commitments`. `slots` is a guess at how many slots of the member table are in use:
+        the nearer it is, the less is read.
         """
-        changed = asyncio.Event()
-        handles: dict[str, int] = {}
-        failures = 0
-        last = -1
-        try:
-            while True:
-                changed.clear()
-                try:
-                    pulse = await self.pulse()
-                except ChainUnavailable as error:
-                    failures += 1
-                    pause = min(2.0 ** min(failures, 8) / 2, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-                    log.warning("the run's state cannot be read, trying again in %.1f s: %s", pause, error)
-                    await asyncio.sleep(pause)
-                    continue
-                failures = 0
-                self._follow(pulse, handles, changed)
-                if pulse.slot >= last:
-                    last = pulse.slot
-                    self._pace.see(pulse.slot)
-                    yield pulse
-                due = None if pulse.header.due_slot == UNKNOWN_SLOT else pulse.header.due_slot
-                idle = pulse.run.phase in (Phase.FINISHED, Phase.PAUSED)
-                await self._pace.rest(changed, pulse.slot, due, pushes=self.subscriptions.connected, idle=idle)
-        finally:
-            for handle in handles.values():
-                self.subscriptions.unsubscribe(handle)
+        while True:
+            slots = min(max(slots, 1), MAX_MEMBERS)
+            last, width = ("digest", 32) if commitments else ("slice_count", 4)
+            size = ROUND.offsets[last] + slots * width
+            data = await self._part(self.addresses.rounds, round_offset(number), size)
+            record = decode_round(data.ljust(ROUND_SIZE, b"\0"))
+            if record is None or record.round != number:
+                return None
+            if max(record.active, default=0) < slots:
+                break
+            slots = max(record.active) + 1
+        known = record.commitments if commitments else {}
+        lengths = {member: replace(one, length=update_bytes) for member, one in known.items()}
+        return replace(record, commitments=lengths)
 
-    def _follow(self, pulse: Pulse, handles: dict[str, int], changed: asyncio.Event) -> None:
-        """Have the changes pushed that are worth it at this size of the run."""
-        options: dict[str, Json] = {"encoding": "base64", "commitment": self.commitment}
-
-        def wake(value: Json) -> None:
-            changed.set()
-
-        # Pushes only wake, so they carry no data: of two accounts, one could be from before a tick, one from after.
-        options["dataSlice"] = {"offset": 0, "length": 0}
-        if "run" not in handles:
-            handles["run"] = self.subscriptions.subscribe("account", [str(self.addresses.run), options], wake)
-        wanted = pulse.header.members <= _PUSH_HEADER_MEMBERS
-        if wanted and "rounds" not in handles:
-            handles["rounds"] = self.subscriptions.subscribe("account", [str(self.addresses.rounds), options], wake)
-        elif not wanted and "rounds" in handles:
-            self.subscriptions.unsubscribe(handles.pop("rounds"))
+    async def _part(self, key: Pubkey, offset: int, size: int) -> bytes:
+        account = await self.account(key, (offset, size))
+        if account is None or account.owner != self.program_id or len(account.data) != size:
+            raise RunNotFound(f"account {key} of run {self.addresses.run} is not on this chain")
+        return account.data
 
     # ------------------------------------------------------------------ acting
 
@@ -274,6 +225,14 @@ class CoordinatorClient(Chain):
         """Ask for another share of the batch, from the next round on."""
         return await self.send(instructions.set_share(self.addresses, self.program_id, self._signer(), share))
 
+    async def claim(self, receipt: Pubkey | None = None) -> Signature:
+        """Have the rewards paid that were earned and not claimed: in the wallet's slot, or in a receipt."""
+        return await self.send(instructions.claim(self.addresses, self.program_id, self._signer(), receipt))
+
+    async def restore(self, receipt: Pubkey, payer: Pubkey) -> Signature:
+        """Move the credit in a receipt into the wallet's present slot; its deposit goes back to who paid it."""
+        return await self.send(instructions.restore(self.addresses, self.program_id, self._signer(), receipt, payer))
+
     async def ready(self, model_root: bytes) -> Signature:
         """Report the model loaded."""
         return await self.send(instructions.ready(self.addresses, self.program_id, self._signer(), model_root))
@@ -283,11 +242,12 @@ class CoordinatorClient(Chain):
         made = instructions.commit(
             self.addresses, self.program_id, self._signer(), round, digest, length, tokens, fingerprint
         )
-        return await self.send(made)
+        return await self.send(made, compute_units=_FEW_UNITS)
 
     async def attest(self, round: int, members: Iterable[int]) -> Signature:
         """Attest, as an elected witness, to the updates of these members (slots)."""
-        return await self.send(instructions.attest(self.addresses, self.program_id, self._signer(), round, members))
+        made = instructions.attest(self.addresses, self.program_id, self._signer(), round, members)
+        return await self.send(made, compute_units=_FEW_UNITS)
 
     async def tick(self) -> Signature:
         """Make the transition that is due."""
@@ -307,8 +267,21 @@ class CoordinatorClient(Chain):
         return self.wallet.pubkey()
 
 
-def _run_in(address: Pubkey, account: Account) -> Run:
-    try:
-        return decode_run(account.data)
-    except MalformedAccount as error:
-        raise RunNotFound(f"account {address} is not a run of this version: {error}") from error
+def _page(answer: Json) -> list[dict[str, Json]]:
+    if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
+        raise Unusable("the answer is not a list of transactions")
+    return answer
+
+
+async def _find(rpc_urls: Sequence[str], address: Pubkey, options: dict[str, Any]) -> Account | None:
+    """An account that may be so new that an endpoint does not have it yet: look a few times, everywhere."""
+    account = None
+    for look in range(_LOOKS):
+        first = look % max(len(rpc_urls), 1)
+        async with Chain([*rpc_urls[first:], *rpc_urls[:first]], **options) as chain:
+            account = await chain.account(address)
+        if account is not None:
+            break
+        if look + 1 < _LOOKS:
+            await asyncio.sleep(_LOOK_PAUSE)
+    return account

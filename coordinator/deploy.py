@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import struct
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
 from typing import Final
 
 from solders.instruction import AccountMeta, Instruction
@@ -39,6 +42,40 @@ class DeployError(ChainError):
     """The program cannot be deployed as asked; the message says what to change."""
 
 
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """A program as the loader keeps it. `authority` may upgrade it; None: nobody ever again. `data` is its bytes with
+    the room behind them, `slot` that of its last deployment."""
+
+    authority: Pubkey | None
+    slot: int
+    data: bytes
+
+    def is_(self, so: bytes) -> bool:
+        """Whether these are its bytes."""
+        return self.data[: len(so)] == so and not any(self.data[len(so) :])
+
+    @property
+    def sha256(self) -> str:
+        return program_hash(self.data)
+
+
+@dataclass(frozen=True, slots=True)
+class DeployCost:
+    """What a deployment will take, in lamports: the deposit stays in the program's accounts, the fees are gone, and
+    `lent` comes back at the end (the buffer of an upgrade)."""
+
+    transactions: int
+    deposit: int
+    fees: int
+    lent: int
+
+
+def program_hash(so: bytes) -> str:
+    """SHA-256 of a program in hex, without the zeros at its end: the loader keeps more room than the file needs."""
+    return hashlib.sha256(so.rstrip(b"\0")).hexdigest()
+
+
 def program_data_address(program: Pubkey) -> Pubkey:
     """Where the loader keeps a program's bytes."""
     return Pubkey.find_program_address([bytes(program)], LOADER)[0]
@@ -54,43 +91,101 @@ async def deploy(chain: Chain, payer: Keypair, program: Keypair, so: bytes) -> P
         DeployError: `so` is no program, the address is taken, or another key may upgrade it.
         ChainError: a transaction failed or could not be confirmed.
     """
+    check_program(so)
+    address = program.pubkey()
+    if await present(chain, address) is not None:
+        return await upgrade(chain, payer, address, so)
+    await chain.load_rent()
+    buffer = Keypair()
+    async with _taken_back(chain, payer, buffer):
+        await _fill(chain, payer, buffer, so)
+        await chain.send(*_create(chain, payer.pubkey(), address, buffer, so), extra_signers=(program,), payer=payer)
+    await _visible(chain, address, so)
+    log.info("program %s deployed, %d bytes", address, len(so))
+    return address
+
+
+async def upgrade(chain: Chain, payer: Keypair, address: Pubkey, so: bytes) -> Pubkey:
+    """Make `so` the program at an address where there is one, or do nothing if these bytes are there already.
+
+    Raises:
+        DeployError: there is no program, `so` is none, or `payer` is not its upgrade authority.
+        ChainError: a transaction failed or could not be confirmed.
+    """
+    check_program(so)
+    await chain.load_rent()
+    there = await present(chain, address)
+    if there is None:
+        raise DeployError(f"there is no program {address} on this chain; deploy it first")
+    if there.is_(so):
+        log.info("program %s is on the chain already, with the same bytes", address)
+        return address
+    if there.authority != payer.pubkey():
+        raise DeployError(
+            f"program {address} can be upgraded by nobody any more; deploy another one"
+            if there.authority is None
+            else f"program {address} can only be upgraded by {there.authority}; pay with that wallet"
+        )
+    if more := _extension(there, so):
+        await chain.send(_extend(address, payer.pubkey(), more), payer=payer)
+    buffer = Keypair()
+    async with _taken_back(chain, payer, buffer):
+        await _fill(chain, payer, buffer, so)
+        await chain.send(_upgrade(address, payer.pubkey(), buffer.pubkey()), payer=payer)
+    await _visible(chain, address, so)
+    log.info("program %s upgraded, %d bytes", address, len(so))
+    return address
+
+
+def check_program(so: bytes) -> None:
+    """Raises DeployError for bytes that cannot be a program."""
     if so[:4] != b"\x7fELF" or len(so) > _MAX_PROGRAM_BYTES:
         raise DeployError(f"these {len(so)} bytes are not a Solana program (an ELF file of up to {_MAX_PROGRAM_BYTES})")
+
+
+async def deploy_cost(chain: Chain, there: Deployed | None, so: bytes, fee: Callable[[int], int]) -> DeployCost:
+    """What it takes to deploy `so`, or to upgrade what is there. `fee` gives lamports by the number of signatures."""
     await chain.load_rent()
-    address = program.pubkey()
-    present = await _present(chain, address)
-    if present is not None:
-        authority, data = present
-        if data[: len(so)] == so and not any(data[len(so) :]):
-            log.info("program %s is on the chain already, with the same bytes", address)
-            return address
-        if authority != payer.pubkey():
-            raise DeployError(f"program {address} can only be upgraded by {authority}; pay with that wallet")
-        if len(data) < len(so):
-            more = max(len(so) - len(data), _LEAST_EXTENSION)
-            await chain.send(_extend(address, payer.pubkey(), more), payer=payer)
-    buffer = Keypair()
+    writes = -(-len(so) // _CHUNK_BYTES)
+    fees = fee(2) + writes * fee(1)
+    if there is None:
+        deposit = chain.rent_exempt(_PROGRAM_DATA_HEADER + len(so)) + chain.rent_exempt(_PROGRAM_SIZE)
+        return DeployCost(writes + 2, deposit, fees + fee(2), 0)
+    more = _extension(there, so)
+    deposit = chain.rent_exempt(more) - chain.rent_exempt(0)
+    lent = chain.rent_exempt(_BUFFER_HEADER + len(so))
+    return DeployCost(writes + 2 + bool(more), deposit, fees + fee(1) * (2 if more else 1), lent)
+
+
+def open_buffer(chain: Chain, payer: Pubkey, buffer: Pubkey, so: bytes) -> tuple[Instruction, Instruction]:
+    """The first transaction of a deployment. Call `chain.load_rent` first."""
+    size = _BUFFER_HEADER + len(so)
+    opened = create_account(
+        CreateAccountParams(
+            from_pubkey=payer, to_pubkey=buffer, lamports=chain.rent_exempt(size), space=size, owner=LOADER
+        )
+    )
+    return opened, Instruction(LOADER, struct.pack("<I", 0), [_meta(buffer, writable=True), _meta(payer)])
+
+
+def _extension(there: Deployed, so: bytes) -> int:
+    return 0 if len(there.data) >= len(so) else max(len(so) - len(there.data), _LEAST_EXTENSION)
+
+
+@contextlib.asynccontextmanager
+async def _taken_back(chain: Chain, payer: Keypair, buffer: Keypair) -> AsyncIterator[None]:
     try:
-        await _fill(chain, payer, buffer, so)
-        if present is None:
-            await chain.send(
-                *_create(chain, payer.pubkey(), address, buffer, so), extra_signers=(program,), payer=payer
-            )
-        else:
-            await chain.send(_upgrade(address, payer.pubkey(), buffer.pubkey()), payer=payer)
+        yield
     except BaseException:
         # Also when cancelled: the deposit is much of the cost. If it cannot be had back, the first error is the news.
         with contextlib.suppress(ChainError):
             if await chain.account(buffer.pubkey(), (0, 0)) is not None:
                 await chain.send(_close(buffer.pubkey(), payer.pubkey()), payer=payer)
         raise
-    await _visible(chain, address, so)
-    log.info("program %s deployed, %d bytes", address, len(so))
-    return address
 
 
-async def _present(chain: Chain, address: Pubkey) -> tuple[Pubkey | None, bytes] | None:
-    """Upgrade authority and bytes of a program, or None where nothing is."""
+async def present(chain: Chain, address: Pubkey) -> Deployed | None:
+    """The program at an address, or None where nothing is. Raises DeployError where something else is."""
     account = await chain.account(address, (0, _PROGRAM_SIZE))
     if account is None:
         return None
@@ -100,22 +195,11 @@ async def _present(chain: Chain, address: Pubkey) -> tuple[Pubkey | None, bytes]
     if stored is None or len(stored.data) < _PROGRAM_DATA_HEADER:
         raise DeployError(f"program {address} was closed; its address cannot be used again, use another keypair")
     authority = Pubkey.from_bytes(stored.data[13:45]) if stored.data[12] else None
-    return authority, stored.data[_PROGRAM_DATA_HEADER:]
+    return Deployed(authority, int.from_bytes(stored.data[4:12], "little"), stored.data[_PROGRAM_DATA_HEADER:])
 
 
 async def _fill(chain: Chain, payer: Keypair, buffer: Keypair, so: bytes) -> None:
-    size = _BUFFER_HEADER + len(so)
-    opened = create_account(
-        CreateAccountParams(
-            from_pubkey=payer.pubkey(),
-            to_pubkey=buffer.pubkey(),
-            lamports=chain.rent_exempt(size),
-            space=size,
-            owner=LOADER,
-        )
-    )
-    claimed = Instruction(LOADER, struct.pack("<I", 0), [_meta(buffer.pubkey(), writable=True), _meta(payer.pubkey())])
-    await chain.send(opened, claimed, extra_signers=(buffer,), payer=payer)
+    await chain.send(*open_buffer(chain, payer.pubkey(), buffer.pubkey(), so), extra_signers=(buffer,), payer=payer)
     room = asyncio.Semaphore(_WRITES_IN_FLIGHT)
 
     async def write(offset: int) -> None:
@@ -138,8 +222,8 @@ async def _visible(chain: Chain, address: Pubkey, so: bytes) -> None:
     async with asyncio.timeout(_VISIBLE_SECONDS):
         while await chain.slot() <= deployed:
             await asyncio.sleep(0.05)
-    present = await _present(chain, address)
-    if present is None or present[1][: len(so)] != so:
+    there = await present(chain, address)
+    if there is None or not there.is_(so):
         raise DeployError(f"program {address} was deployed, yet the endpoint shows other bytes; look at it again")
 
 

@@ -1,7 +1,6 @@
-"""JSON-RPC calls to Solana RPC endpoints: fail-over, back-off, rate limits, and a bound on everything.
+"""JSON-RPC calls to Solana RPC endpoints: fail-over and return, back-off, rate limits, and a bound on everything.
 
-The transport is httpx2 (solana-py's own) with JSON read here: solana-py reads answers of any size, hides Retry-After,
-and its parser panics on some error objects, none of which a node may take from an endpoint that it does not trust.
+The transport is httpx2 (solana-py's own) with JSON read here; why: docs/decisions/0018-chain-client.md.
 """
 
 from __future__ import annotations
@@ -9,10 +8,13 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
+from typing import Any, Final, TypeVar
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx2
@@ -22,16 +24,31 @@ log = logging.getLogger(__name__)
 logging.getLogger("httpx2").setLevel(logging.WARNING)
 
 Json = Any
+T = TypeVar("T")
 
 MAX_RESPONSE_BYTES: Final = 32 * 2**20
 REQUEST_SECONDS: Final = 10.0
 PATIENCE_SECONDS: Final = 30.0
+# With another endpoint at hand nobody waits as long for one that hangs.
+_IMPATIENT_SECONDS: Final = 4.0
+_PROBE_SECONDS: Final = 4.0
 _FIRST_PAUSE: Final = 0.2
 _LONGEST_PAUSE: Final = 8.0
 _LONGEST_RETRY_AFTER: Final = 30.0
 # Errors of an endpoint, not of the request: another endpoint, or the same one a little later, can do better.
-# Internal error, node unhealthy, block not available yet, minContextSlot not reached, and two forms of rate limit.
-_PASSING_ERRORS: Final = frozenset({-32603, -32005, -32004, -32014, -32016, -32429, 429})
+# Internal error, node unhealthy, block not available yet, and two forms of rate limit.
+_PASSING_ERRORS: Final = frozenset({-32603, -32005, -32004, -32014, -32429, 429})
+# The endpoint has not reached the slot asked for: well, but behind.
+_BEHIND: Final = -32016
+_BEHIND_PAUSE: Final = 0.4
+# Not offered here (no such method, index switched off, history not kept): another endpoint may offer it.
+_NOT_OFFERED: Final = frozenset({-32601, -32010, -32011})
+_STATUS_ADVICE: Final = {
+    401: "it wants a key; check the one in the URL",
+    403: "it refuses this client; check the key in the URL",
+    404: "nothing is served at this path; check the URL",
+    413: "the request is too large for it",
+}
 
 
 class ChainError(Exception):
@@ -39,39 +56,76 @@ class ChainError(Exception):
 
 
 class ChainUnavailable(ChainError):
-    """No endpoint gave a usable answer in the time allowed. Trying again later may help."""
+    """No endpoint gave a usable answer in the time allowed. Trying again later may help.
+
+    `behind`: an endpoint did answer, and has not reached a slot that was seen before.
+    """
+
+    behind = False
 
 
 class RpcError(ChainError):
     """An endpoint understood the request and refused it: `code`, `message` and `data` are those of JSON-RPC."""
 
     def __init__(self, method: str, code: int, message: str, data: Json = None) -> None:
-        super().__init__(f"{method} refused by the RPC endpoint: {message} (code {code})")
+        advice = "; set an RPC endpoint that offers it" if code in _NOT_OFFERED else ""
+        super().__init__(f"{method} refused by the RPC endpoint: {message} (code {code}){advice}")
         self.code = code
         self.message = message
         self.data = data
+
+
+class Unusable(Exception):
+    """Raised by a `read` of `Endpoints.ask`: the answer is not what was asked for, another endpoint may do better.
+
+    `behind`: because it is from a slot before one that was seen.
+    """
+
+    def __init__(self, reason: str, *, behind: bool = False) -> None:
+        super().__init__(reason)
+        self.behind = behind
 
 
 class BadUrl(ChainError, ValueError):
     """A setting that is not the URL of an RPC endpoint."""
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class _Endpoint:
+    """`failures` counts those since the last success: 0 is an endpoint that may be used at once."""
+
     url: str
     shown: str
     failures: int = 0
+    failed_at: float = -math.inf
     retry_at: float = 0.0
     reason: str = field(default="not tried")
+    behind: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    method: str
+    identity: int
+    body: bytes
+
+
+@dataclass(slots=True)
+class Traffic:
+    """What this client has asked for and received, in requests and in bytes (HTTP headers and bodies)."""
+
+    requests: int = 0
+    received: int = 0
 
 
 class _Failed(Exception):
     """One attempt at one endpoint failed; `retry_after` is what it asked for, in seconds."""
 
-    def __init__(self, reason: str, retry_after: float | None = None) -> None:
+    def __init__(self, reason: str, retry_after: float | None = None, *, behind: bool = False) -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry_after = retry_after
+        self.behind = behind
 
 
 def shown_url(url: str) -> str:
@@ -105,12 +159,16 @@ def websocket_url(url: str) -> str:
 
 
 class Endpoints:
-    """Several RPC endpoints used as one. The first that is not in a pause is asked; the order is one of preference.
+    """Several RPC endpoints used as one, in order of preference.
+
+    The first that works is asked. One that fails is left alone for a pause and then tried with a probe, not with a call
+    that somebody waits for, unless there is no other; when the probe is answered, it is preferred again.
 
     Args:
         urls: at least one http(s) URL.
         request_seconds: the time that one attempt may take.
         patience: the time that a call may take with all its attempts, in seconds.
+        commitment: the level at which slots are counted.
 
     Raises:
         BadUrl: for a setting that is not a URL.
@@ -122,11 +180,13 @@ class Endpoints:
         *,
         request_seconds: float = REQUEST_SECONDS,
         patience: float = PATIENCE_SECONDS,
+        commitment: str = "confirmed",
     ) -> None:
         if not urls:
             raise BadUrl("no RPC endpoint is given; set at least one URL such as http://127.0.0.1:8899")
         self._endpoints = [_Endpoint(check_url(url), shown_url(url)) for url in urls]
         self._patience = patience
+        self._commitment = commitment
         self._http = httpx2.AsyncClient(
             timeout=httpx2.Timeout(request_seconds),
             follow_redirects=False,
@@ -135,16 +195,32 @@ class Endpoints:
         )
         self._request_seconds = request_seconds
         self._identity = 0
+        self._probes: dict[_Endpoint, asyncio.Task[None]] = {}
+        self.traffic = Traffic()
+        self.seen_slot = 0
+        """The newest slot that an answer was from. Reads never go back behind it, whichever endpoint answers."""
 
     @property
     def urls(self) -> tuple[str, ...]:
         return tuple(endpoint.url for endpoint in self._endpoints)
 
     async def close(self) -> None:
+        for probe in self._probes.values():
+            probe.cancel()
+        await asyncio.gather(*self._probes.values(), return_exceptions=True)
         await self._http.aclose()
 
+    def saw_slot(self, slot: int) -> None:
+        self.seen_slot = max(self.seen_slot, slot)
+
     async def call(self, method: str, params: Sequence[Json] = (), *, patience: float | None = None) -> Json:
-        """The result of one JSON-RPC call.
+        """The result of one JSON-RPC call as it is; raises as `ask` does."""
+        return await self.ask(method, params, lambda answer: answer, patience=patience)
+
+    async def ask(
+        self, method: str, params: Sequence[Json], read: Callable[[Json], T], *, patience: float | None = None
+    ) -> T:
+        """The result of one JSON-RPC call, as `read` gives it; where `read` raises Unusable, the next one is asked.
 
         Only use it for calls that may be made twice: an attempt that failed half-way may have had its effect.
 
@@ -152,61 +228,143 @@ class Endpoints:
             RpcError: the endpoint refused the request as such.
             ChainUnavailable: no endpoint gave an answer within `patience` seconds.
         """
-        self._identity += 1
-        identity = self._identity
-        body = json.dumps({"jsonrpc": "2.0", "id": identity, "method": method, "params": list(params)}).encode()
         loop = asyncio.get_running_loop()
         allowed = self._patience if patience is None else patience
         deadline = loop.time() + allowed
+        request = self._request(method, params)
+        refused: dict[_Endpoint, RpcError] = {}
         while True:
-            endpoint = min(self._endpoints, key=lambda one: max(one.retry_at - loop.time(), 0.0))
-            pause = endpoint.retry_at - loop.time()
-            if loop.time() + max(pause, 0.0) >= deadline:
+            offering = [one for one in self._endpoints if one not in refused]
+            if not offering:
+                raise next(iter(refused.values()))
+            endpoint = self._choose(offering)
+            pause = max(endpoint.retry_at - loop.time(), 0.0)
+            if loop.time() + pause >= deadline:
                 raise self._unavailable(method, allowed)
             if pause > 0:
                 await asyncio.sleep(pause)
+            seconds = deadline - loop.time()
+            if any(other is not endpoint and other.failures == 0 for other in offering):
+                seconds = min(seconds, _IMPATIENT_SECONDS)
             try:
-                # The whole attempt is bounded: httpx2's own limits are per read, so a trickle would pass them.
-                async with asyncio.timeout(min(self._request_seconds, max(deadline - loop.time(), 0.05))):
-                    result = await self._attempt(endpoint, method, body, identity)
+                return read(await self._timed(endpoint, request, seconds))
             except _Failed as failed:
-                self._pause(endpoint, method, failed.reason, failed.retry_after)
-            except TimeoutError:
-                self._pause(endpoint, method, "no answer in time", None)
-            except httpx2.HTTPError as error:
-                self._pause(endpoint, method, str(error) or type(error).__name__, None)
-            else:
-                endpoint.failures = 0
-                return result
+                self._pause(endpoint, method, failed)
+            except Unusable as unusable:
+                self._pause(endpoint, method, _Failed(str(unusable), behind=unusable.behind))
+            except RpcError as error:
+                if error.code not in _NOT_OFFERED:
+                    raise
+                refused[endpoint] = error
 
-    def _pause(self, endpoint: _Endpoint, method: str, reason: str, retry_after: float | None) -> None:
-        endpoint.failures += 1
-        endpoint.reason = reason
-        pause = min(_FIRST_PAUSE * 2 ** min(endpoint.failures - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-        if retry_after is not None:
-            pause = min(max(pause, retry_after), _LONGEST_RETRY_AFTER)
-        endpoint.retry_at = asyncio.get_running_loop().time() + pause
-        log.warning("%s: %s failed (%s); next attempt there in %.1f s", endpoint.shown, method, reason, pause)
+    async def spread(self, method: str, params: Sequence[Json]) -> None:
+        """Make a call at every endpoint that works, whatever they answer; for what is worth sending many ways."""
+        working = [one for one in self._endpoints if one.failures == 0] or self._endpoints[:1]
+
+        request = self._request(method, params)
+
+        async def one_way(endpoint: _Endpoint) -> None:
+            try:
+                await self._timed(endpoint, request, _IMPATIENT_SECONDS)
+            except _Failed as failed:
+                self._pause(endpoint, method, failed)
+            except RpcError as error:
+                log.debug("%s: %s", endpoint.shown, error)
+
+        await asyncio.gather(*(one_way(endpoint) for endpoint in working))
+
+    # ------------------------------------------------------------------ which endpoint
+
+    def _choose(self, offering: Sequence[_Endpoint]) -> _Endpoint:
+        now = asyncio.get_running_loop().time()
+        working = next((one for one in offering if one.failures == 0), None)
+        if working is None:
+            return min(offering, key=lambda one: max(one.retry_at - now, 0.0))
+        for better in offering[: offering.index(working)]:
+            if better.retry_at <= now and better not in self._probes:
+                self._probes[better] = asyncio.create_task(self._probe(better))
+        return working
+
+    async def _probe(self, endpoint: _Endpoint) -> None:
+        """Ask a failed endpoint for its slot: it is back when it has the one that was seen last."""
+        options = {"commitment": self._commitment, "minContextSlot": self.seen_slot}
+        try:
+            await self._timed(endpoint, self._request("getSlot", [options]), _PROBE_SECONDS)
+        except _Failed as failed:
+            self._pause(endpoint, "getSlot", failed)
+        except RpcError as error:
+            self._pause(endpoint, "getSlot", _Failed(error.message))
+        else:
+            log.info("%s: works again and is preferred", endpoint.shown)
+        finally:
+            self._probes.pop(endpoint, None)
+
+    def _pause(self, endpoint: _Endpoint, method: str, failed: _Failed) -> None:
+        now = asyncio.get_running_loop().time()
+        endpoint.reason, endpoint.behind = failed.reason, failed.behind
+        if now >= endpoint.retry_at:
+            # Calls that were under way together fail together: that is one failure.
+            endpoint.failures += 1
+        endpoint.failed_at = now
+        pause = min(_FIRST_PAUSE * 2 ** min(endpoint.failures - 1, 10), _LONGEST_PAUSE)
+        if failed.behind:
+            pause = min(pause, _BEHIND_PAUSE)
+        pause *= random.uniform(0.75, 1.25)
+        if failed.retry_after is not None:
+            pause = min(max(pause, failed.retry_after), _LONGEST_RETRY_AFTER)
+        endpoint.retry_at = max(endpoint.retry_at, now + pause)
+        level = logging.DEBUG if failed.behind else logging.WARNING
+        log.log(level, "%s: %s failed (%s); next attempt there in %.1f s", endpoint.shown, method, failed.reason, pause)
 
     def _unavailable(self, method: str, allowed: float) -> ChainUnavailable:
         tried = ", ".join(f"{endpoint.shown} ({endpoint.reason})" for endpoint in self._endpoints)
-        return ChainUnavailable(
+        unavailable = ChainUnavailable(
             f"no RPC endpoint answered {method} within {allowed:.0f} s: {tried}; "
             "check that the URL is right and that the endpoint is running and reachable"
         )
+        unavailable.behind = any(endpoint.behind for endpoint in self._endpoints)
+        return unavailable
 
-    async def _attempt(self, endpoint: _Endpoint, method: str, body: bytes, identity: int) -> Json:
-        async with self._http.stream("POST", endpoint.url, content=body) as response:
+    # ------------------------------------------------------------------ one attempt
+
+    def _request(self, method: str, params: Sequence[Json]) -> _Request:
+        self._identity += 1
+        body = {"jsonrpc": "2.0", "id": self._identity, "method": method, "params": list(params)}
+        return _Request(method, self._identity, json.dumps(body).encode())
+
+    async def _timed(self, endpoint: _Endpoint, request: _Request, seconds: float) -> Json:
+        """One attempt. Raises _Failed or RpcError; a success makes the endpoint a working one."""
+        began = asyncio.get_running_loop().time()
+        try:
+            # The whole attempt is bounded: httpx2's own limits are per read, so a trickle would pass them.
+            async with asyncio.timeout(min(self._request_seconds, max(seconds, 0.05))):
+                result = await self._attempt(endpoint, request)
+        except TimeoutError:
+            raise _Failed("no answer in time") from None
+        except httpx2.HTTPError as error:
+            raise _Failed(str(error) or type(error).__name__) from error
+        if began >= endpoint.failed_at:
+            endpoint.failures = 0
+        return result
+
+    async def _attempt(self, endpoint: _Endpoint, request: _Request) -> Json:
+        self.traffic.requests += 1
+        async with self._http.stream("POST", endpoint.url, content=request.body) as response:
+            self.traffic.received += sum(len(name) + len(value) + 4 for name, value in response.headers.raw)
             if response.status_code == 429:
                 raise _Failed("too many requests (429)", _seconds(response.headers.get("retry-after")))
             if response.status_code != 200:
-                raise _Failed(f"HTTP status {response.status_code}", _seconds(response.headers.get("retry-after")))
+                reason = f"HTTP status {response.status_code}"
+                if response.status_code in _STATUS_ADVICE:
+                    reason += f": {_STATUS_ADVICE[response.status_code]}"
+                raise _Failed(reason, _seconds(response.headers.get("retry-after")))
             received = bytearray()
             async for part in response.aiter_bytes():
                 received += part
                 if len(received) > MAX_RESPONSE_BYTES:
                     raise _Failed(f"the answer is over {MAX_RESPONSE_BYTES} bytes")
-        return _result(method, identity, received)
+        self.traffic.received += len(received)
+        return _result(request.method, request.identity, received)
 
 
 def _result(method: str, identity: int, received: bytearray) -> Json:
@@ -227,14 +385,23 @@ def _result(method: str, identity: int, received: bytearray) -> Json:
     if not isinstance(code, int):
         raise _Failed("the answer's error has no code")
     message = str(error.get("message", ""))[:500]
+    if code == _BEHIND:
+        raise _Failed(f"{message} (code {code})", behind=True)
     if code in _PASSING_ERRORS:
         raise _Failed(f"{message} (code {code})")
     raise RpcError(method, code, message, error.get("data"))
 
 
 def _seconds(header: str | None) -> float | None:
-    """Retry-After in seconds; its other form, a date, is as good as none."""
+    """Retry-After in seconds, given as such or as a date; None where it is neither."""
+    if header is None:
+        return None
     try:
-        return None if header is None else max(float(header), 0.0)
+        return max(float(header), 0.0) if math.isfinite(float(header)) else None
+    except ValueError:
+        pass
+    try:
+        date = parsedate_to_datetime(header)
     except ValueError:
         return None
+    return max((date - datetime.now(UTC)).total_seconds(), 0.0) if date.tzinfo is not None else None

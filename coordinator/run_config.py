@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
+import struct
 import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from solders.pubkey import Pubkey
 
 from coordinator.state import Limits, Terms, float_bits
 
@@ -21,6 +26,11 @@ Source = Annotated[str, Field(max_length=64)]
 
 class ConfigError(Exception):
     """Settings that cannot be used; the message names each key and what it must be."""
+
+
+_HASHES: Final = ("model_root", "layout_digest", "data_manifest")
+_FLOATS: Final = ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm")
+_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class _Settings(BaseModel):
@@ -60,6 +70,8 @@ class LimitSettings(_Settings):
     """Rounds between checkpoints."""
     total_rounds: int = Field(ge=1, lt=2**31)
     """Rounds of the whole run."""
+    max_share: int = Field(default=0, ge=0, le=1_000_000)
+    """Largest share of the batch that a member may ask for, in the shares' own unit; 0: the general 1,000,000."""
 
     @model_validator(mode="after")
     def _consistent(self) -> LimitSettings:
@@ -72,6 +84,10 @@ class LimitSettings(_Settings):
         if self.batch < self.min_members:
             raise ValueError("batch must be at least min_members")
         return self
+
+    def on_chain(self) -> Limits:
+        """In the form that the program takes."""
+        return Limits(**self.model_dump())
 
 
 class TermSettings(_Settings):
@@ -118,24 +134,47 @@ class TermSettings(_Settings):
     data_source: Source = ""
     """Where members find the data."""
 
+    def on_chain(self) -> Terms:
+        """In the form that the program takes."""
+        terms = self.model_dump()
+        for name in _HASHES:
+            terms[name] = bytes.fromhex(terms[name])
+        for name in _FLOATS:
+            terms[f"{name}_bits"] = float_bits(terms.pop(name))
+        terms["schedule"] = _SCHEDULES[terms["schedule"]]
+        return Terms(**terms)
+
+    @classmethod
+    def of_chain(cls, terms: Terms) -> TermSettings:
+        """The settings that make these terms; fp32 values come back as they were rounded."""
+        values = asdict(terms)
+        for name in _HASHES:
+            values[name] = values[name].hex()
+        for name in _FLOATS:
+            bits: int = values.pop(f"{name}_bits")
+            values[name] = struct.unpack("<f", struct.pack("<I", bits))[0]
+        values["schedule"] = next(name for name, number in _SCHEDULES.items() if number == terms.schedule)
+        return validated(cls, values, "terms")
+
 
 class RunSettings(_Settings):
     """A whole run."""
 
     run_id: str = Field(min_length=1, max_length=32)
     """The run's name, 1 to 32 bytes, unique for its owner."""
+    join_authority: str = ""
+    """Address of the wallet that says who may join (`auth grant`); none: anyone may."""
     limits: LimitSettings
     terms: TermSettings
 
-    def on_chain(self) -> tuple[Limits, Terms]:
-        """In the form that the program takes."""
-        terms = self.terms.model_dump()
-        for name in ("model_root", "layout_digest", "data_manifest"):
-            terms[name] = bytes.fromhex(terms[name])
-        for name in ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm"):
-            terms[f"{name}_bits"] = float_bits(terms.pop(name))
-        terms["schedule"] = _SCHEDULES[terms["schedule"]]
-        return Limits(**self.limits.model_dump()), Terms(**terms)
+    @model_validator(mode="after")
+    def _authority(self) -> RunSettings:
+        if self.join_authority:
+            try:
+                Pubkey.from_string(self.join_authority)
+            except ValueError:
+                raise ValueError("join_authority must be an address (32 bytes in base58), or left out") from None
+        return self
 
 
 def load_settings(run_id: str | None, file: Path | None, overrides: list[str]) -> RunSettings:
@@ -149,10 +188,24 @@ def load_settings(run_id: str | None, file: Path | None, overrides: list[str]) -
         table["run_id"] = run_id
     for override in overrides:
         _override(table, override)
+    return validated(RunSettings, table, "")
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE arguments as a table of tables. Raises ConfigError."""
+    table: dict[str, Any] = {}
+    for override in overrides:
+        _override(table, override)
+    return table
+
+
+def validated(model: type[_Model], table: dict[str, Any], section: str) -> _Model:
+    """The settings in a table. Raises ConfigError, with one line per key that is missing, unknown or out of range."""
     try:
-        return RunSettings.model_validate(table)
+        return model.model_validate(table)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, one['loc'])) or 'settings'}: {one['msg']}" for one in error.errors()]
+        heads = [".".join(filter(None, (section, *map(str, one["loc"])))) or "settings" for one in error.errors()]
+        lines = [f"  {head}: {one['msg']}" for head, one in zip(heads, error.errors(), strict=True)]
         raise ConfigError("the run's settings cannot be used:\n" + "\n".join(lines)) from None
 
 
@@ -174,13 +227,19 @@ def _override(table: dict[str, Any], override: str) -> None:
     *path, name = key.strip().split(".")
     if not equals or not name or not all(path):
         raise ConfigError(f"--set {override!r} must look like limits.batch=64")
-    try:
-        parsed: Any = tomllib.loads(f"value = {value.strip()}")["value"]
-    except tomllib.TOMLDecodeError:
-        parsed = value.strip()  # a string need not be quoted on the command line
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
             raise ConfigError(f"--set {override!r}: {part} is not a section")
         table = inner
-    table[name] = parsed
+    table[name] = _parsed(value.strip())
+
+
+def _parsed(text: str) -> Any:
+    """A value as TOML has it; strings need not be quoted on the command line."""
+    if re.fullmatch(r"[0-9a-fA-F]{64}", text):
+        return text  # a digest, also where its digits happen to be a number
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text

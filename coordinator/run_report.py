@@ -15,11 +15,11 @@ from solders.pubkey import Pubkey
 
 from coordinator.addresses import RunAddresses
 from coordinator.base58 import peer_id
-from coordinator.client import Pulse
-from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Round
+from coordinator.snapshot import Snapshot
+from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Request, Round, Run
 
 _ROWS: Final = 16
-_PHASE_STYLES: Final = {
+PHASE_STYLES: Final = {
     Phase.ROUND_TRAIN: "bold green",
     Phase.ROUND_WITNESS: "bold green",
     Phase.WARMUP: "bold cyan",
@@ -27,7 +27,7 @@ _PHASE_STYLES: Final = {
     Phase.FINISHED: "bold blue",
     Phase.PAUSED: "bold yellow",
 }
-_STATUS_STYLES: Final = {
+STATUS_STYLES: Final = {
     MemberStatus.ACTIVE: "green",
     MemberStatus.PENDING: "cyan",
     MemberStatus.DESYNCED: "yellow",
@@ -43,15 +43,13 @@ class RunReport:
 
     program: Pubkey
     addresses: RunAddresses
-    pulse: Pulse
-    members: tuple[Member, ...]
-    rounds: tuple[Round, ...]
+    now: Snapshot
 
     # ------------------------------------------------------------------ JSON
 
     def to_json(self) -> dict[str, Any]:
         """Everything, with keys and digests as the tools print them: base58 for addresses, hex for the rest."""
-        run, header = self.pulse.run, self.pulse.header
+        run, header = self.now.run, self.now.header
         return {
             "run_id": run.run_id,
             "address": str(self.addresses.run),
@@ -59,7 +57,7 @@ class RunReport:
             "rounds_address": str(self.addresses.rounds),
             "program": str(self.program),
             "owner": str(run.owner),
-            "slot": self.pulse.slot,
+            "slot": self.now.slot,
             "state": run.phase.name,
             "state_since_slot": run.phase_slot,
             "due_slot": None if header.due_slot == UNKNOWN_SLOT else header.due_slot,
@@ -71,16 +69,29 @@ class RunReport:
             "tokens": run.tokens,
             "requeued_positions": header.requeued,
             "checkpoint": {"round": run.checkpoint_round, "root": run.checkpoint_root.hex()},
+            "request": run.request.name,
+            "config_version": run.config_version,
             "limits": asdict(run.limits),
+            "next_limits": None if run.next_limits is None else asdict(run.next_limits),
+            "join_authority": None if run.join_authority is None else str(run.join_authority),
+            "banned": [str(key) for key in self.now.membership.banned],
+            "model_round": run.model_round,
             "terms": {key: _plain(value) for key, value in asdict(run.terms).items()},
-            "members": [self._member(member) for member in self.members],
-            "rounds": [self._round(entry) for entry in self.rounds],
+            "members": [self._member(member) for member in self.now.members],
+            "rounds": [self._round(entry) for entry in self.now.rounds],
             "inclusion_sets": [
                 {"round": kept.round, "members": sorted(kept.members), "void": kept.void} for kept in run.inclusion
             ],
             "credit": {
-                "total": sum(member.credit for member in self.members),
-                "by_wallet": {str(member.wallet): member.credit for member in self.members},
+                "total": self.now.credit,
+                "archived": self.now.membership.archived_credit,
+                "by_wallet": {str(member.wallet): member.credit for member in self.now.members},
+            },
+            "rewards": {
+                "lamports_per_million_tokens": run.reward_rate,
+                "earned": run.reward_earned,
+                "paid": run.reward_paid,
+                "by_wallet": {str(member.wallet): member.reward for member in self.now.members},
             },
         }
 
@@ -98,6 +109,9 @@ class RunReport:
             "missed": member.missed,
             "credit": member.credit,
             "updates_included": member.updates_included,
+            "reward": member.reward,
+            "reward_claimed": member.reward_claimed,
+            "grant": None if member.grant is None else str(member.grant),
         }
 
     def _round(self, entry: Round) -> dict[str, Any]:
@@ -130,31 +144,42 @@ class RunReport:
         """For a terminal of 100 columns or more. `everything` lists all members and commitments."""
         rows = None if everything else _ROWS
         parts: list[RenderableType] = [self._summary(), self._members_table(rows)]
-        if self.rounds:
+        if self.now.rounds:
             parts += [self._rounds_table(), self._commitments_table(rows)]
-        if self.pulse.run.inclusion:
+        if self.now.run.inclusion:
             parts.append(self._inclusion_table())
         return Group(*parts)
 
     def _summary(self) -> RenderableType:
-        run, header = self.pulse.run, self.pulse.header
+        run, header = self.now.run, self.now.header
         limits, terms = run.limits, run.terms
         grid = Table.grid(padding=(0, 2))
         grid.add_column(style="dim", no_wrap=True)
         grid.add_column(overflow="fold")
-        state = Text(run.phase.name, style=_PHASE_STYLES.get(run.phase, "bold"))
+        state = Text(run.phase.name, style=PHASE_STYLES.get(run.phase, "bold"))
         state.append(f"  since slot {run.phase_slot:,}", style="dim")
+        if run.request is not Request.NONE:
+            state.append(f", {run.request.name.lower()} requested", style="yellow")
         if header.due_slot != UNKNOWN_SLOT and run.phase is not Phase.FINISHED:
-            wait = header.due_slot - self.pulse.slot
+            wait = header.due_slot - self.now.slot
             state.append(f", next step {f'in {wait:,} slots' if wait > 0 else 'due'}", style="dim")
         grid.add_row("state", state)
         done = f"{run.final_rounds:,} of {limits.total_rounds:,} final"
         grid.add_row("round", f"{run.round:,}  [dim]({done}, epoch {run.epoch:,})[/dim]")
         counts = f"{header.members:,} of {limits.max_members:,}, {header.active:,} active"
         grid.add_row("members", f"{counts}  [dim](at least {limits.min_members:,})[/dim]")
-        credit = sum(member.credit for member in self.members)
+        credit = self.now.credit
         balanced = "" if credit == run.tokens else f"  [red]but the run counts {run.tokens:,}[/red]"
         grid.add_row("credit", f"{credit:,} tokens in included updates{balanced}")
+        if run.reward_rate or run.reward_earned:
+            rewards = f"{run.reward_rate:,} lamports per million tokens"
+            grid.add_row("rewards", f"{rewards}  [dim]({run.reward_earned:,} earned, {run.reward_paid:,} paid)[/dim]")
+        if run.join_authority is not None:
+            grid.add_row("admission", f"by grants of {run.join_authority}")
+        if run.next_limits is not None:
+            grid.add_row("changes", f"[yellow]{_changes(run)}[/yellow]  [dim](from the next round on)[/dim]")
+        if self.now.membership.banned:
+            grid.add_row("banned", f"{len(self.now.membership.banned)} keys")
         batch = f"{limits.batch:,} sequences of {terms.sequence_length:,} tokens per round"
         again = f", {header.requeued:,} to be drawn again" if header.requeued else ""
         grid.add_row("data", f"{batch}  [dim](position {run.cursor:,}, {terms.samples:,} per pass{again})[/dim]")
@@ -167,7 +192,7 @@ class RunReport:
         grid.add_row("owner", str(run.owner))
         grid.add_row("program", str(self.program))
         title = Text(f" {run.run_id} ", style="bold")
-        subtitle = Text(f" slot {self.pulse.slot:,} ", style="dim")
+        subtitle = Text(f" slot {self.now.slot:,} ", style="dim")
         return Panel(grid, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", padding=(1, 2))
 
     def _members_table(self, rows: int | None) -> RenderableType:
@@ -176,12 +201,12 @@ class RunReport:
             table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
         for name in ("share", "updates", "missed", "credit"):
             table.add_column(name, justify="right")
-        shown = self.members[:rows]
+        shown = self.now.members[:rows]
         for member in shown:
             identity = Text(str(member.wallet))
             identity.append(f"\n{peer_id(member.node_key)}", style="dim")
-            status = Text(member.status.name, style=_STATUS_STYLES.get(member.status, ""))
-            if member.ready and self.pulse.run.phase is Phase.WARMUP:
+            status = Text(member.status.name, style=STATUS_STYLES.get(member.status, ""))
+            if member.ready and self.now.run.phase is Phase.WARMUP:
                 status.append("\nready", style="dim")
             table.add_row(
                 str(member.slot),
@@ -192,13 +217,13 @@ class RunReport:
                 f"{member.missed:,}",
                 f"{member.credit:,}",
             )
-        return _with_rest(table, len(self.members) - len(shown), "members")
+        return _with_rest(table, len(self.now.members) - len(shown), "members")
 
     def _rounds_table(self) -> RenderableType:
         table = _table("Rounds kept in full")
         for name in ("round", "state", "started", "active", "committed", "attested", "included"):
             table.add_column(name, justify="left" if name in ("state", "included") else "right")
-        for entry in self.rounds:
+        for entry in self.now.rounds:
             included = _ranges(entry.included) or "nobody: void" if entry.final else "[dim]not final[/dim]"
             table.add_row(
                 f"{entry.round:,}",
@@ -215,7 +240,7 @@ class RunReport:
         table = _table("Commitments")
         for name in ("round", "member", "update digest", "bytes", "tokens", "weights", "slot", "attested"):
             table.add_column(name, justify="left" if name in ("update digest", "weights") else "right", no_wrap=True)
-        entries = [(entry, one) for entry in reversed(self.rounds) for one in entry.commitments.values()]
+        entries = [(entry, one) for entry in reversed(self.now.rounds) for one in entry.commitments.values()]
         for entry, one in entries[:rows]:
             votes = sum(one.member in held for held in entry.attestations.values())
             mark = " [green]✓[/green]" if entry.final and one.member in entry.included else ""
@@ -238,7 +263,7 @@ class RunReport:
         table.add_column("round", justify="right")
         table.add_column("members", justify="right")
         table.add_column("which", overflow="fold")
-        for kept in self.pulse.run.inclusion:
+        for kept in self.now.run.inclusion:
             which = (
                 "[yellow]void: nothing applied, positions drawn again[/yellow]" if kept.void else _ranges(kept.members)
             )
@@ -257,6 +282,11 @@ def _with_rest(table: Table, hidden: int, what: str) -> RenderableType:
         return Padding(table, (1, 0, 0, 0))
     more = Text(f"… {hidden:,} more {what}: --all shows them", style="dim")
     return Padding(Group(table, more), (1, 0, 0, 0))
+
+
+def _changes(run: Run) -> str:
+    before, after = asdict(run.limits), asdict(run.next_limits or run.limits)
+    return ", ".join(f"{name} {before[name]:,} → {value:,}" for name, value in after.items() if value != before[name])
 
 
 def _round_state(entry: Round) -> str:

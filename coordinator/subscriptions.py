@@ -1,5 +1,7 @@
 """Solana's WebSocket subscriptions over one connection that is kept alive: reconnects, re-subscribes, says so.
 
+The connection is to the preferred endpoint whose WebSocket works, and returns there when it is back.
+
 A push is a hint that something changed. Nothing depends on one arriving: who subscribes also polls, more often while
 `connected` is false.
 """
@@ -28,6 +30,11 @@ _FIRST_PAUSE: Final = 0.25
 _LONGEST_PAUSE: Final = 10.0
 # A connection that lived this long was a good one: the next pause starts small again.
 _GOOD_SECONDS: Final = 5.0
+_PING_SECONDS: Final = 10.0
+# While on another than the preferred endpoint, the preferred one is tried this often.
+_RETURN_SECONDS: Final = 30.0
+_RETURNING: Final = "a preferred endpoint is back"
+_FRAME_BYTES: Final = 4
 
 Push = Callable[[Json], None]
 
@@ -42,6 +49,13 @@ class _Wanted:
     server_id: int | None = None
 
 
+@dataclass(slots=True)
+class _Site:
+    url: str
+    failures: int = 0
+    retry_at: float = 0.0
+
+
 class Subscriptions:
     """The subscriptions of one client. Connects at the first `subscribe`.
 
@@ -50,19 +64,28 @@ class Subscriptions:
     """
 
     def __init__(self, rpc_urls: Sequence[str]) -> None:
-        self._urls = [websocket_url(url) for url in rpc_urls]
+        self._sites = [_Site(websocket_url(url)) for url in rpc_urls]
+        self._reason = ""
+        self._url = ""
         self._wanted: dict[int, _Wanted] = {}
         self._requests: dict[int, int] = {}
         self._identities = itertools.count(1)
         self._by_server_id: dict[int, int] = {}
         self._socket: ClientConnection | None = None
         self._task: asyncio.Task[None] | None = None
+        self.received = 0
+        """Bytes of all messages so far."""
         # Sends are queued by one task, so that `subscribe` needs no await and the order of requests is kept.
         self._outgoing: asyncio.Queue[str] = asyncio.Queue()
 
     @property
     def connected(self) -> bool:
         return self._socket is not None
+
+    @property
+    def connected_to(self) -> str | None:
+        """The URL of the WebSocket that is open now."""
+        return self._url if self._socket is not None else None
 
     def subscribe(self, kind: str, params: list[Any], push: Push) -> int:
         """Ask for `kind` ("account", "signature", ...) notifications; returns a handle for `unsubscribe`."""
@@ -95,29 +118,35 @@ class Subscriptions:
 
     async def _keep_connected(self) -> None:
         loop = asyncio.get_running_loop()
-        failures = 0
         while True:
-            url = self._urls[failures % len(self._urls)]
+            now = loop.time()
+            # The first that is not in a pause: the order is one of preference.
+            site = min(self._sites, key=lambda one: max(one.retry_at - now, 0.0))
+            if site.retry_at > now:
+                await asyncio.sleep(site.retry_at - now)
             started = loop.time()
             try:
-                await self._connection(url)
-                reason = "closed by the endpoint"
+                await self._connection(site)
+                reason = self._reason or "closed by the endpoint"
             except (OSError, TimeoutError, WebSocketException, InvalidURI, ValueError) as error:
-                reason = str(error) or type(error).__name__
-            failures = 1 if loop.time() - started > _GOOD_SECONDS else failures + 1
-            pause = min(_FIRST_PAUSE * 2 ** min(failures - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
-            log.warning("%s: WebSocket lost (%s); polling, next attempt in %.1f s", shown_url(url), reason, pause)
-            await asyncio.sleep(pause)
+                reason = self._reason or str(error) or type(error).__name__
+            self._reason = ""
+            if reason == _RETURNING:
+                continue
+            site.failures = 1 if loop.time() - started > _GOOD_SECONDS else site.failures + 1
+            pause = min(_FIRST_PAUSE * 2 ** min(site.failures - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+            site.retry_at = loop.time() + pause
+            log.warning(
+                "%s: WebSocket lost (%s); polling, next attempt there in %.1f s", shown_url(site.url), reason, pause
+            )
 
-    async def _connection(self, url: str) -> None:
-        async with connect(
-            url, max_size=MAX_MESSAGE_BYTES, compression=None, close_timeout=1, open_timeout=10
-        ) as socket:
+    async def _connection(self, site: _Site) -> None:
+        async with self._connect(site.url) as socket:
             self._outgoing = asyncio.Queue()
             self._requests.clear()
             self._by_server_id.clear()
-            self._socket = socket
-            writer = asyncio.create_task(self._write(socket))
+            self._socket, self._url = socket, site.url
+            beside = [asyncio.create_task(self._write(socket)), asyncio.create_task(self._return(site))]
             try:
                 for handle, wanted in tuple(self._wanted.items()):
                     wanted.server_id = None
@@ -126,8 +155,50 @@ class Subscriptions:
                     self._read(message)
             finally:
                 self._socket = None
-                writer.cancel()
-                await asyncio.gather(writer, return_exceptions=True)
+                for wanted in self._wanted.values():
+                    wanted.server_id = None
+                for task in beside:
+                    task.cancel()
+                await asyncio.gather(*beside, return_exceptions=True)
+
+    def _connect(self, url: str) -> connect:
+        # Pings find a connection that is dead without a word: a cable pulled, a firewall that forgot it.
+        return connect(
+            url,
+            max_size=MAX_MESSAGE_BYTES,
+            compression=None,
+            close_timeout=1,
+            open_timeout=10,
+            ping_interval=_PING_SECONDS,
+            ping_timeout=_PING_SECONDS,
+        )
+
+    async def _return(self, site: _Site) -> None:
+        """While connected to an endpoint that is not the preferred one, see whether a better one is back."""
+        better = self._sites[: self._sites.index(site)]
+        while better:
+            await asyncio.sleep(_RETURN_SECONDS * random.uniform(0.75, 1.25))
+            for one in better:
+                try:
+                    async with self._connect(one.url):
+                        pass
+                except (OSError, TimeoutError, WebSocketException, InvalidURI, ValueError):
+                    continue
+                one.retry_at = 0.0
+                log.info("%s: WebSocket is back and preferred", shown_url(one.url))
+                self.distrust(_RETURNING)
+                return
+
+    def distrust(self, reason: str) -> None:
+        """Give the present connection up and make a new one."""
+        if self._socket is not None:
+            self._reason = reason
+            self._socket.transport.abort()
+
+    def confirmed(self, handle: int | None) -> bool:
+        """Whether a subscription stands now."""
+        wanted = self._wanted.get(handle) if handle is not None else None
+        return self._socket is not None and wanted is not None and wanted.server_id is not None
 
     async def _write(self, socket: ClientConnection) -> None:
         while True:
@@ -145,6 +216,7 @@ class Subscriptions:
 
     def _read(self, message: str | bytes) -> None:
         """Raises ValueError, which ends the connection, for a message that is not JSON."""
+        self.received += len(message) + _FRAME_BYTES
         try:
             received = json.loads(message)
         except RecursionError:

@@ -1,7 +1,8 @@
 """Transactions: signing, sending, confirming, and sending again when a blockhash expires.
 
 A transaction is signed once and its same bytes are sent as often as needed, which is safe: the chain executes them at
-most once. Only when its blockhash has expired *and* the chain does not know it is a new one signed.
+most once. Only when its blockhash has expired *and* the chain, at a slot after that, does not know it is a new one
+signed. The first sending of each is simulated by the endpoint, so that one that must fail costs nothing.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import base64
 import itertools
 import logging
+import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -24,8 +26,9 @@ from solders.pubkey import Pubkey
 from solders.signature import Signature
 from solders.transaction import Transaction
 
-from coordinator.errors import ERROR_TEXT, ErrorCode
-from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError
+from coordinator.failures import TransactionFailed, failure, refused
+from coordinator.fees import PriorityFees
+from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable
 from coordinator.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
@@ -35,38 +38,15 @@ MAX_TRANSACTION_BYTES: Final = 1232
 COMPUTE_UNITS: Final = 120_000
 _LEVELS: Final = ("processed", "confirmed", "finalized")
 _DISTINCT: Final = 4096
-_MAX_SIGNED: Final = 4
+_MAX_SIGNED: Final = 8
 _PREFLIGHT_FAILURE: Final = -32002
 _FIRST_POLL: Final = 0.05
 _LONGEST_POLL: Final = 2.0
-_REBROADCAST_SECONDS: Final = 2.0
+# Sent again after this many slots, and within these bounds in seconds.
+_AGAIN_SLOTS: Final = 5
+_LEAST_AGAIN: Final = 0.4
+_MOST_AGAIN: Final = 2.0
 _LOGS_PATIENCE: Final = 2.0
-
-
-class TransactionFailed(ChainError):
-    """The chain refused or failed a transaction. `error` is Solana's JSON for it, `logs` the programs' log lines.
-
-    `signature` is None where the transaction was refused before it entered the chain, and cost nothing.
-    """
-
-    def __init__(self, text: str, error: Json, logs: Sequence[str], signature: Signature | None) -> None:
-        super().__init__(text)
-        self.error = error
-        self.logs = tuple(logs)
-        self.signature = signature
-
-
-class ProgramError(TransactionFailed):
-    """The coordinator program refused an instruction, and nothing changed: `code` is its number, `name` its name."""
-
-    def __init__(self, code: int, logs: Sequence[str], error: Json = None, signature: Signature | None = None) -> None:
-        known = ErrorCode(code) if code in ErrorCode._value2member_map_ else None
-        self.code = code
-        self.name = known.name if known is not None else "UNKNOWN"
-        text = (
-            ERROR_TEXT[known] if known is not None else "this version does not know the error; is psyche-node too old?"
-        )
-        super().__init__(f"{self.name} ({code}): {text}", error, logs, signature)
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,6 +54,7 @@ class _Signed:
     wire: bytes
     signature: Signature
     last_valid_height: int
+    payer: Pubkey
     instructions: tuple[Instruction, ...]
 
 
@@ -88,9 +69,9 @@ class Sender:
         rpc, subscriptions: the way to the chain.
         program_id: whose errors are `ProgramError`s.
         commitment: the level at which a transaction counts as done: processed, confirmed or finalized.
-        priority_fee: micro-lamports per compute unit, on top of the base fee.
+        fees: the priority fee, on top of the base fee.
         patience: seconds for one transaction with all its attempts.
-        saw_slot: told the slot in which a transaction was found to have landed.
+        slot_seconds: how long a slot takes, as far as it is known.
     """
 
     def __init__(
@@ -100,22 +81,24 @@ class Sender:
         program_id: Pubkey | None,
         *,
         commitment: str,
-        priority_fee: int,
+        fees: PriorityFees,
         patience: float,
-        saw_slot: Callable[[int], None],
+        slot_seconds: Callable[[], float],
     ) -> None:
         self._rpc = rpc
         self._subscriptions = subscriptions
         self._program_id = program_id
         self._commitment = commitment
-        self._priority_fee = priority_fee
+        self._fees = fees
         self._patience = patience
-        self._saw_slot = saw_slot
+        self._slot_seconds = slot_seconds
         # Two equal instructions in one slot would be one transaction to the chain, and the second would be taken for
         # a duplicate of the first. A few compute units more or less make every transaction its own.
         self._distinct = itertools.count(random.randrange(_DISTINCT))
 
-    async def send(self, instructions: Sequence[Instruction], payer: Keypair, signers: Sequence[Keypair]) -> Signature:
+    async def send(
+        self, instructions: Sequence[Instruction], payer: Keypair, signers: Sequence[Keypair], compute_units: int
+    ) -> Signature:
         """Send and confirm.
 
         Raises:
@@ -125,8 +108,8 @@ class Sender:
         """
         deadline = asyncio.get_running_loop().time() + self._patience
         given_up: list[_Signed] = []
-        for _ in range(_MAX_SIGNED):
-            signed = await self._sign(instructions, payer, signers)
+        for expired in range(_MAX_SIGNED):
+            signed = await self._sign(instructions, payer, signers, compute_units, expired)
             try:
                 return await self._land(signed, deadline)
             except _Expired:
@@ -135,7 +118,7 @@ class Sender:
             except TransactionFailed:
                 # It may have failed because an earlier one did land after all, by an endpoint that was behind.
                 for earlier in given_up:
-                    if await self._status(earlier.signature) is not None:
+                    if await self._landed(earlier, history=True):
                         return earlier.signature
                 raise
         raise ChainUnavailable(
@@ -143,62 +126,74 @@ class Sender:
             "set a priority fee or a higher one"
         )
 
-    async def _sign(self, instructions: Sequence[Instruction], payer: Keypair, signers: Sequence[Keypair]) -> _Signed:
-        answer = await self._rpc.call("getLatestBlockhash", [{"commitment": self._commitment}])
-        try:
-            blockhash = Hash.from_string(answer["value"]["blockhash"])
-            height = int(answer["value"]["lastValidBlockHeight"])
-        except (TypeError, KeyError, ValueError) as error:
-            raise ChainUnavailable("getLatestBlockhash: the endpoint's answer has no blockhash") from error
-        budget = [set_compute_unit_limit(COMPUTE_UNITS + next(self._distinct) % _DISTINCT)]
-        if self._priority_fee:
-            budget.append(set_compute_unit_price(self._priority_fee))
+    async def _sign(
+        self,
+        instructions: Sequence[Instruction],
+        payer: Keypair,
+        signers: Sequence[Keypair],
+        compute_units: int,
+        expired: int,
+    ) -> _Signed:
+        options: dict[str, Json] = {"commitment": self._commitment}
+        if self._rpc.seen_slot:
+            options["minContextSlot"] = self._rpc.seen_slot
+        blockhash, height = await self._rpc.ask("getLatestBlockhash", [options], _blockhash)
+        budget = [set_compute_unit_limit(compute_units + next(self._distinct) % _DISTINCT)]
+        written = {str(meta.pubkey) for one in instructions for meta in one.accounts if meta.is_writable}
+        if price := await self._fees.price(sorted(written), expired):
+            budget.append(set_compute_unit_price(price))
         everything = (*budget, *instructions)
         message = Message.new_with_blockhash(everything, payer.pubkey(), blockhash)
         keys = {payer.pubkey(): payer, **{signer.pubkey(): signer for signer in signers}}
         needed = message.account_keys[: message.header.num_required_signatures]
         missing = [str(key) for key in needed if key not in keys]
         if missing:
-            raise TransactionFailed(f"no key is at hand to sign for {', '.join(missing)}", None, (), None)
+            raise refused(f"no key is at hand to sign for {', '.join(missing)}; open the client with its wallet")
         transaction = Transaction([keys[key] for key in needed], message, blockhash)
         wire = bytes(transaction)
         if len(wire) > MAX_TRANSACTION_BYTES:
-            raise TransactionFailed(
+            raise refused(
                 f"the transaction has {len(wire)} bytes, over the limit of {MAX_TRANSACTION_BYTES}; "
-                "send fewer instructions at once",
-                None,
-                (),
-                None,
+                "send fewer instructions at once"
             )
-        return _Signed(wire, transaction.signatures[0], height, everything)
+        return _Signed(wire, transaction.signatures[0], height, payer.pubkey(), everything)
 
     # ------------------------------------------------------------------ confirming
 
     async def _land(self, signed: _Signed, deadline: float) -> Signature:
-        """Broadcast until it has landed. Raises for one that the chain refused or executed and failed."""
+        """Broadcast until it has landed. Raises for one that the chain refused, or executed and failed."""
         loop = asyncio.get_running_loop()
         pushed: asyncio.Future[Json] = loop.create_future()
         handle = self._subscribe(signed.signature, pushed)
+        simulated, sent_at, poll = False, -math.inf, _FIRST_POLL
         try:
-            await self._broadcast(signed, first=True)
-            sent_at, poll = loop.time(), _FIRST_POLL
-            while not await self._confirmed(signed, pushed, min(self._pause(poll), deadline - loop.time())):
+            while True:
+                try:
+                    if not simulated:
+                        simulated = await self._simulate_and_send(signed)
+                        sent_at = loop.time()
+                    elif loop.time() - sent_at >= self._again_seconds():
+                        await self._send_again(signed)
+                        sent_at = loop.time()
+                    if await self._confirmed(signed, pushed, min(self._pause(poll), deadline - loop.time())):
+                        return signed.signature
+                    await self._check_expiry(signed)
+                except ChainUnavailable as error:
+                    # What has been sent may land all the same, and an outage may end before the patience does.
+                    log.warning("transaction %s: not known yet whether it has landed: %s", signed.signature, error)
+                    # With every endpoint in a pause it is known at once.
+                    await asyncio.sleep(min(poll, max(deadline - loop.time(), 0.0)))
                 poll = min(poll * 1.5, _LONGEST_POLL)
                 if loop.time() >= deadline:
                     raise self._unconfirmed(signed.signature)
-                await self._check_expiry(signed)
-                if loop.time() - sent_at > _REBROADCAST_SECONDS:
-                    await self._broadcast(signed, first=False)
-                    sent_at = loop.time()
         finally:
             self._subscriptions.unsubscribe(handle)
-        return signed.signature
 
     async def confirm(self, signature: Signature) -> None:
         """Wait for a transaction that another has sent. Raises TransactionFailed, ChainUnavailable."""
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._patience
-        signed = _Signed(b"", signature, 0, ())
+        signed = _Signed(b"", signature, 0, Pubkey.default(), ())
         pushed: asyncio.Future[Json] = loop.create_future()
         handle = self._subscribe(signature, pushed)
         try:
@@ -217,9 +212,12 @@ class Sender:
 
         return self._subscriptions.subscribe("signature", [str(signature), {"commitment": self._commitment}], push)
 
+    def _again_seconds(self) -> float:
+        return min(max(_AGAIN_SLOTS * self._slot_seconds(), _LEAST_AGAIN), _MOST_AGAIN)
+
     def _pause(self, poll: float) -> float:
         """With a WebSocket the push ends the wait; the poll is then only there in case it is lost."""
-        return max(poll, 1.0) if self._subscriptions.connected else poll
+        return max(poll, min(self._again_seconds(), 1.0)) if self._subscriptions.connected else poll
 
     def _unconfirmed(self, signature: Signature) -> ChainUnavailable:
         return ChainUnavailable(
@@ -239,32 +237,44 @@ class Sender:
         if error is not None:
             raise self._failure(signed, error, await self._logs(signed), signed.signature)
         if isinstance(slot, int):
-            self._saw_slot(slot)
+            self._rpc.saw_slot(slot)
         return True
 
-    async def _broadcast(self, signed: _Signed, *, first: bool) -> None:
-        options = {
+    # ------------------------------------------------------------------ broadcasting
+
+    async def _simulate_and_send(self, signed: _Signed) -> bool:
+        """Have one endpoint simulate it and, if that succeeds, send it. False where it cannot say yet."""
+        options: dict[str, Json] = {
             "encoding": "base64",
-            "skipPreflight": not first,
+            "skipPreflight": False,
             "preflightCommitment": self._commitment,
         }
-        text = base64.b64encode(signed.wire).decode()
+        if self._rpc.seen_slot:
+            # On an older state than the one that this transaction was made for it might fail and not deserve it.
+            options["minContextSlot"] = self._rpc.seen_slot
         try:
-            await self._rpc.call("sendTransaction", [text, options])
+            await self._rpc.call("sendTransaction", [_encoded(signed), options])
         except RpcError as error:
             if error.code != _PREFLIGHT_FAILURE or not isinstance(error.data, dict):
-                raise TransactionFailed(f"transaction refused: {error.message}", None, (), None) from error
+                raise refused(f"transaction refused: {error.message}") from error
             cause = error.data.get("err")
-            if cause in ("AlreadyProcessed", "BlockhashNotFound"):
-                # Sent before, by an attempt whose answer was lost; or this endpoint is behind the one that gave the
-                # blockhash. Either way it is for the loop to see what becomes of it.
-                return
+            if cause == "BlockhashNotFound":
+                return False  # this endpoint is behind the one that gave the blockhash
+            if cause == "AlreadyProcessed":
+                return True  # sent before, by an attempt whose answer was lost
             logs = error.data.get("logs")
             raise self._failure(signed, cause, logs if isinstance(logs, list) else (), None) from error
+        return True
 
-    async def _landed(self, signed: _Signed) -> bool:
+    async def _send_again(self, signed: _Signed) -> None:
+        """To every endpoint: the one that took it may have lost it."""
+        await self._rpc.spread("sendTransaction", [_encoded(signed), {"encoding": "base64", "skipPreflight": True}])
+
+    # ------------------------------------------------------------------ asking
+
+    async def _landed(self, signed: _Signed, *, history: bool = False) -> bool:
         """Whether it is confirmed, by asking. Raises for one that the chain executed and that failed."""
-        status = await self._status(signed.signature)
+        _, status = await self._status(signed.signature, history=history)
         if status is None:
             return False
         reached = status.get("confirmationStatus")
@@ -273,24 +283,29 @@ class Sender:
         if status.get("err") is not None:
             raise self._failure(signed, status["err"], await self._logs(signed), signed.signature)
         if isinstance(status.get("slot"), int):
-            self._saw_slot(status["slot"])
+            self._rpc.saw_slot(status["slot"])
         return True
 
-    async def _status(self, signature: Signature) -> dict[str, Json] | None:
-        options = {"searchTransactionHistory": False}
-        answer = await self._rpc.call("getSignatureStatuses", [[str(signature)], options])
+    async def _status(self, signature: Signature, *, history: bool) -> tuple[int, dict[str, Json] | None]:
+        """The slot as of which the chain was asked, and what it knows of the transaction."""
+        method = "getSignatureStatuses"
         try:
-            status = answer["value"][0]
-        except (TypeError, KeyError, IndexError) as error:
-            raise ChainUnavailable("getSignatureStatuses: the endpoint's answer has no status") from error
-        return status if isinstance(status, dict) else None
+            options = {"searchTransactionHistory": history}
+            return await self._rpc.ask(method, [[str(signature)], options], _first_status)
+        except RpcError:
+            if not history:
+                raise
+            # No endpoint keeps a history: what it remembers without one is two and a half minutes, for a cluster.
+            return await self._rpc.ask(method, [[str(signature)]], _first_status)
 
     async def _check_expiry(self, signed: _Signed) -> None:
-        height = await self._rpc.call("getBlockHeight", [{"commitment": self._commitment}])
-        if not isinstance(height, int) or height <= signed.last_valid_height:
+        slot, height = await self._rpc.ask("getEpochInfo", [{"commitment": self._commitment}], _slot_and_height)
+        if height <= signed.last_valid_height:
             return
-        # It may have landed between the two looks, and now it cannot any more.
-        if not await self._landed(signed):
+        # It may have landed between the two looks, and now it cannot any more. The second look may be at another
+        # endpoint: what that does not know counts only if it is as far as the first.
+        as_of, status = await self._status(signed.signature, history=True)
+        if status is None and as_of >= slot:
             raise _Expired
 
     async def _logs(self, signed: _Signed) -> list[str]:
@@ -305,22 +320,37 @@ class Sender:
     def _failure(
         self, signed: _Signed, error: Json, logs: Sequence[Json], signature: Signature | None
     ) -> TransactionFailed:
-        lines = [str(line)[:1000] for line in list(logs)[:200]]
-        if isinstance(error, dict) and isinstance(error.get("InstructionError"), list):
-            parts = error["InstructionError"]
-            index, cause = parts if len(parts) == 2 else (None, None)
-            if isinstance(index, int) and 0 <= index < len(signed.instructions):
-                program = signed.instructions[index].program_id
-                code = cause.get("Custom") if isinstance(cause, dict) else None
-                if isinstance(code, int) and program == self._program_id:
-                    return ProgramError(code, lines, error, signature)
-                return TransactionFailed(f"program {program} failed: {cause}{_last(lines)}", error, lines, signature)
-        if error in ("AccountNotFound", "InsufficientFundsForFee"):
-            payer = Message.from_bytes(signed.wire[1 + 64 * signed.wire[0] :]).account_keys[0]
-            text = f"wallet {payer} cannot pay the fee ({error}); send it some SOL"
-            return TransactionFailed(text, error, lines, signature)
-        return TransactionFailed(f"transaction failed: {error}{_last(lines)}", error, lines, signature)
+        return failure(
+            error,
+            logs,
+            payer=signed.payer,
+            instructions=signed.instructions,
+            program_id=self._program_id,
+            signature=signature,
+        )
 
 
-def _last(lines: list[str]) -> str:
-    return f" (last log line: {lines[-1]})" if lines else ""
+def _encoded(signed: _Signed) -> str:
+    return base64.b64encode(signed.wire).decode()
+
+
+def _blockhash(answer: Json) -> tuple[Hash, int]:
+    try:
+        return Hash.from_string(answer["value"]["blockhash"]), int(answer["value"]["lastValidBlockHeight"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise Unusable("the answer has no blockhash") from error
+
+
+def _first_status(answer: Json) -> tuple[int, dict[str, Json] | None]:
+    try:
+        slot, status = int(answer["context"]["slot"]), answer["value"][0]
+    except (TypeError, KeyError, IndexError, ValueError) as error:
+        raise Unusable("the answer has no status") from error
+    return slot, status if isinstance(status, dict) else None
+
+
+def _slot_and_height(answer: Json) -> tuple[int, int]:
+    try:
+        return int(answer["absoluteSlot"]), int(answer["blockHeight"])
+    except (TypeError, KeyError, ValueError) as error:
+        raise Unusable("the answer has no slot and height") from error

@@ -36,7 +36,7 @@ def load_keypair(path: Path) -> Keypair:
                 )
             raw = file.read(_MAX_FILE_BYTES + 1)
     except FileNotFoundError:
-        raise WalletError(f"there is no wallet {path}; make one with: psyche-admin wallet new {path}") from None
+        raise WalletError(f"there is no wallet {path}; make one with: psyche-admin keys new {path}") from None
     except OSError as error:
         raise WalletError(f"wallet {path} cannot be read: {error.strerror or error}") from error
     return _parse(raw, path)

@@ -12,15 +12,18 @@ import sys
 import textwrap
 import types
 import typing
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel
 
+from coordinator.admin import exits as admin_exits
+from coordinator.admin import record
 from coordinator.errors import ERROR_TEXT, FIRST_ERROR
+from coordinator.events import EVENTS
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
-from psyche_node.exits import RANGES, Exit
+from psyche_node import exits
 from psyche_node.node.config import NodeConfig
 from psyche_node.sim.result import Record, RunResult
 from psyche_node.sim.settings import Recipe, SimSettings
@@ -31,16 +34,30 @@ _NAMES = {int: "integer", float: "number", str: "string", bool: "true or false",
 
 
 def exit_codes() -> str:
-    lines = ["# Exit codes\n", "How `psyche-node` and `psyche-sim` ended, and what to do about it.\n"]
-    for first, last, component in RANGES:
-        codes = [code for code in Exit if first <= code <= last]
-        if not codes:
-            continue
-        lines += [f"## {first} to {last}: {component}\n", "| code | name | what it means | how to resolve |"]
-        lines += ["|---|---|---|---|"]
-        lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in codes]
-        lines.append("")
+    lines = [
+        "# Exit codes\n",
+        "How the commands ended, and what to do about it. A number means the same in every command that has it.\n",
+        "## psyche-node and psyche-sim\n",
+        *_exit_tables(exits.RANGES, list(exits.Exit)),
+        "## psyche-admin\n",
+        *_exit_tables(admin_exits.RANGES, list(admin_exits.AdminExit)),
+    ]
     return "\n".join(lines)
+
+
+def _exit_tables(
+    ranges: Sequence[tuple[int, int, str]], codes: Sequence[exits.Exit | admin_exits.AdminExit]
+) -> list[str]:
+    lines = []
+    for first, last, component in ranges:
+        inside = [code for code in codes if first <= code <= last]
+        if not inside:
+            continue
+        lines += [f"### {first} to {last}: {component}\n", "| code | name | what it means | how to resolve |"]
+        lines += ["|---|---|---|---|"]
+        lines += [f"| {code.value} | `{code.name}` | {code.meaning} | {code.resolve} |" for code in inside]
+        lines.append("")
+    return lines
 
 
 def program_errors() -> str:
@@ -95,6 +112,32 @@ def report_format() -> str:
             lines.append(f"| `{name}` | {_type(field.annotation)} | {_one_line(field.description)} |")
             waiting += [part for part in _models(field.annotation) if part not in waiting]
         lines.append("")
+    return "\n".join(lines)
+
+
+def record_format() -> str:
+    head, _, body = (record.__doc__ or "").partition("\n\n")
+    lines = [
+        "# Record of a run\n",
+        "What `psyche-admin run export` writes and `psyche-admin run verify` checks. " + head + "\n",
+        "```",
+        *(line.removeprefix("    ") for line in body.split("\n\n")[0].splitlines()),
+        "```\n",
+        *(f"{_one_line(part)}\n" for part in body.split("\n\n")[1:]),
+        "A line of kind `round` follows the event that made the round final. `trained` lists everybody who had data in",
+        "it: `positions` are [start, count] pairs of the shuffled data, `digest` is that of the committed update.",
+        "`returned` are the positions that are trained again, because their update does not count.\n",
+        "## Events\n",
+        "Each has `slot`, `signature` (of its transaction), `index` (its place among that one's events) and `name`.",
+        "Addresses are base58, node keys and digests hex, members numbers of slots.\n",
+        "| event | fields |",
+        "|---|---|",
+    ]
+    hidden = {"mark", "run", "pad", "slot"}
+    renamed = {"range": "ranges", "slice_count": "slices"}
+    for name, event in EVENTS.items():
+        fields = [renamed.get(field, field) for field, _ in event.fields if field not in hidden]
+        lines.append(f"| `{name}` | {', '.join(f'`{field}`' for field in fields) or 'none'} |")
     return "\n".join(lines)
 
 
@@ -180,6 +223,7 @@ def _models(annotation: object) -> list[type[BaseModel]]:
 PAGES: dict[str, Callable[[], str]] = {
     "errors.md": program_errors,
     "exit-codes.md": exit_codes,
+    "record.md": record_format,
     "report.md": report_format,
     "settings.md": settings,
 }

@@ -56,7 +56,7 @@ class Exit(IntEnum):
     WALLET = (
         11,
         "The wallet cannot be used: no file, not a Solana keypair, or readable by others.",
-        "Make one with `psyche-admin wallet new FILE`, or run `chmod 600 FILE` on the one you have.",
+        "Make one with `psyche-admin keys new FILE`, or run `chmod 600 FILE` on the one you have.",
     )
     NODE_KEY = (
         12,
@@ -77,7 +77,7 @@ class Exit(IntEnum):
     TRANSACTION_FAILED = (
         21,
         "The cluster refused a transaction before the program saw it, most often because the wallet is empty.",
-        "Look at the wallet's balance with `psyche-admin wallet show FILE`, fund it, and start again.",
+        "Look at the wallet's balance with `psyche-admin keys show FILE`, fund it, and start again.",
     )
     PROGRAM_REFUSED = (
         22,
@@ -168,7 +168,7 @@ _EXITS: dict[str, Exit] = {
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
-    "coordinator.transactions.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,

@@ -357,6 +357,16 @@ class Bank:
         self._sync()
         return self._vm.simulate_transaction(checked.parsed)
 
+    def fee_of(self, message: Message | MessageV0) -> int:
+        """What a transaction with this message would pay, in lamports, its price of compute included."""
+        signatures = message.header.num_required_signatures
+        self._sync()
+        result = self._vm.simulate_transaction(
+            VersionedTransaction.populate(message, [Signature.default()] * signatures)
+        )
+        # A message that cannot be loaded has no fee for the VM.
+        return max(result.meta().fee(), signatures * LAMPORTS_PER_SIGNATURE)
+
     def airdrop_transaction(self, to: Pubkey, lamports: int) -> bytes:
         """A faucet transfer as wire bytes, ready for `apply`. Once applied, the next one differs, also in its slot."""
         distinct = set_compute_unit_limit(1_000 + self._airdrops % 1_000_000)

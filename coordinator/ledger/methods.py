@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Final
 
 from solders.hash import Hash
-from solders.message import Message, from_bytes_versioned
+from solders.message import Message, MessageV0, from_bytes_versioned
 
-from coordinator.ledger.bank import LAMPORTS_PER_SIGNATURE, SLOTS_PER_EPOCH, Execute
+from coordinator.ledger.bank import SLOTS_PER_EPOCH, Execute
 from coordinator.ledger.dispatch import API_VERSION, Rpc, method
 from coordinator.ledger.encoding import Json, account_json, keyed_account_json
 from coordinator.ledger.params import (
@@ -104,7 +104,9 @@ def get_fee_for_message(rpc: Rpc, params: list[Any]) -> Json:
         raise invalid(f"the message cannot be decoded: {error}") from None
     if rpc.bank.last_valid_block_height(bytes(message.recent_blockhash)) is None:
         return rpc.context(None)
-    return rpc.context(message.header.num_required_signatures * LAMPORTS_PER_SIGNATURE)
+    if not isinstance(message, Message | MessageV0):
+        raise invalid("message version is not supported; use legacy or 0.")
+    return rpc.context(rpc.bank.fee_of(message))
 
 
 @method("getRecentPrioritizationFees")

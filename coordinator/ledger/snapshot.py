@@ -222,7 +222,7 @@ def _read_record(payload: memoryview, at: int) -> tuple[Record, int]:
     keys = (*message.account_keys, *(Pubkey(take(32)) for _ in range(loaded)))
     may_write = tuple(keys[index] for index in take(writable))
     balances = struct.unpack(f"<{2 * count}Q", take(16 * count))
-    error = json.loads(take(error_bytes))
+    error_text = take(error_bytes)
     record = Record(
         signature=parsed.signatures[0],
         slot=slot,
@@ -231,7 +231,7 @@ def _read_record(payload: memoryview, at: int) -> tuple[Record, int]:
         keys=keys,
         loaded_from=len(keys) - loaded,
         writable=may_write,
-        error=error,
+        error=None if error_text == b"null" else json.loads(error_text),
         meta=TransactionMetadata.from_bytes(take(meta_bytes)),
         balances_before=balances[:count],
         balances_after=balances[count:],

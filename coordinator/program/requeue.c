@@ -4,8 +4,8 @@
  *
  * The ring cannot overflow. A round's slices are contiguous in its batch, so what comes back from one over n members
  * and k ranges is at most (n + 1) / 2 + k ranges; that room is kept free for every round that is not final. Where it
- * cannot be (hundreds of members failing in turn), a round draws one whole range for one member: one range out, at
- * most one back. */
+ * cannot be (hundreds of members failing in turn), a round draws whole ranges, each for one member: as many out as can
+ * come back. */
 #include "program.h"
 
 static struct range *queue_at(struct rounds *rounds, u64 index) {
@@ -38,13 +38,34 @@ static u64 worst_of_open_rounds(const struct context *c, const struct round *exc
     return worst;
 }
 
-/* Give the round its positions. Returns 0 when the queue is crowded, and they must all go to one member. */
+/* Whole ranges from the queue, one per member, as many as a batch has room for. */
+static void draw_ranges(struct context *c, struct round *round, u64 members) {
+    struct header *h = &c->rounds->header;
+    u64 most = smaller(MAX_RANGES, members), drawn = 0, ranges = 0;
+    while (ranges < most && h->requeue_count) {
+        const struct range *front = queue_at(c->rounds, 0);
+        if (ranges && drawn + front->count > c->run->limits.batch) break;
+        round->range[ranges++] = *front;
+        drawn += front->count;
+        h->requeued -= front->count;
+        h->requeue_head = (h->requeue_head + 1) % MAX_REQUEUE;
+        h->requeue_count--;
+    }
+    round->range_count = (u8)ranges;
+    round->positions = drawn;
+    round->worst_requeue = (u32)ranges;
+}
+
+/* Give the round its positions. Returns 0 when the queue is crowded, and each range must go to one member. */
 u64 draw_positions(struct context *c, struct round *round, u64 members) {
     struct header *h = &c->rounds->header;
     u64 pieces = (members + 1) / 2;
     u64 wanted = c->run->limits.batch, drawn = 0, ranges = 0;
     u64 crowded = h->requeue_count + worst_of_open_rounds(c, round) + pieces + MAX_RANGES > MAX_REQUEUE;
-    if (crowded && h->requeue_count) wanted = queue_at(c->rounds, 0)->count;
+    if (crowded && h->requeue_count) {
+        draw_ranges(c, round, members);
+        return 0;
+    }
     while (drawn < wanted && h->requeue_count && ranges < MAX_RANGES - 1) {
         struct range *front = queue_at(c->rounds, 0);
         u64 count = smaller(front->count, wanted - drawn);
@@ -69,8 +90,8 @@ u64 draw_positions(struct context *c, struct round *round, u64 members) {
     }
     round->range_count = (u8)ranges;
     round->positions = drawn;
-    round->worst_requeue = crowded ? 1 : (u32)(pieces + ranges);
-    return !crowded;
+    round->worst_requeue = (u32)(pieces + ranges);
+    return 1;
 }
 
 /* A run of neighbours whose slices come back: [from, to) of the batch, and where push_piece stands. */

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import tomllib
 from pathlib import Path
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
+from coordinator.fees import DEFAULT_FEE_CAP
 from psyche_node.faults import Faults
 
 
@@ -23,6 +25,13 @@ class NodeConfig(BaseModel):
     """Address of the run's account (`psyche-admin run create` prints it)."""
     rpc: tuple[str, ...] = Field(min_length=1)
     """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
+    commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
+    """Level at which state is read and transactions count as done. `finalized` adds some 13 s to every transition."""
+    priority_fee: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
+    """Micro-lamports per compute unit, on top of 5,000 lamports per signature. `auto` follows what the cluster asks;
+    set it when transactions expire."""
+    priority_fee_cap: int = Field(default=DEFAULT_FEE_CAP, ge=0)
+    """Micro-lamports per compute unit that `auto` never goes above. 1,000,000 is 0.00002 SOL for a commitment."""
     folder: Path
     """Everything this node keeps: keys, updates, logs, checkpoints."""
     model: Path

@@ -14,6 +14,7 @@ from coordinator.client import CoordinatorClient, ProgramError, Pulse
 from coordinator.errors import ErrorCode
 from coordinator.instructions import DEFAULT_SHARE
 from coordinator.state import Member, MemberStatus, Phase, Run
+from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
 from psyche_node.faults import Fault, Faults
@@ -77,8 +78,8 @@ class Node:
         """Take part until the run is finished. Cancel to stop early; child processes end with this call."""
         async with self._parts() as parts, asyncio.TaskGroup() as tasks:
             background = [
-                tasks.create_task(parts.view.follow()),
-                tasks.create_task(keep_ticking(parts.chain, parts.view, self._rank)),
+                tasks.create_task(parts.view.follow(self._tick_delay)),
+                tasks.create_task(keep_ticking(parts.chain, parts.view, self._tick_delay)),
                 tasks.create_task(_died(parts.trainer)),
                 tasks.create_task(_died(parts.network)),
             ]
@@ -130,7 +131,14 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             journal = Journal(config.folder / "journal.jsonl")
             stack.callback(journal.close)
-            chain = await CoordinatorClient.open(config.rpc, config.run, self._wallet)
+            chain = await CoordinatorClient.open(
+                config.rpc,
+                config.run,
+                self._wallet,
+                commitment=config.commitment,
+                priority_fee=config.priority_fee,
+                priority_fee_cap=config.priority_fee_cap,
+            )
             stack.push_async_callback(chain.close)
             trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
             stack.push_async_callback(trainer.stop)
@@ -297,10 +305,8 @@ class Node:
         elif self._exchange is not None:
             self._exchange.on_event(message)
 
-    def _rank(self, pulse: Pulse) -> int:
-        """This node's place among those who tick: it rotates by round; a node that is not a member comes last."""
-        members = max(1, pulse.header.members)
-        return members if self._member is None else (self._member - pulse.run.round) % members
+    def _tick_delay(self, pulse: Pulse) -> int:
+        return tick_delay(self._member, pulse.run.round, pulse.header.members)
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:

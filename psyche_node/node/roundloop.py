@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse
-from coordinator.state import InclusionSet, MemberStatus, Phase, Round, Run
+from coordinator.state import InclusionSet, MemberStatus, Phase, Run
 from psyche_node.faults import Faults
 from psyche_node.ipc import Endpoint, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
@@ -153,7 +153,7 @@ class RoundLoop:
         members = frozenset() if inclusion.void else inclusion.members
         started = time.monotonic()
         if not members <= self._exchange.followed(number):
-            record = await self._record(number)
+            record = await self._witness.record(number, closed=True)
             if record is None:
                 raise _away(number, self._view.pulse.run.round)
             await self._exchange.follow(number, record.commitments.values())
@@ -190,7 +190,7 @@ class RoundLoop:
 
     async def _train(self, number: int) -> None:
         """Train this member's share of the round, commit to the update, announce it."""
-        record = await self._record(number)
+        record = await self._witness.record(number, closed=False)
         if record is None:
             log.warning("round %d was over before this node came to it", number)
             return
@@ -277,13 +277,6 @@ class RoundLoop:
         if self._faults.active:
             path.write_bytes(self._faults.committed(path.read_bytes()))
         return self._store.adopt(path, number)
-
-    async def _record(self, number: int) -> Round | None:
-        """Return the round as the chain keeps it, its commitments complete if it is closed; None if no longer kept."""
-        record = self._witness.rounds.get(number)
-        if record is None or not record.closed:
-            record = (await self._witness.refresh()).get(number)
-        return record
 
     async def _report_ready(self) -> None:
         """The run waited for members and now warms up again: this node has the checkpoint's weights."""

@@ -8,6 +8,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
+from coordinator.pulses import Delay
 from psyche_node.node.changes import Changes
 
 log = logging.getLogger(__name__)
@@ -30,9 +31,9 @@ class ChainView:
             raise RuntimeError("no state of the run has arrived yet")
         return self._pulse
 
-    async def follow(self) -> None:
-        """Run until cancelled."""
-        async for pulse in self._chain.watch():
+    async def follow(self, delay: Delay | None = None) -> None:
+        """Run until cancelled. ``delay`` is how many slots after a transition is due this node would tick."""
+        async for pulse in self._chain.watch(delay):
             self._pulse = pulse
             self._changes.fire()
 

@@ -6,6 +6,7 @@ import logging
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse
 from coordinator.state import Phase, Round
+from coordinator.tables import RoundTables
 from psyche_node.node.changes import first
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.view import ChainView
@@ -24,23 +25,26 @@ class Witness:
         self._chain, self._view, self._exchange = chain, view, exchange
         self._member = member
         self._attested: set[int] = set()
-        self.rounds: dict[int, Round] = {}
+        self._tables = RoundTables(chain)
 
     async def run(self) -> None:
         """Run until the run is finished."""
         while self._view.pulse.run.phase is not Phase.FINISHED:
             seen, version = self._situation(self._view.pulse), self._exchange.changes.version
-            sent = [await self._look_at(record) for record in (await self.refresh()).values()]
+            sent = [await self._look_at(record) for record in (await self._refresh()).values()]
             if not all(sent):
                 await self._view.next()  # the chain is back
                 continue
             await first(self._different(seen), self._exchange.changes.beyond(version))
 
-    async def refresh(self) -> dict[int, Round]:
-        """Read ``rounds``, those that the chain keeps in full, anew."""
-        self.rounds = {record.round: record for record in await self._view.read(self._chain.rounds)}
-        self._attested &= self.rounds.keys()
-        return self.rounds
+    async def record(self, round_number: int, *, closed: bool) -> Round | None:
+        """Return a round, at least as it began or as it was ``closed``; None if the chain does not keep it any more."""
+        return await self._view.read(lambda: self._tables.record(round_number, self._view.pulse, closed=closed))
+
+    async def _refresh(self) -> dict[int, Round]:
+        rounds = await self._view.read(lambda: self._tables.refresh(self._view.pulse))
+        self._attested &= rounds.keys()
+        return rounds
 
     async def _look_at(self, record: Round) -> bool:
         """Follow the round's commitments, attest if it is time. Returns whether nothing is left to be sent again."""
@@ -67,7 +71,8 @@ class Witness:
         return True
 
     def _is_due(self, record: Round) -> bool:
-        if not record.closed or record.final or record.round in self._attested:
+        final = record.final or record.round < self._view.pulse.run.final_rounds
+        if not record.closed or final or record.round in self._attested:
             return False
         if self._member not in record.witnesses or self._member in record.attestations:
             return False

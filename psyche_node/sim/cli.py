@@ -34,6 +34,10 @@ def simulate(
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
     kill: Annotated[list[str] | None, typer.Option(help="SIGKILL a node in a round: NODE@ROUND; repeat.")] = None,
+    chain_fault: Annotated[
+        list[str] | None,
+        typer.Option(help="What goes wrong at an RPC endpoint, such as 'lose=0.1, latency_ms=50'; repeat for more."),
+    ] = None,
     baseline: Annotated[str | None, typer.Option(help="adamw: compare with AdamW on the same tokens.")] = None,
     check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
@@ -75,6 +79,7 @@ def simulate(
             model=model,
             adversaries=tuple(adversary or ()),
             kills=tuple(Kill.parse(text) for text in kill or ()),
+            chain_faults=tuple(chain_fault or ()),
             baseline=baseline is not None,
             check_every=check_every,
             evaluate_every=evaluate_every,

@@ -6,8 +6,9 @@ import os
 from pathlib import Path
 from typing import Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
+from coordinator.ledger.faults import parse_faults
 from coordinator.state import Limits, Terms, float_bits
 from psyche_node.faults import Fault
 from psyche_node.training.schedule import Schedule
@@ -108,6 +109,10 @@ class SimSettings(BaseModel):
     """Dishonest nodes, beside the honest ones."""
     kills: tuple[Kill, ...] = ()
     """Nodes to kill with SIGKILL."""
+    chain_faults: tuple[str, ...] = ()
+    """What goes wrong at the ledger's RPC endpoints, such as `lose=0.1, latency_ms=50`: one text for each endpoint that
+    the nodes use, the preferred one first; an empty one is an endpoint without faults. What can go wrong:
+    coordinator/ledger/faults.py."""
     baseline: bool = False
     """Train the same model on the same tokens with AdamW in one process afterwards, and compare."""
     check_every: int = Field(default=10, ge=0)
@@ -141,6 +146,19 @@ class SimSettings(BaseModel):
     def _wallet_with_rpc(self) -> Self:
         if self.rpc is not None and (self.wallet is None or not self.wallet.is_file()):
             raise ValueError("on a chain of your own choice (rpc) the owner's funded wallet is needed: name its file")
+        return self
+
+    @field_validator("chain_faults")
+    @classmethod
+    def _known_chain_faults(cls, faults: tuple[str, ...]) -> tuple[str, ...]:
+        for text in faults:
+            parse_faults(text)
+        return faults
+
+    @model_validator(mode="after")
+    def _faults_of_its_own_ledger(self) -> Self:
+        if self.rpc is not None and self.chain_faults:
+            raise ValueError("--chain-fault needs the simulation's own ledger; leave --rpc away")
         return self
 
     @model_validator(mode="after")

@@ -118,6 +118,8 @@ class World:
         self.prepared: Prepared
         self.chain: CoordinatorClient
         self.rpc = ""
+        self.node_rpc: list[str] = []
+        """The endpoints that the nodes use, the preferred one first."""
         self.funded = 0
         """Lamports that the owner's wallet began with; all others are funded from it."""
 
@@ -152,13 +154,21 @@ class World:
         """Return the RPC address of the user's chain, or start a ledger and return its address."""
         settings = self.settings
         if settings.rpc is not None:
+            self.node_rpc = [settings.rpc]
             return settings.rpc
         arguments = ["run", "--port", str(settings.port), "--slot-ms", str(settings.slot_ms)]
+        if settings.chain_faults:
+            # The last endpoint is the simulation's own, and without faults: it reports what is so.
+            for faults in (*settings.chain_faults, ""):
+                arguments += ["--faults", faults]
         log = settings.out / "logs" / "ledger.log"
         ledger = self.ledger = Managed("psyche-ledger", "coordinator.ledger", arguments, log, pipe=True)
         stack.push_async_callback(ledger.stop)
         self.memory.watch("ledger", ledger.process.pid)
-        return str(json.loads(await ledger.first_line(LEDGER_TIMEOUT))["rpc"])
+        ready = json.loads(await ledger.first_line(LEDGER_TIMEOUT))
+        addresses = [str(endpoint["rpc"]) for endpoint in ready["endpoints"]]
+        self.node_rpc = addresses[:-1] or addresses
+        return addresses[-1]
 
     async def _found(self, stack: contextlib.AsyncExitStack) -> None:
         """Deploy the program through the upgradeable loader, paid by the owner's wallet."""
@@ -174,7 +184,8 @@ class World:
         if self.funded < OWNER_NEEDS:
             raise SimulationFailed(
                 f"wallet {self.owner.pubkey()} has {self.funded / LAMPORTS_PER_SOL:g} SOL on {self.rpc}; a run needs "
-                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: psyche-admin airdrop, or transfer"
+                f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: "
+                "psyche-admin ledger airdrop, or transfer"
             )
         await deploy(self.chain, self.owner, program, program_bytes())
 
@@ -199,7 +210,6 @@ class World:
         arguments = {
             "--name": name,
             "--run": str(self.addresses.run),
-            "--rpc": self.rpc,
             "--folder": str(folder),
             "--model": str(folder / "model"),
             "--data": str(folder / "data"),
@@ -217,6 +227,8 @@ class World:
         if fault is not None:
             arguments["--fault"] = str(fault)
         flags = [part for pair in arguments.items() for part in pair]
+        for rpc in self.node_rpc:
+            flags += ["--rpc", rpc]
         process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / "logs" / f"{name}.log")
         self.memory.watch(name, process.process.pid)
         node = SimNode(

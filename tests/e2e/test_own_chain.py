@@ -30,12 +30,12 @@ def admin(*arguments: str) -> str:
 
 def test_run_on_a_chain_of_the_users_choice(simulate: Simulate, rpc: str, tmp_path: Path) -> None:
     wallet = tmp_path / "owner.json"
-    admin("wallet", "new", str(wallet))
+    admin("keys", "new", str(wallet))
     where = ("--rpc", rpc, "--wallet", str(wallet), "--slot-ms", "100")
     broke = simulate("--nodes", "2", "--rounds", "3", *where)
     assert broke.code == 70, broke.text
     assert "has 0 SOL" in broke.text
-    admin("airdrop", json.loads(admin("wallet", "show", str(wallet), "--json"))["address"], "10", "--rpc", rpc)
+    admin("ledger", "airdrop", json.loads(admin("keys", "show", str(wallet), "--json"))["address"], "10", "--rpc", rpc)
     finished = simulate("--nodes", "2", "--rounds", "3", *where, "--out", str(tmp_path / "second"))
     assert finished.code == 0, finished.text
     report = json.loads((tmp_path / "second" / "report.json").read_text())

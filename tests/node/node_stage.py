@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Coroutine
@@ -44,13 +45,17 @@ class ScriptedChain:
     def push(self, pulse: Pulse) -> None:
         self._pulses.put_nowait(pulse)
 
-    async def watch(self) -> AsyncIterator[Pulse]:
+    async def watch(self, delay: object = None) -> AsyncIterator[Pulse]:
         while True:
             yield await self._pulses.get()
 
     async def rounds(self) -> tuple[Round, ...]:
         await self._pass("rounds")
         return self.table
+
+    async def round(self, number: int, slots: int, update_bytes: int, *, commitments: bool) -> Round | None:
+        found = next((record for record in await self.rounds() if record.round == number), None)
+        return found if found is None or commitments else dataclasses.replace(found, commitments={})
 
     async def members(self) -> tuple[Member, ...]:
         await self._pass("members")

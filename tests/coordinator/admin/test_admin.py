@@ -1,4 +1,4 @@
-"""`psyche-admin` against a real ledger, program and run."""
+"""`psyche-admin` against a real ledger, program and run: wallets, runs, how they are created and shown."""
 
 from __future__ import annotations
 
@@ -8,119 +8,35 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from admin_harness import HEX, admin, admin_json
+from endpoints import endpoint, failure
 from ledger_process import SOL, Ledger
-from runs import UPDATE_BYTES, close, joined, take_part
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
-from typer.testing import CliRunner
 
-from coordinator.admin import app
+from coordinator.addresses import run_addresses
+from coordinator.admin.health import EndpointHealth, probe
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
 from coordinator.wallet import load_keypair
 
-HEX = "01" * 32
-CONFIG = f"""
-run_id = "from-a-file"
-[limits]
-init_min_members = 2
-min_members = 2
-max_members = 8
-join_grace = 1
-batch = 8
-rounds_per_epoch = 4
-total_rounds = 4
-[terms]
-model_root = "{HEX}"
-layout_digest = "{HEX}"
-data_manifest = "{HEX}"
-samples = 100
-sequence_length = 16
-update_bytes = {UPDATE_BYTES}
-peak_lr = 1e-3
-schedule = "cosine"
-model_source = "hub:demo/model"
-"""
-
-
-def admin(*arguments: str | Path, status: int = 0) -> str:
-    """What a command prints; its errors where it is expected to fail."""
-    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
-    assert result.exit_code == status, result.output
-    assert result.exception is None or isinstance(result.exception, SystemExit)
-    return result.stderr if status else result.stdout
-
-
-@pytest.fixture
-def wallet(tmp_path: Path, ledger: Ledger) -> Path:
-    path = tmp_path / "owner.json"
-    admin("wallet", "new", path)
-    admin("airdrop", path, "50", "--rpc", ledger.rpc)
-    return path
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> Path:
-    path = tmp_path / "run.toml"
-    path.write_text(CONFIG)
-    return path
-
-
-@pytest.fixture
-def run(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path) -> dict[str, Any]:
-    """A run that has come to round 2."""
-    made = admin(
-        "run",
-        "create",
-        "--payer",
-        wallet,
-        "--program",
-        str(program[1]),
-        "--config",
-        config,
-        "--rpc",
-        ledger.rpc,
-        "--json",
-    )
-    created: dict[str, Any] = json.loads(made)
-
-    async def play() -> None:
-        nodes = [await joined([ledger.rpc], Pubkey.from_string(created["address"])) for _ in range(2)]
-        await asyncio.gather(*(take_part(node, until_round=2) for node in nodes))
-        await close(*nodes)
-
-    asyncio.run(asyncio.wait_for(play(), 60))
-    return created
-
 
 def test_wallets_are_made_shown_and_funded(ledger: Ledger, wallet: Path) -> None:
     address = str(load_keypair(wallet).pubkey())
-    assert admin("wallet", "show", wallet).strip() == address
-    assert json.loads(admin("wallet", "show", wallet, "--rpc", ledger.rpc, "--json")) == {
+    assert admin("keys", "show", wallet).strip() == address
+    assert json.loads(admin("keys", "show", wallet, "--rpc", ledger.rpc, "--json")) == {
         "address": address,
         "lamports": 50 * SOL,
     }
-    assert "51.5 SOL" in admin("airdrop", address, "1.5", "--rpc", ledger.rpc)
-    assert "exists already" in admin("wallet", "new", wallet, status=1)
+    assert "51.5 SOL" in admin("ledger", "airdrop", address, "1.5", "--rpc", ledger.rpc)
+    assert "exists already" in admin("keys", "new", wallet, status=11)
     wallet.chmod(0o644)
-    assert "chmod 600" in admin("wallet", "show", wallet, status=1)
+    assert "chmod 600" in admin("keys", "show", wallet, status=11)
 
 
 @pytest.mark.parametrize("amount", ["0", "-1", "x", "0.0000000001", "1e30", "NaN", "Infinity"])
 def test_amounts_are_checked(ledger: Ledger, wallet: Path, amount: str) -> None:
-    assert "SOL" in admin("airdrop", wallet, "--rpc", ledger.rpc, "--", amount, status=1)
-
-
-def test_the_program_is_deployed_with_a_key_of_its_own(ledger: Ledger, wallet: Path) -> None:
-    first = json.loads(admin("program", "deploy", "--payer", wallet, "--rpc", ledger.rpc, "--json"))
-    key = wallet.with_name("owner.program.json")
-    assert first["program"] == str(load_keypair(key).pubkey())
-    assert first["lamports"] > 0
-    again = json.loads(
-        admin("program", "deploy", "--payer", wallet, "--rpc", ledger.rpc, "--program-keypair", key, "--json")
-    )
-    assert again == first | {"lamports": 0}
-    assert "cannot be read" in admin("program", "deploy", "/none.so", "--payer", wallet, "--rpc", ledger.rpc, status=1)
+    assert "SOL" in admin("ledger", "airdrop", wallet, "--rpc", ledger.rpc, "--", amount, status=10)
 
 
 def test_show_says_what_the_chain_says(ledger: Ledger, run: dict[str, Any]) -> None:
@@ -166,10 +82,10 @@ def test_a_run_is_found_by_its_name(
     options = ("--payer", wallet, "--program", str(program[1]), "--config", config, "--rpc", ledger.rpc)
     admin("run", "create", "only-one", *options)
     assert json.loads(admin("run", "show", "only-one", *rpc))["run_id"] == "only-one"
-    assert "already" in admin("run", "create", "only-one", *options, status=1)
-    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=1)
-    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=1)
-    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=1)
+    assert "already" in admin("run", "create", "only-one", *options, status=10)
+    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=84)
+    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=84)
+    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=84)
 
 
 def test_runs_of_one_name_are_told_apart(
@@ -177,12 +93,12 @@ def test_runs_of_one_name_are_told_apart(
 ) -> None:
     wallets = [tmp_path / "a.json", tmp_path / "b.json"]
     for path in wallets:
-        admin("wallet", "new", path)
-        admin("airdrop", path, "--rpc", ledger.rpc)
+        admin("keys", "new", path)
+        admin("ledger", "airdrop", path, "--rpc", ledger.rpc)
         admin(
             "run", "create", "twin", "--payer", path, "--program", program[1], "--config", config, "--rpc", ledger.rpc
         )
-    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=1)
+    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=84)
     for path in wallets:
         assert str(load_keypair(path).pubkey()) in message
     owner = load_keypair(wallets[0]).pubkey()
@@ -220,12 +136,12 @@ def test_settings_are_checked_before_anything_is_sent(wallet: Path, config: Path
         "--rpc",
         "http://127.0.0.1:9",
     )
-    assert message in admin("run", "create", *options, "--set", override, status=1)
+    assert message in admin("run", "create", *options, "--set", override, status=10)
 
 
 def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc]
-    missing = admin("run", "create", "flags", *options, status=1)
+    missing = admin("run", "create", "flags", *options, status=10)
     assert "limits: Field required" in missing
     for setting in (
         "limits.init_min_members=1",
@@ -251,13 +167,72 @@ def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair
 def test_no_endpoint_and_no_program_have_their_own_exit_status(
     ledger: Ledger, wallet: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("coordinator.admin._PATIENCE", 0.3)
-    message = admin("run", "show", str(Keypair().pubkey()), "--rpc", "http://127.0.0.1:9", status=3)
+    monkeypatch.setattr("coordinator.admin.session.PATIENCE", 0.3)
+    message = admin("run", "show", Keypair().pubkey(), "--rpc", "http://127.0.0.1:9", status=20)
     assert "127.0.0.1:9" in message
-    assert "must look like" in admin("run", "show", "x", "--rpc", "nonsense", status=1)
+    assert "must look like" in admin("run", "show", "x", "--rpc", "nonsense", status=10)
     admin("run", "show", "x", "--no-such-option", status=2)
-    nowhere = str(Keypair().pubkey())
-    message = admin(
-        "run", "create", "--payer", wallet, "--program", nowhere, "--config", config, "--rpc", ledger.rpc, status=1
-    )
-    assert "ProgramAccountNotFound" in message or "InvalidProgramForExecution" in message
+    options = ("--payer", wallet, "--program", Keypair().pubkey(), "--config", config, "--rpc", ledger.rpc)
+    for more in ((), ("--dry-run",)):
+        message = admin("run", "create", *options, *more, status=21)
+        assert "ProgramAccountNotFound" in message or "InvalidProgramForExecution" in message
+
+
+def test_runs_are_listed(ledger: Ledger, program: tuple[Keypair, Pubkey], run: dict[str, Any]) -> None:
+    listed = admin_json("run", "list", "--program", program[1], "--owner", run["owner"], "--rpc", ledger.rpc)
+    assert [(one["run_id"], one["address"], one["round"]) for one in listed] == [("from-a-file", run["address"], 2)]
+    text = admin("run", "list", "--rpc", ledger.rpc)
+    assert run["address"] in text
+    assert "from-a-file" in text
+    assert admin("run", "list", "--owner", Keypair().pubkey(), "--rpc", ledger.rpc) == "no runs\n"
+
+
+def test_a_dry_run_sends_nothing_and_knows_the_cost(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path
+) -> None:
+    options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    before = admin_json("keys", "show", wallet, "--rpc", ledger.rpc)
+    for fee in ("0", "1000000"):
+        planned = admin_json("run", "create", "dry", *options, "--priority-fee", fee, "--dry-run")
+    assert admin_json("keys", "show", wallet, "--rpc", ledger.rpc) == before
+    assert admin_json("run", "list", "--owner", before["address"], "--rpc", ledger.rpc) == []
+    assert planned["dry_run"] is True
+    (transaction,) = planned["transactions"]
+    assert [one["name"].split()[0] for one in transaction["instructions"]] == ["system"] * 3 + ["coordinator"]
+    assert transaction["signers"] == [before["address"]]
+    assert 0 < transaction["bytes"] <= 1232
+    assert transaction["compute_units"] > 1000
+    text = admin("run", "create", "dry", *options, "--dry-run")
+    assert "nothing was sent" in text
+    planned = admin_json("run", "create", "dry", *options, "--dry-run")
+    done = admin_json("run", "create", "dry", *options)
+    assert (done["lamports"], done["address"]) == (planned["lamports"], planned["address"])
+    assert "already" in admin("run", "create", "dry", *options, "--dry-run", status=10)
+
+
+def test_endpoints_are_looked_at_one_by_one(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def refuse(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return failure(request, -32601, "Method not found")
+
+    async def look() -> tuple[EndpointHealth, ...]:
+        async with endpoint(refuse) as bad:
+            return await probe([ledger.rpc, bad], 30)
+
+    good, bad = asyncio.run(look())
+    assert (good.healthy, bad.healthy) == (True, False)
+    assert good.slot > 0
+    assert "Method not found" in str(bad.problem)
+    (shown,) = admin_json("ledger", "show", "--rpc", ledger.rpc)["endpoints"]
+    assert (shown["healthy"], shown["genesis_hash"]) == (True, good.genesis)
+    monkeypatch.setattr("coordinator.admin.ledgers.PATIENCE", 0.3)
+    hint = admin("ledger", "show", "--rpc", "http://127.0.0.1:9", status=20)
+    assert "psyche-ledger run" in hint
+
+
+def test_a_name_whose_address_is_taken_is_refused(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path
+) -> None:
+    members = run_addresses(program[1], load_keypair(wallet).pubkey(), "blocked").members
+    admin("ledger", "airdrop", members, "1", "--rpc", ledger.rpc)
+    options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    assert "choose another name" in admin("run", "create", "blocked", *options, status=10)

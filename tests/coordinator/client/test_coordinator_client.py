@@ -64,14 +64,14 @@ def test_program_errors_have_number_name_and_logs(ledger: Ledger, program: Progr
         async with owned(ledger, program) as owner:
             node = await joined([ledger.rpc], owner.addresses.run)
             with pytest.raises(ProgramError) as refused:
-                await node.join(Keypair())
-            assert (refused.value.code, refused.value.name) == (6027, "ALREADY_A_MEMBER")
+                await node.set_share(0)
+            assert (refused.value.code, refused.value.name) == (6030, "BAD_SHARE")
             assert refused.value.signature is None
-            assert any("custom program error: 0x178b" in line for line in refused.value.logs)
+            assert any("custom program error: 0x178e" in line for line in refused.value.logs)
             with pytest.raises(ProgramError, match="NOT_DUE"):
                 await node.tick()
             with pytest.raises(ProgramError) as phase:
-                await node.ready(ROOT)
+                await node.checkpoint(0, ROOT)
             assert phase.value.name == "WRONG_PHASE"
             await node.leave()
             assert (await node.members())[0].status is MemberStatus.LEFT
@@ -217,7 +217,7 @@ def test_a_change_is_pushed_long_before_it_would_be_polled(ledger: Ledger, progr
             run = owner.addresses.run
             async with await CoordinatorClient.open([ledger.rpc], run) as client:
                 # With polling as slow as this only a push can wake the watch in time.
-                client._pace.pause = lambda *_, **__: 3600.0  # type: ignore[method-assign]
+                client.pace.pause = lambda *_, **__: 3600.0  # type: ignore[method-assign]
                 pulses = client.watch()
                 assert (await anext(pulses)).header.members == 0
                 waiting = asyncio.ensure_future(anext(pulses))
@@ -253,6 +253,69 @@ def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Prog
             down = False
             async with asyncio.timeout(20):
                 assert (await waiting).slot > first.slot
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
+    ledger: Ledger, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("coordinator.pulses._GONE_PAUSE", 0.05)
+
+    async def run() -> None:
+        missing = 0
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            nonlocal missing
+            if request["method"] == "getMultipleAccounts" and missing:
+                missing -= 1
+                slot = request["params"][1]["minContextSlot"]
+                return result(request, {"context": {"slot": slot}, "value": [None, None]})
+            return None
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run) as client,
+        ):
+            pulses = client.watch()
+            first = await anext(pulses)
+            missing = 1
+            assert (await anext(pulses)).slot >= first.slot
+            missing = 1000
+            with pytest.raises(RunNotFound, match="was it closed"):
+                await anext(pulses)
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        sizes: list[int] = []
+
+        async def change(request: dict[str, Any]) -> None:
+            if request["method"] == "getMultipleAccounts":
+                sizes.append(request["params"][1]["dataSlice"]["length"])
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run) as client,
+        ):
+            pulses = client.watch()
+            before = await anext(pulses)
+            while len(sizes) < 4:
+                assert (await anext(pulses)).run is before.run
+            nodes = [await joined([ledger.rpc], owner.addresses.run) for _ in range(2)]
+            pulse = await anext(pulses)
+            while pulse.run.phase is not Phase.WARMUP:
+                if pulse.header.due(pulse.slot):
+                    await nodes[0].tick()
+                pulse = await anext(pulses)
+            assert pulse.run.member_count == 2
+            assert set(sizes) == {256, 1072}
+            assert sizes.count(256) > sizes.count(1072)
+            await close(*nodes)
 
     asyncio.run(asyncio.wait_for(run(), 60))
 

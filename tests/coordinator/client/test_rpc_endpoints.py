@@ -5,13 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import time
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from typing import Any
 
 import pytest
 from endpoints import endpoint, failure, result
 
 from coordinator import rpc as rpc_module
-from coordinator.rpc import BadUrl, ChainUnavailable, Endpoints, RpcError, shown_url, websocket_url
+from coordinator.rpc import BadUrl, ChainUnavailable, Endpoints, RpcError, Unusable, shown_url, websocket_url
 
 DEAD = "http://127.0.0.1:9"
 
@@ -111,6 +113,107 @@ def test_an_error_of_the_request_is_not_tried_elsewhere() -> None:
             await rpc.close()
 
     asyncio.run(run())
+
+
+def test_what_one_endpoint_does_not_offer_another_may() -> None:
+    async def lacking(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return failure(request, -32601, "Method not found")
+
+    async def run() -> None:
+        async with endpoint(lacking) as one, endpoint(good) as two:
+            rpc = Endpoints([one, two])
+            assert await rpc.call("getSlot") == "fine"
+            await rpc.close()
+            alone = Endpoints([one])
+            with pytest.raises(RpcError, match="an RPC endpoint that offers it"):
+                await alone.call("getSlot")
+            await alone.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
+    async def nonsense(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return result(request, {"slot": "many"})
+
+    def read(answer: Any) -> str:
+        if not isinstance(answer, str):
+            raise Unusable("not a text")
+        return answer
+
+    async def run() -> None:
+        async with endpoint(nonsense) as one, endpoint(good) as two:
+            rpc = Endpoints([one, two])
+            assert await rpc.ask("getSlot", [], read) == "fine"
+            await rpc.close()
+            alone = Endpoints([one], patience=0.3)
+            with pytest.raises(ChainUnavailable, match="not a text"):
+                await alone.ask("getSlot", [], read)
+            await alone.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is tried again by a probe beside the calls, which is what hangs then, and what finds it well again."""
+    monkeypatch.setattr(rpc_module, "_IMPATIENT_SECONDS", 0.3)
+    monkeypatch.setattr(rpc_module, "_PROBE_SECONDS", 0.3)
+    hanging = asyncio.Event()
+    probes = 0
+
+    async def first(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        nonlocal probes
+        if not hanging.is_set():
+            probes += request["method"] == "getSlot"
+            return await never(request)
+        return result(request, "first")
+
+    async def run() -> None:
+        async with endpoint(first) as one, endpoint(good) as two:
+            rpc = Endpoints([one, two])
+            assert await rpc.call("getHealth") == "fine"
+            while probes == 0:
+                # If a call were what finds out, this one would take as long as it may.
+                async with asyncio.timeout(5):
+                    assert await rpc.call("getHealth") == "fine"
+                await asyncio.sleep(0.01)
+            hanging.set()
+            while await rpc.call("getHealth") != "first":
+                await asyncio.sleep(0.01)
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+
+
+def test_calls_that_fail_together_are_one_failure() -> None:
+    async def limited(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return 503, b"", ""
+
+    async def run() -> None:
+        async with endpoint(limited) as only:
+            rpc = Endpoints([only], patience=0.1)
+            await asyncio.gather(*(rpc.call("getSlot") for _ in range(10)), return_exceptions=True)
+            assert rpc._endpoints[0].failures <= 2
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+@pytest.mark.parametrize(
+    ("header", "least", "most"),
+    [
+        (None, None, None),
+        ("2.5", 2.5, 2.5),
+        ("-3", 0.0, 0.0),
+        ("inf", None, None),
+        ("soon", None, None),
+        (format_datetime(datetime.now(UTC) + timedelta(hours=9), usegmt=True), 3600, 9 * 3600),
+        ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),
+    ],
+)
+def test_how_long_an_endpoint_asks_to_be_left_alone(header: str | None, least: float | None, most: float) -> None:
+    seconds = rpc_module._seconds(header)
+    assert seconds is None if least is None else seconds is not None and least <= seconds <= most
 
 
 def test_too_many_requests_are_waited_out_as_long_as_asked() -> None:

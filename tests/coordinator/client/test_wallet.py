@@ -69,7 +69,7 @@ def test_what_is_no_wallet_is_refused(tmp_path: Path, content: bytes) -> None:
 
 
 def test_a_missing_wallet_and_a_folder_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(WalletError, match="wallet new"):
+    with pytest.raises(WalletError, match="keys new"):
         load_keypair(tmp_path / "none.json")
     with pytest.raises(WalletError):
         load_keypair(tmp_path)

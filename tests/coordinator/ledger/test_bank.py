@@ -10,6 +10,7 @@ import pytest
 from solders.account import Account
 from solders.address_lookup_table_account import AddressLookupTableAccount
 from solders.clock import Clock
+from solders.compute_budget import set_compute_unit_limit, set_compute_unit_price
 from solders.hash import Hash
 from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
@@ -18,9 +19,11 @@ from solders.pubkey import Pubkey
 from solders.system_program import TransferParams, transfer
 from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
+from solders.transaction_metadata import FailedTransactionMetadata
 
 from coordinator.ledger import bank as bank_module
 from coordinator.ledger.bank import MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Refused
+from coordinator.ledger.snapshot import state_hash
 from coordinator.ledger.state import Record
 
 GENESIS = bytes(32)
@@ -222,3 +225,46 @@ def test_a_tick_costs_far_less_than_half_a_millisecond() -> None:
     for slot in range(1, 2001):
         bank.apply(AdvanceSlot(slot, slot))
     assert (time.process_time() - started) / 2000 < 0.0005
+
+
+def test_what_fails_preflight_leaves_no_trace_and_what_does_not_runs_once(funded: tuple[Bank, Keypair]) -> None:
+    bank, payer = funded
+    told: list[Change] = []
+    bank.on_change.append(told.append)
+    before = state_hash(bank.capture())
+    wire = signed(bank, payer, pay(payer, key(2).pubkey(), 100 * SOL))
+    simulated = bank.simulate(bank.check(wire))
+    failure = bank.apply_if_succeeds(bank.check(wire))
+    assert isinstance(failure, FailedTransactionMetadata)
+    assert isinstance(simulated, FailedTransactionMetadata)
+    assert failure.meta().logs() == simulated.meta().logs()
+    assert (state_hash(bank.capture()), told) == (before, [])
+    pauper = key(9)
+    failure = bank.apply_if_succeeds(bank.check(signed(bank, pauper, pay(pauper, key(2).pubkey(), 1))))
+    assert isinstance(failure, FailedTransactionMetadata)
+    assert (state_hash(bank.capture()), told) == (before, [])
+    good = signed(bank, payer, pay(payer, key(2).pubkey(), SOL))
+    record = bank.apply_if_succeeds(bank.check(good))
+    assert isinstance(record, Record)
+    assert told == [Execute(good)]
+    assert bank.balance(key(2).pubkey()) == SOL
+
+
+def test_the_fee_is_per_signature_and_by_the_price_of_compute(funded: tuple[Bank, Keypair]) -> None:
+    bank, payer = funded
+    instructions = [set_compute_unit_limit(10_000), set_compute_unit_price(2_500_000)]
+    record = run(bank, signed(bank, payer, *instructions, pay(payer, key(2).pubkey(), SOL)))
+    assert record is not None
+    assert record.error is None
+    assert record.meta.fee() == 5000 + 25_000
+    assert bank.balance(payer.pubkey()) == 10 * SOL - SOL - 30_000
+    assert bank.fee_of(VersionedTransaction.from_bytes(record.transaction).message) == 30_000
+    broke = Message.new_with_blockhash(instructions, key(9).pubkey(), bank.latest_blockhash)
+    assert bank.fee_of(broke) == 30_000
+
+
+def test_an_account_below_the_rent_is_refused(funded: tuple[Bank, Keypair]) -> None:
+    bank, payer = funded
+    result = bank.simulate(bank.check(signed(bank, payer, pay(payer, key(2).pubkey(), 100))))
+    assert isinstance(result, FailedTransactionMetadata)
+    assert "InsufficientFundsForRent" in str(result.err())

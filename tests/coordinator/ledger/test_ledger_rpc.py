@@ -11,6 +11,7 @@ from solana.rpc.async_api import AsyncClient
 from solana.rpc.core import RPCException
 from solana.rpc.models import DataSliceOpts, MemcmpOpts, TxOpts
 from solders.hash import Hash
+from solders.instruction import AccountMeta, Instruction
 from solders.keypair import Keypair
 from solders.message import Message
 from solders.pubkey import Pubkey
@@ -293,3 +294,43 @@ def test_solana_py_knows_the_cluster(ledger: Ledger) -> None:
         assert block is not None
 
     with_solana_py(ledger, use)
+
+
+def test_tokens_are_found_by_their_owner(ledger: Ledger) -> None:
+    """A mint and an account of the token program, made with its own instructions."""
+    payer, mint, account = funded(ledger), Keypair(), Keypair()
+    token = Pubkey.from_string("TokenkegQfeZyiNwAJbNbGKPFXCWuBvf9Ss623VQ5DA")
+
+    def made(key: Keypair, space: int) -> Instruction:
+        return create_account(
+            CreateAccountParams(
+                from_pubkey=payer.pubkey(), to_pubkey=key.pubkey(), lamports=SOL // 10, space=space, owner=token
+            )
+        )
+
+    def writes(*keys: Pubkey) -> list[AccountMeta]:
+        return [AccountMeta(key, is_signer=False, is_writable=True) for key in keys]
+
+    instructions = [
+        made(mint, 82),
+        Instruction(token, bytes([20, 2]) + bytes(payer.pubkey()) + b"\0", writes(mint.pubkey())),
+        made(account, 165),
+        Instruction(token, bytes([18]) + bytes(payer.pubkey()), writes(account.pubkey(), mint.pubkey())),
+        Instruction(
+            token,
+            bytes([7]) + (12_345).to_bytes(8, "little"),
+            [*writes(mint.pubkey(), account.pubkey()), AccountMeta(payer.pubkey(), is_signer=True, is_writable=False)],
+        ),
+    ]
+    at = blockhash(ledger)
+    message = Message.new_with_blockhash(instructions, payer.pubkey(), at)
+    assert "result" in send(ledger, Transaction([payer, mint, account], message, at))
+    owner = str(payer.pubkey())
+    for wanted in ({"mint": str(mint.pubkey())}, {"programId": str(token)}):
+        found = call(ledger, "getTokenAccountsByOwner", owner, wanted, {"encoding": "base64"})["result"]["value"]
+        assert [one["pubkey"] for one in found] == [str(account.pubkey())]
+    balance = call(ledger, "getTokenAccountBalance", str(account.pubkey()))["result"]["value"]
+    assert (balance["amount"], balance["uiAmountString"]) == ("12345", "123.45")
+    assert call(ledger, "getTokenSupply", str(mint.pubkey()))["result"]["value"]["amount"] == "12345"
+    assert call(ledger, "getTokenAccountBalance", owner)["error"]["code"] == -32602
+    assert call(ledger, "getTokenAccountsByOwner", owner, {})["error"]["code"] == -32602

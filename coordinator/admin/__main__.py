@@ -1,0 +1,5 @@
+"""`python -m coordinator.admin`."""
+
+from coordinator.admin.app import main
+
+main()

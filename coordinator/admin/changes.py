@@ -1,0 +1,102 @@
+"""Changes to a run that has begun, from KEY=VALUE on the command line to what the program takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from solders.pubkey import Pubkey
+
+from coordinator.admin.output import address_of
+from coordinator.run_config import ConfigError, LimitSettings, TermSettings, parse_overrides, validated
+from coordinator.state import Limits, Run, Terms
+
+_ANYONE: Final = "anyone"
+_LAMPORTS_MOST: Final = 10_000_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What is to change: None for what is not. With `limits` comes the join authority, changed or not."""
+
+    keys: tuple[str, ...]
+    limits: Limits | None
+    join_authority: Pubkey | None
+    terms: Terms | None
+    reward_rate: int | None
+
+    def to_json(self, run: Run) -> dict[str, Any]:
+        """{key: [before, after]} of everything that differs."""
+        found: dict[str, Any] = {}
+        if self.limits is not None:
+            found |= _differing(asdict(_limits_of(run)), asdict(self.limits))
+            if self.join_authority != run.join_authority:
+                found["join_authority"] = [_named(run.join_authority), _named(self.join_authority)]
+        if self.terms is not None:
+            before, after = TermSettings.of_chain(run.terms), TermSettings.of_chain(self.terms)
+            found |= _differing(before.model_dump(), after.model_dump(), "terms.")
+        if self.reward_rate is not None:
+            found["reward_rate"] = [run.reward_rate, self.reward_rate]
+        return found
+
+    def text(self, run: Run) -> list[str]:
+        """A line per change."""
+        return [f"{key}: {before} -> {after}, {_when(key)}" for key, (before, after) in self.to_json(run).items()]
+
+    def caution(self, run: Run) -> str | None:
+        """What cannot be undone: with other data the run forgets which positions it has trained."""
+        if self.terms is None:
+            return None
+        data = ("data_manifest", "samples", "sequence_length")
+        if all(getattr(self.terms, name) == getattr(run.terms, name) for name in data):
+            return None
+        return f"The data changes: positions begin at 0 again; where the present data stands ({run.cursor:,}) is lost."
+
+
+def change_of(run: Run, texts: Sequence[str]) -> Change:
+    """What KEY=VALUE arguments ask for, checked as a new run's settings are.
+
+    Raises:
+        ConfigError: for a key that is unknown, a value out of range, or nothing to change.
+    """
+    table = parse_overrides(texts)
+    limits: dict[str, Any] = {**table.pop("limits", {})}
+    terms = table.pop("terms", None)
+    authority, rate = table.pop("join_authority", None), table.pop("reward_rate", None)
+    limits |= table  # limits may be named without their section
+    keys = tuple(text.partition("=")[0].strip() for text in texts)
+    new_limits = validated(LimitSettings, {**asdict(_limits_of(run)), **limits}, "limits") if limits else None
+    new_terms = None
+    if terms is not None:
+        before = TermSettings.of_chain(run.terms).model_dump()
+        new_terms = validated(TermSettings, {**before, **terms}, "terms").on_chain()
+    wanted = run.join_authority
+    if authority is not None:
+        wanted = None if authority == _ANYONE else address_of(str(authority), "join_authority")
+    if rate is not None and (isinstance(rate, bool) or not isinstance(rate, int) or not 0 <= rate <= _LAMPORTS_MOST):
+        raise ConfigError(f"reward_rate {rate!r} must be 0 to {_LAMPORTS_MOST} lamports per million tokens")
+    # Limits and join authority are set together.
+    changed = None if new_limits is None else new_limits.on_chain()
+    if changed is None and authority is not None:
+        changed = _limits_of(run)
+    return Change(keys, changed, wanted, new_terms, rate)
+
+
+def _when(key: str) -> str:
+    if key == "reward_rate":
+        return "for credit from now on"
+    return "now" if key == "join_authority" or key.startswith("terms.") else "from the next round on"
+
+
+def _limits_of(run: Run) -> Limits:
+    """Those that will hold: a change that waits for the next round is not undone by another one."""
+    return run.next_limits or run.limits
+
+
+def _differing(before: dict[str, Any], after: dict[str, Any], head: str = "") -> dict[str, Any]:
+    return {f"{head}{key}": [before[key], value] for key, value in after.items() if before[key] != value}
+
+
+def _named(key: Pubkey | None) -> str:
+    return _ANYONE if key is None else str(key)

@@ -1,0 +1,172 @@
+"""`psyche-admin run`: create runs and look at them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+from solders.pubkey import Pubkey
+
+from coordinator import instructions
+from coordinator.addresses import run_addresses
+from coordinator.admin.options import (
+    RPC_DEFAULT,
+    AsJson,
+    DryRun,
+    OwnerAddress,
+    Payer,
+    PriorityFee,
+    ProgramAddress,
+    Rpc,
+    RunName,
+)
+from coordinator.admin.output import console, pubkey
+from coordinator.admin.sending import Manner, Step, carry_out
+from coordinator.admin.session import PATIENCE, RunChoice, chain_at, go
+from coordinator.client import CoordinatorClient, RunExists
+from coordinator.find_run import FoundRun, all_runs
+from coordinator.run_config import ConfigError, load_settings
+from coordinator.run_report import PHASE_STYLES, RunReport
+from coordinator.snapshot import take_snapshot
+from coordinator.wallet import load_keypair
+
+app = typer.Typer()
+
+
+@app.command("create")
+def create(
+    payer: Payer,
+    program: Annotated[str, typer.Option(help="Address of the coordinator program.")],
+    run_id: Annotated[str | None, typer.Argument(help="Name of the run, 1 to 32 bytes; overrides the file's.")] = None,
+    config: Annotated[Path | None, typer.Option(help="TOML file with run_id, [limits] and [terms].")] = None,
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. limits.batch=64. Repeatable."),
+    ] = None,
+    rpc: Rpc = RPC_DEFAULT,
+    priority_fee: PriorityFee = 0,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+) -> None:
+    """Create a run, owned by the payer. Settings come from a TOML file, from --set, or both; unknown ones are
+    refused."""
+
+    async def act() -> None:
+        settings = load_settings(run_id, config, overrides or [])
+        limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
+        authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
+        wallet = load_keypair(payer)
+        owner = wallet.pubkey()
+        program_id = pubkey(program, "--program")
+        places = run_addresses(program_id, owner, settings.run_id)
+        run = places.run
+        async with CoordinatorClient(
+            rpc, program_id, None, wallet, priority_fee=priority_fee, patience=PATIENCE
+        ) as client:
+            _, taken = await client.accounts([places.run, places.members, places.rounds], (0, 0))
+            if taken[0] is not None and taken[0].owner == program_id:
+                raise RunExists(f"{owner} has a run {settings.run_id!r} already, at {run}; choose another name")
+            if any(taken):
+                # Whoever knows owner and name can send lamports there, and no account can be created then.
+                raise ConfigError(f"an address that run {settings.run_id!r} needs is taken; choose another name")
+            await client.load_rent()
+            made = instructions.create_run_instructions(
+                program_id, owner, settings.run_id, limits, terms, client.rent_exempt, join_authority=authority
+            )
+            await carry_out(
+                client,
+                Manner(wallet, program_id, dry_run=dry_run, yes=False, as_json=as_json, priority_fee=priority_fee),
+                Step(f"create the three accounts of run {settings.run_id!r} at {run} and start it", made),
+                {"run_id": settings.run_id, "address": str(run), "owner": str(owner)},
+                f"run [bold]{escape(settings.run_id)}[/bold] created at {run}",
+            )
+
+    go(act())
+
+
+@app.command("show")
+def show(
+    run: RunName,
+    rpc: Rpc = RPC_DEFAULT,
+    program: ProgramAddress = None,
+    owner: OwnerAddress = None,
+    as_json: AsJson = False,
+    everything: Annotated[bool, typer.Option("--all", help="List every member and commitment.")] = False,
+) -> None:
+    """Show a run: state, round, members, commitments, inclusion sets and credit, read from the chain alone."""
+
+    async def act() -> None:
+        async with RunChoice(rpc, run, program, owner).open() as client:
+            report = RunReport(client.program_id, client.addresses, await take_snapshot(client))
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2))
+        else:
+            console().print(report.render(everything=everything))
+
+    go(act())
+
+
+@app.command("list")
+def list_runs(
+    rpc: Rpc = RPC_DEFAULT,
+    program: Annotated[
+        str | None, typer.Option(help="Address of the coordinator program; all programs of a small chain if left out.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Only the runs of this wallet.")] = None,
+    as_json: AsJson = False,
+) -> None:
+    """List the runs on a chain."""
+
+    async def act() -> None:
+        program_id = pubkey(program, "--program") if program else None
+        owner_key = pubkey(owner, "--owner") if owner else None
+        async with chain_at(rpc) as chain:
+            found = await all_runs(chain, program_id)
+        found = sorted(
+            (one for one in found if owner_key in (None, one.run.owner)),
+            key=lambda one: (-one.run.created_slot, one.run.run_id),
+        )
+        if as_json:
+            print(json.dumps([_run_json(one) for one in found]))
+        elif found:
+            console().print(_run_table(found))
+        else:
+            print("no runs")
+
+    go(act())
+
+
+def _run_json(found: FoundRun) -> dict[str, object]:
+    run = found.run
+    return {
+        "run_id": run.run_id,
+        "address": str(found.address),
+        "owner": str(run.owner),
+        "program": str(found.program),
+        "state": run.phase.name,
+        "round": run.round,
+        "total_rounds": run.limits.total_rounds,
+        "members": run.member_count,
+        "tokens": run.tokens,
+        "created_slot": run.created_slot,
+    }
+
+
+def _run_table(found: list[FoundRun]) -> Table:
+    table = Table(box=None, header_style="dim", padding=(0, 2, 0, 0))
+    for name in ("run", "state", "round", "members", "tokens"):
+        table.add_column(name, justify="left" if name in ("run", "state") else "right", overflow="fold")
+    for one in found:
+        run = one.run
+        table.add_row(
+            f"[bold]{escape(run.run_id)}[/bold]\n{one.address}\n[dim]owner {run.owner}[/dim]",
+            f"[{PHASE_STYLES.get(run.phase, 'bold')}]{run.phase.name}",
+            f"{run.round:,} of {run.limits.total_rounds:,}",
+            f"{run.member_count:,}",
+            f"{run.tokens:,}",
+        )
+    return table

@@ -1,0 +1,81 @@
+"""Running a command: connections, and what can go wrong, which ends in one message and an exit status."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sys
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from solders.keypair import Keypair
+from solders.pubkey import Pubkey
+
+from coordinator.admin.exits import AdminExit
+from coordinator.admin.failures import message_of, status_of
+from coordinator.admin.output import pubkey
+from coordinator.chain import Chain
+from coordinator.client import CoordinatorClient
+from coordinator.find_run import find_run
+
+# Seconds; somebody is waiting in front of it.
+PATIENCE = 10.0
+
+
+def go(action: Coroutine[Any, Any, None]) -> None:
+    """Run a command to its end. Raises typer.Exit for one that fails in a way that its user can resolve."""
+    logging.basicConfig(
+        # Retries are not news here: what they come to is said at the end.
+        level=logging.ERROR,
+        format="%(message)s",
+        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
+    )
+    try:
+        asyncio.run(action)
+    except KeyboardInterrupt:
+        raise typer.Exit(AdminExit.INTERRUPTED) from None
+    except Exception as error:
+        status = status_of(error)
+        if status is None:
+            raise
+        print(f"psyche-admin: {message_of(error)}", file=sys.stderr)
+        raise typer.Exit(status) from None
+
+
+def chain_at(
+    rpc: Sequence[str], wallet: Keypair | None = None, priority_fee: int = 0, program: Pubkey | None = None
+) -> Chain:
+    """A connection that gives up as soon as a person would. `program`'s errors get their names."""
+    return Chain(rpc, wallet, program_id=program, priority_fee=priority_fee, patience=PATIENCE)
+
+
+@dataclass(frozen=True, slots=True)
+class RunChoice:
+    """Which run a command is about, as typed: an address, or a name with what tells it apart."""
+
+    rpc: Sequence[str]
+    run: str
+    program: str | None = None
+    owner: str | None = None
+
+    async def find(self) -> Pubkey:
+        """Raises RunNotFound, ConfigError."""
+        program = pubkey(self.program, "--program") if self.program else None
+        owner = pubkey(self.owner, "--owner") if self.owner else None
+        with contextlib.suppress(ValueError):
+            return Pubkey.from_string(self.run)
+        async with chain_at(self.rpc) as chain:
+            return await find_run(chain, self.run, program, owner)
+
+    @contextlib.asynccontextmanager
+    async def open(self, wallet: Keypair | None = None, priority_fee: int = 0) -> AsyncIterator[CoordinatorClient]:
+        """A client of it. Raises RunNotFound, ConfigError."""
+        address = await self.find()
+        client = await CoordinatorClient.open(self.rpc, address, wallet, priority_fee=priority_fee, patience=PATIENCE)
+        async with client:
+            yield client
