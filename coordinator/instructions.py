@@ -14,7 +14,16 @@ from typing import Final
 
 from solders.instruction import AccountMeta, Instruction
 from solders.pubkey import Pubkey
-from solders.system_program import CreateAccountWithSeedParams, create_account_with_seed
+from solders.system_program import (
+    AllocateWithSeedParams,
+    AssignWithSeedParams,
+    CreateAccountWithSeedParams,
+    TransferParams,
+    allocate_with_seed,
+    assign_with_seed,
+    create_account_with_seed,
+    transfer,
+)
 
 from coordinator.addresses import RunAddresses, grant_address, grant_seed, receipt_seed, run_addresses, run_seeds
 from coordinator.layout import (
@@ -339,14 +348,19 @@ def authorize(
     authority: Pubkey,
     grantee: Pubkey | None,
     rent: Callable[[int], int],
+    held: int = 0,
 ) -> list[Instruction]:
     """Let `grantee` (None: anyone) join: creates the grant account, at `grant_address`, and fills it. Signed by the
-    authority, which pays."""
+    authority, which pays. `held`: lamports that lie at that address already; anyone can send some, and an address with
+    lamports is not created but allocated."""
     key = grantee or Pubkey.default()
     address = grant_address(program_id, authority, addresses.run, key)
-    created = _create(program_id, authority, address, grant_seed(addresses.run, key), GRANT_SIZE, rent)
+    seed = grant_seed(addresses.run, key)
+    created = [_create(program_id, authority, address, seed, GRANT_SIZE, rent)]
+    if held:
+        created = _allocate(program_id, authority, address, seed, GRANT_SIZE, rent(GRANT_SIZE) - held)
     metas = [*_metas(addresses, authority, written=""), AccountMeta(address, is_signer=False, is_writable=True)]
-    return [created, Instruction(program_id, MARKS["authorize"] + bytes(key), metas)]
+    return [*created, Instruction(program_id, MARKS["authorize"] + bytes(key), metas)]
 
 
 def revoke(
@@ -418,6 +432,20 @@ def claim(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: 
     if receipt is not None:
         metas.append(AccountMeta(receipt, is_signer=False, is_writable=True))
     return Instruction(program_id, MARKS["claim"], metas)
+
+
+def _allocate(
+    program_id: Pubkey, payer: Pubkey, address: Pubkey, seed: str, size: int, lacking: int
+) -> list[Instruction]:
+    """What `_create` does, where lamports lie already; `lacking`: so many are still needed for rent."""
+    topped = [transfer(TransferParams(from_pubkey=payer, to_pubkey=address, lamports=lacking))] if lacking > 0 else []
+    return [
+        *topped,
+        allocate_with_seed(
+            AllocateWithSeedParams(address=address, base=payer, seed=seed, space=size, owner=program_id)
+        ),
+        assign_with_seed(AssignWithSeedParams(address=address, base=payer, seed=seed, owner=program_id)),
+    ]
 
 
 def _create(

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 from solders.pubkey import Pubkey
+from solders.system_program import ID as SYSTEM_PROGRAM
 
 from coordinator import instructions as ix
 from coordinator.addresses import grant_address
@@ -45,10 +46,13 @@ async def grant(
     key = _grantee(grantee, anyone)
     address = grant_address(one.client.program_id, one.me, one.client.addresses.run, key or Pubkey.default())
     who = key or "anyone"
-    if (there := await one.client.account(address, (0, GRANT_SIZE))) is not None:
+    there, held = await one.client.account(address, (0, GRANT_SIZE)), 0
+    if there is not None and there.owner == SYSTEM_PROGRAM and not there.data:
+        held = there.lamports  # somebody's attempt to block the address
+    elif there is not None:
         await _refuse_taken(one, address, there, str(who))
     await one.client.load_rent()
-    made = ix.authorize(*one.of_run, key, one.client.rent_exempt)
+    made = ix.authorize(*one.of_run, key, one.client.rent_exempt, held)
     await one.send(
         f"let {who} join",
         *made,

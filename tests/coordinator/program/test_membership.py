@@ -336,6 +336,20 @@ def test_grants_admit_and_revocation_puts_out() -> None:
     assert [run.members[slot].grant for slot in range(3)] == [site, site, anyone]
 
 
+@pytest.mark.parametrize("held", [890_880, 10**9])
+def test_lamports_do_not_block_the_address_of_a_grant(held: int) -> None:
+    chain = Chain()
+    authority = RunDriver.wallet(70)
+    chain.svm.airdrop(authority, 10**10)
+    run = RunDriver(chain, join_authority=authority)
+    run.must(run.create())
+    chain.svm.airdrop(run.grant(run.wallet(1)), held)
+    assert not run.authorize(run.wallet(1)).ok
+    rent = chain.svm.minimum_balance_for_rent_exemption
+    run.must(chain.send(ix.authorize(run.addresses, chain.program, authority, run.wallet(1), rent, held)))
+    run.must(run.join(1, grant=run.grant(run.wallet(1))))
+
+
 def test_votes_of_those_who_left_do_not_make_a_checkpoint() -> None:
     run = long_run(overlap=0, rounds_per_epoch=1, init_min_members=6, min_members=2)
     run.start(6)
