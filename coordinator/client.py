@@ -229,9 +229,9 @@ class CoordinatorClient(Chain):
         """Have the rewards paid that were earned and not claimed: in the wallet's slot, or in a receipt."""
         return await self.send(instructions.claim(self.addresses, self.program_id, self._signer(), receipt))
 
-    async def restore(self, receipt: Pubkey) -> Signature:
-        """Move the credit in a receipt into the wallet's present slot."""
-        return await self.send(instructions.restore(self.addresses, self.program_id, self._signer(), receipt))
+    async def restore(self, receipt: Pubkey, payer: Pubkey) -> Signature:
+        """Move the credit in a receipt into the wallet's present slot; its deposit goes back to who paid it."""
+        return await self.send(instructions.restore(self.addresses, self.program_id, self._signer(), receipt, payer))
 
     async def ready(self, model_root: bytes) -> Signature:
         """Report the model loaded."""

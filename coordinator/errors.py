@@ -84,6 +84,7 @@ class ErrorCode(IntEnum):
     NOTHING_TO_CLAIM = 6067
     REWARDS_UNFUNDED = 6068
     NOT_CLOSED = 6069
+    GRANT_FULL = 6070
 
 
 ERROR_TEXT: dict[ErrorCode, str] = {
@@ -202,6 +203,7 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ),
     ErrorCode.REWARDS_UNFUNDED: "the run account holds nothing above its rent; ask the owner to fund the run",
     ErrorCode.NOT_CLOSED: "the run still exists; a grant is revoked and a receipt restored while it does",
+    ErrorCode.GRANT_FULL: "33 members are here by this grant, the most there can be; wait until one leaves",
 }
 
 

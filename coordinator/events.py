@@ -27,21 +27,22 @@ def _event(name: str, *fields: tuple[str, str]) -> Record:
 
 _MEMBER: Final = (("round", "I"), ("member", "I"))
 _MEMBERS: Final = (*_MEMBER, ("members", _BITMAP))
-_CREDIT: Final = (("wallet", "32s"), ("credit", "Q"), ("member", "I"), ("pad", "I"))
+_CREDIT: Final = (("wallet", "32s"), ("receipt", "32s"), ("credit", "Q"), ("member", "I"), ("pad", "I"))
+_CONFIG: Final = (("round", "I"), ("config_version", "I"))
 
 EVENTS: Final = {
     record.name: record
     for record in (
         _event("RunCreated", ("owner", "32s"), ("run_id", "32s")),
         _event("RunClosed", ("owner", "32s"), ("tokens", "Q")),
-        _event("ConfigChanged", ("round", "I"), ("config_version", "I")),
+        _event("ConfigRequested", *_CONFIG),
+        _event("ConfigChanged", *_CONFIG),
         _event(
             "ModelChanged", ("round", "I"), ("config_version", "I"), ("model_root", "32s"), ("data_manifest", "32s")
         ),
         _event("MemberJoined", ("wallet", "32s"), ("node_key", "32s"), ("member", "I"), ("share", "I")),
         _event("MemberReady", *_MEMBER),
         _event("MemberLeft", *_MEMBER),
-        _event("MemberEjected", *_MEMBER),
         _event("MemberArchived", *_CREDIT),
         _event("MemberRestored", *_CREDIT),
         _event("Authorized", ("grantee", "32s")),
@@ -61,12 +62,13 @@ EVENTS: Final = {
         _event("RoundFinal", ("round", "I"), ("is_void", "I"), ("tokens", "Q"), ("members", _BITMAP)),
         _event("MembersDropped", *_MEMBERS),
         _event("MembersDesynced", *_MEMBERS),
+        _event("MembersEjected", *_MEMBERS),
         _event("CheckpointAgreed", ("round", "I"), ("votes", "I"), ("root", "32s")),
         _event("RewardPaid", ("wallet", "32s"), ("lamports", "Q")),
     )
 }
 _BY_MARK: Final = {discriminator("event", name): record for name, record in EVENTS.items()}
-_ADDRESSES: Final = frozenset({"run", "owner", "wallet", "grantee"})
+_ADDRESSES: Final = frozenset({"run", "owner", "wallet", "grantee", "receipt"})
 _HIDDEN: Final = frozenset({"mark", "pad", "run"})
 _PREFIX: Final = "Program data: "
 

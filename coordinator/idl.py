@@ -117,7 +117,7 @@ CALLS: Final = {
             ("join_authority", "32s"),
         ),
     ),
-    "migrate": Call("Bring accounts of the version before to this version's layout.", ("owner",), _ALL),
+    "migrate": Call("Bring accounts of the version before to this version's layout. Anyone may.", ("payer",), _ALL),
     "set_config": Call(
         "New limits from the next round on; the join authority at once (zero: anyone may join).",
         ("owner",),
@@ -127,7 +127,7 @@ CALLS: Final = {
     "set_model": Call(
         "Another model, other data or optimizer settings, while nobody trains.",
         ("owner",),
-        "run rounds",
+        "run members rounds",
         (("terms", "Terms"),),
     ),
     "pause": Call("Pause once the round in flight is final and its checkpoint agreed.", ("owner",), "run rounds"),
@@ -185,7 +185,7 @@ CALLS: Final = {
         (("slot", "I"), _PAD),
         _RECEIPT,
     ),
-    "restore": Call("Move a receipt's credit back.", ("wallet",), "members", (), _RECEIPT, paid=True),
+    "restore": Call("Move a receipt's credit back.", ("wallet",), "members", (), (*_RECEIPT, ("payer", True, False))),
     "reclaim": Call(
         "After a run was closed: the lamports of a receipt go back to its payer, of a grant to the authority.",
         ("payer",),

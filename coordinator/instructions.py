@@ -282,7 +282,7 @@ def set_config(
 def set_model(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, terms: Terms) -> Instruction:
     """In WaitingForMembers or Paused: another model, other data or optimizer settings. All members warm up again."""
     return Instruction(
-        program_id, MARKS["set_model"] + _pack_terms(terms), _metas(addresses, owner, written="run rounds")
+        program_id, MARKS["set_model"] + _pack_terms(terms), _metas(addresses, owner, written="run members rounds")
     )
 
 
@@ -325,9 +325,9 @@ def set_reward_rate(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, 
     return Instruction(program_id, data, _metas(addresses, owner, written="run rounds"))
 
 
-def migrate(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:
-    """Bring the accounts of the version before to this version's layout."""
-    return Instruction(program_id, MARKS["migrate"], _metas(addresses, owner, written="run members rounds"))
+def migrate(addresses: RunAddresses, program_id: Pubkey, payer: Pubkey) -> Instruction:
+    """Bring the accounts of the version before to this version's layout. Anyone may."""
+    return Instruction(program_id, MARKS["migrate"], _metas(addresses, payer, written="run members rounds"))
 
 
 # ---------------------------------------------------------------------- grants
@@ -393,10 +393,11 @@ def archive(
     return [created, Instruction(program_id, MARKS["archive"] + _pack("I4x", "slot", slot), metas)]
 
 
-def restore(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey) -> Instruction:
-    """Move a receipt's credit into the wallet's present slot; the receipt's lamports go to the wallet."""
-    metas = _metas(addresses, wallet, written="members", paid=True)
+def restore(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey, payer: Pubkey) -> Instruction:
+    """Move a receipt's credit into the wallet's present slot; the receipt's lamports go back to its `payer`."""
+    metas = _metas(addresses, wallet, written="members")
     metas.append(AccountMeta(receipt, is_signer=False, is_writable=True))
+    metas.append(AccountMeta(payer, is_signer=False, is_writable=True))
     return Instruction(program_id, MARKS["restore"], metas)
 
 

@@ -279,13 +279,14 @@ def decode_grant(data: bytes) -> Grant:
             GRANT.get(data, "delegate"), GRANT.get(data, "delegate_count"), layout.MAX_DELEGATES, "delegates"
         ),
         created_slot=GRANT.get(data, "created_slot"),
+        run_slot=GRANT.get(data, "run_slot"),
     )
 
 
 def decode_receipt(data: bytes) -> Receipt:
     """Decode a receipt account. Raises MalformedAccount."""
     _check(data, RECEIPT, RECEIPT_SIZE, layout.RECEIPT_MARK, layout.RECORD_VERSION)
-    plain = ("credit", "updates_included", "reward", "reward_claimed", "archived_slot")
+    plain = ("credit", "updates_included", "reward", "reward_claimed", "archived_slot", "run_slot")
     return Receipt(
         run=Pubkey.from_bytes(RECEIPT.get(data, "run")),
         wallet=Pubkey.from_bytes(RECEIPT.get(data, "wallet")),

@@ -208,13 +208,15 @@ class Membership:
 
 @dataclass(frozen=True, slots=True)
 class Grant:
-    """Who may join a run that has a join authority. `grantee` None: anyone. Delegates are the grantee's other keys."""
+    """Who may join a run that has a join authority. `grantee` None: anyone. Delegates are the grantee's other keys.
+    `run_slot` is when the run was created; a later run of the same name is another one."""
 
     run: Pubkey
     authority: Pubkey
     grantee: Pubkey | None
     delegates: tuple[Pubkey, ...]
     created_slot: int
+    run_slot: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -229,6 +231,7 @@ class Receipt:
     reward: int
     reward_claimed: int
     archived_slot: int
+    run_slot: int
 
 
 @dataclass(frozen=True, slots=True)

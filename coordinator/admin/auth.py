@@ -22,7 +22,7 @@ from coordinator.admin.options import (
 )
 from coordinator.admin.output import address_of, console
 from coordinator.admin.session import RunChoice, go
-from coordinator.chain import Chain
+from coordinator.chain import Account, Chain
 from coordinator.layout import GRANT, GRANT_MARK, GRANT_SIZE
 from coordinator.run_config import ConfigError
 from coordinator.state import Grant, MalformedAccount, decode_grant
@@ -43,10 +43,12 @@ async def grant(
 ) -> None:
     """Let a wallet join (or anyone). Signed by the run's join authority, which pays a deposit for it."""
     key = _grantee(grantee, anyone)
-    await one.client.load_rent()
-    made = ix.authorize(*one.of_run, key, one.client.rent_exempt)
     address = grant_address(one.client.program_id, one.me, one.client.addresses.run, key or Pubkey.default())
     who = key or "anyone"
+    if (there := await one.client.account(address, (0, GRANT_SIZE))) is not None:
+        await _refuse_taken(one, address, there, str(who))
+    await one.client.load_rent()
+    made = ix.authorize(*one.of_run, key, one.client.rent_exempt)
     await one.send(
         f"let {who} join",
         *made,
@@ -136,6 +138,19 @@ async def grants_of(chain: Chain, program: Pubkey, run: Pubkey, created_slot: in
         if grant.run == run and GRANT.get(account.data, "run_slot") == created_slot:
             found.append((address, grant))
     return sorted(found, key=lambda one: (one[1].created_slot, str(one[0])))
+
+
+async def _refuse_taken(one: Act, address: Pubkey, there: Account, who: str) -> None:
+    """Say why there is no room for a grant. Raises ConfigError, always."""
+    run = one.client.addresses.run
+    if there.owner != one.client.program_id or len(there.data) < GRANT_SIZE:
+        raise ConfigError(f"address {address}, where the grant would be, is taken by an account of {there.owner}")
+    if GRANT.get(there.data, "run_slot") == (await one.client.pulse()).run.created_slot:
+        raise ConfigError(f"{who} may join already, by grant {address}")
+    raise ConfigError(
+        f"a grant to {who} for an earlier run of this name is in the way; first get its deposit back: "
+        f"psyche-admin run reclaim {run} --program {one.client.program_id}"
+    )
 
 
 def _grantee(grantee: str | None, anyone: bool) -> Pubkey | None:

@@ -81,17 +81,6 @@ class AdminExit(IntEnum):
         "Check the address. An account of another version of the program needs that version of `psyche-admin`, or "
         "`run migrate` by its owner.",
     )
-    RUN_NOT_FOUND = (
-        25,
-        "There is no run where one was looked for, or several have that name.",
-        "`psyche-admin run list --program PROGRAM` lists all of them; give an address instead of a name, or `--owner`.",
-    )
-    RPC_REFUSED = (
-        26,
-        "The RPC endpoint understood the request and refused it.",
-        "The message is the endpoint's. Public endpoints limit faucets, long histories and lists of accounts: use "
-        "another endpoint, or your own.",
-    )
     NOT_CONFIRMED = (
         80,
         "What was asked for cannot be undone, and nobody confirmed it. Nothing was sent.",
@@ -113,5 +102,16 @@ class AdminExit(IntEnum):
         83,
         "The endpoint does not have the whole history of the run, so its record would have gaps.",
         "Use an archival RPC endpoint, or export with `--partial`: the record then says from where on it is complete.",
+    )
+    RUN_NOT_FOUND = (
+        84,
+        "There is no run where one was looked for, or several have that name.",
+        "`psyche-admin run list --program PROGRAM` lists all of them; give an address instead of a name, or `--owner`.",
+    )
+    RPC_REFUSED = (
+        85,
+        "The RPC endpoint understood the request and refused it.",
+        "The message is the endpoint's. Public endpoints limit faucets, long histories and lists of accounts: use "
+        "another endpoint, or your own.",
     )
     INTERRUPTED = (130, "Stopped by Ctrl-C.", "Nothing to do. What was already sent stays on chain.")

@@ -41,8 +41,15 @@ class Past:
 
     @property
     def complete(self) -> bool:
-        """Whether the events begin with the run's first."""
-        return bool(self.events) and self.events[0].event.name == _FIRST
+        """Whether the events begin with the run's first, and every round's with its start: version 1 of the program
+        did not log that."""
+        if not self.events or self.events[0].event.name != _FIRST:
+            return False
+        numbers = {
+            name: {one.event.fields["round"] for one in self.events if one.event.name == name}
+            for name in ("RoundStarted", "Committed", "RoundFinal")
+        }
+        return numbers["Committed"] | numbers["RoundFinal"] <= numbers["RoundStarted"]
 
 
 async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
@@ -56,14 +63,13 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         ChainUnavailable: the run changes so fast that no consistent view was had.
     """
     run = client.addresses.run
+    signatures = await signatures_of(client, run)
     for _ in range(_ATTEMPTS):
         before = await take_snapshot(client)
-        signatures = await signatures_of(client, run)
+        signatures += await signatures_of(client, run, _last(signatures))
         after = await take_snapshot(client)
-        if (
-            before.raw == after.raw
-            and await signatures_of(client, run, signatures[-1][0] if signatures else None) == []
-        ):
+        # What landed after the first look is in the list, and would have changed the accounts or come since.
+        if before.raw == after.raw and not await signatures_of(client, run, _last(signatures)):
             break
         await asyncio.sleep(client.slot_seconds / 4)
     else:
@@ -78,9 +84,14 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
     past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
     if not past.complete and not partial:
         raise IncompleteRecord(
-            f"the endpoint's history of run {run} begins after the run; use one that has all of it, or give --partial"
+            f"the endpoint's history of run {run} does not have every round's start; use an endpoint that has all of "
+            "it, or, also for a run that version 1 of the program began, give --partial"
         )
     return past
+
+
+def _last(signatures: list[tuple[str, bool]]) -> str | None:
+    return signatures[-1][0] if signatures else None
 
 
 async def _receipts(client: CoordinatorClient, now: Snapshot) -> tuple[Receipt, ...]:

@@ -49,7 +49,7 @@ class EndpointHealth:
     def brief(self) -> str:
         """A few words, as rich markup."""
         if self.problem is not None:
-            return f"[red]✗ {self.url} does not answer[/red]"
+            return f"[red]✗ {self.url}  no answer[/red]"
         mark = "[green]✓[/green]" if self.healthy else "[yellow]![/yellow]"
         behind = f"[yellow]{self.behind:,} slots behind[/yellow]" if self.behind > _NOISE_SLOTS else ""
         return f"{mark} {self.url}  [dim]{1000 * self.seconds:.0f} ms[/dim] {behind}"

@@ -85,14 +85,14 @@ async def archive(
 
 @acting(app, "restore")
 async def restore(one: Act) -> None:
-    """Move the credit of the wallet's receipts back into its present slot; their deposits go to the wallet."""
+    """Move the credit of the wallet's receipts back into its present slot; their deposits go to who paid them."""
     receipts = (await _receipts(one.client, one.me))[:_MOST_RECEIPTS]
     if not receipts:
         raise ConfigError(f"{one.me} has no receipts in this run")
     credit = sum(receipt.credit for _, receipt in receipts)
     await one.send(
         f"restore {len(receipts)} receipts",
-        *(ix.restore(*one.of_run, address) for address, _ in receipts),
+        *(ix.restore(*one.of_run, address, receipt.payer) for address, receipt in receipts),
         done=f"{credit:,} tokens of credit are back",
         result={"receipts": len(receipts), "credit": credit},
     )

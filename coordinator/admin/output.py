@@ -43,7 +43,11 @@ def confirm(what: str, *, yes: bool) -> None:
         return
     if not sys.stdin.isatty():
         raise NotConfirmed(f"{what} Nobody is at a terminal to confirm it: give --yes. Nothing was sent.")
-    if not typer.confirm(f"{what} Go on?", err=True):
+    try:
+        confirmed = typer.confirm(f"{what} Go on?", err=True)
+    except typer.Abort:  # Ctrl-C, or the end of the input
+        confirmed = False
+    if not confirmed:
         raise NotConfirmed("not confirmed; nothing was sent")
 
 

@@ -41,7 +41,7 @@ class Replay:
         self._pool = Pool()
         self._may_restart = False
         self._open: dict[int, _OpenRound] = {}
-        self._started = -1
+        self._first = self._started = -1
         self._line = Line(0, {})
         self._created = False
         self._archived: dict[str, list[int]] = defaultdict(list)
@@ -88,7 +88,7 @@ class Replay:
 
     def _ejected(self, event: Line) -> None:
         for one in self._open.values():
-            one.ejected.add(event.integer("member"))
+            one.ejected |= event.slots("members")
 
     def _credit_archived(self, event: Line) -> None:
         slot, credit, wallet = event.integer("member"), event.integer("credit"), str(event["wallet"])
@@ -116,6 +116,7 @@ class Replay:
         if self._started >= 0 and number != self._started + 1:
             self._refuse(f"round {number} starts after round {self._started}")
         self._started = number
+        self._first = number if self._first < 0 else self._first
         ranges, active = _spans(event, "ranges"), event.slots("active")
         counts = _counts(event)
         if sum(count for _, count in ranges) != positions or sum(counts.values()) != positions:
@@ -213,7 +214,7 @@ class Replay:
     def _find(self, number: int) -> _OpenRound | None:
         """None only for a round that began before an incomplete record."""
         one = self._open.get(number)
-        if one is None and (self._complete or self._started >= number):
+        if one is None and (self._complete or 0 <= self._first <= number):
             self._refuse(f"round {number} has not begun or is final already")
         return one
 
@@ -233,7 +234,7 @@ _HANDLERS: Final = {
     "RunClosed": Replay._run_closed,
     "ModelChanged": Replay._model_changed,
     "MemberJoined": Replay._joined,
-    "MemberEjected": Replay._ejected,
+    "MembersEjected": Replay._ejected,
     "MemberArchived": Replay._credit_archived,
     "MemberRestored": Replay._credit_restored,
     "Committed": Replay._committed,

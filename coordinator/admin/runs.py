@@ -29,7 +29,7 @@ from coordinator.admin.sending import Manner, Step, carry_out
 from coordinator.admin.session import PATIENCE, RunChoice, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
-from coordinator.run_config import load_settings
+from coordinator.run_config import ConfigError, load_settings
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.snapshot import take_snapshot
 from coordinator.wallet import load_keypair
@@ -62,12 +62,17 @@ def create(
         wallet = load_keypair(payer)
         owner = wallet.pubkey()
         program_id = pubkey(program, "--program")
-        run = run_addresses(program_id, owner, settings.run_id).run
+        places = run_addresses(program_id, owner, settings.run_id)
+        run = places.run
         async with CoordinatorClient(
             rpc, program_id, None, wallet, priority_fee=priority_fee, patience=PATIENCE
         ) as client:
-            if await client.account(run, (0, 0)) is not None:
+            _, taken = await client.accounts([places.run, places.members, places.rounds], (0, 0))
+            if taken[0] is not None and taken[0].owner == program_id:
                 raise RunExists(f"{owner} has a run {settings.run_id!r} already, at {run}; choose another name")
+            if any(taken):
+                # Whoever knows owner and name can send lamports there, and no account can be created then.
+                raise ConfigError(f"an address that run {settings.run_id!r} needs is taken; choose another name")
             await client.load_rent()
             made = instructions.create_run_instructions(
                 program_id, owner, settings.run_id, limits, terms, client.rent_exempt, join_authority=authority

@@ -67,6 +67,8 @@ class RunChoice:
         """Raises RunNotFound, ConfigError."""
         program = pubkey(self.program, "--program") if self.program else None
         owner = pubkey(self.owner, "--owner") if self.owner else None
+        with contextlib.suppress(ValueError):
+            return Pubkey.from_string(self.run)
         async with chain_at(self.rpc) as chain:
             return await find_run(chain, self.run, program, owner)
 

@@ -22,7 +22,7 @@ _STALE_SECONDS: Final = 5.0
 _MOST_COLUMNS: Final = 32
 # Lines of each part, to share out a screen's height.
 _STATE_LINES: Final = 10
-_CHAIN_LINES: Final = 9
+_CHAIN_LINES: Final = 10
 _FRAME_LINES: Final = 3
 _COMPACT_LINES: Final = 3
 _LEAST_MEMBERS: Final = 4
@@ -154,16 +154,15 @@ def _chain(watched: Watched) -> RenderableType:
     grid.add_row("slot", f"{int(watched.slot):,}  [dim]{1000 * watched.slot_seconds:.0f} ms each[/dim]")
     costs = watched.costs
     grid.add_row("deposit", f"{sol(costs.deposit)} SOL")
-    grid.add_row("fees", f"~{sol(costs.fees_per_round)} SOL per round  [dim]~{sol(costs.fees_left)} to go[/dim]")
+    grid.add_row("fees", f"~{sol(costs.fees_per_round)} SOL per round")
+    grid.add_row("", f"[dim]~{sol(costs.fees_left)} SOL to go[/dim]")
     if _rewarded(watched):
         short = costs.rewards_owed > costs.rewards_funded
         style = "red" if short else "dim"
         grid.add_row(
             "rewards", f"{sol(costs.rewards_owed)} SOL owed  [{style}]{sol(costs.rewards_funded)} there[/{style}]"
         )
-        grid.add_row(
-            "", f"[dim]~{sol(costs.rewards_left)} SOL to go at {watched.now.run.reward_rate:,} per million[/dim]"
-        )
+        grid.add_row("", f"[dim]~{sol(costs.rewards_left)} SOL to go[/dim]")
     return Panel(grid, title=" chain ", title_align="left", padding=(0, 1))
 
 
@@ -274,7 +273,8 @@ def _footer(watched: Watched) -> Text:
 def _grid() -> Table:
     grid = Table.grid(padding=(0, 2, 0, 0), expand=True)
     grid.add_column(style="dim", no_wrap=True, width=10)
-    grid.add_column(ratio=1, overflow="fold")
+    # One line each, so that the height is known.
+    grid.add_column(ratio=1, no_wrap=True, overflow="ellipsis")
     return grid
 
 

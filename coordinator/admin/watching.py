@@ -88,7 +88,7 @@ class Follower:
         loop = asyncio.get_running_loop()
         last: tuple[object, ...] | None = None
         async for pulse in self._client.watch():
-            pause = self._read_at + _TABLE_SECONDS - loop.time()
+            pause = self._read_at + max(_TABLE_SECONDS, 2 * self._client.slot_seconds) - loop.time()
             if self._watched is not None and pause > 0:
                 await asyncio.sleep(pause)
             try:

@@ -67,15 +67,11 @@ class LedgerServer:
         if self._store is None:
             self.bank = self.genesis.bank()
         else:
-            opened = self._store.open()
-            self.bank = opened.bank
-            self._journal = Journal(
-                self._store.folder, opened.log_first, opened.index, opened.log_size, self._failed.set_exception
-            )
-            self.bank.on_change.append(self._journal.append)
-            self._compactor = Compactor(
-                self.bank, self._journal, self._store, opened.snapshot, every=snapshot_every, keep_log=keep_log
-            )
+            try:
+                self._open(self._store, snapshot_every, keep_log)
+            except BaseException:
+                self._store.close()
+                raise
         when_durable = _at_once if self._journal is None else self._journal.when_durable
         self._endpoints: list[Endpoint] = []
         for faults in self._faults:
@@ -84,6 +80,14 @@ class LedgerServer:
                 lagging = Lagging(self.bank, self._twin(), faults.stale_slots).bank
             self._endpoints.append(Endpoint(self.bank, when_durable, faults, lagging))
         self._clock: asyncio.Task[None] | None = None
+
+    def _open(self, store: Store, snapshot_every: int, keep_log: bool) -> None:
+        opened = store.open()
+        self.bank = opened.bank
+        journal = Journal(store.folder, opened.log_first, opened.index, opened.log_size, self._failed.set_exception)
+        self.bank.on_change.append(journal.append)
+        self._journal = journal
+        self._compactor = Compactor(self.bank, journal, store, opened.snapshot, every=snapshot_every, keep_log=keep_log)
 
     def _twin(self) -> Bank:
         twin = self.genesis.bank()

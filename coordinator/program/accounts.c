@@ -147,11 +147,10 @@ void close_account(const struct account *account, const struct account *heir) {
 #define SEED_LENGTH (2 * STEM_BYTES + 3)
 
 /* create_account_with_seed's address: SHA-256(base, seed, program), seed = hex of SHA-256(name)'s first 14 bytes and
- * a tag. The base is the first signer. */
-u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
-                  const char *tag) {
+ * a tag. */
+void derive_address(const struct derivation *from, key *address) {
     key hash;
-    sol_sha256(name, parts, (u8 *)&hash);
+    sol_sha256(from->name, from->parts, (u8 *)&hash);
     const u8 *bytes = (const u8 *)&hash;
     u8 seed[SEED_LENGTH + 1];
     for (u64 i = 0; i < STEM_BYTES; i++) {
@@ -159,10 +158,17 @@ u64 check_address(const struct input *input, const struct account *account, cons
         seed[2 * i] = (u8)(high < 10 ? '0' + high : 'a' - 10 + high);
         seed[2 * i + 1] = (u8)(low < 10 ? '0' + low : 'a' - 10 + low);
     }
-    for (u64 i = 0; i < 3; i++) seed[2 * STEM_BYTES + i] = (u8)tag[i];
-    slice derived[3] = {{input->account[0].address, 32}, {seed, SEED_LENGTH}, {&input->program, 32}};
+    for (u64 i = 0; i < 3; i++) seed[2 * STEM_BYTES + i] = (u8)from->tag[i];
+    slice derived[3] = {{from->base, 32}, {seed, SEED_LENGTH}, {from->program, 32}};
+    sol_sha256(derived, 3, (u8 *)address);
+}
+
+/* The base is the first signer. */
+u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
+                  const char *tag) {
+    struct derivation from = {input->account[0].address, &input->program, name, parts, tag};
     key address;
-    sol_sha256(derived, 3, (u8 *)&address);
+    derive_address(&from, &address);
     require(same_key(&address, account->address), WRONG_ADDRESS);
     return 0;
 }

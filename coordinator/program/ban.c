@@ -37,11 +37,16 @@ u64 ban(const struct input *input) {
     require(members->banned_count < MAX_BANNED, BAN_LIST_FULL);
 
     members->banned[members->banned_count++] = a->key_;
+    key grant;
+    grant_address(input, &c, &a->key_, &grant);
+    bitmap out = {{0, 0, 0, 0}};
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         const struct member *member = &members->member[slot];
-        int has_it = same_key(&member->wallet, &a->key_) || same_key(&member->node_key, &a->key_);
-        if (has_it && can_eject(&c, slot)) check(eject(&c, slot));
+        int has_it = same_key(&member->wallet, &a->key_) || same_key(&member->node_key, &a->key_) ||
+                     same_key(&member->grant, &grant);
+        if (has_it && can_eject(&c, slot)) set_bit(&out, slot);
     }
+    eject(&c, &out);
     publish(&c);
     return 0;
 }

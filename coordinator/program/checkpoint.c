@@ -8,6 +8,30 @@ struct checkpoint_arguments {
     key root;
 };
 
+/* Two thirds of the active members name one root: it becomes the header's. Boyer and Moore's candidate, then a count. */
+int agree(struct context *c) {
+    struct header *h = &c->rounds->header;
+    bitmap voters = {{0, 0, 0, 0}};
+    const key *candidate = NULL;
+    u64 lead = 0, same = 0;
+    for_each (voter, &h->checkpoint_voted) {
+        if (c->members->member[voter].status != ACTIVE) continue;
+        const key *vote = &c->rounds->vote[voter];
+        set_bit(&voters, voter);
+        if (lead == 0) candidate = vote;
+        lead = same_key(vote, candidate) ? lead + 1 : lead - 1;
+    }
+    if (!candidate) return 0;
+    for_each (voter, &voters) same += same_key(&c->rounds->vote[voter], candidate);
+    if (same < two_thirds(h->active)) return 0;
+    h->checkpoint_agreed = 1;
+    h->checkpoint_root = *candidate;
+    h->checkpoint_round = c->run->final_rounds;
+    struct event_checkpoint_agreed event = {EVENT_CHECKPOINT_AGREED, h->run, h->checkpoint_round, (u32)same, *candidate};
+    emit(event);
+    return 1;
+}
+
 u64 checkpoint(const struct input *input) {
     struct context c;
     require(input->length == sizeof(struct checkpoint_arguments), BAD_INSTRUCTION_DATA);
@@ -26,17 +50,8 @@ u64 checkpoint(const struct input *input) {
     set_bit(&h->checkpoint_voted, slot);
     c.rounds->vote[slot] = a->root;
     h->checkpoint_votes++;
-    u64 same = 0;
-    for_each (voter, &h->checkpoint_voted)
-        same += c.members->member[voter].status == ACTIVE && same_key(&c.rounds->vote[voter], &a->root);
-    if (!h->checkpoint_agreed && same >= two_thirds(h->active)) {
-        /* the next tick, due at once, carries it into the run account */
-        h->checkpoint_agreed = 1;
-        h->checkpoint_root = a->root;
-        h->checkpoint_round = a->round;
-        struct event_checkpoint_agreed event = {EVENT_CHECKPOINT_AGREED, h->run, a->round, (u32)same, a->root};
-        emit(event);
-    }
+    /* the next tick, due at once, carries it into the run account */
+    if (!h->checkpoint_agreed && h->checkpoint_votes >= two_thirds(h->active)) agree(&c);
     schedule(&c);
     return 0;
 }

@@ -11,8 +11,8 @@ struct model_arguments {
     struct terms terms;
 };
 
-static void announce_config(const struct context *c) {
-    struct event_config_changed event = {EVENT_CONFIG_CHANGED, c->rounds->header.run, c->run->round,
+static void announce_config(const struct context *c, u64 mark) {
+    struct event_config event = {mark, c->rounds->header.run, c->run->round,
                                          c->run->config_version};
     emit(event);
 }
@@ -24,7 +24,7 @@ void adopt_config(struct context *c) {
     run->limits = run->next_limits;
     sol_memset_(&run->next_limits, 0, sizeof run->next_limits);
     run->config_version++;
-    announce_config(c);
+    announce_config(c, EVENT_CONFIG_CHANGED);
 }
 
 /* New limits hold from the next round on, or at once while no round is open. A new join authority holds at once: it
@@ -39,7 +39,11 @@ u64 set_config(const struct input *input) {
 
     c.run->join_authority = a->join_authority;
     c.run->next_limits = a->limits;
-    if (c.run->phase != ROUND_TRAIN && c.run->phase != ROUND_WITNESS) adopt_config(&c);
+    if (c.run->phase != ROUND_TRAIN && c.run->phase != ROUND_WITNESS) {
+        adopt_config(&c);
+    } else {
+        announce_config(&c, EVENT_CONFIG_REQUESTED);
+    }
     publish(&c);
     return 0;
 }
@@ -54,7 +58,7 @@ static int same_data(const struct terms *a, const struct terms *b) {
 u64 set_model(const struct input *input) {
     struct context c;
     require(input->length == sizeof(struct model_arguments), BAD_INSTRUCTION_DATA);
-    check(open_owned(input, WRITES_RUN | WRITES_ROUNDS, &c));
+    check(open_owned(input, WRITES_RUN | WRITES_MEMBERS | WRITES_ROUNDS, &c));
     const struct terms *terms = &((const struct model_arguments *)input->data)->terms;
     struct run *run = c.run;
     struct header *h = &c.rounds->header;
@@ -68,19 +72,16 @@ u64 set_model(const struct input *input) {
         h->requeue_count = 0;
         h->requeued = 0;
     }
-    if (!same_key(&terms->model_root, &run->checkpoint_root)) {
-        run->checkpoint_root = terms->model_root;
-        run->checkpoint_round = run->round;
-    }
+    run->checkpoint_root = terms->model_root;
+    run->checkpoint_round = run->round;
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) c.members->member[slot].ready = 0;
+    h->ready = 0;
     run->terms = *terms;
     run->model_round = run->round;
     u64 total = run->limits.total_rounds;
     run->schedule_rounds = total > run->round ? (u32)(total - run->round) : 1;
     run->config_version++;
-    if (run->phase == PAUSED) {
-        run->resume_phase = WAITING_FOR_MEMBERS;
-        h->ready = 0;
-    }
+    if (run->phase == PAUSED) run->resume_phase = WAITING_FOR_MEMBERS;
     publish(&c);
 
     struct event_model_changed event = {EVENT_MODEL_CHANGED, h->run, run->round, run->config_version,

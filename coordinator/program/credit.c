@@ -40,13 +40,14 @@ u64 archive(const struct input *input) {
     receipt->run_slot = c.run->created_slot;
     c.members->archived_credit += member->credit;
     c.members->archived_members++;
-    struct event_credit event = {EVENT_MEMBER_ARCHIVED, receipt->run, receipt->wallet, receipt->credit, a->slot, 0};
+    struct event_credit event = {EVENT_MEMBER_ARCHIVED, receipt->run,    receipt->wallet, *account->address,
+                                 receipt->credit,       a->slot,         0};
     sol_memset_(member, 0, sizeof *member);
     emit(event);
     return 0;
 }
 
-/* The receipt's lamports go to the wallet. */
+/* Behind the receipt: who paid for it, and gets its lamports back. */
 u64 restore(const struct input *input) {
     struct context c;
     require(input->length == 0, BAD_INSTRUCTION_DATA);
@@ -57,7 +58,10 @@ u64 restore(const struct input *input) {
     require(same_key(&receipt->wallet, wallet->address), WRONG_RECEIPT);
     u64 slot = find_member(c.members, wallet->address);
     require(slot != NO_MEMBER, NOT_A_MEMBER);
-    check(check_payable(account, wallet));
+    require(input->account_count > RECEIPT_ACCOUNT + 1, MISSING_ACCOUNTS);
+    const struct account *payer = &input->account[RECEIPT_ACCOUNT + 1];
+    require(same_key(&receipt->payer, payer->address), ACCOUNT_MISMATCH);
+    check(check_payable(account, payer));
 
     struct member *member = &c.members->member[slot];
     member->credit += receipt->credit;
@@ -66,8 +70,9 @@ u64 restore(const struct input *input) {
     member->reward_claimed += receipt->reward_claimed;
     c.members->archived_credit -= receipt->credit;
     c.members->archived_members--;
-    struct event_credit event = {EVENT_MEMBER_RESTORED, receipt->run, receipt->wallet, receipt->credit, (u32)slot, 0};
-    close_account(account, wallet);
+    struct event_credit event = {EVENT_MEMBER_RESTORED, receipt->run, receipt->wallet, *account->address,
+                                 receipt->credit,       (u32)slot,    0};
+    close_account(account, payer);
     emit(event);
     return 0;
 }

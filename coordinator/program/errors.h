@@ -72,4 +72,5 @@ enum error {
     NOTHING_TO_CLAIM = 6067,
     REWARDS_UNFUNDED = 6068,
     NOT_CLOSED = 6069,
+    GRANT_FULL = 6070,
 };

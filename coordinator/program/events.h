@@ -27,7 +27,8 @@ struct event_run_closed {
     u64 tokens;
 };
 
-struct event_config_changed {
+/* ConfigRequested (to hold from the next round on), ConfigChanged */
+struct event_config {
     u64 mark;
     key run;
     u32 round;
@@ -55,6 +56,7 @@ struct event_credit {
     u64 mark;
     key run;
     key wallet;
+    key receipt;
     u64 credit;
     u32 member;
     u32 pad;
@@ -79,7 +81,7 @@ struct event_round_started {
     u32 slice_count[MAX_MEMBERS];
 };
 
-/* MemberReady, MemberLeft, MemberEjected */
+/* MemberReady, MemberLeft */
 struct event_member {
     u64 mark;
     key run;
@@ -98,7 +100,7 @@ struct event_committed {
     u64 fingerprint;
 };
 
-/* Attested (member: the witness), MembersDropped, MembersDesynced */
+/* Attested (member: the witness), MembersDropped, MembersDesynced, MembersEjected */
 struct event_members {
     u64 mark;
     key run;

@@ -27,9 +27,18 @@ static u64 find_delegate(const struct grant *grant, const key *key_) {
     return MAX_DELEGATES;
 }
 
-/* What lets the joining wallet in: a grant, behind its two keys and the run's accounts, or that none is needed. */
-u64 admit(const struct input *input, const struct context *c, key *address) {
+/* Where the present authority's grant to a key lies, if there is one. */
+void grant_address(const struct input *input, const struct context *c, const key *grantee, key *address) {
+    slice name[2] = {{&c->rounds->header.run, 32}, {grantee, 32}};
+    struct derivation from = {&c->run->join_authority, &input->program, name, 2, "grt"};
+    derive_address(&from, address);
+}
+
+/* What lets the joining wallet in: a grant, behind its two keys and the run's accounts, or that none is needed. `most`:
+ * so many members may come by it. */
+u64 admit(const struct input *input, const struct context *c, key *address, u64 *most) {
     sol_memset_(address, 0, sizeof *address);
+    *most = U64_MAX;
     if (zero_key(&c->run->join_authority)) return 0;
     require(input->account_count > GRANT_ACCOUNT + 1, NOT_PERMISSIONLESS);
     const struct account *account;
@@ -41,6 +50,7 @@ u64 admit(const struct input *input, const struct context *c, key *address) {
     int named = zero_key(&grant->grantee) || same_key(&grant->grantee, wallet);
     require(named || find_delegate(grant, wallet) != MAX_DELEGATES, NOT_AUTHORIZED);
     *address = *account->address;
+    if (!zero_key(&grant->grantee)) *most = 1 + MAX_DELEGATES; /* delegates that were removed may still be here */
     return 0;
 }
 
@@ -60,8 +70,9 @@ u64 authorize(const struct input *input) {
     check(check_fresh(input, account, sizeof(struct grant)));
     const key *grantee = &((const struct authorize_arguments *)input->data)->grantee;
     /* one grant per grantee: one to revoke */
-    slice name[2] = {{input->account[1].address, 32}, {grantee, 32}};
-    check(check_address(input, account, name, 2, "grt"));
+    key address;
+    grant_address(input, &c, grantee, &address);
+    require(same_key(&address, account->address), WRONG_ADDRESS);
 
     struct grant *grant = account->data;
     grant->discriminator = ACCOUNT_GRANT;
@@ -91,10 +102,12 @@ u64 revoke(const struct input *input) {
     if (ejects) check(check_authority(input, &c));
     check(check_payable(account, &input->account[0]));
 
+    bitmap out = {{0, 0, 0, 0}};
     for (u64 slot = 0; ejects && slot < MAX_MEMBERS; slot++) {
         const struct member *member = &c.members->member[slot];
-        if (same_key(&member->grant, account->address) && can_eject(&c, slot)) check(eject(&c, slot));
+        if (same_key(&member->grant, account->address) && can_eject(&c, slot)) set_bit(&out, slot);
     }
+    eject(&c, &out);
     struct event_key event = {EVENT_REVOKED, grant->run, grant->grantee};
     close_account(account, &input->account[0]);
     publish(&c);

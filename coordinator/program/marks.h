@@ -37,12 +37,12 @@
 
 #define EVENT_RUN_CREATED 0xafc885c6cc060971ull /* "event:RunCreated" */
 #define EVENT_RUN_CLOSED 0xc735fa2b22b79fd1ull /* "event:RunClosed" */
+#define EVENT_CONFIG_REQUESTED 0x553447291d0bf605ull /* "event:ConfigRequested" */
 #define EVENT_CONFIG_CHANGED 0xc04e4d6262561993ull /* "event:ConfigChanged" */
 #define EVENT_MODEL_CHANGED 0x5708f908b10f47b5ull /* "event:ModelChanged" */
 #define EVENT_MEMBER_JOINED 0xd2bfcbc15895c79cull /* "event:MemberJoined" */
 #define EVENT_MEMBER_READY 0x518ef8924fe888f0ull /* "event:MemberReady" */
 #define EVENT_MEMBER_LEFT 0x8e85e36f5c485330ull /* "event:MemberLeft" */
-#define EVENT_MEMBER_EJECTED 0xa8a40897beb0e9eaull /* "event:MemberEjected" */
 #define EVENT_MEMBER_ARCHIVED 0x2e6c1a5ab5a36e91ull /* "event:MemberArchived" */
 #define EVENT_MEMBER_RESTORED 0x6151dc10d2224061ull /* "event:MemberRestored" */
 #define EVENT_AUTHORIZED 0x80067665fd672e76ull /* "event:Authorized" */
@@ -54,5 +54,6 @@
 #define EVENT_ROUND_FINAL 0x0567199593d70d00ull /* "event:RoundFinal" */
 #define EVENT_MEMBERS_DROPPED 0x3926c94a7cb3409cull /* "event:MembersDropped" */
 #define EVENT_MEMBERS_DESYNCED 0x10de943201950119ull /* "event:MembersDesynced" */
+#define EVENT_MEMBERS_EJECTED 0x5b59cdc4caa71f1bull /* "event:MembersEjected" */
 #define EVENT_CHECKPOINT_AGREED 0xac78d6d438eb3842ull /* "event:CheckpointAgreed" */
 #define EVENT_REWARD_PAID 0x5f13b1d775bea084ull /* "event:RewardPaid" */

@@ -1,7 +1,8 @@
 /* join, ready, set_share, leave: who takes part. Accounts: the keys that sign, then run, members, rounds. */
 #include "events.h"
 
-struct join_arguments {
+/* join, set_share */
+struct share_arguments {
     u32 share;
     u32 reserved;
 };
@@ -10,26 +11,25 @@ struct ready_arguments {
     key root;
 };
 
-void become(const struct context *c, struct member *member, u8 status) {
+/* The header's counts follow. Who is no live member any more is not ready for anything. */
+void become(struct context *c, struct member *member, u8 status) {
+    struct header *h = &c->rounds->header;
+    if (live(member->status)) h->members--;
+    if (member->status == ACTIVE) h->active--;
+    if (member->ready) h->ready--;
+    if (live(status)) h->members++;
+    if (status == ACTIVE) h->active++;
     member->status = status;
     member->status_slot = c->slot;
     member->ready = 0;
 }
 
-void activate(struct context *c, struct member *member) {
-    become(c, member, ACTIVE);
-    member->missed = 0;
-    member->excluded = 0;
-    c->rounds->header.active++;
-}
-
-/* A live member is one no more. */
-static void retire(struct context *c, struct member *member, u8 status) {
-    struct header *h = &c->rounds->header;
-    if (member->status == ACTIVE) h->active--;
-    if (stage_of(c->run) == WARMUP && member->ready) h->ready--;
-    h->members--;
-    become(c, member, status);
+/* Who is not ready yet has the time of a whole warm-up, from now on. */
+void restart_clocks(struct context *c) {
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
+        struct member *member = &c->members->member[slot];
+        if (live(member->status) && member->status != ACTIVE) member->status_slot = c->slot;
+    }
 }
 
 /* Nobody waits for this member's commitment any more. */
@@ -44,33 +44,29 @@ int can_eject(const struct context *c, u64 slot) {
     return live(status) || (status != EMPTY && status != STATUS_EJECTED && in_flight(c->rounds, slot));
 }
 
-/* Out at once, by the owner's hand: what it has committed in rounds that are not final does not count. Its slices come
- * back when those are final. */
-u64 eject(struct context *c, u64 slot) {
+/* Out at once, by the owner's hand: what they have committed in rounds that are not final does not count. Their slices
+ * come back when those are final. */
+void eject(struct context *c, const bitmap *members) {
     struct header *h = &c->rounds->header;
-    struct member *member = &c->members->member[slot];
-    require(can_eject(c, slot), MEMBER_NOT_ACTIVE);
-    if (live(member->status)) {
-        retire(c, member, STATUS_EJECTED);
-    } else {
-        become(c, member, STATUS_EJECTED);
-    }
+    for_each (slot, members) become(c, &c->members->member[slot], STATUS_EJECTED);
     for (u64 i = 0; i < ROUND_RING; i++) {
         struct round *round = &c->rounds->ring[i];
-        clear_bit(&round->eligible, slot);
-        if (round->state != ROUND_OPEN || !has_bit(&round->expected, slot)) continue;
-        stop_expecting(round, slot);
-        if (!has_bit(&round->committed, slot)) continue;
-        round->committed_count--;
-        h->committed = round->committed_count;
+        for (u64 w = 0; w < 4; w++) {
+            u64 out = members->word[w];
+            round->eligible.word[w] &= ~out;
+            if (round->state != ROUND_OPEN) continue;
+            out &= round->expected.word[w];
+            round->expected.word[w] &= ~out;
+            round->expected_count -= (u32)count_bits(out);
+            round->committed_count -= (u32)count_bits(out & round->committed.word[w]);
+            h->committed = round->committed_count;
+        }
     }
-    struct event_member event = {EVENT_MEMBER_EJECTED, h->run, c->run->round, (u32)slot};
-    emit(event);
-    return 0;
+    emit_members(c, EVENT_MEMBERS_EJECTED, c->run->round, members);
 }
 
 /* Where a joining wallet goes: back into its own slot, into an empty one, or into one that was given up without
- * credit and has no work in a round that is not final. `key_in_use`: another live member's node key. */
+ * credit and has no work in a round that is not final. */
 static u64 find_place(const struct context *c, const key *wallet, const key *node_key, u64 *place) {
     u64 empty = NO_MEMBER, given_up = NO_MEMBER, own = NO_MEMBER;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
@@ -104,25 +100,35 @@ int in_flight(const struct rounds *rounds, u64 slot) {
 }
 
 static u64 check_share(const struct run *run, u64 share) {
-    u64 most = run->limits.max_share ? run->limits.max_share : MAX_SHARE;
-    require(share >= 1 && share <= most, BAD_SHARE);
+    require(share >= 1 && share <= share_limit(run), BAD_SHARE);
     return 0;
+}
+
+/* Live members that one grant has let in. */
+static u64 members_under(const struct members *members, const key *grant) {
+    u64 count = 0;
+    for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
+        const struct member *member = &members->member[slot];
+        count += same_key(&member->grant, grant) && live(member->status);
+    }
+    return count;
 }
 
 /* Behind the usual accounts: the grant, where the run has a join authority. A live member that joins with another node
  * key goes on under that key, and nothing else changes. */
 u64 join(const struct input *input) {
     struct context c;
-    require(input->length == sizeof(struct join_arguments), BAD_INSTRUCTION_DATA);
+    require(input->length == sizeof(struct share_arguments), BAD_INSTRUCTION_DATA);
     check(open_run(input, 2, WRITES_MEMBERS | WRITES_ROUNDS, &c));
-    const struct join_arguments *a = (const struct join_arguments *)input->data;
+    const struct share_arguments *a = (const struct share_arguments *)input->data;
     require(a->reserved == 0, BAD_INSTRUCTION_DATA);
     const key *wallet = input->account[0].address, *node_key = input->account[1].address;
     struct header *h = &c.rounds->header;
     require(c.run->phase != FINISHED, RUN_FINISHED);
     require(!is_banned(c.members, wallet) && !is_banned(c.members, node_key), BANNED);
     key grant;
-    check(admit(input, &c, &grant));
+    u64 most;
+    check(admit(input, &c, &grant, &most));
     check(check_share(c.run, a->share));
     u64 slot;
     check(find_place(&c, wallet, node_key, &slot));
@@ -130,6 +136,7 @@ u64 join(const struct input *input) {
     struct member *member = &c.members->member[slot];
     int rotates = same_key(&member->wallet, wallet) && live(member->status);
     require(rotates || h->members < c.run->limits.max_members, RUN_FULL);
+    require(rotates || members_under(c.members, &grant) < most, GRANT_FULL);
 
     if (!same_key(&member->wallet, wallet)) sol_memset_(member, 0, sizeof *member);
     member->wallet = *wallet;
@@ -137,13 +144,10 @@ u64 join(const struct input *input) {
     member->grant = grant;
     member->next_share = a->share;
     if (!rotates) {
-        member->share = a->share;
+        /* what it owes from an earlier time (missed, excluded, a halved share) it still owes */
         member->joined_round = c.run->round;
         member->joined_slot = c.slot;
-        member->missed = 0;
-        member->excluded = 0;
         become(&c, member, PENDING);
-        h->members++;
     }
     schedule(&c);
 
@@ -172,7 +176,7 @@ u64 ready(const struct input *input) {
     require(same_key(root, &c.run->checkpoint_root), WRONG_MODEL_ROOT);
 
     member->ready = 1;
-    if (stage == WARMUP) h->ready++;
+    h->ready++;
     schedule(&c);
 
     struct event_member event = {EVENT_MEMBER_READY, h->run, c.run->round, (u32)slot};
@@ -183,9 +187,9 @@ u64 ready(const struct input *input) {
 /* How much of the batch a member can take, beside the others: from the next round on. */
 u64 set_share(const struct input *input) {
     struct context c;
-    require(input->length == sizeof(struct join_arguments), BAD_INSTRUCTION_DATA);
+    require(input->length == sizeof(struct share_arguments), BAD_INSTRUCTION_DATA);
     check(open_run(input, 1, WRITES_MEMBERS, &c));
-    const struct join_arguments *a = (const struct join_arguments *)input->data;
+    const struct share_arguments *a = (const struct share_arguments *)input->data;
     require(a->reserved == 0, BAD_INSTRUCTION_DATA);
     require(c.run->phase != FINISHED, RUN_FINISHED);
     u64 slot = find_member(c.members, input->account[0].address);
@@ -209,7 +213,7 @@ u64 leave(const struct input *input) {
     struct member *member = &c.members->member[slot];
     require(live(member->status), MEMBER_NOT_ACTIVE);
 
-    retire(&c, member, LEFT);
+    become(&c, member, LEFT);
     if (c.run->phase == ROUND_TRAIN) {
         /* a commitment that it has made still counts */
         struct round *round = entry_of(c.rounds, c.run->round);

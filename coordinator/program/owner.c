@@ -31,7 +31,10 @@ u64 resume(const struct input *input) {
     require(run->request != REQUEST_FINISH, ALREADY_REQUESTED);
     require(run->phase == PAUSED || run->request == REQUEST_PAUSE, NOT_PAUSED);
     run->request = REQUEST_NONE;
-    if (run->phase == PAUSED) go_on(&c, run->resume_phase);
+    if (run->phase == PAUSED) {
+        restart_clocks(&c);
+        go_on(&c, run->resume_phase);
+    }
     publish(&c);
     return 0;
 }
@@ -73,7 +76,10 @@ u64 kick(const struct input *input) {
     require(c.run->phase != FINISHED, RUN_FINISHED);
     u64 slot = find_member(c.members, &((const struct kick_arguments *)input->data)->wallet);
     require(slot != NO_MEMBER, NOT_A_MEMBER);
-    check(eject(&c, slot));
+    require(can_eject(&c, slot), MEMBER_NOT_ACTIVE);
+    bitmap out = {{0, 0, 0, 0}};
+    set_bit(&out, slot);
+    eject(&c, &out);
     publish(&c);
     return 0;
 }

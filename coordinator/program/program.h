@@ -24,6 +24,15 @@ struct input {
     key program;
 };
 
+/* What an address of create_account_with_seed follows from. */
+struct derivation {
+    const key *base;
+    const key *program;
+    const slice *name;
+    u64 parts;
+    const char *tag;
+};
+
 /* Which of the three accounts an instruction writes. */
 #define WRITES_RUN 1
 #define WRITES_MEMBERS 2
@@ -37,6 +46,7 @@ u64 open_owned(const struct input *input, u64 writes, struct context *out);
 u64 open_grant(const struct input *input, u64 index, const struct account **out);
 u64 open_receipt(const struct input *input, u64 index, const struct account **out);
 u64 check_fresh(const struct input *input, const struct account *account, u64 size);
+void derive_address(const struct derivation *from, key *address);
 u64 check_address(const struct input *input, const struct account *account, const slice *name, u64 parts,
                   const char *tag);
 u64 check_payable(const struct account *from, const struct account *to);
@@ -78,9 +88,9 @@ u64 check_limits(const struct limits *limits);
 u64 check_terms(const struct terms *terms);
 
 /* members.c */
-void become(const struct context *c, struct member *member, u8 status);
-void activate(struct context *c, struct member *member);
-u64 eject(struct context *c, u64 slot);
+void become(struct context *c, struct member *member, u8 status);
+void restart_clocks(struct context *c);
+void eject(struct context *c, const bitmap *members);
 int can_eject(const struct context *c, u64 slot);
 int in_flight(const struct rounds *rounds, u64 slot);
 
@@ -88,13 +98,17 @@ int in_flight(const struct rounds *rounds, u64 slot);
 int is_banned(const struct members *members, const key *key_);
 
 /* grant.c */
-u64 admit(const struct input *input, const struct context *c, key *grant);
+void grant_address(const struct input *input, const struct context *c, const key *grantee, key *address);
+u64 admit(const struct input *input, const struct context *c, key *grant, u64 *most);
 
 /* rewards.c */
-u64 reward_of(const struct run *run, u64 tokens);
+u64 reward_of(u64 rate, u64 tokens);
 
 /* config.c */
 void adopt_config(struct context *c);
+
+/* checkpoint.c */
+int agree(struct context *c);
 
 /* schedule.c: when the next tick is due, from the state alone */
 void schedule(struct context *c);
@@ -110,6 +124,7 @@ void finalize_round(struct context *c, struct round *round);
 void next_seed(struct context *c, const struct round *round);
 void publish_attested(struct context *c);
 void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members);
+void drop(struct context *c, u64 slot, bitmap *dropped);
 
 /* tick.c */
 void go_on(struct context *c, u64 phase);

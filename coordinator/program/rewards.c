@@ -14,8 +14,7 @@ struct rate_arguments {
 #define ONE_AS_FP64 0x3ff0000000000000ull
 
 /* tokens x rate / 10^6, rounded down, for up to 2^48 tokens. */
-u64 reward_of(const struct run *run, u64 tokens) {
-    u64 rate = run->reward_rate;
+u64 reward_of(u64 rate, u64 tokens) {
     if (!rate) return 0;
     return tokens / MILLION * rate + tokens % MILLION * rate / MILLION;
 }

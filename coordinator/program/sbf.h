@@ -57,6 +57,13 @@ INLINE void clear_bit(bitmap *b, u64 slot) { b->word[(slot >> 6) & 3] &= ~(1ull 
         for (u64 rest_ = (bits)->word[word_], slot = 64 * word_; rest_; rest_ >>= 1, slot++) \
             if (rest_ & 1)
 
+INLINE u64 count_bits(u64 x) {
+    x -= (x >> 1) & 0x5555555555555555ull;
+    x = (x & 0x3333333333333333ull) + ((x >> 2) & 0x3333333333333333ull);
+    x = (x + (x >> 4)) & 0x0f0f0f0f0f0f0f0full;
+    return (x * 0x0101010101010101ull) >> 56;
+}
+
 INLINE u64 saturating_add(u64 a, u64 b) { return a + b < a ? U64_MAX : a + b; }
 INLINE u64 smaller(u64 a, u64 b) { return a < b ? a : b; }
 

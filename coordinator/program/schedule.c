@@ -42,16 +42,28 @@ static u64 warmup_due(const struct context *c) {
     return h->ready >= l->min_members && h->ready == h->members ? c->slot : saturating_add(c->run->phase_slot, l->warmup_time);
 }
 
-/* All have committed; or 2/3 have, and 1.5 times the median commit time and the grace are over; or the time is up. */
+/* Positions in the slices of some members. */
+static u64 positions_of(const struct round *round, const bitmap *members) {
+    u64 positions = 0;
+    for_each (slot, members) positions += round->slice_count[slot];
+    return positions;
+}
+
+/* All have committed; or 2/3 have, and 1.5 times the median commit time and the grace are over; or the time is up. Half
+ * and 2/3 are of the members and of the positions: many with little to do do not set the pace of those with much. */
 static u64 train_due(struct context *c) {
     const struct limits *l = &c->run->limits;
     struct round *round = entry_of(c->rounds, c->run->round);
     u64 expected = round->expected_count, committed = round->committed_count;
-    if (round->median_elapsed == U32_MAX && committed && 2 * committed >= expected)
-        round->median_elapsed = (u32)smaller(c->slot - round->start_slot, U32_MAX - 1);
     if (committed >= expected) return c->slot;
     u64 due = saturating_add(round->start_slot, l->max_round_train_time);
-    if (committed && committed >= two_thirds(expected)) {
+    if (2 * committed < expected) return due;
+    bitmap done;
+    for (u64 w = 0; w < 4; w++) done.word[w] = round->expected.word[w] & round->committed.word[w];
+    u64 wanted = positions_of(round, &round->expected), have = positions_of(round, &done);
+    if (round->median_elapsed == U32_MAX && 2 * have >= wanted)
+        round->median_elapsed = (u32)smaller(c->slot - round->start_slot, U32_MAX - 1);
+    if (committed >= two_thirds(expected) && have >= two_thirds(wanted)) {
         u64 patience = (3 * (u64)round->median_elapsed + 1) / 2 + l->adaptive_grace;
         due = smaller(due, saturating_add(round->start_slot, patience));
     }

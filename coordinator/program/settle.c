@@ -3,13 +3,15 @@
 #include "events.h"
 #include "random.h"
 
-static void drop(struct context *c, u64 slot, bitmap *dropped) {
-    struct member *member = &c->members->member[slot];
-    if (member->status != ACTIVE) return;
-    become(c, member, DROPPED);
-    c->rounds->header.active--;
-    c->rounds->header.members--;
+void drop(struct context *c, u64 slot, bitmap *dropped) {
+    become(c, &c->members->member[slot], DROPPED);
     set_bit(dropped, slot);
+}
+
+/* One more of what max_missed bounds, for a member that still takes part. */
+INLINE void blame(struct context *c, u64 slot, u8 *count, bitmap *dropped) {
+    if (*count < 255) ++*count;
+    if (*count >= c->run->limits.max_missed && c->members->member[slot].status == ACTIVE) drop(c, slot, dropped);
 }
 
 void emit_members(const struct context *c, u64 mark, u32 round, const bitmap *members) {
@@ -33,8 +35,7 @@ static int majority_fingerprint(const struct round *round, u64 *majority) {
 
 /* No more commitments: who is silent is counted, who trained on other weights than the majority is out of sync. */
 void close_round(struct context *c) {
-    struct run *run = c->run;
-    struct header *h = &c->rounds->header;
+    const struct run *run = c->run;
     struct round *round = entry_of(c->rounds, run->round);
     bitmap dropped = {{0, 0, 0, 0}}, desynced = {{0, 0, 0, 0}};
     /* who was ejected is not expected any more, and what it has committed does not count */
@@ -45,18 +46,19 @@ void close_round(struct context *c) {
         struct member *member = &c->members->member[slot];
         if (!has_bit(&round->committed, slot)) {
             /* no speed that its share promises: the others should not wait for so much again */
-            if (member->share > 1) member->next_share = member->share / 2;
-            if (member->missed < 255) member->missed++;
-            if (member->missed >= run->limits.max_missed) drop(c, slot, &dropped);
+            if (member->share > 1) member->next_share = (u32)smaller(member->next_share, member->share / 2);
+            blame(c, slot, &member->missed, &dropped);
             continue;
         }
-        member->missed = 0;
-        if (!known || round->fingerprint[slot] == majority) continue;
+        if (!has_bit(&round->eligible, slot)) continue;
+        if (!known || round->fingerprint[slot] == majority) {
+            member->missed = 0;
+            continue;
+        }
         clear_bit(&round->eligible, slot);
+        blame(c, slot, &member->missed, &dropped);
         if (member->status != ACTIVE) continue;
         become(c, member, DESYNCED);
-        member->ready = 0;
-        h->active--;
         set_bit(&desynced, slot);
     }
     round->state = ROUND_CLOSED;
@@ -69,28 +71,35 @@ void close_round(struct context *c) {
 void finalize_round(struct context *c, struct round *round) {
     struct run *run = c->run;
     u64 quorum = two_thirds(round->witness_count), tokens = 0, any = 0;
+    u64 rate = run->reward_rate, rewards = 0;
+    int late = !decided(c, round);
     bitmap dropped = {{0, 0, 0, 0}};
     for (u64 w = 0; w < 4; w++)
         any |= round->included.word[w] = round->eligible.word[w] & counts_at_least(round, w, quorum);
+    /* Enough witnesses have spoken: what they do not name they could not get, or it was malformed. Else nobody knows. */
     bitmap refused = {{0, 0, 0, 0}};
-    /* in a void round nobody is to blame */
-    for (u64 w = 0; any && w < 4; w++) refused.word[w] = round->eligible.word[w] & ~round->included.word[w];
-    for_each (slot, &refused) {
-        /* the witnesses could not get it, or it was malformed */
-        struct member *member = &c->members->member[slot];
-        if (member->excluded < 255) member->excluded++;
-        if (member->excluded >= run->limits.max_missed) drop(c, slot, &dropped);
+    for (u64 w = 0; round->attested_count >= quorum && w < 4; w++)
+        refused.word[w] = round->eligible.word[w] & ~round->included.word[w];
+    for_each (slot, &refused) blame(c, slot, &c->members->member[slot].excluded, &dropped);
+    /* Witnesses that the round has waited for in vain, while a third did speak (when hardly anybody can, it is the
+     * chain's fault). Whoever wants to stop a run by silence is out of it soon. */
+    late &= 3 * round->attested_count >= round->witness_count;
+    for (u64 w = 0; late && w < round->witness_count; w++) {
+        u64 slot = round->witness[w];
+        int silent = !(round->attested >> w & 1) && c->members->member[slot].status == ACTIVE;
+        if (silent) blame(c, slot, &c->members->member[slot].excluded, &dropped);
     }
     for_each (slot, &round->included) {
         struct member *member = &c->members->member[slot];
         member->excluded = 0;
         member->updates_included++;
-        member->credit = saturating_add(member->credit, round->tokens[slot]);
-        u64 reward = reward_of(run, round->tokens[slot]);
+        u64 trained = round->tokens[slot], reward = reward_of(rate, trained);
+        member->credit = saturating_add(member->credit, trained);
         member->reward = saturating_add(member->reward, reward);
-        run->reward_earned = saturating_add(run->reward_earned, reward);
-        tokens += round->tokens[slot];
+        tokens += trained;
+        rewards = saturating_add(rewards, reward);
     }
+    run->reward_earned = saturating_add(run->reward_earned, rewards);
     run->tokens = saturating_add(run->tokens, tokens);
     round->state = ROUND_IS_FINAL;
     round->final_slot = c->slot;

@@ -140,13 +140,13 @@ struct member {
     u64 updates_included;
     u64 reward_claimed;
     u64 joined_slot;
-    u32 share;
-    u32 next_share;
+    u32 share; /* 0: it has not taken part yet */
+    u32 next_share; /* what it asks for */
     u32 joined_round;
     u8 status;
     u8 ready;
-    u8 missed; /* rounds without a commitment, in a row */
-    u8 excluded; /* commitments not included since the last that was */
+    u8 missed; /* rounds without a commitment on the right weights, in a row */
+    u8 excluded; /* since its last update that counted: those that did not, and rounds it kept waiting as a witness */
     u64 status_slot; /* when the status changed last */
     u64 reward; /* lamports earned, ever */
 };
@@ -217,7 +217,7 @@ struct header {
     u32 round;
     u32 members; /* pending, active and desynced */
     u32 active;
-    u32 ready;
+    u32 ready; /* pending or desynced, and ready */
     u32 committed;
     u32 attested;
     u32 requeue_head;
@@ -291,5 +291,7 @@ struct context {
 INLINE u64 stage_of(const struct run *run) { return run->phase == PAUSED ? run->resume_phase : run->phase; }
 
 INLINE int live(u64 status) { return status == PENDING || status == ACTIVE || status == DESYNCED; }
+
+INLINE u64 share_limit(const struct run *run) { return run->limits.max_share ? run->limits.max_share : MAX_SHARE; }
 
 INLINE struct round *entry_of(struct rounds *rounds, u64 round) { return &rounds->ring[round % ROUND_RING]; }

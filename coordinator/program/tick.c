@@ -10,14 +10,12 @@ static void enter(struct context *c, u8 phase) {
     emit(event);
 }
 
+/* Who has said that it is ready need not say it again. */
 static void begin_warmup(struct context *c) {
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         struct member *member = &c->members->member[slot];
-        if (!live(member->status)) continue;
-        become(c, member, PENDING);
+        if (live(member->status) && !(member->status == PENDING && member->ready)) become(c, member, PENDING);
     }
-    c->rounds->header.active = 0;
-    c->rounds->header.ready = 0;
     enter(c, WARMUP);
 }
 
@@ -29,23 +27,22 @@ static void wait_for_members(struct context *c) {
 /* Too few were ready in time. Who has had the whole time makes room; who came late stays. */
 static void give_up_warmup(struct context *c) {
     bitmap dropped = {{0, 0, 0, 0}};
-    struct header *h = &c->rounds->header;
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) {
         struct member *member = &c->members->member[slot];
         int overdue = c->slot - member->status_slot >= c->run->limits.warmup_time;
         if (member->status != PENDING || member->ready || !overdue) continue;
-        become(c, member, DROPPED);
-        h->members--;
-        set_bit(&dropped, slot);
+        drop(c, slot, &dropped);
     }
     emit_members(c, EVENT_MEMBERS_DROPPED, c->run->round, &dropped);
-    h->ready = 0;
     wait_for_members(c);
 }
 
-/* The round's start makes members that are ready active. Others stay pending: they can be ready later. */
+/* The round's start makes members that are ready active. */
 static void begin_training(struct context *c) {
-    c->rounds->header.ready = 0;
+    if (c->run->round >= c->run->limits.total_rounds) { /* lowered meanwhile */
+        enter(c, FINISHED);
+        return;
+    }
     c->run->epoch_round = c->run->round;
     start_round(c);
     enter(c, ROUND_TRAIN);
@@ -55,17 +52,25 @@ static void end_warmup(struct context *c) {
     if (c->rounds->header.ready < c->run->limits.min_members) {
         give_up_warmup(c);
     } else {
+        restart_clocks(c); /* others stay pending: they can be ready later */
         begin_training(c);
     }
+}
+
+/* For another round, in which those who are ready take part. */
+static int enough_members(const struct context *c) {
+    const struct header *h = &c->rounds->header;
+    return h->active + h->ready >= c->run->limits.min_members;
 }
 
 /* No further round may start before a cooldown. */
 static int epoch_ends(const struct context *c) {
     const struct run *run = c->run;
-    if (run->request) return 1;
+    const struct limits *next = run->next_limits.batch ? &run->next_limits : &run->limits;
     u64 done = (u64)run->round + 1;
-    return done >= run->limits.total_rounds || done - run->epoch_round >= run->limits.rounds_per_epoch ||
-           c->rounds->header.active < run->limits.min_members;
+    /* with another overlap, rounds become final at another time: not while two of them are open */
+    return run->request || next->overlap != run->limits.overlap || done >= next->total_rounds ||
+           done - run->epoch_round >= run->limits.rounds_per_epoch || !enough_members(c);
 }
 
 static void end_commits(struct context *c) {
@@ -123,7 +128,7 @@ static void pause_now(struct context *c, u8 resume_phase) {
 void go_on(struct context *c, u64 phase) {
     if (phase == WARMUP) {
         enter(c, WARMUP);
-    } else if (phase == ROUND_TRAIN && c->rounds->header.active >= c->run->limits.min_members) {
+    } else if (phase == ROUND_TRAIN && enough_members(c)) {
         begin_training(c);
     } else {
         wait_for_members(c);
@@ -133,7 +138,7 @@ void go_on(struct context *c, u64 phase) {
 static void end_cooldown(struct context *c) {
     struct run *run = c->run;
     struct header *h = &c->rounds->header;
-    if (h->checkpoint_agreed) {
+    if (h->checkpoint_agreed || agree(c)) { /* others may have left since the last vote */
         run->checkpoint_root = h->checkpoint_root;
         run->checkpoint_round = h->checkpoint_round;
     }

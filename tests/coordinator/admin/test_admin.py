@@ -9,10 +9,13 @@ from typing import Any
 
 import pytest
 from admin_harness import HEX, admin, admin_json
+from endpoints import endpoint, failure
 from ledger_process import SOL, Ledger
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
+from coordinator.addresses import run_addresses
+from coordinator.admin.health import EndpointHealth, probe
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
 from coordinator.wallet import load_keypair
@@ -80,9 +83,9 @@ def test_a_run_is_found_by_its_name(
     admin("run", "create", "only-one", *options)
     assert json.loads(admin("run", "show", "only-one", *rpc))["run_id"] == "only-one"
     assert "already" in admin("run", "create", "only-one", *options, status=10)
-    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=25)
-    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=25)
-    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=25)
+    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=84)
+    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=84)
+    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=84)
 
 
 def test_runs_of_one_name_are_told_apart(
@@ -95,7 +98,7 @@ def test_runs_of_one_name_are_told_apart(
         admin(
             "run", "create", "twin", "--payer", path, "--program", program[1], "--config", config, "--rpc", ledger.rpc
         )
-    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=25)
+    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=84)
     for path in wallets:
         assert str(load_keypair(path).pubkey()) in message
     owner = load_keypair(wallets[0]).pubkey()
@@ -208,10 +211,28 @@ def test_a_dry_run_sends_nothing_and_knows_the_cost(
 
 
 def test_endpoints_are_looked_at_one_by_one(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("coordinator.admin.ledgers.PATIENCE", 0.5)
-    found = admin_json("ledger", "show", "--rpc", ledger.rpc, "--rpc", "http://127.0.0.1:9")["endpoints"]
-    assert [one["healthy"] for one in found] == [True, False]
-    assert found[0]["slot"] > 0
-    assert "127.0.0.1:9" in found[1]["problem"]
+    async def refuse(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return failure(request, -32601, "Method not found")
+
+    async def look() -> tuple[EndpointHealth, ...]:
+        async with endpoint(refuse) as bad:
+            return await probe([ledger.rpc, bad], 30)
+
+    good, bad = asyncio.run(look())
+    assert (good.healthy, bad.healthy) == (True, False)
+    assert good.slot > 0
+    assert "Method not found" in str(bad.problem)
+    (shown,) = admin_json("ledger", "show", "--rpc", ledger.rpc)["endpoints"]
+    assert (shown["healthy"], shown["genesis_hash"]) == (True, good.genesis)
+    monkeypatch.setattr("coordinator.admin.ledgers.PATIENCE", 0.3)
     hint = admin("ledger", "show", "--rpc", "http://127.0.0.1:9", status=20)
     assert "psyche-ledger run" in hint
+
+
+def test_a_name_whose_address_is_taken_is_refused(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path
+) -> None:
+    members = run_addresses(program[1], load_keypair(wallet).pubkey(), "blocked").members
+    admin("ledger", "airdrop", members, "1", "--rpc", ledger.rpc)
+    options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    assert "choose another name" in admin("run", "create", "blocked", *options, status=10)

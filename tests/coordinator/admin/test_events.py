@@ -18,9 +18,11 @@ MARKS = (PROGRAM_FOLDER / "marks.h").read_text()
 SHARED = {
     "MemberReady": "member",
     "MemberLeft": "member",
-    "MemberEjected": "member",
     "MembersDropped": "members",
     "MembersDesynced": "members",
+    "MembersEjected": "members",
+    "ConfigRequested": "config",
+    "ConfigChanged": "config",
     "Attested": "members",
     "MemberArchived": "credit",
     "MemberRestored": "credit",

@@ -17,7 +17,8 @@ from solders.pubkey import Pubkey
 
 from coordinator.admin.checking import check_consistency
 from coordinator.admin.pool import Pool, cut
-from coordinator.admin.record import InvalidRecord, read_record, write_record
+from coordinator.admin.record import InvalidRecord, Line, read_record, write_record
+from coordinator.admin.replay import Replay
 from coordinator.client import CoordinatorClient
 from coordinator.wallet import load_keypair
 
@@ -143,7 +144,7 @@ def included_silent(lines: list[dict[str, Any]]) -> None:
 
 
 def more_tokens(lines: list[dict[str, Any]]) -> None:
-    event(lines, "RoundFinal")["tokens"] += 1
+    event(lines, "RoundFinal", -1)["tokens"] += 1
 
 
 def positions_twice(lines: list[dict[str, Any]]) -> None:
@@ -252,10 +253,34 @@ def test_what_cannot_be_is_found_whoever_signs_it(record: Path, tmp_path: Path) 
             check_consistency(read_record(path))
 
 
+def test_a_record_that_begins_in_the_middle(record: Path, tmp_path: Path) -> None:
+    """From an endpoint that has forgotten the beginning: what is there is checked, what came before is not made up."""
+    original = [json.loads(line) for line in record.read_text().splitlines()][:-1]
+    names = [line.get("name") for line in original]
+    second = [index for index, name in enumerate(names) if name == "RoundStarted"][1]
+    for first in (2, second - 3, second, second + 1):
+        replay = Replay(complete=False, most_tokens=16)
+        lines = [original[0] | {"complete": False}]
+        for line in original[first:]:
+            if line["kind"] == "round":
+                continue
+            lines.append(dict(line))
+            made_final = replay.see(Line(0, line)) if line["kind"] == "event" else None
+            lines += [] if made_final is None else [made_final]
+        path = tmp_path / f"from-{first}.jsonl"
+        write_record(path, lines, Keypair())
+        assert check_consistency(read_record(path)).complete is False
+        assert "not from the run's beginning" in admin("run", "verify", path)
+        more_tokens(lines)
+        write_record(tmp_path / f"wrong-{first}.jsonl", lines, Keypair())
+        with pytest.raises(InvalidRecord):
+            check_consistency(read_record(tmp_path / f"wrong-{first}.jsonl"))
+
+
 def test_what_is_consistent_and_not_on_the_chain_is_found(ledger: Ledger, record: Path, tmp_path: Path) -> None:
     liar = Keypair()
     original = [json.loads(line) for line in record.read_text().splitlines()][:-1]
-    for number, change in enumerate((("digest", "00" * 32), ("fingerprint", "0" * 16), ("signature", "1" * 64))):
+    for number, change in enumerate((("digest", "ff" * 32), ("fingerprint", "0" * 16), ("signature", "1" * 64))):
         lines = json.loads(json.dumps(original))
         one = event(lines, "Committed", 1)
         for line in lines:

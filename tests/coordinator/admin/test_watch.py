@@ -75,7 +75,7 @@ def crowd(now: Snapshot, count: int) -> Snapshot:
 
 def test_it_fits_every_terminal(now: Snapshot) -> None:
     for snapshot in (now, crowd(now, 30), crowd(now, 256), replace(now, members=(), rounds=())):
-        for width in (60, 80, 109, 160):
+        for width in (60, 80, 109, 120, 160):
             for height in (16, 24, 36, 60):
                 lines = drawn(watched(snapshot), width, height)
                 assert max(map(len, lines)) <= width, (width, height)

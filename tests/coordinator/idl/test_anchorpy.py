@@ -155,7 +155,7 @@ def test_anchorpy_reads_accounts_events_and_errors(
     assert fields["checkpoint_root"] == TERMS.model_root.hex()
     first = snaked(table["fields"])["member"][0]
     assert (first["wallet"], first["node_key"]) == (str(owner.pubkey()), str(node.pubkey()))
-    assert (first["share"], members[0].share) == (77, 77)
+    assert (first["next_share"], members[0].next_share) == (77, 77)
     header = snaked(rounds["fields"])["header"]
     assert (header["run"], header["members"]) == (str(addresses.run), 1)
 

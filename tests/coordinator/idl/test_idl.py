@@ -51,7 +51,7 @@ BUILT: dict[str, Instruction] = {
     "checkpoint": ix.checkpoint(AT, PROGRAM, OWNER, 3, bytes(range(32))),
     "leave": ix.leave(AT, PROGRAM, OWNER),
     "archive": ix.archive(AT, PROGRAM, OWNER, 5, KEY, 99, rent)[-1],
-    "restore": ix.restore(AT, PROGRAM, OWNER, EXTRA),
+    "restore": ix.restore(AT, PROGRAM, OWNER, EXTRA, KEY),
     "reclaim": ix.reclaim(AT.run, PROGRAM, OWNER, EXTRA),
     "claim": ix.claim(AT, PROGRAM, OWNER, EXTRA),
     "tick": ix.tick(AT, PROGRAM, OWNER),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from program_harness import Chain, Outcome, RunDriver
 
 from coordinator import instructions as ix
+from coordinator.state import Phase
 
 BUDGET = 60_000
 SMALL_BUDGET = 10_000
@@ -18,6 +19,7 @@ def measure(members: int) -> dict[str, int]:
     run = RunDriver(
         chain,
         "cost",
+        join_authority=RunDriver.wallet(900),
         init_min_members=members,
         min_members=1 + members // 8,
         batch=max(1000, 2 * members),
@@ -41,14 +43,26 @@ def measure(members: int) -> dict[str, int]:
     odd = [member for member in everybody if member % 2]
     note("init_run", run.create())
     note("set_reward_rate", run.by_owner(ix.set_reward_rate, 10**9 + 7))
+    authority, strangers = RunDriver.wallet(900), [RunDriver.wallet(901 + index) for index in range(32)]
+    for key in (authority, run.wallet(0), run.wallet(1)):
+        chain.svm.airdrop(key, 10**11)
+    place = (run.addresses, chain.program)
+    note("authorize", run.authorize(None))
+    anyone = run.grant(None)
+    note("authorize", run.authorize(strangers[0]))
+    for key in strangers:
+        note("delegate", chain.send(ix.delegate(*place, strangers[0], run.grant(strangers[0]), key)))
+    for index in range(63):
+        note("ban", run.ban(RunDriver.wallet(2000 + index)))
     for member in everybody:
-        note("join", run.join(member))
+        note("join", run.join(member, grant=anyone))
     tick("WaitingForMembers -> Warmup")
     for member in everybody:
         note("ready", run.ready(member))
     tick("Warmup -> RoundTrain")
     # Round 0 is whole. In round 1 every second member is left out, which tears the batch into the most ranges that come
-    # back; round 2 draws them; in round 3 a scattered minority is out of sync and the epoch drains two rounds at once.
+    # back when round 2 ends; meanwhile everybody asks for another share, and the owner for another configuration. In
+    # round 3 a scattered minority is out of sync, and the epoch drains two rounds at once.
     for number, (committers, vouched) in enumerate(
         [(list(everybody), list(everybody)), (list(everybody), odd), (odd, odd), (list(everybody), odd)]
     ):
@@ -57,6 +71,10 @@ def measure(members: int) -> dict[str, int]:
             note("commit", run.commit(member, number, fingerprint=8 if off else 7))
         tick("RoundTrain -> RoundWitness")
         last = number == 3
+        if number == 2:
+            note("set_config", run.set_config(batch=run.limits.batch + 1))
+            for member in everybody:
+                note("set_share", run.set_share(member, 1001 + 9 * member))
         for witness in run.rounds[number].witnesses:
             note("attest", run.attest(witness, number, vouched))
         tick("RoundWitness -> Cooldown (two rounds final)" if last else "RoundWitness -> RoundTrain (one round final)")
@@ -68,15 +86,27 @@ def measure(members: int) -> dict[str, int]:
         if run.members[member].status.name == "DESYNCED":
             note("ready", run.ready(member, b"\x01" * 32))
     tick("Cooldown -> RoundTrain")
-    note("set_share", run.set_share(members - 1, 999))
-    note("set_config", run.set_config(batch=run.limits.batch + 1))
     note("kick", run.kick(members - 2))
     note("ban", run.ban(run.node(members - 3)))
     note("leave", run.leave(members - 1))
-    chain.svm.airdrop(run.addresses.run, 10**11)
-    chain.svm.airdrop(run.wallet(1), 10**9)
+    chain.svm.airdrop(run.addresses.run, 10**12)
     note("claim", run.claim(1))
     note("pause", run.pause())
+    while run.run.phase is not Phase.PAUSED:
+        chain.set_slot(max(chain.slot, run.header.due_slot))
+        note("tick, any other", run.tick())
+    outcome, receipt = run.archive(members - 1)
+    note("archive", outcome)
+    note("join", run.join(members - 1, grant=anyone))
+    note("restore", run.restore(members - 1, receipt))
+    note("revoke", chain.send(ix.revoke(*place, authority, anyone, eject=True)))
+    note("set_model", run.by_owner(ix.set_model, run.terms))
+    note("resume", run.resume())
+    note("finish", run.finish())
+    chain.advance()
+    note("tick, any other", run.tick())
+    run.chain.advance(6_480_000)
+    note("close_run", run.by_owner(ix.close_run))
     return worst
 
 

@@ -124,7 +124,7 @@ class World:
     def reset(self, scene: Scene) -> None:
         """Everything as it was when the world was made, and the slot as in the scene."""
         for address in self.written:
-            self.chain.svm.set_account(address, self.baseline.get(address, NOTHING))
+            self.chain.svm.set_account(address, self.baseline[address])
         self.written.clear()
         self.chain.set_slot(scene.slot)
 
@@ -305,6 +305,7 @@ class Fuzzer:
                 if svm.get_account(address) == account:
                     continue
                 if keep:
+                    self.world.baseline.setdefault(address, account or NOTHING)
                     self.world.written.add(address)
                 else:
                     svm.set_account(address, account or NOTHING)

@@ -375,7 +375,8 @@ class RunDriver:
         return self.chain.send(made), made[1].accounts[4].pubkey
 
     def restore(self, member: int, receipt: Pubkey) -> Outcome:
-        return self.chain.send(ix.restore(self.addresses, self.chain.program, self.wallet(member), receipt))
+        payer = self.chain.payer.pubkey()
+        return self.chain.send(ix.restore(self.addresses, self.chain.program, self.wallet(member), receipt, payer))
 
     def claim(self, member: int, receipt: Pubkey | None = None) -> Outcome:
         return self.chain.send(ix.claim(self.addresses, self.chain.program, self.wallet(member), receipt))

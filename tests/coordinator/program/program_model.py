@@ -30,9 +30,11 @@ def assignment(
     first = next(draws) % len(slots)
     order = slots[first:] + slots[:first]
     total, cumulative, offset, slices = sum(shares.values()), 0, 0, {}
-    for slot in order:
+    # everybody gets one position, where there are enough; the others follow the shares
+    least = positions >= len(slots)
+    for number, slot in enumerate(order, 1):
         cumulative += shares[slot]
-        end = positions * cumulative // total
+        end = least * number + (positions - least * len(slots)) * cumulative // total
         slices[slot] = (offset, end - offset)
         offset = end
     pool, witnesses = list(slots), []

@@ -153,7 +153,7 @@ def _archive(v: View) -> Instruction:
 
 def _restore(v: View) -> Instruction:
     receipt, member = v.receipt() or (fresh_key(RECEIPT_SIZE), 0)
-    return ix.restore(*v.place, v.run.wallet(member), receipt)
+    return ix.restore(*v.place, v.run.wallet(member), receipt, v.run.chain.payer.pubkey())
 
 
 def _reclaim(v: View) -> Instruction:

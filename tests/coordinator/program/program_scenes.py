@@ -6,9 +6,9 @@ Every scene plays a run of its own on one chain, and keeps the bytes of its acco
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from program_harness import Chain, RunDriver
+from program_harness import TERMS, Chain, RunDriver
 from solders.account import Account
 from solders.pubkey import Pubkey
 
@@ -276,6 +276,49 @@ def _reborn(run: RunDriver, records: Records) -> None:
     run.chain.advance()
 
 
+def _extremes(run: RunDriver, records: Records) -> None:
+    """The largest values that the program accepts, and credit and rewards at the end of their range."""
+    run.must(run.create())
+    run.must(run.by_owner(ix.set_reward_rate, 10**10))
+    run.must(run.join(0, 1_000_000))
+    run.tick_when_due()
+    run.must(run.ready(0))
+    run.tick_when_due()
+    for number in range(8):
+        most = run.rounds[number].slices[0][1] * 2**24
+        run.must(run.commit(0, tokens=most, fingerprint=2**64 - 1))
+        run.tick_when_due()
+        run.must(run.attest(0, number, [0]))
+        run.tick_when_due()
+    assert run.members[0].reward == 2**64 - 1
+    run.must(run.leave(0))
+    for _ in range(2):
+        run.tick_when_due()
+    outcome, receipt = run.archive(0)
+    run.must(outcome)
+    records.receipts.append((receipt, 0))
+    run.must(run.join(0, 1_000_000))
+
+
+MOST = 2**32 - 1
+EXTREME_TERMS = replace(TERMS, samples=2**64 - 1, sequence_length=2**24, update_bytes=2**40, topk=2**16)
+EXTREMES = {
+    "init_min_members": 1,
+    "min_members": 1,
+    "witnesses": 1,
+    "overlap": 0,
+    "max_missed": 255,
+    "join_grace": MOST,
+    "warmup_time": MOST,
+    "max_round_train_time": MOST,
+    "round_witness_time": MOST,
+    "cooldown_time": MOST,
+    "adaptive_grace": MOST,
+    "batch": 2**24,
+    "rounds_per_epoch": MOST,
+    "total_rounds": 2**31 - 1,
+}
+
 SCENES: dict[str, tuple[Play, int, dict[str, int]]] = {
     "waiting": (_waiting, 3, {}),
     "warming up": (_warming_up, 6, {"init_min_members": 5}),
@@ -306,6 +349,7 @@ SCENES: dict[str, tuple[Play, int, dict[str, int]]] = {
     "rewards owed": (_rewards_owed, 9, {"overlap": 0, "rounds_per_epoch": 50, "total_rounds": 100}),
     "reborn": (_reborn, 5, {"overlap": 0, "rounds_per_epoch": 1}),
     "version 1": (_training, 6, {}),
+    "extremes": (_extremes, 2, EXTREMES),
     "crowd": (_crowd, 257, {"batch": 5000, "rounds_per_epoch": 8}),
 }
 
@@ -315,8 +359,9 @@ def play(chain: Chain, name: str) -> Scene:
     steps, people, limits = SCENES[name]
     run_id = name.replace(",", "").replace(" ", "-")
     authority = AUTHORITY if name in ("private", "full lists", "reborn") else None
-    run = RunDriver(chain, run_id, join_authority=authority, **limits)
-    spare = RunDriver(chain, f"spare-{run_id}", join_authority=authority, **limits)
+    terms = EXTREME_TERMS if name == "extremes" else TERMS
+    run = RunDriver(chain, run_id, terms, authority, **limits)
+    spare = RunDriver(chain, f"spare-{run_id}", terms, authority, **limits)
     records = Records()
     chain.svm.airdrop(AUTHORITY, 10**10)
     steps(run, records)

@@ -15,7 +15,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.addresses import RunAddresses
 from coordinator.errors import ErrorCode as E
-from coordinator.layout import INCLUSION_RING, MAX_MEMBERS, MAX_SHARE, ROUND_RING
+from coordinator.layout import INCLUSION_RING, MAX_DELEGATES, MAX_MEMBERS, MAX_SHARE, ROUND_RING
 from coordinator.values import Commitment, InclusionSet, Limits, MemberStatus, Phase, Request, Terms
 
 Result = E | None
@@ -59,7 +59,7 @@ class RoundModel:
         self.votes: dict[int, bytes] = {}
         self.checkpoint_agreed: tuple[bytes, int] | None = None
         self.draining = False
-        self.committed = self.attested = self.ready_count = 0
+        self.committed = self.attested = 0
         self.due_slot: int | None = None
         self.grace_slot: int | None = None
         self.vault = 0  # lamports of the run account above its rent
@@ -76,6 +76,14 @@ class RoundModel:
 
     def with_status(self, *statuses: MemberStatus) -> list[ModelMember]:
         return [member for member in self.members.values() if member.status in statuses]
+
+    @property
+    def ready_count(self) -> int:
+        return sum(member.ready for member in self.members.values())
+
+    def enough(self) -> bool:
+        """For another round, in which those who are ready take part."""
+        return len(self.with_status(ACTIVE)) + self.ready_count >= self.limits.min_members
 
     def find(self, wallet: Pubkey) -> int | None:
         return next((slot for slot, member in self.members.items() if member.wallet == wallet), None)
@@ -144,12 +152,15 @@ class RoundModel:
     def _train_due(self) -> int:
         entry, limits = self.current(), self.limits
         expected, committed = len(entry.expected), len(entry.counting())
-        if entry.median is None and committed and 2 * committed >= expected:
-            entry.median = self.slot - entry.start_slot
         if committed >= expected:
             return self.slot
         due = entry.start_slot + limits.max_round_train_time
-        if committed and committed >= quorum(expected):
+        # half and two thirds are of the members and of the positions
+        wanted = sum(entry.slices[slot][1] for slot in entry.expected)
+        have = sum(entry.slices[slot][1] for slot in entry.counting())
+        if entry.median is None and 2 * committed >= expected and 2 * have >= wanted:
+            entry.median = self.slot - entry.start_slot
+        if committed >= quorum(expected) and have >= quorum(wanted):
             assert entry.median is not None
             due = min(due, entry.start_slot + (3 * entry.median + 1) // 2 + limits.adaptive_grace)
         return due
@@ -184,12 +195,14 @@ class RoundModel:
         rotates = own is not None and self.members[own].live
         if not rotates and len(self.with_status(*LIVE)) >= self.limits.max_members:
             return E.RUN_FULL
+        by_it = [member for member in self.with_status(*LIVE) if grant and member.grant == grant]
+        if not rotates and len(by_it) > MAX_DELEGATES and grant and self.grants[grant].grantee is not None:
+            return E.GRANT_FULL
         place = min(set(range(MAX_MEMBERS)) - self.members.keys()) if own is None else own
         member = self.members.setdefault(place, ModelMember(wallet))
         member.node_key, member.grant, member.next_share = bytes(node), grant, share
         if not rotates:
-            member.share, member.joined_round, member.joined_slot = share, self.round, self.slot
-            member.missed = member.excluded = 0
+            member.joined_round, member.joined_slot = self.round, self.slot
             member.become(PENDING, self.slot)
         self.schedule()
         return None
@@ -223,8 +236,6 @@ class RoundModel:
         if root != self.checkpoint_root:
             return E.WRONG_MODEL_ROOT
         member.ready = True
-        if self.stage is Phase.WARMUP:
-            self.ready_count += 1
         self.schedule()
         return None
 
@@ -245,16 +256,11 @@ class RoundModel:
         self.members[slot].next_share = share
         return None
 
-    def _retire(self, slot: int, status: MemberStatus) -> None:
-        if self.stage is Phase.WARMUP and self.members[slot].ready:
-            self.ready_count -= 1
-        self.members[slot].become(status, self.slot)
-
     def leave(self, wallet: Pubkey) -> Result:
         refused, slot = self._live(wallet)
         if refused:
             return refused
-        self._retire(slot, MemberStatus.LEFT)
+        self.members[slot].become(MemberStatus.LEFT, self.slot)
         if self.phase is Phase.ROUND_TRAIN and slot not in self.current().commitments:
             self.current().expected.discard(slot)
         self.schedule()
@@ -327,12 +333,16 @@ class RoundModel:
         if slot in self.votes:
             return E.ALREADY_VOTED
         self.votes[slot] = root
-        voters = [voter for voter in self.votes if voter in self.members and self.members[voter].status is ACTIVE]
-        same = sum(self.votes[voter] == root for voter in voters)
-        if self.checkpoint_agreed is None and same >= quorum(len(self.with_status(ACTIVE))):
-            self.checkpoint_agreed = (root, number)
+        self._agree()
         self.schedule()
         return None
+
+    def _agree(self) -> None:
+        voters = [voter for voter in self.votes if voter in self.members and self.members[voter].status is ACTIVE]
+        roots = [self.votes[voter] for voter in voters]
+        for root in set(roots) if self.checkpoint_agreed is None else ():
+            if roots.count(root) >= quorum(len(self.with_status(ACTIVE))):
+                self.checkpoint_agreed = (root, self.final_rounds)
 
     # ------------------------------------------------------------------ transitions
 
@@ -348,8 +358,8 @@ class RoundModel:
             self._pause(self.phase)
         elif self.phase is Phase.WAITING_FOR_MEMBERS:
             for member in self.with_status(*LIVE):
-                member.become(PENDING, self.slot)
-            self.ready_count = 0
+                if not (member.status is PENDING and member.ready):
+                    member.become(PENDING, self.slot)
             self._enter(Phase.WARMUP)
         elif self.phase is Phase.WARMUP:
             self._end_warmup()
@@ -378,33 +388,41 @@ class RoundModel:
     def _go_on(self, phase: Phase) -> None:
         if phase is Phase.WARMUP:
             self._enter(Phase.WARMUP)
-        elif phase is Phase.ROUND_TRAIN and len(self.with_status(ACTIVE)) >= self.limits.min_members:
+        elif phase is Phase.ROUND_TRAIN and self.enough():
             self._begin_training()
         else:
             self._wait()
 
     def _begin_training(self) -> None:
-        self.ready_count, self.epoch_round = 0, self.round
+        if self.round >= self.limits.total_rounds:
+            self._enter(Phase.FINISHED)
+            return
+        self.epoch_round = self.round
         self._start_round()
         self._enter(Phase.ROUND_TRAIN)
 
     def _end_warmup(self) -> None:
         if self.ready_count >= self.limits.min_members:
+            self.restart_clocks()
             self._begin_training()
             return
         for member in self.with_status(PENDING):
             if not member.ready and self.slot - member.status_slot >= self.limits.warmup_time:
                 member.become(MemberStatus.DROPPED, self.slot)
-        self.ready_count = 0
         self._wait()
 
+    def restart_clocks(self) -> None:
+        for member in self.with_status(PENDING, DESYNCED):
+            member.status_slot = self.slot
+
     def _epoch_ends(self) -> bool:
-        done = self.round + 1
+        done, coming = self.round + 1, self.next_limits or self.limits
         return (
             self.request is not Request.NONE
-            or done >= self.limits.total_rounds
+            or coming.overlap != self.limits.overlap
+            or done >= coming.total_rounds
             or done - self.epoch_round >= self.limits.rounds_per_epoch
-            or len(self.with_status(ACTIVE)) < self.limits.min_members
+            or not self.enough()
         )
 
     def _end_witnessing(self) -> None:
@@ -431,6 +449,7 @@ class RoundModel:
         self._enter(Phase.COOLDOWN)
 
     def _end_cooldown(self) -> None:
+        self._agree()
         if self.checkpoint_agreed:
             self.checkpoint_root, self.checkpoint_round = self.checkpoint_agreed
         if self.round >= self.limits.total_rounds or self.request is Request.FINISH:
@@ -451,12 +470,11 @@ class RoundModel:
             if member.status in (PENDING, DESYNCED):
                 if member.ready:
                     member.become(ACTIVE, self.slot)
-                    member.missed = member.excluded = 0
                 elif self.slot - member.status_slot > self.limits.warmup_time:
                     member.become(MemberStatus.DROPPED, self.slot)
             if member.status is ACTIVE:
-                member.share = member.next_share
                 entry.active.add(slot)
+        self._set_shares([self.members[slot] for slot in entry.active])
         ranges = self._draw(self.limits.batch)
         entry.ranges = tuple(ranges)
         shares = {slot: self.members[slot].share for slot in entry.active}
@@ -465,6 +483,26 @@ class RoundModel:
         entry.expected = {slot for slot, (_, count) in entry.slices.items() if count}
         self.ring[self.round % ROUND_RING] = entry
         self.committed, self.draining = 0, False
+
+    def _set_shares(self, team: list[ModelMember]) -> None:
+        """What they ask for: more than before by doubling, in good standing only; newcomers up to the others' mean."""
+        most = self.limits.max_share or MAX_SHARE
+        newcomers = [member for member in team if not member.share]
+        others = [member for member in team if member.share]
+        for member in others:
+            asked = min(member.next_share, most)
+            if asked > member.share:
+                asked = member.share if member.missed or member.excluded else min(asked, 2 * member.share)
+            member.share = asked
+        mean = sum(member.share for member in others) // len(others) if others else MAX_SHARE
+        for member in newcomers:
+            member.share = min(member.next_share, most, mean)
+
+    def _blame(self, member: ModelMember, counter: str) -> None:
+        count = min(getattr(member, counter) + 1, 255)
+        setattr(member, counter, count)
+        if count >= self.limits.max_missed and member.status is ACTIVE:
+            member.become(MemberStatus.DROPPED, self.slot)
 
     def _draw(self, wanted: int) -> list[tuple[int, int]]:
         assert len(self.queue) < 300, "schedules with so few members do not crowd the queue"
@@ -487,27 +525,28 @@ class RoundModel:
         for slot in sorted(entry.expected):
             member = self.members[slot]
             if slot not in entry.commitments:
-                member.next_share = max(member.share // 2, 1) if member.share > 1 else member.next_share
-                member.missed = min(member.missed + 1, 255)
-                if member.missed >= self.limits.max_missed and member.status is ACTIVE:
-                    member.become(MemberStatus.DROPPED, self.slot)
-                continue
-            member.missed = 0
-            if majority is not None and entry.commitments[slot].fingerprint != majority:
+                if member.share > 1:
+                    member.next_share = min(member.next_share, member.share // 2)
+                self._blame(member, "missed")
+            elif majority is not None and entry.commitments[slot].fingerprint != majority:
                 entry.eligible.discard(slot)
+                self._blame(member, "missed")
                 if member.status is ACTIVE:
                     member.become(DESYNCED, self.slot)
+            else:
+                member.missed = 0
 
     def _finalize(self, entry: ModelRound) -> None:
         need = quorum(len(entry.witnesses))
+        late = not self.decided(entry) and 3 * len(entry.attestations) >= len(entry.witnesses)
         counts = {slot: sum(slot in said for said in entry.attestations.values()) for slot in entry.eligible}
         entry.included = {slot for slot, count in counts.items() if count >= need}
         entry.final, entry.final_slot = True, self.slot
-        for slot in entry.eligible - entry.included if entry.included else ():
-            member = self.members[slot]
-            member.excluded = min(member.excluded + 1, 255)
-            if member.excluded >= self.limits.max_missed and member.status is ACTIVE:
-                member.become(MemberStatus.DROPPED, self.slot)
+        for slot in entry.eligible - entry.included if len(entry.attestations) >= need else ():
+            self._blame(self.members[slot], "excluded")
+        for slot in entry.witnesses if late else ():
+            if slot not in entry.attestations and slot in self.members and self.members[slot].status is ACTIVE:
+                self._blame(self.members[slot], "excluded")
         for slot in entry.included:
             member, tokens = self.members[slot], entry.commitments[slot].tokens
             reward = tokens // 1_000_000 * self.reward_rate + tokens % 1_000_000 * self.reward_rate // 1_000_000

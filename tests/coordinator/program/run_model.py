@@ -66,13 +66,14 @@ class RunModel(RoundModel):
         data = (terms.data_manifest, terms.samples, terms.sequence_length)
         if data != (old.data_manifest, old.samples, old.sequence_length):
             self.cursor, self.queue, self.trained = 0, [], []
-        if terms.model_root != self.checkpoint_root:
-            self.checkpoint_root, self.checkpoint_round = terms.model_root, self.round
+        self.checkpoint_root, self.checkpoint_round = terms.model_root, self.round
+        for member in self.members.values():
+            member.ready = False
         self.terms, self.model_round = terms, self.round
         self.schedule_rounds = max(self.limits.total_rounds - self.round, 1)
         self.config_version += 1
         if self.phase is Phase.PAUSED:
-            self.resume_phase, self.ready_count = Phase.WAITING_FOR_MEMBERS, 0
+            self.resume_phase = Phase.WAITING_FOR_MEMBERS
         self.publish()
         return None
 
@@ -94,6 +95,7 @@ class RunModel(RoundModel):
             return E.NOT_PAUSED
         self.request = Request.NONE
         if self.phase is Phase.PAUSED:
+            self.restart_clocks()
             self._go_on(self.resume_phase)
         self.publish()
         return None
@@ -126,10 +128,7 @@ class RunModel(RoundModel):
         return member.live or (member.status is not MemberStatus.EJECTED and self.in_flight(slot))
 
     def _eject(self, slot: int) -> None:
-        if self.members[slot].live:
-            self._retire(slot, MemberStatus.EJECTED)
-        else:
-            self.members[slot].become(MemberStatus.EJECTED, self.slot)
+        self.members[slot].become(MemberStatus.EJECTED, self.slot)
         for entry in self.ring.values():
             entry.eligible.discard(slot)
             if not entry.closed and slot in entry.expected:
@@ -166,8 +165,12 @@ class RunModel(RoundModel):
         if len(self.banned) == MAX_BANNED:
             return E.BAN_LIST_FULL
         self.banned.append(key)
+        grants = {
+            a for a, grant in self.grants.items() if (grant.authority, grant.grantee) == (self.join_authority, key)
+        }
         for slot, member in self.members.items():
-            if bytes(key) in (bytes(member.wallet), member.node_key) and self._can_eject(slot):
+            named = bytes(key) in (bytes(member.wallet), member.node_key) or member.grant in grants
+            if named and self._can_eject(slot):
                 self._eject(slot)
         self.publish()
         return None

@@ -17,15 +17,17 @@ MUTANTS = {
     "a quorum of one less": ("sbf.h", "return (2 * n + 2) / 3;", "return (2 * n + 1) / 3;"),
     "drops one round late": (
         "settle.c",
-        "if (member->missed >= run->limits.max_missed)",
-        "if (member->missed > run->limits.max_missed)",
+        "if (*count >= c->run->limits.max_missed &&",
+        "if (*count > c->run->limits.max_missed &&",
     ),
     "forgets a position": (
         "requeue.c",
-        "push_range(c, r->start + (from - piece->base), end - from);",
-        "push_range(c, r->start + (from - piece->base), end - from - (end - from > 5));",
+        "push_range(r, r->range->start + (from - r->base), end - from);",
+        "push_range(r, r->range->start + (from - r->base), end - from - (end - from > 5));",
     ),
-    "counts the ejected": ("members.c", "clear_bit(&round->eligible, slot);", ";"),
+    "counts the ejected": ("members.c", "round->eligible.word[w] &= ~out;", ";"),
+    "forgives the silent": ("settle.c", "if (silent) blame(", "if (silent && slot > 250) blame("),
+    "grows too fast": ("assign.c", "smaller(asked, 2 * had)", "smaller(asked, 3 * had)"),
     "waits a slot too long": (
         "schedule.c",
         "(3 * (u64)round->median_elapsed + 1) / 2 + l->adaptive_grace",
