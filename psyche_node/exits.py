@@ -7,8 +7,8 @@ Each code says what it means and how to resolve it; ``docs/reference/exit-codes.
 from __future__ import annotations
 
 import re
-from enum import IntEnum
-from typing import Self
+
+from coordinator.exit_code import ExitCode
 
 RANGES = (
     (0, 9, "General"),
@@ -24,17 +24,8 @@ RANGES = (
 """(first, last, component)"""
 
 
-class Exit(IntEnum):
+class Exit(ExitCode):
     """How a command ended."""
-
-    meaning: str
-    resolve: str
-
-    def __new__(cls, code: int, meaning: str, resolve: str) -> Self:
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning, member.resolve = meaning, resolve
-        return member
 
     OK = (0, "Everything that was asked for is done.", "Nothing to do.")
     UNEXPECTED = (

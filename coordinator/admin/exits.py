@@ -5,8 +5,7 @@ A number that `psyche-node` has too means the same there (a test compares the tw
 
 from __future__ import annotations
 
-from enum import IntEnum
-from typing import Self
+from coordinator.exit_code import ExitCode
 
 RANGES = (
     (0, 9, "General"),
@@ -18,17 +17,8 @@ RANGES = (
 """(first, last, component)"""
 
 
-class AdminExit(IntEnum):
+class AdminExit(ExitCode):
     """How `psyche-admin` ended."""
-
-    meaning: str
-    resolve: str
-
-    def __new__(cls, code: int, meaning: str, resolve: str) -> Self:
-        member = int.__new__(cls, code)
-        member._value_ = code
-        member.meaning, member.resolve = meaning, resolve
-        return member
 
     OK = (0, "Everything that was asked for is done; with `--dry-run`: it would be.", "Nothing to do.")
     UNEXPECTED = (
