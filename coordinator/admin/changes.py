@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any, Final
 
 from solders.pubkey import Pubkey
@@ -34,7 +34,7 @@ class Change:
             if self.join_authority != run.join_authority:
                 found["join_authority"] = [_named(run.join_authority), _named(self.join_authority)]
         if self.terms is not None:
-            before, after = TermSettings.of_chain(run.terms), TermSettings.of_chain(self.terms)
+            before, after = TermSettings.of_chain(_terms_of(run)), TermSettings.of_chain(self.terms)
             found |= _differing(before.model_dump(), after.model_dump(), "terms.")
         if self.reward_rate is not None:
             found["reward_rate"] = [run.reward_rate, self.reward_rate]
@@ -45,13 +45,18 @@ class Change:
         return [f"{key}: {before} -> {after}, {_when(key)}" for key, (before, after) in self.to_json(run).items()]
 
     def caution(self, run: Run) -> str | None:
-        """What cannot be undone: with other data the run forgets which positions it has trained."""
+        """What cannot be undone: other data forgets which positions were trained, another model what was learned."""
         if self.terms is None:
             return None
+        lost = []
+        if self.terms.model_root != run.checkpoint_root:
+            lost.append(f"The run goes on from another model than its checkpoint of round {run.checkpoint_round}.")
         data = ("data_manifest", "samples", "sequence_length")
-        if all(getattr(self.terms, name) == getattr(run.terms, name) for name in data):
-            return None
-        return f"The data changes: positions begin at 0 again; where the present data stands ({run.cursor:,}) is lost."
+        if any(getattr(self.terms, name) != getattr(run.terms, name) for name in data):
+            lost.append(
+                f"The data changes: positions begin at 0 again; where the present data stands ({run.cursor:,}) is lost."
+            )
+        return " ".join(lost) or None
 
 
 def change_of(run: Run, texts: Sequence[str]) -> Change:
@@ -69,7 +74,7 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     new_limits = validated(LimitSettings, {**asdict(_limits_of(run)), **limits}, "limits") if limits else None
     new_terms = None
     if terms is not None:
-        before = TermSettings.of_chain(run.terms).model_dump()
+        before = TermSettings.of_chain(_terms_of(run)).model_dump()
         new_terms = validated(TermSettings, {**before, **terms}, "terms").on_chain()
     wanted = run.join_authority
     if authority is not None:
@@ -92,6 +97,11 @@ def _when(key: str) -> str:
 def _limits_of(run: Run) -> Limits:
     """Those that will hold: a change that waits for the next round is not undone by another one."""
     return run.next_limits or run.limits
+
+
+def _terms_of(run: Run) -> Terms:
+    """The present terms, for the weights that the run has now: not for the model that it began with."""
+    return replace(run.terms, model_root=run.checkpoint_root)
 
 
 def _differing(before: dict[str, Any], after: dict[str, Any], head: str = "") -> dict[str, Any]:

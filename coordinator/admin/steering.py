@@ -48,15 +48,16 @@ async def set_config(
 
     Limits (batch, max_members, ...) hold from the next round on. join_authority (an address, or "anyone") and
     reward_rate (lamports per million tokens) hold at once. terms.* (model, data, optimizer) can only be changed while
-    the run waits for members or is paused; all members then load the model again.
+    the run waits for members or is paused. The run goes on from its last checkpoint, or from the model named; the
+    learning-rate schedule begins again; all members have to start their nodes again, with that model.
     """
     pulse = await one.client.pulse()
     change = change_of(pulse.run, changes)
     made = []
-    if change.terms is not None:
-        made.append(ix.set_model(*one.of_run, change.terms))
     if change.limits is not None:
         made.append(ix.set_config(*one.of_run, change.limits, change.join_authority))
+    if change.terms is not None:  # behind the limits: the schedule spans the rounds that are left by them
+        made.append(ix.set_model(*one.of_run, change.terms))
     if change.reward_rate is not None:
         made.append(ix.set_reward_rate(*one.of_run, change.reward_rate))
     text = "\n".join(f"  {escape(line)}" for line in change.text(pulse.run))

@@ -28,7 +28,7 @@ from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
 from psyche_node.node.outsider import intrude
 from psyche_node.node.processes import Child
-from psyche_node.node.roundloop import Cadence, RoundLoop
+from psyche_node.node.roundloop import Cadence, RoundLoop, TermsChanged
 from psyche_node.node.share import Share
 from psyche_node.node.ticker import keep_ticking
 from psyche_node.node.view import ChainView
@@ -57,6 +57,8 @@ class _Parts:
     exchange: UpdateExchange
     store: BlobStore
     journal: Journal
+    run: Run
+    """As it was when model and data were loaded."""
     loaded: Loaded
 
 
@@ -118,7 +120,7 @@ class Node:
             cadence=Cadence(evaluate=self._config.evaluate_every, check=self._config.check_every),
             run_key=bytes(parts.chain.addresses.run),
             member=member,
-            first_round=run.model_round,
+            loaded=parts.run,
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
         )
@@ -165,7 +167,7 @@ class Node:
                 multiaddrs=ready.multiaddrs,
                 device=loaded.device,
             )
-            yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, loaded)
+            yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, run, loaded)
 
     def _load_message(self, run: Run) -> Load:
         config = self._config
@@ -253,6 +255,8 @@ class Node:
                     await self._peers.beyond(self._peers.version)
         if missing := others - self._connected:
             log.warning("not connected to members %s yet; they may be reached through others", sorted(missing))
+        if TermsChanged.between(parts.run, parts.view.pulse.run):
+            raise TermsChanged(parts.view.pulse.run)
         try:
             await parts.chain.ready(bytes.fromhex(parts.loaded.model_root))
         except ProgramError as error:

@@ -38,6 +38,20 @@ class Ejected(Exception):
 class TermsChanged(Exception):
     """The run goes on with another model, other data or other optimizer settings than this node has loaded."""
 
+    @staticmethod
+    def between(loaded: Run, now: Run) -> bool:
+        return _trains_by(loaded) != _trains_by(now)
+
+    def __init__(self, now: Run) -> None:
+        super().__init__(
+            f"from round {now.model_round} on the run has another model, data or optimizer settings: get what the run "
+            "now names (psyche-admin run show) and start this node again"
+        )
+
+
+def _trains_by(run: Run) -> tuple[object, ...]:
+    return run.terms, run.model_round, run.schedule_rounds
+
 
 class Desynced(Exception):
     """This replica cannot follow the run any more; the message says why and what to do."""
@@ -76,7 +90,7 @@ class RoundLoop:
         cadence: Cadence,
         run_key: bytes,
         member: int,
-        first_round: int,
+        loaded: Run,
         folder: Path,
         update_timeout: float,
     ) -> None:
@@ -90,7 +104,7 @@ class RoundLoop:
         )
         self._share, self._cadence, self._run_key, self._member = share, cadence, run_key, member
         self._folder, self._update_timeout = folder, update_timeout
-        self._applied = self._first_round = first_round
+        self._loaded, self._applied = loaded, loaded.model_round
         self._trained = -1
         self._only_follows = False
         self._sent: set[int] = set()
@@ -114,14 +128,11 @@ class RoundLoop:
             if run.final_rounds > self._applied:
                 await self._apply(self._next_inclusion(run))
                 self._applied += 1
+            elif TermsChanged.between(self._loaded, run):
+                raise TermsChanged(run)
             elif run.phase is Phase.ROUND_TRAIN:
                 self._trained = run.round
                 await self._train(run.round)
-            elif run.model_round > self._first_round:
-                raise TermsChanged(
-                    f"from round {run.model_round} on the run has another model, data or optimizer settings: "
-                    "get what the run now names (psyche-admin run show) and start this node again"
-                )
             elif run.phase is Phase.WARMUP:
                 self._ready_epoch = run.epoch
                 await self._report_ready()
@@ -137,6 +148,7 @@ class RoundLoop:
         return (
             run.phase is Phase.FINISHED
             or run.final_rounds > self._applied
+            or TermsChanged.between(self._loaded, run)
             or (run.phase is Phase.ROUND_TRAIN and run.round > self._trained)
             or (run.phase is Phase.COOLDOWN and run.round > self._checkpointed)
             or (run.phase is Phase.WARMUP and run.epoch > self._ready_epoch)

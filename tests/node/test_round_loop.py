@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from node_stage import ScriptedChain, child, run_async, settle, watching
-from node_values import commitment, included, member_of, pulse_of, round_of
+from node_values import TERMS, commitment, included, member_of, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError
 from coordinator.errors import ErrorCode
@@ -20,7 +21,7 @@ from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.journal import Journal, JournalReader
-from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop
+from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop, TermsChanged
 from psyche_node.node.share import Share
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
@@ -159,7 +160,7 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
                 cadence=Cadence(evaluate=0, check=0),
                 run_key=bytes(32),
                 member=ME,
-                first_round=0,
+                loaded=pulse_of().run,
                 folder=folder,
                 update_timeout=5.0,
             )
@@ -189,6 +190,26 @@ def test_with_overlap_a_round_is_trained_before_the_last_one_is_applied(tmp_path
             assert it.exchange.published == [0, 1, 2]
             paths = [message.paths for message in it.asked if isinstance(message, Apply)]
             assert all(path == sorted(path) for path in paths)
+
+    run_async(test())
+
+
+def test_other_terms_end_the_node_once_everything_final_is_applied(tmp_path: Path) -> None:
+    """Also when they come twice in one pause: the round in which they begin is the same then."""
+
+    async def test() -> None:
+        for change in (
+            {"model_round": 1},
+            {"terms": dataclasses.replace(TERMS, peak_lr_bits=7)},
+            {"schedule_rounds": 5},
+        ):
+            async with scene(tmp_path / str(len(change)) / next(iter(change))) as it:
+                await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+                it.chain.table = (round_of(0, ALL, closed=True),)
+                it.chain.push(pulse_of(Phase.PAUSED, 1, sets=[included(0)], **change))
+                with pytest.raises(TermsChanged, match="start this node again"):
+                    await it.task
+                assert it.did()[-1] == "apply 0i"
 
     run_async(test())
 

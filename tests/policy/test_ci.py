@@ -21,7 +21,8 @@ import pytest
 )
 def test_the_ci_script(output: str, make_status: int, status: int, last: str, tmp_path: Path, root: Path) -> None:
     make = tmp_path / "make"
-    make.write_text(f'#!/bin/sh\n[ "$*" = test ] || exit 99\ncat <<"END"\n{output}\nEND\nexit {make_status}\n')
+    other = '[ "$*" = contract-surfpool ] && exit 0'
+    make.write_text(f'#!/bin/sh\n{other}\n[ "$*" = test ] || exit 99\ncat <<"END"\n{output}\nEND\nexit {make_status}\n')
     make.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run([root / ".ci" / "run"], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
