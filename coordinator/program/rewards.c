@@ -73,6 +73,7 @@ u64 claim(const struct input *input) {
     u64 paid = smaller(earned - *claimed, *vault->lamports - kept);
     *claimed += paid;
     c.run->reward_paid += paid;
+    c.run->revision++;
     *vault->lamports -= paid;
     *wallet->lamports += paid;
     struct event_reward_paid event = {EVENT_REWARD_PAID, *vault->address, *wallet->address, paid};

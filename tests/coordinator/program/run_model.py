@@ -284,6 +284,7 @@ class RunModel(RoundModel):
         paid = min(owed, self.vault)
         holder.reward_claimed += paid
         self.reward_paid += paid
+        self.revision += 1
         self.vault -= paid
         return None
 
