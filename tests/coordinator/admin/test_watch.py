@@ -179,7 +179,10 @@ def test_on_a_terminal_it_is_a_screen_that_ctrl_c_leaves(ledger: Ledger, fresh: 
     env = {**os.environ, "TERM": "xterm-256color"}
     for variable in ("COLUMNS", "LINES"):
         env.pop(variable, None)
-    process = subprocess.Popen(command, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True)
+    # A background job of a shell without job control ignores SIGINT, and so would what it starts.
+    process = subprocess.Popen(
+        command, stdin=child, stdout=child, stderr=child, env=env, start_new_session=True, preexec_fn=_hear_sigint
+    )
     os.close(child)
     seen = read_until(parent, b"WAITING_FOR_MEMBERS")
     assert b"\x1b[?1049h" in seen, "the alternate screen: what was on the terminal comes back"
@@ -190,6 +193,10 @@ def test_on_a_terminal_it_is_a_screen_that_ctrl_c_leaves(ledger: Ledger, fresh: 
     assert "WAITING_FOR_MEMBERS" in rest.partition(b"\x1b[?1049l")[2].decode(), "the last view stays"
     assert b"Traceback" not in seen + rest
     os.close(parent)
+
+
+def _hear_sigint() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def read_until(terminal: int, wanted: bytes | None) -> bytes:
