@@ -15,7 +15,7 @@ from typing import Final
 from coordinator.addresses import RunAddresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, RpcError
 from coordinator.layout import HEADER, RUN
-from coordinator.rpc import Json
+from coordinator.rpc import Json, Unusable, integer
 from coordinator.state import (
     HEADER_SIZE,
     RUN_SIZE,
@@ -223,8 +223,8 @@ class Pulses:
         """Whether a transition has become due, and this client should see to it first."""
         try:
             (due,) = _MOVING.unpack(base64.b64decode(value["value"]["data"][0], validate=True))
-            slot = int(value["context"]["slot"])
-        except (TypeError, KeyError, IndexError, ValueError, binascii.Error, struct.error):
+            slot = integer(value["context"]["slot"])
+        except (TypeError, KeyError, IndexError, ValueError, Unusable, binascii.Error, struct.error):
             return True  # not what was asked for: look
         return bool(slot >= due + self._delay(last))
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_RESPONSE_BYTES: Final = 32 * 2**20
 REQUEST_SECONDS: Final = 10.0
 PATIENCE_SECONDS: Final = 30.0
+NO_SHAPE: Final = "the answer does not have Solana's shape; is the URL right?"
 # With another endpoint at hand nobody waits as long for one that hangs.
 _IMPATIENT_SECONDS: Final = 4.0
 _PROBE_SECONDS: Final = 4.0
@@ -84,6 +85,13 @@ class Unusable(Exception):
     def __init__(self, reason: str, *, behind: bool = False) -> None:
         super().__init__(reason)
         self.behind = behind
+
+
+def integer(value: Json) -> int:
+    """A number as Solana has them, 64 bits without a sign. Raises Unusable for anything else that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise Unusable(NO_SHAPE)
+    return value
 
 
 class BadUrl(ChainError, ValueError):
@@ -211,7 +219,9 @@ class Endpoints:
         await self._http.aclose()
 
     def saw_slot(self, slot: int) -> None:
-        self.seen_slot = max(self.seen_slot, slot)
+        # No slot is larger, and a number that is could not be reckoned with.
+        if slot < 2**64:
+            self.seen_slot = max(self.seen_slot, slot)
 
     async def call(self, method: str, params: Sequence[Json] = (), *, patience: float | None = None) -> Json:
         """The result of one JSON-RPC call as it is; raises as `ask` does."""
@@ -402,6 +412,6 @@ def _seconds(header: str | None) -> float | None:
         pass
     try:
         date = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max((date - datetime.now(UTC)).total_seconds(), 0.0) if date.tzinfo is not None else None

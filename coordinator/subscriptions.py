@@ -223,8 +223,9 @@ class Subscriptions:
             raise ValueError("a message is nested too deeply") from None
         if not isinstance(received, dict):
             return
-        if received.get("id") in self._requests:
-            self._confirmed(self._requests.pop(received["id"]), received)
+        identity = received.get("id")
+        if isinstance(identity, int) and identity in self._requests:
+            self._confirmed(self._requests.pop(identity), received)
             return
         params = received.get("params")
         if not isinstance(params, dict):

@@ -28,7 +28,7 @@ from solders.transaction import Transaction
 
 from coordinator.failures import TransactionFailed, failure, refused
 from coordinator.fees import PriorityFees
-from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable
+from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable, integer
 from coordinator.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
@@ -336,21 +336,21 @@ def _encoded(signed: _Signed) -> str:
 
 def _blockhash(answer: Json) -> tuple[Hash, int]:
     try:
-        return Hash.from_string(answer["value"]["blockhash"]), int(answer["value"]["lastValidBlockHeight"])
+        return Hash.from_string(answer["value"]["blockhash"]), integer(answer["value"]["lastValidBlockHeight"])
     except (TypeError, KeyError, ValueError) as error:
         raise Unusable("the answer has no blockhash") from error
 
 
 def _first_status(answer: Json) -> tuple[int, dict[str, Json] | None]:
     try:
-        slot, status = int(answer["context"]["slot"]), answer["value"][0]
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        slot, status = integer(answer["context"]["slot"]), answer["value"][0]
+    except (TypeError, KeyError, IndexError) as error:
         raise Unusable("the answer has no status") from error
     return slot, status if isinstance(status, dict) else None
 
 
 def _slot_and_height(answer: Json) -> tuple[int, int]:
     try:
-        return int(answer["absoluteSlot"]), int(answer["blockHeight"])
-    except (TypeError, KeyError, ValueError) as error:
+        return integer(answer["absoluteSlot"]), integer(answer["blockHeight"])
+    except (TypeError, KeyError) as error:
         raise Unusable("the answer has no slot and height") from error

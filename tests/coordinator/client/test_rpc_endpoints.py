@@ -209,6 +209,7 @@ def test_calls_that_fail_together_are_one_failure() -> None:
         ("soon", None, None),
         (format_datetime(datetime.now(UTC) + timedelta(hours=9), usegmt=True), 3600, 9 * 3600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),
+        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", None, None),
     ],
 )
 def test_how_long_an_endpoint_asks_to_be_left_alone(header: str | None, least: float | None, most: float) -> None:

@@ -83,7 +83,17 @@ def test_a_websocket_that_says_nothing_is_given_up(
 
 def test_messages_that_make_no_sense_end_the_connection_and_nothing_else() -> None:
     client = Subscriptions(["http://127.0.0.1:9"])
-    for message in ("[]", "7", '{"id":5}', '{"params":7}', '{"params":{"subscription":[]}}', '{"id":1,"result":{}}'):
+    for message in (
+        "[]",
+        "7",
+        '{"id":5}',
+        '{"id":[]}',
+        '{"id":{}}',
+        '{"id":1e999}',
+        '{"params":7}',
+        '{"params":{"subscription":[]}}',
+        '{"id":1,"result":{}}',
+    ):
         client._read(message)
     for message in ("{", "[" * 5000, b"\xff"):
         with pytest.raises(ValueError, match=r"."):
