@@ -299,7 +299,9 @@ class Sender:
             return await self._rpc.ask(method, [[str(signature)]], _first_status)
 
     async def _check_expiry(self, signed: _Signed) -> None:
-        slot, height = await self._rpc.ask("getEpochInfo", [{"commitment": self._commitment}], _slot_and_height)
+        # Never by a processed block: it may be of a fork that dies, and on the one that lives the transaction can land.
+        level = "confirmed" if self._commitment == "processed" else self._commitment
+        slot, height = await self._rpc.ask("getEpochInfo", [{"commitment": level}], _slot_and_height)
         if height <= signed.last_valid_height:
             return
         # It may have landed between the two looks, and now it cannot any more. The second look may be at another

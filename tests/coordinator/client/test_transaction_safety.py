@@ -57,6 +57,28 @@ def test_an_endpoint_that_is_behind_cannot_make_a_payment_happen_twice(fast_ledg
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_a_fork_that_dies_cannot_make_a_payment_happen_twice(ledger: Ledger) -> None:
+    """Its processed blocks are beyond the blockhash's last, and it does not have the transaction; another fork does."""
+
+    async def run() -> None:
+        looks = 0
+
+        async def change(request: Request) -> Answer:
+            nonlocal looks
+            if request["method"] == "getEpochInfo" and request["params"][0]["commitment"] == "processed":
+                return result(request, {"absoluteSlot": 2**40, "blockHeight": 2**40})
+            if request["method"] == "getSignatureStatuses" and looks < 6:
+                looks += 1
+                return result(request, {"context": {"slot": 2**40}, "value": [None]})
+            return None
+
+        async with endpoint(forwarding(ledger.rpc, change)) as front:
+            await _pays_once(ledger, [front], commitment="processed")
+        assert looks == 6
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_what_is_known_below_the_level_asked_for_has_not_expired(fast_ledger: Ledger) -> None:
     async def run() -> None:
         low = 0
