@@ -15,7 +15,17 @@ from solders.signature import Signature
 
 from coordinator.failures import ProgramError, TransactionFailed
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee, PriorityFees
-from coordinator.rpc import PATIENCE_SECONDS, ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable
+from coordinator.rpc import (
+    NO_SHAPE,
+    PATIENCE_SECONDS,
+    ChainError,
+    ChainUnavailable,
+    Endpoints,
+    Json,
+    RpcError,
+    Unusable,
+    integer,
+)
 from coordinator.subscriptions import Subscriptions
 from coordinator.transactions import COMPUTE_UNITS, Sender
 from coordinator.watch import Pace
@@ -24,7 +34,6 @@ __all__ = ["Account", "Chain", "ChainError", "ChainUnavailable", "ProgramError",
 
 COMMITMENTS: Final = ("processed", "confirmed", "finalized")
 _CONFIRM_SECONDS: Final = 90.0
-_NO_SHAPE: Final = "the answer does not have Solana's shape; is the URL right?"
 T = TypeVar("T")
 
 
@@ -99,13 +108,13 @@ class Chain:
 
     async def slot(self) -> int:
         """The current slot."""
-        slot = await self.rpc.ask("getSlot", [{"commitment": self.commitment}], _integer)
+        slot = await self.rpc.ask("getSlot", [{"commitment": self.commitment}], integer)
         self.rpc.saw_slot(slot)
         return slot
 
     async def balance(self, key: Pubkey) -> int:
         """Lamports of an account; 0 where there is none."""
-        return (await self._read("getBalance", str(key), {}, _integer))[1]
+        return (await self._read("getBalance", str(key), {}, integer))[1]
 
     async def account(self, key: Pubkey, window: tuple[int, int] | None = None) -> Account | None:
         """An account, or None. `window` (offset, length) limits the data that is sent."""
@@ -118,7 +127,7 @@ class Chain:
 
         def read(answer: Json) -> tuple[Account | None, ...]:
             if not isinstance(answer, list) or len(answer) != len(keys):
-                raise Unusable(_NO_SHAPE)
+                raise Unusable(NO_SHAPE)
             return tuple(_account_or_none(one) for one in answer)
 
         return await self._read("getMultipleAccounts", [str(key) for key in keys], _account_options(window), read)
@@ -135,7 +144,7 @@ class Chain:
             try:
                 return [(Pubkey.from_string(one["pubkey"]), _account(one["account"])) for one in answer]
             except (TypeError, KeyError, ValueError) as error:
-                raise Unusable(_NO_SHAPE) from error
+                raise Unusable(NO_SHAPE) from error
 
         return await self.rpc.ask("getProgramAccounts", [str(program), options], read)
 
@@ -153,8 +162,8 @@ class Chain:
 
         def read_value(answer: Json) -> tuple[int, T]:
             if not isinstance(answer, dict) or not isinstance(answer.get("context"), dict) or "value" not in answer:
-                raise Unusable(_NO_SHAPE)
-            slot = _integer(answer["context"].get("slot"))
+                raise Unusable(NO_SHAPE)
+            slot = integer(answer["context"].get("slot"))
             if slot < least:
                 raise Unusable(f"the answer is from slot {slot}, and slot {least} has been seen", behind=True)
             return slot, read(answer["value"])
@@ -176,8 +185,8 @@ class Chain:
         """Learn what an account's deposit costs on this chain; `rent_exempt` can be used from then on."""
         if self._rent is None:
             method = "getMinimumBalanceForRentExemption"
-            empty = await self.rpc.ask(method, [0], _integer)
-            larger = await self.rpc.ask(method, [1_000_000], _integer)
+            empty = await self.rpc.ask(method, [0], integer)
+            larger = await self.rpc.ask(method, [1_000_000], integer)
             self._rent = (empty, (larger - empty) // 1_000_000)
 
     def rent_exempt(self, size: int) -> int:
@@ -232,13 +241,7 @@ def _signature(answer: Json) -> Signature:
     try:
         return Signature.from_string(answer)
     except (TypeError, ValueError) as error:
-        raise Unusable(_NO_SHAPE) from error
-
-
-def _integer(value: Json) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
-        raise Unusable(_NO_SHAPE)
-    return value
+        raise Unusable(NO_SHAPE) from error
 
 
 def _account_or_none(value: Json) -> Account | None:
@@ -252,9 +255,9 @@ def _account(value: Json) -> Account:
             raise ValueError(encoding)
         return Account(
             owner=Pubkey.from_string(value["owner"]),
-            lamports=_integer(value["lamports"]),
+            lamports=integer(value["lamports"]),
             data=base64.b64decode(text, validate=True),
             executable=bool(value["executable"]),
         )
     except (TypeError, KeyError, ValueError, binascii.Error) as error:
-        raise Unusable(_NO_SHAPE) from error
+        raise Unusable(NO_SHAPE) from error

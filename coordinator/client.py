@@ -193,7 +193,11 @@ class CoordinatorClient(Chain):
     async def _part(self, key: Pubkey, offset: int, size: int) -> bytes:
         account = await self.account(key, (offset, size))
         if account is None or account.owner != self.program_id or len(account.data) != size:
-            raise RunNotFound(f"account {key} of run {self.addresses.run} is not on this chain")
+            # Whether the run is gone is for `watch` to say, which looks more than once: this may be one bad answer.
+            raise ChainUnavailable(
+                f"account {key} of run {self.addresses.run} is not what it should be at this endpoint; if the run has "
+                "not been closed, use another RPC endpoint"
+            )
         return account.data
 
     # ------------------------------------------------------------------ acting

@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from coordinator.addresses import RunAddresses
-from coordinator.chain import Account, Chain, ChainError, ChainUnavailable
+from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, RpcError
 from coordinator.layout import HEADER, RUN
-from coordinator.rpc import Json
+from coordinator.rpc import Json, Unusable, integer
 from coordinator.state import (
     HEADER_SIZE,
     RUN_SIZE,
@@ -137,7 +137,7 @@ class Pulses:
         is gone.
         """
         newest = -1
-        failures = 0
+        failures = gone = 0
         try:
             while True:
                 self._changed.clear()
@@ -145,11 +145,19 @@ class Pulses:
                 before, pushes = self._last, self._run_pushes
                 try:
                     pulse = await self._read_news()
-                except (ChainUnavailable, RunNotFound) as error:
-                    failures += 1
-                    await self._wait_after(error, failures)
+                except RunNotFound as error:
+                    failures, gone = 0, gone + 1
+                    if gone >= _GONE_LOOKS:
+                        raise
+                    await self._wait_after(error, _GONE_PAUSE)
                     continue
-                failures = 0
+                except (ChainUnavailable, RpcError) as error:
+                    # Says nothing of the run: only answers that it is gone, one after the other, are believed.
+                    failures, gone = failures + 1, 0
+                    pause = min(2.0 ** min(failures, 8) / 2, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
+                    await self._wait_after(error, pause)
+                    continue
+                failures = gone = 0
                 self._subscribe(pulse)
                 self._check_pushes(before, pushes)
                 if pulse.slot >= newest:
@@ -162,14 +170,8 @@ class Pulses:
                 if handle is not None:
                     self._chain.subscriptions.unsubscribe(handle)
 
-    async def _wait_after(self, error: ChainError, failures: int) -> None:
+    async def _wait_after(self, error: ChainError, pause: float) -> None:
         self._whole_next = True
-        if isinstance(error, RunNotFound):
-            if failures >= _GONE_LOOKS:
-                raise error
-            pause = _GONE_PAUSE
-        else:
-            pause = min(2.0 ** min(failures, 8) / 2, _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
         log.warning("the run's state cannot be read, trying again in %.1f s: %s", pause, error)
         await asyncio.sleep(pause)
 
@@ -221,8 +223,8 @@ class Pulses:
         """Whether a transition has become due, and this client should see to it first."""
         try:
             (due,) = _MOVING.unpack(base64.b64decode(value["value"]["data"][0], validate=True))
-            slot = int(value["context"]["slot"])
-        except (TypeError, KeyError, IndexError, ValueError, binascii.Error, struct.error):
+            slot = integer(value["context"]["slot"])
+        except (TypeError, KeyError, IndexError, ValueError, Unusable, binascii.Error, struct.error):
             return True  # not what was asked for: look
         return bool(slot >= due + self._delay(last))
 

@@ -29,6 +29,7 @@ T = TypeVar("T")
 MAX_RESPONSE_BYTES: Final = 32 * 2**20
 REQUEST_SECONDS: Final = 10.0
 PATIENCE_SECONDS: Final = 30.0
+NO_SHAPE: Final = "the answer does not have Solana's shape; is the URL right?"
 # With another endpoint at hand nobody waits as long for one that hangs.
 _IMPATIENT_SECONDS: Final = 4.0
 _PROBE_SECONDS: Final = 4.0
@@ -86,13 +87,24 @@ class Unusable(Exception):
         self.behind = behind
 
 
+def integer(value: Json) -> int:
+    """A number as Solana has them, 64 bits without a sign. Raises Unusable for anything else that JSON can hold."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < 2**64:
+        raise Unusable(NO_SHAPE)
+    return value
+
+
 class BadUrl(ChainError, ValueError):
     """A setting that is not the URL of an RPC endpoint."""
 
 
 @dataclass(slots=True, eq=False)
 class _Endpoint:
-    """`failures` counts those since the last success: 0 is an endpoint that may be used at once."""
+    """`failures` counts those since the last success: 0 is an endpoint that may be used at once.
+
+    `doubtful`: its last failure was an answer that could not be used. `on_trial`: it is, and answers a probe, which
+    proves no more than that it may be asked again.
+    """
 
     url: str
     shown: str
@@ -101,6 +113,17 @@ class _Endpoint:
     retry_at: float = 0.0
     reason: str = field(default="not tried")
     behind: bool = False
+    doubtful: bool = False
+    on_trial: bool = False
+
+    @property
+    def works(self) -> bool:
+        return self.failures == 0 or self.on_trial
+
+    def answered(self, began: float) -> None:
+        """It gave a usable answer to what was asked at `began`: older failures are over, but not younger ones."""
+        if began >= self.failed_at:
+            self.failures, self.doubtful, self.on_trial = 0, False, False
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,11 +144,14 @@ class Traffic:
 class _Failed(Exception):
     """One attempt at one endpoint failed; `retry_after` is what it asked for, in seconds."""
 
-    def __init__(self, reason: str, retry_after: float | None = None, *, behind: bool = False) -> None:
+    def __init__(
+        self, reason: str, retry_after: float | None = None, *, behind: bool = False, unusable: bool = False
+    ) -> None:
         super().__init__(reason)
         self.reason = reason
         self.retry_after = retry_after
         self.behind = behind
+        self.unusable = unusable
 
 
 def shown_url(url: str) -> str:
@@ -211,7 +237,9 @@ class Endpoints:
         await self._http.aclose()
 
     def saw_slot(self, slot: int) -> None:
-        self.seen_slot = max(self.seen_slot, slot)
+        # No slot is larger, and a number that is could not be reckoned with.
+        if slot < 2**64:
+            self.seen_slot = max(self.seen_slot, slot)
 
     async def call(self, method: str, params: Sequence[Json] = (), *, patience: float | None = None) -> Json:
         """The result of one JSON-RPC call as it is; raises as `ask` does."""
@@ -244,23 +272,30 @@ class Endpoints:
             if pause > 0:
                 await asyncio.sleep(pause)
             seconds = deadline - loop.time()
-            if any(other is not endpoint and other.failures == 0 for other in offering):
+            if any(other is not endpoint and other.works for other in offering):
                 seconds = min(seconds, _IMPATIENT_SECONDS)
+            began = loop.time()
             try:
-                return read(await self._timed(endpoint, request, seconds))
+                answer = read(await self._timed(endpoint, request, seconds))
+                endpoint.answered(began)
+                return answer
             except _Failed as failed:
                 self._pause(endpoint, method, failed)
             except Unusable as unusable:
-                self._pause(endpoint, method, _Failed(str(unusable), behind=unusable.behind))
+                self._pause(endpoint, method, _Failed(str(unusable), behind=unusable.behind, unusable=True))
             except RpcError as error:
                 if error.code not in _NOT_OFFERED:
                     raise
                 refused[endpoint] = error
 
     async def spread(self, method: str, params: Sequence[Json]) -> None:
-        """Make a call at every endpoint that works, whatever they answer; for what is worth sending many ways."""
-        working = [one for one in self._endpoints if one.failures == 0] or self._endpoints[:1]
+        """Make a call at every endpoint that works, whatever they answer; for what is worth sending many ways.
 
+        Does nothing while all are in a pause: one that asks to be left alone is.
+        """
+        now = asyncio.get_running_loop().time()
+        rested = [one for one in self._endpoints if one.retry_at <= now]
+        working = [one for one in rested if one.works] or rested[:1]
         request = self._request(method, params)
 
         async def one_way(endpoint: _Endpoint) -> None:
@@ -277,7 +312,7 @@ class Endpoints:
 
     def _choose(self, offering: Sequence[_Endpoint]) -> _Endpoint:
         now = asyncio.get_running_loop().time()
-        working = next((one for one in offering if one.failures == 0), None)
+        working = next((one for one in offering if one.works), None)
         if working is None:
             return min(offering, key=lambda one: max(one.retry_at - now, 0.0))
         for better in offering[: offering.index(working)]:
@@ -288,6 +323,7 @@ class Endpoints:
     async def _probe(self, endpoint: _Endpoint) -> None:
         """Ask a failed endpoint for its slot: it is back when it has the one that was seen last."""
         options = {"commitment": self._commitment, "minContextSlot": self.seen_slot}
+        began = asyncio.get_running_loop().time()
         try:
             await self._timed(endpoint, self._request("getSlot", [options]), _PROBE_SECONDS)
         except _Failed as failed:
@@ -295,13 +331,19 @@ class Endpoints:
         except RpcError as error:
             self._pause(endpoint, "getSlot", _Failed(error.message))
         else:
-            log.info("%s: works again and is preferred", endpoint.shown)
+            if endpoint.doubtful:
+                # Whether it answers better what it answered badly, the next call finds out; until then its pauses grow.
+                endpoint.on_trial = began >= endpoint.failed_at
+            else:
+                endpoint.answered(began)
+                log.info("%s: works again and is preferred", endpoint.shown)
         finally:
             self._probes.pop(endpoint, None)
 
     def _pause(self, endpoint: _Endpoint, method: str, failed: _Failed) -> None:
         now = asyncio.get_running_loop().time()
         endpoint.reason, endpoint.behind = failed.reason, failed.behind
+        endpoint.doubtful, endpoint.on_trial = failed.unusable, False
         if now >= endpoint.retry_at:
             # Calls that were under way together fail together: that is one failure.
             endpoint.failures += 1
@@ -333,19 +375,15 @@ class Endpoints:
         return _Request(method, self._identity, json.dumps(body).encode())
 
     async def _timed(self, endpoint: _Endpoint, request: _Request, seconds: float) -> Json:
-        """One attempt. Raises _Failed or RpcError; a success makes the endpoint a working one."""
-        began = asyncio.get_running_loop().time()
+        """One attempt. Raises _Failed or RpcError."""
         try:
             # The whole attempt is bounded: httpx2's own limits are per read, so a trickle would pass them.
             async with asyncio.timeout(min(self._request_seconds, max(seconds, 0.05))):
-                result = await self._attempt(endpoint, request)
+                return await self._attempt(endpoint, request)
         except TimeoutError:
             raise _Failed("no answer in time") from None
         except httpx2.HTTPError as error:
             raise _Failed(str(error) or type(error).__name__) from error
-        if began >= endpoint.failed_at:
-            endpoint.failures = 0
-        return result
 
     async def _attempt(self, endpoint: _Endpoint, request: _Request) -> Json:
         self.traffic.requests += 1
@@ -402,6 +440,6 @@ def _seconds(header: str | None) -> float | None:
         pass
     try:
         date = parsedate_to_datetime(header)
-    except ValueError:
+    except (ValueError, OverflowError):
         return None
     return max((date - datetime.now(UTC)).total_seconds(), 0.0) if date.tzinfo is not None else None

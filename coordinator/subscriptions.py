@@ -68,7 +68,8 @@ class Subscriptions:
         self._reason = ""
         self._url = ""
         self._wanted: dict[int, _Wanted] = {}
-        self._requests: dict[int, int] = {}
+        self._requests: dict[int, tuple[int, str]] = {}
+        """Handle and kind of what was asked for and has not been confirmed; it may no longer be wanted by then."""
         self._identities = itertools.count(1)
         self._by_server_id: dict[int, int] = {}
         self._socket: ClientConnection | None = None
@@ -103,9 +104,8 @@ class Subscriptions:
         if wanted is None or wanted.server_id is None:
             return
         self._by_server_id.pop(wanted.server_id, None)
-        # A signature's subscription ends by itself with its one notification; to end it twice is harmless.
         if self._socket is not None:
-            self._send(f"{wanted.kind}Unsubscribe", [wanted.server_id], next(self._identities))
+            self._end(wanted.kind, wanted.server_id)
 
     async def close(self) -> None:
         if self._task is not None:
@@ -207,8 +207,12 @@ class Subscriptions:
     def _request(self, handle: int) -> None:
         wanted = self._wanted[handle]
         identity = next(self._identities)
-        self._requests[identity] = handle
+        self._requests[identity] = handle, wanted.kind
         self._send(f"{wanted.kind}Subscribe", wanted.params, identity)
+
+    def _end(self, kind: str, server_id: int) -> None:
+        # A signature's subscription ends by itself with its one notification; to end it twice is harmless.
+        self._send(f"{kind}Unsubscribe", [server_id], next(self._identities))
 
     def _send(self, method: str, params: list[Any], identity: int) -> None:
         text = json.dumps({"jsonrpc": "2.0", "id": identity, "method": method, "params": params})
@@ -223,8 +227,9 @@ class Subscriptions:
             raise ValueError("a message is nested too deeply") from None
         if not isinstance(received, dict):
             return
-        if received.get("id") in self._requests:
-            self._confirmed(self._requests.pop(received["id"]), received)
+        identity = received.get("id")
+        if isinstance(identity, int) and identity in self._requests:
+            self._confirmed(*self._requests.pop(identity), received)
             return
         params = received.get("params")
         if not isinstance(params, dict):
@@ -235,13 +240,15 @@ class Subscriptions:
         if wanted is not None:
             wanted.push(params.get("result"))
 
-    def _confirmed(self, handle: int, received: dict[str, Json]) -> None:
+    def _confirmed(self, handle: int, kind: str, received: dict[str, Json]) -> None:
         wanted = self._wanted.get(handle)
         server_id = received.get("result")
-        if wanted is None:
-            return  # no longer wanted: what comes for it is ignored
         if not isinstance(server_id, int):
-            log.warning("%sSubscribe refused: %.200s; polling instead", wanted.kind, received.get("error"))
+            log.warning("%sSubscribe refused: %.200s; polling instead", kind, received.get("error"))
+            return
+        if wanted is None:
+            # Given up before it stood. Endpoints bound the number of subscriptions of a connection.
+            self._end(kind, server_id)
             return
         wanted.server_id = server_id
         self._by_server_id[server_id] = handle

@@ -28,7 +28,7 @@ from solders.transaction import Transaction
 
 from coordinator.failures import TransactionFailed, failure, refused
 from coordinator.fees import PriorityFees
-from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable
+from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable, integer
 from coordinator.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)
@@ -299,7 +299,9 @@ class Sender:
             return await self._rpc.ask(method, [[str(signature)]], _first_status)
 
     async def _check_expiry(self, signed: _Signed) -> None:
-        slot, height = await self._rpc.ask("getEpochInfo", [{"commitment": self._commitment}], _slot_and_height)
+        # Never by a processed block: it may be of a fork that dies, and on the one that lives the transaction can land.
+        level = "confirmed" if self._commitment == "processed" else self._commitment
+        slot, height = await self._rpc.ask("getEpochInfo", [{"commitment": level}], _slot_and_height)
         if height <= signed.last_valid_height:
             return
         # It may have landed between the two looks, and now it cannot any more. The second look may be at another
@@ -336,21 +338,21 @@ def _encoded(signed: _Signed) -> str:
 
 def _blockhash(answer: Json) -> tuple[Hash, int]:
     try:
-        return Hash.from_string(answer["value"]["blockhash"]), int(answer["value"]["lastValidBlockHeight"])
+        return Hash.from_string(answer["value"]["blockhash"]), integer(answer["value"]["lastValidBlockHeight"])
     except (TypeError, KeyError, ValueError) as error:
         raise Unusable("the answer has no blockhash") from error
 
 
 def _first_status(answer: Json) -> tuple[int, dict[str, Json] | None]:
     try:
-        slot, status = int(answer["context"]["slot"]), answer["value"][0]
-    except (TypeError, KeyError, IndexError, ValueError) as error:
+        slot, status = integer(answer["context"]["slot"]), answer["value"][0]
+    except (TypeError, KeyError, IndexError) as error:
         raise Unusable("the answer has no status") from error
     return slot, status if isinstance(status, dict) else None
 
 
 def _slot_and_height(answer: Json) -> tuple[int, int]:
     try:
-        return int(answer["absoluteSlot"]), int(answer["blockHeight"])
-    except (TypeError, KeyError, ValueError) as error:
+        return integer(answer["absoluteSlot"]), integer(answer["blockHeight"])
+    except (TypeError, KeyError) as error:
         raise Unusable("the answer has no slot and height") from error

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse
+from coordinator.client import ChainError, CoordinatorClient, ProgramError, Pulse
 from coordinator.state import InclusionSet, MemberStatus, Phase, Run
 from psyche_node.faults import Faults
 from psyche_node.ipc import Endpoint, Ok, RemoteFailure
@@ -237,7 +237,7 @@ class RoundLoop:
         self._sent.add(number)
         try:
             await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
-        except (ProgramError, ChainUnavailable) as error:
+        except ChainError as error:
             log.warning("round %d: the commitment came too late or was refused: %s", number, error)
             self._journal.write("late", round=number, reason=str(error))
             self._share.missed()
@@ -295,7 +295,7 @@ class RoundLoop:
         reply = await self._trainer.call(Root(), RootIs)
         try:
             await self._chain.ready(bytes.fromhex(reply.model_root))
-        except (ProgramError, ChainUnavailable) as error:
+        except ChainError as error:
             log.warning("not ready for the next epoch, this node only follows: %s", error)
 
     async def _checkpoint(self, run: Run) -> None:
@@ -306,8 +306,10 @@ class RoundLoop:
         if run.phase is Phase.COOLDOWN:
             try:
                 await self._chain.checkpoint(run.round, bytes.fromhex(reply.model_root))
-            except (ProgramError, ChainUnavailable) as error:
+            except ProgramError as error:
                 log.info("checkpoint of round %d: %s", run.round, error)
+            except ChainError as error:
+                log.warning("checkpoint of round %d not reported, the others may do: %s", run.round, error)
         folder = self._folder / "checkpoint"
         try:
             await self._trainer.call(Save(folder=str(folder), round=run.round), Ok)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from typing import Final
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError
+from coordinator.client import ChainError, CoordinatorClient
 from coordinator.layout import MAX_SHARE
 
 log = logging.getLogger(__name__)
@@ -36,8 +36,8 @@ class Share:
             return
         try:
             await self._chain.set_share(wanted)
-        except (ProgramError, ChainUnavailable) as error:
-            log.info("share of the batch left as it is: %s", error)
+        except ChainError as error:
+            log.warning("share of the batch left as it is: %s", error)
             return
         log.info("share of the batch: %d, was %s", wanted, self._sent or "not measured")
         self._sent = wanted

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse, TransactionFailed
+from coordinator.client import ChainError, CoordinatorClient, ProgramError, Pulse
 from coordinator.pulses import Delay
 from coordinator.state import Phase
 from psyche_node.node.view import ChainView
@@ -26,7 +26,7 @@ async def keep_ticking(chain: CoordinatorClient, view: ChainView, delay: Delay) 
             await chain.tick()
         except ProgramError as error:
             log.debug("tick in %s of round %d: %s", pulse.run.phase.name, pulse.run.round, error)
-        except (ChainUnavailable, TransactionFailed) as error:
+        except ChainError as error:
             log.warning("tick not sent, another node may: %s", error)
         # What arrived while the tick was on its way may be older than its effect.
         await view.next()

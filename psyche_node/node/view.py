@@ -7,7 +7,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
+from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse, RpcError
 from coordinator.pulses import Delay
 from psyche_node.node.changes import Changes
 
@@ -51,14 +51,14 @@ class ChainView:
     async def read(self, what: Callable[[], Awaitable[T]]) -> T:
         """Return what ``what`` reads from the chain, however long the chain is away.
 
-        Each new attempt waits for a state to arrive, which is when the chain is back. Raises ChainUnavailable if
-        ``what`` still fails after an hour.
+        Each new attempt waits for a state to arrive, which is when the chain is back. Raises ChainUnavailable or
+        RpcError if ``what`` still fails after an hour.
         """
         give_up = asyncio.get_running_loop().time() + OUTAGE_SECONDS
         while True:
             try:
                 return await what()
-            except ChainUnavailable as error:
+            except (ChainUnavailable, RpcError) as error:
                 if asyncio.get_running_loop().time() >= give_up:
                     raise
                 log.warning("not read, trying again when the chain is back: %s", error)

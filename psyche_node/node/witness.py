@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, ProgramError, Pulse
+from coordinator.client import ChainError, ChainUnavailable, CoordinatorClient, ProgramError, Pulse, RpcError
 from coordinator.state import Phase, Round
 from coordinator.tables import RoundTables
 from psyche_node.node.changes import first
@@ -65,9 +65,13 @@ class Witness:
             log.info(
                 "attestation of round %d came too late (%s; the run is in round %d)", record.round, error, run.round
             )
-        except ChainUnavailable as error:
+        except (ChainUnavailable, RpcError) as error:
             log.warning("attestation of round %d not sent, trying again: %s", record.round, error)
             return False
+        except ChainError as error:
+            # A wallet that cannot pay, say: the same again would fail again, and the next round is another chance.
+            self._attested.add(record.round)
+            log.warning("round %d: not attested: %s", record.round, error)
         return True
 
     def _is_due(self, record: Round) -> bool:

@@ -13,8 +13,9 @@ import pytest
 from node_stage import ScriptedChain, child, run_async, settle, watching
 from node_values import TERMS, commitment, included, member_of, pulse_of, round_of
 
-from coordinator.client import ChainUnavailable, ProgramError
+from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
+from coordinator.failures import refused
 from coordinator.state import Commitment, Member, MemberStatus, Phase
 from psyche_node.faults import Faults
 from psyche_node.ipc import Message, Ok
@@ -328,6 +329,23 @@ def test_full_disk_at_a_checkpoint_costs_the_checkpoint_only(tmp_path: Path) -> 
             await it.see(Phase.COOLDOWN, 1, ["apply 0-", "root", "save 1"], sets=[included(0)])
             await it.see(Phase.ROUND_TRAIN, 1, ["train 1"], sets=[included(0)])
             assert "checkpoint" not in [line["kind"] for line in it.journal.read()]
+
+    run_async(test())
+
+
+@pytest.mark.parametrize("error", [refused("no lamports"), RpcError("getLatestBlockhash", -32000, "busy")])
+def test_wallet_or_endpoint_that_fails_costs_what_was_to_be_sent_only(tmp_path: Path, error: Exception) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors = {name: [error] for name in ("commit", "checkpoint", "ready")}
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            sets = [included(0, {0, 2})]
+            await it.see(Phase.COOLDOWN, 1, ["apply 0b", "root", "save 1"], sets=sets)
+            await it.see(Phase.WARMUP, 1, ["root"], sets=sets, epoch=1)
+            await it.see(Phase.ROUND_TRAIN, 1, ["train 1"], sets=sets, epoch=1)
+            assert [what[0] for what in it.chain.sent[:4]] == ["commit", "checkpoint", "ready", "commit"]
+            assert it.exchange.published == [1]
+            assert [line["round"] for line in it.journal.read() if line["kind"] == "late"] == [0]
 
     run_async(test())
 

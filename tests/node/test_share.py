@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import pytest
 from node_stage import ScriptedChain, run_async
 
-from coordinator.client import ChainUnavailable
+from coordinator.client import ChainUnavailable, RpcError
+from coordinator.failures import refused
 from psyche_node.node.share import Share
 
 
@@ -30,10 +32,13 @@ def test_a_share_is_the_measured_speed() -> None:
     run_async(test())
 
 
-def test_a_share_keeps_to_the_runs_bound_and_survives_a_refusal() -> None:
+@pytest.mark.parametrize(
+    "error", [ChainUnavailable("away"), refused("no lamports"), RpcError("getLatestBlockhash", -32000, "busy")]
+)
+def test_a_share_keeps_to_the_runs_bound_and_survives_a_refusal(error: Exception) -> None:
     async def test() -> None:
         chain = ScriptedChain()
-        chain.errors["set_share"] = [ChainUnavailable("away")]
+        chain.errors["set_share"] = [error]
         share = Share(chain)  # type: ignore[arg-type]
         await share.follow(tokens=10**9, seconds=0.0, most=500)
         await share.follow(tokens=10**9, seconds=0.0, most=500)

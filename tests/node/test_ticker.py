@@ -6,8 +6,9 @@ import pytest
 from node_stage import ScriptedChain, run_async, settle, watching
 from node_values import pulse_of
 
-from coordinator.client import ChainUnavailable, ProgramError
+from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
+from coordinator.failures import refused
 from coordinator.layout import UNKNOWN_SLOT
 from coordinator.state import Phase
 from psyche_node.node.ticker import _my_turn, keep_ticking
@@ -46,7 +47,15 @@ def test_ticks_once_for_a_transition_and_ends_with_the_run() -> None:
     run_async(test())
 
 
-@pytest.mark.parametrize("error", [ProgramError(ErrorCode.NOT_DUE, ()), ChainUnavailable("away")])
+@pytest.mark.parametrize(
+    "error",
+    [
+        ProgramError(ErrorCode.NOT_DUE, ()),
+        ChainUnavailable("away"),
+        refused("no lamports"),
+        RpcError("getLatestBlockhash", -32000, "busy"),
+    ],
+)
 def test_tick_that_fails_is_tried_again_while_it_is_due(error: Exception) -> None:
     async def test() -> None:
         chain = ScriptedChain()

@@ -8,8 +8,9 @@ import pytest
 from node_stage import ScriptedChain, run_async, settle, watching
 from node_values import commitment, pulse_of, round_of
 
-from coordinator.client import ChainUnavailable, ProgramError
+from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
+from coordinator.failures import refused
 from coordinator.state import Commitment, Phase, Round
 from psyche_node.node.changes import Changes
 from psyche_node.node.view import ChainView
@@ -116,7 +117,13 @@ def test_attests_once_everything_is_validated_or_refused_and_not_again() -> None
 
 
 @pytest.mark.parametrize(
-    ("error", "attempts"), [(ChainUnavailable("away"), 2), (ProgramError(ErrorCode.ROUND_FINAL, ()), 1)]
+    ("error", "attempts"),
+    [
+        (ChainUnavailable("away"), 2),
+        (RpcError("getLatestBlockhash", -32000, "busy"), 2),
+        (ProgramError(ErrorCode.ROUND_FINAL, ()), 1),
+        (refused("no lamports"), 1),
+    ],
 )
 def test_attestation_is_sent_again_when_the_chain_is_back_and_only_then(error: Exception, attempts: int) -> None:
     async def test() -> None:

@@ -289,6 +289,69 @@ def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
     asyncio.run(asyncio.wait_for(run(), 60))
 
 
+def test_watch_counts_only_answers_that_the_run_is_gone(
+    ledger: Ledger, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each other failure starts the count anew, and a refusal by the endpoint ends nothing."""
+    monkeypatch.setattr("coordinator.pulses._GONE_PAUSE", 0.01)
+    monkeypatch.setattr("coordinator.pulses._LONGEST_PAUSE", 0.01)
+    # A call is too impatient for a second attempt, so that each answer is one look.
+    monkeypatch.setattr("coordinator.rpc._FIRST_PAUSE", 1.0)
+
+    async def run() -> None:
+        trouble: list[str] = []
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            if request["method"] != "getMultipleAccounts" or not trouble:
+                return None
+            match trouble.pop(0):
+                case "gone":
+                    slot = request["params"][1]["minContextSlot"]
+                    return result(request, {"context": {"slot": slot}, "value": [None, None]})
+                case "refused":
+                    return failure(request, -32000, "busy")
+            return 503, b"", ""
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run, patience=0.7) as client,
+        ):
+            pulses = client.watch()
+            await anext(pulses)
+            trouble += ["away", "refused", "refused", "gone", "gone", "refused", "gone", "gone"]
+            await anext(pulses)
+            assert not trouble
+            trouble += ["gone"] * 3
+            with pytest.raises(RunNotFound):
+                await anext(pulses)
+            await pulses.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_one_bad_answer_about_a_part_of_the_run_is_no_proof_that_it_is_gone(ledger: Ledger, program: Program) -> None:
+    async def run() -> None:
+        missing = True
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            if request["method"] == "getAccountInfo" and missing:
+                return result(request, {"context": {"slot": 2**40}, "value": None})
+            return None
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            CoordinatorClient([front], owner.program_id, owner.addresses, None) as client,
+        ):
+            with pytest.raises(ChainUnavailable, match="another RPC endpoint"):
+                await client.members()
+            client.rpc.seen_slot, missing = 0, False
+            assert await client.members() == ()
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
 def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program) -> None:
     async def run() -> None:
         sizes: list[int] = []

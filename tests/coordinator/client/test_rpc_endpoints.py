@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import time
 from datetime import UTC, datetime, timedelta
@@ -154,6 +155,94 @@ def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+@pytest.mark.parametrize("alone", [True, False])
+def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool) -> None:
+    """Also where it answers probes well, as one does that lacks an index or serves another chain."""
+    asked: list[float] = []
+
+    async def nonsense(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        if request["method"] == "getSlot":
+            return result(request, 1)
+        asked.append(time.monotonic())
+        return result(request, "nonsense")
+
+    def read(answer: Any) -> str:
+        if answer == "nonsense":
+            raise Unusable("no use")
+        return str(answer)
+
+    async def run() -> None:
+        async with endpoint(nonsense) as one, endpoint(good) as two:
+            rpc = Endpoints([one] if alone else [one, two], patience=4.0)
+            if alone:
+                with pytest.raises(ChainUnavailable, match="no use"):
+                    await rpc.ask("getHealth", [], read)
+            else:
+                while len(asked) < 4:
+                    assert await rpc.ask("getHealth", [], read) == "fine"
+                    await asyncio.sleep(0.01)
+            assert rpc._endpoints[0].failures == len(asked)
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 30))
+    pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
+    assert len(pauses) >= 3
+    # 0.2 s, doubled each time, a quarter more or less.
+    assert all(pause >= 0.15 * 2**number for number, pause in enumerate(pauses))
+
+
+def test_an_endpoint_whose_answers_are_of_use_again_is_preferred_again() -> None:
+    useful = False
+
+    async def first(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return result(request, 1 if request["method"] == "getSlot" else "first" if useful else 0)
+
+    def read(answer: Any) -> str:
+        if not isinstance(answer, str):
+            raise Unusable("no use")
+        return answer
+
+    async def run() -> None:
+        nonlocal useful
+        async with endpoint(first) as one, endpoint(good) as two:
+            rpc = Endpoints([one, two])
+            assert await rpc.ask("getHealth", [], read) == "fine"
+            useful = True
+            while await rpc.ask("getHealth", [], read) != "first":
+                await asyncio.sleep(0.01)
+            assert rpc._endpoints[0].failures == 0
+            await rpc.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
+def test_what_is_sent_many_ways_leaves_alone_who_asks_for_it() -> None:
+    calls = {"first": 0, "second": 0}
+
+    async def first(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        calls["first"] += 1
+        return 429, b"", "retry-after: 20\r\n"
+
+    async def second(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        calls["second"] += 1
+        return result(request, 1)
+
+    async def run() -> None:
+        async with endpoint(first) as one, endpoint(second) as two:
+            rpc = Endpoints([one, two])
+            for _ in range(3):
+                await rpc.spread("sendTransaction", [])
+            assert calls == {"first": 1, "second": 3}
+            await rpc.close()
+            alone = Endpoints([one])
+            for _ in range(3):
+                await alone.spread("sendTransaction", [])
+            assert calls["first"] == 2
+            await alone.close()
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is tried again by a probe beside the calls, which is what hangs then, and what finds it well again."""
     monkeypatch.setattr(rpc_module, "_IMPATIENT_SECONDS", 0.3)
@@ -209,6 +298,7 @@ def test_calls_that_fail_together_are_one_failure() -> None:
         ("soon", None, None),
         (format_datetime(datetime.now(UTC) + timedelta(hours=9), usegmt=True), 3600, 9 * 3600),
         ("Wed, 21 Oct 2015 07:28:00 GMT", 0.0, 0.0),
+        ("Wed, 21 Oct 99999999999999999999 07:28:00 GMT", None, None),
     ],
 )
 def test_how_long_an_endpoint_asks_to_be_left_alone(header: str | None, least: float | None, most: float) -> None:

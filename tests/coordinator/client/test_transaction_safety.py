@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import math
 from typing import Any
 
 import pytest
@@ -15,9 +16,12 @@ from solders.pubkey import Pubkey
 from solders.system_program import TransferParams, transfer
 from solders.transaction import Transaction
 
+from coordinator import transactions
+from coordinator.addresses import run_addresses
 from coordinator.chain import Chain, TransactionFailed
 from coordinator.fees import PriorityFees
-from coordinator.rpc import Endpoints
+from coordinator.pulses import Pulses
+from coordinator.rpc import Endpoints, Unusable
 
 Request = dict[str, Any]
 Answer = tuple[int, bytes, str] | None
@@ -49,6 +53,28 @@ def test_an_endpoint_that_is_behind_cannot_make_a_payment_happen_twice(fast_ledg
             # The port next to it has no WebSocket: there is no push to tell that it has landed.
             await _pays_once(fast_ledger, [front])
         assert stale == 12
+
+    asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_fork_that_dies_cannot_make_a_payment_happen_twice(ledger: Ledger) -> None:
+    """Its processed blocks are beyond the blockhash's last, and it does not have the transaction; another fork does."""
+
+    async def run() -> None:
+        looks = 0
+
+        async def change(request: Request) -> Answer:
+            nonlocal looks
+            if request["method"] == "getEpochInfo" and request["params"][0]["commitment"] == "processed":
+                return result(request, {"absoluteSlot": 2**40, "blockHeight": 2**40})
+            if request["method"] == "getSignatureStatuses" and looks < 6:
+                looks += 1
+                return result(request, {"context": {"slot": 2**40}, "value": [None]})
+            return None
+
+        async with endpoint(forwarding(ledger.rpc, change)) as front:
+            await _pays_once(ledger, [front], commitment="processed")
+        assert looks == 6
 
     asyncio.run(asyncio.wait_for(run(), 60))
 
@@ -152,6 +178,26 @@ def test_an_answer_older_than_what_was_seen_is_not_believed(ledger: Ledger) -> N
             assert await chain.balance(payer.pubkey()) == SOL
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+@pytest.mark.parametrize("number", [math.inf, math.nan, -1, True, 1.5, "7", [], None, 2**64])
+def test_numbers_that_are_none_make_an_answer_unusable(number: Any) -> None:
+    """JSON has 1e999, which no int holds; the next endpoint is asked, and no task ends."""
+    with pytest.raises(Unusable):
+        transactions._blockhash({"value": {"blockhash": "1" * 32, "lastValidBlockHeight": number}})
+    with pytest.raises(Unusable):
+        transactions._first_status({"context": {"slot": number}, "value": [None]})
+    with pytest.raises(Unusable):
+        transactions._slot_and_height({"absoluteSlot": number, "blockHeight": 1})
+    with pytest.raises(Unusable):
+        transactions._slot_and_height({"absoluteSlot": 1, "blockHeight": number})
+
+
+@pytest.mark.parametrize("slot", [math.inf, math.nan, 10**30, None, "7"])
+def test_a_push_that_makes_no_sense_is_a_reason_to_look(slot: Any) -> None:
+    pulses = Pulses(Chain(["http://127.0.0.1:9"]), run_addresses(Pubkey.default(), Pubkey.default(), "x"))
+    value = {"context": {"slot": slot}, "value": {"data": [base64.b64encode(bytes(8)).decode(), "base64"]}}
+    assert pulses._is_urgent(value, None)  # type: ignore[arg-type]
 
 
 # ---------------------------------------------------------------------- fees

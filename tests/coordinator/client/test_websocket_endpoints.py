@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
+from typing import Any
 
 import pytest
 from runs import TERMS, close, joined, limits, take_part
 from solders.keypair import Keypair
+from websockets.asyncio.server import ServerConnection, serve
 
 from coordinator import pulses, subscriptions
 from coordinator.client import CoordinatorClient
@@ -81,9 +84,54 @@ def test_a_websocket_that_says_nothing_is_given_up(
     assert "a change of the run was not pushed" in caplog.text
 
 
+def test_a_subscription_given_up_before_it_stands_is_ended_at_the_endpoint() -> None:
+    async def run() -> None:
+        asked: list[dict[str, Any]] = []
+        arrived, given_up, ended = asyncio.Event(), asyncio.Event(), asyncio.Event()
+
+        async def confirm_late(socket: ServerConnection) -> None:
+            async for message in socket:
+                request = json.loads(message)
+                asked.append(request)
+                if request["method"] == "signatureSubscribe":
+                    arrived.set()
+                    await given_up.wait()
+                    await socket.send(json.dumps({"jsonrpc": "2.0", "id": request["id"], "result": 77}))
+                else:
+                    ended.set()
+
+        async with serve(confirm_late, "127.0.0.1", 0) as server:
+            port = server.sockets[0].getsockname()[1]
+            client = Subscriptions([f"http://127.0.0.1:{port - 1}"])
+            pushes: list[object] = []
+            handle = client.subscribe("signature", ["x"], pushes.append)
+            await arrived.wait()
+            client.unsubscribe(handle)
+            given_up.set()
+            await ended.wait()
+            await client.close()
+        assert [(one["method"], one["params"]) for one in asked] == [
+            ("signatureSubscribe", ["x"]),
+            ("signatureUnsubscribe", [77]),
+        ]
+        assert pushes == []
+
+    asyncio.run(asyncio.wait_for(run(), 20))
+
+
 def test_messages_that_make_no_sense_end_the_connection_and_nothing_else() -> None:
     client = Subscriptions(["http://127.0.0.1:9"])
-    for message in ("[]", "7", '{"id":5}', '{"params":7}', '{"params":{"subscription":[]}}', '{"id":1,"result":{}}'):
+    for message in (
+        "[]",
+        "7",
+        '{"id":5}',
+        '{"id":[]}',
+        '{"id":{}}',
+        '{"id":1e999}',
+        '{"params":7}',
+        '{"params":{"subscription":[]}}',
+        '{"id":1,"result":{}}',
+    ):
         client._read(message)
     for message in ("{", "[" * 5000, b"\xff"):
         with pytest.raises(ValueError, match=r"."):
