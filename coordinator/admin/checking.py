@@ -12,7 +12,7 @@ from coordinator.addresses import run_addresses
 from coordinator.admin.exporting import Past, event_line, lines_of, most_tokens
 from coordinator.admin.record import InvalidRecord, Line, Record
 from coordinator.admin.replay import Archived, Replay
-from coordinator.history import Happening
+from coordinator.history import Happening, HistoryIncomplete
 from coordinator.values import Phase
 
 _ORDER: Final = ("run", "event", "member", "receipt", "state")
@@ -178,11 +178,15 @@ def _check_credit(replay: Replay, members: list[Line], receipts: list[Line], sta
             _refuse(state, f"{what}: the account has {found}, the events make {told}")
 
 
-def compare_events(record: Record, history: Sequence[Happening], genesis: str) -> int:
+def compare_events(record: Record, history: Sequence[Happening], gap: HistoryIncomplete | None, genesis: str) -> int:
     """Compare with the events that the chain has under the run's address; how many have happened since.
+
+    Args:
+        history, gap: what `happenings` gives.
 
     Raises:
         InvalidRecord: the chain says otherwise.
+        HistoryIncomplete: the endpoint does not reach back to where the record begins.
     """
     header = record.lines[0]
     if header["genesis_hash"] != genesis:
@@ -192,13 +196,28 @@ def compare_events(record: Record, history: Sequence[Happening], genesis: str) -
         return len(history)
     # An earlier run of this name, since closed, has the same address: begin where the record does.
     begins = [index for index, one in enumerate(history) if one.signature == told[0]["signature"]]
-    known = [event_line(one) for one in history[begins[0] :]] if begins else []
+    if not begins:
+        _refuse_unless_forgotten(told[0], history, gap)
+    known = [event_line(one) for one in history[begins[0] :]]
     for line, there in zip(told, known, strict=False):
         if line.value != there:
             _refuse(line, f"the chain has {there['name']} of transaction {there['signature']} here, with other values")
     if len(told) > len(known):
         _refuse(told[len(known)], "the chain does not have this event")
     return len(known) - len(told)
+
+
+def _refuse_unless_forgotten(first: Line, history: Sequence[Happening], gap: HistoryIncomplete | None) -> NoReturn:
+    """The record's first event is not in the history. Raises HistoryIncomplete if it might have been, else
+    InvalidRecord."""
+    slot = first.integer("slot")
+    if gap is None and history and history[0].slot <= slot:
+        _refuse(first, "the chain does not have this event")
+    since = f"only what happened from slot {history[0].slot} on" if history else "nothing of it"
+    raise HistoryIncomplete(
+        f"the record begins in slot {slot}, of its run the endpoint has {since}{f': {gap}' if gap else ''}; whether "
+        "the chain says the same can only be told by an endpoint that reaches back so far"
+    )
 
 
 def compare_accounts(record: Record, past: Past, run: Pubkey, program: Pubkey, genesis: str) -> None:

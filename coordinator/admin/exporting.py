@@ -8,8 +8,6 @@ from typing import Any, Final
 
 from solders.pubkey import Pubkey
 
-from coordinator.admin.exits import AdminExit
-from coordinator.admin.failures import AdminError
 from coordinator.admin.record import FORMAT, Line
 from coordinator.admin.replay import Replay
 from coordinator.chain import ChainUnavailable
@@ -22,12 +20,6 @@ from coordinator.state import Member, Receipt, decode_receipt
 # Until nothing happened between the two looks at a run that goes on.
 _ATTEMPTS: Final = 50
 _FIRST: Final = "RunCreated"
-
-
-class IncompleteRecord(AdminError):
-    """The endpoint does not have all of the run's history."""
-
-    status = AdminExit.HISTORY_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,7 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         partial: take what the endpoint has if it does not reach back to the run's beginning.
 
     Raises:
-        IncompleteRecord: it does not, or a transaction is missing on the way.
+        HistoryIncomplete: it does not, or a transaction is missing on the way.
         ChainUnavailable: the run changes so fast that no consistent view was had.
     """
     run = client.addresses.run
@@ -76,14 +68,14 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         raise ChainUnavailable(
             f"the run changed during {_ATTEMPTS} readings; try again, use a faster endpoint, or pause the run"
         )
-    try:
-        events = await happenings(client, client.program_id, run, [name for name, succeeded in signatures if succeeded])
-    except HistoryIncomplete as error:
-        raise IncompleteRecord(str(error)) from error
+    names = [name for name, succeeded in signatures if succeeded]
+    events, gap = await happenings(client, client.program_id, run, names)
     births = [index for index, one in enumerate(events) if one.event.name == _FIRST]
     past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
     if not past.complete and not partial:
-        raise IncompleteRecord(
+        if gap is not None and not births:
+            raise HistoryIncomplete(f"{gap}; use another endpoint, or --partial for what happened since")
+        raise HistoryIncomplete(
             f"the endpoint's history of run {run} does not have every round's start; use an endpoint that has all of "
             "it, or, also for a run that version 1 of the program began, give --partial"
         )
