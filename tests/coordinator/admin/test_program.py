@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from admin_harness import admin, admin_json
 from ledger_process import Ledger
+from solders.keypair import Keypair
 
 from coordinator.program import program_bytes
 from coordinator.wallet import load_keypair
@@ -64,7 +65,9 @@ def test_what_cannot_be_deployed(ledger: Ledger, wallet: Path, tmp_path: Path) -
     assert "cannot be read" in admin("program", "deploy", "/none.so", *paid, status=13)
     text = tmp_path / "text.so"
     text.write_text("#!/bin/sh")
-    assert "not a Solana program" in admin("program", "deploy", text, *paid, status=81)
+    assert "not a Solana program" in admin("program", "deploy", text, *paid, status=10)
+    assert not wallet.with_name("owner.program.json").exists(), "no key is made for it"
+    assert "not a Solana program" in admin("program", "verify", Keypair().pubkey(), text, *paid[2:], status=10)
     poor = tmp_path / "poor.json"
     admin("keys", "new", poor)
     admin("ledger", "airdrop", poor, "0.01", "--rpc", ledger.rpc)

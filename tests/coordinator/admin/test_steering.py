@@ -85,6 +85,9 @@ def test_an_owner_changes_and_ends_a_run(
     assert admin_json(*show)["limits"]["batch"] == 8
     done = admin_json(*set_)
     assert done["lamports"] == planned["lamports"] == 5000
+    # no round is open, so the limits hold at once
+    assert "max_members: 5 -> 6, now" in admin("run", "set", run, "max_members=6", *set_[-4:])
+    admin("run", "set", run, "max_members=5", *set_[-4:])
     assert done["changed"]["batch"] == [8, 16]
     assert done["changed"]["terms.peak_lr"] == [pytest.approx(1e-3), 0.5]
     shown = admin_json(*show)
@@ -98,6 +101,12 @@ def test_an_owner_changes_and_ends_a_run(
         ("reward_rate=-1", "reward_rate"),
         ("join_authority=nobody", "join_authority"),
         ("batch", "must look like"),
+        ("limits=5", "limits=5 must name a setting"),
+        ("terms=3", "terms=3 must name a setting"),
+        ("batch=16", "nothing changes: the run has batch=16 already"),
+        ("reward_rate=1000", "nothing changes"),
+        ("terms.peak_lr=0.5", "nothing changes"),
+        ("join_authority=anyone", "nothing changes"),
     ):
         assert message in admin("run", "set", run, wrong, "--payer", wallet, "--rpc", ledger.rpc, status=10)
     data = f"terms.data_manifest={'22' * 32}"
