@@ -173,12 +173,13 @@ def show_idl(
         str | None, typer.Argument(help="Address of the program, to be written into it; or its key file.")
     ] = None,
     old: Annotated[bool, typer.Option("--legacy", help="The format before Anchor 0.30, as anchorpy reads it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it in one line; it is JSON either way.")] = False,
 ) -> None:
     """Print the program's interface description, for Anchor clients and explorers."""
 
     async def act() -> None:
         address = str(address_of(program, "the program")) if program else NO_ADDRESS
-        print(json.dumps(legacy(address) if old else modern(address), indent=1))
+        print(json.dumps(legacy(address) if old else modern(address), indent=None if as_json else 1))
 
     go(act())
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
@@ -89,3 +90,12 @@ def test_a_confirmation_is_asked_for_at_a_terminal(
         output.confirm("It is lost.", yes=False)
     output.confirm("It is lost.", yes=False)
     output.confirm("It is lost.", yes=True)
+
+
+@pytest.mark.parametrize("more", [(), ("--legacy",)])
+def test_an_idl_in_one_line(more: tuple[str, ...]) -> None:
+    program = Keypair().pubkey()
+    text = admin("program", "idl", program, *more, "--json")
+    assert text.count("\n") == 1
+    assert json.loads(text) == json.loads(admin("program", "idl", program, *more))
+    assert str(program) in text

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions as ix
 from coordinator.addresses import run_addresses
+from coordinator.admin.changes import change_of
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
-from coordinator.state import MemberStatus, Phase
+from coordinator.state import MemberStatus, Phase, Run
 from coordinator.wallet import load_keypair
 
 
@@ -348,11 +350,25 @@ def test_a_live_run_moves_to_the_next_version(ledger: Ledger, wallet: Path, root
 
     asyncio.run(connect())
     assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
-    assert "UNKNOWN_INSTRUCTION" in admin("run", "migrate", run, *paid, status=22)
+    assert "UNKNOWN_INSTRUCTION" in admin("run", "migrate", run, *paid, "--yes", status=22)
     admin("program", "upgrade", program, *paid, "--yes")
     planned = admin_json("run", "migrate", run, *paid, "--dry-run")
     assert planned["lamports"] == 5000
-    admin("run", "migrate", run, *paid)
+    assert "cannot read them" in admin("run", "migrate", run, *paid, status=80)
+    assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
+    admin("run", "migrate", run, *paid, "--yes")
     shown = admin_json("run", "show", run, *rpc)
     assert (shown["run_id"], shown["state"], shown["terms"]["samples"]) == ("old", "WAITING_FOR_MEMBERS", TERMS.samples)
     assert "no run at" in admin("run", "migrate", owner.pubkey(), *paid, status=84)
+
+
+def test_limits_hold_at_once_unless_a_round_is_open(run: dict[str, Any], ledger: Ledger) -> None:
+    async def read() -> Run:
+        async with await CoordinatorClient.open([ledger.rpc], run["address"]) as client:
+            return (await client.pulse()).run
+
+    now = asyncio.run(read())
+    for phase in Phase:
+        (text,) = change_of(replace(now, phase=phase, next_limits=None), ["batch=7"]).text(replace(now, phase=phase))
+        open_ = phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+        assert text == f"batch: 8 -> 7, {'from the next round on' if open_ else 'now'}"
