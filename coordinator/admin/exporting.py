@@ -8,14 +8,14 @@ from typing import Any, Final
 
 from solders.pubkey import Pubkey
 
+from coordinator.admin.grants_and_receipts import receipts_of
 from coordinator.admin.record import FORMAT, Line
 from coordinator.admin.replay import Replay
 from coordinator.chain import ChainUnavailable
 from coordinator.client import CoordinatorClient
 from coordinator.history import Happening, HistoryIncomplete, happenings, signatures_of
-from coordinator.layout import RECEIPT, RECEIPT_MARK, RECEIPT_SIZE
 from coordinator.snapshot import Snapshot, take_snapshot
-from coordinator.state import Member, Receipt, decode_receipt
+from coordinator.state import Member, Receipt
 
 # Until nothing happened between the two looks at a run that goes on.
 _ATTEMPTS: Final = 50
@@ -71,7 +71,9 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
     names = [name for name, succeeded in signatures if succeeded]
     events, gap = await happenings(client, client.program_id, run, names)
     births = [index for index, one in enumerate(events) if one.event.name == _FIRST]
-    past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
+    receipts = await receipts_of(client, client.program_id, run, before.run.created_slot)
+    own = tuple(receipt for _, receipt in receipts)
+    past = Past(before, own, tuple(events[births[-1] if births else 0 :]))
     if not past.complete and not partial:
         if gap is not None and not births:
             raise HistoryIncomplete(f"{gap}; use another endpoint, or --partial for what happened since")
@@ -84,18 +86,6 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
 
 def _last(signatures: list[tuple[str, bool]]) -> str | None:
     return signatures[-1][0] if signatures else None
-
-
-async def _receipts(client: CoordinatorClient, now: Snapshot) -> tuple[Receipt, ...]:
-    """Those of this run, not of an earlier one of its name."""
-    found = await client.program_accounts(client.program_id, RECEIPT_MARK, (0, RECEIPT_SIZE))
-    receipts = [
-        decode_receipt(account.data)
-        for _, account in found
-        if len(account.data) == RECEIPT_SIZE and RECEIPT.get(account.data, "run_slot") == now.run.created_slot
-    ]
-    own = (one for one in receipts if one.run == client.addresses.run)
-    return tuple(sorted(own, key=lambda one: (one.archived_slot, str(one.wallet))))
 
 
 def lines_of(past: Past, run: Pubkey, program: Pubkey, genesis: str) -> list[dict[str, Any]]:
