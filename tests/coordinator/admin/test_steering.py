@@ -287,6 +287,12 @@ def test_members_claim_share_archive_and_restore(
     assert shown["credit"]["total"] == shown["tokens"] == gone["credit"]["total"]
     assert "empty already" in admin(*archive, status=10)
 
+    def export(name: str) -> None:
+        record = tmp_path / f"{name}.jsonl"
+        admin("run", "export", run, "--out", record, "--wallet", wallet, *rpc)
+        assert "the chain says the same" in admin("run", "verify", record, *rpc)
+
+    export("archived")
     restore = ("member", "restore", run, "--payer", paths[2], *rpc)
     assert "NOT_A_MEMBER" in admin(*restore, status=22)
     claimed = admin_json("member", "claim", run, "--payer", paths[2], *rpc)
@@ -301,9 +307,11 @@ def test_members_claim_share_archive_and_restore(
     assert restored["lamports"] == 5000, "the deposit goes back to who paid it"
     assert admin_json("run", "show", run, *rpc)["credit"]["archived"] == 0
     assert "no receipts" in admin(*restore, status=10)
-    record = tmp_path / "record.jsonl"
-    admin("run", "export", run, "--out", record, "--wallet", wallet, *rpc)
-    assert "the chain says the same" in admin("run", "verify", record, *rpc)
+    export("restored")
+    # the same model again, then other data: positions go on, and begin again
+    for number, change in enumerate(("terms.peak_lr=0.5", f"terms.data_manifest={'22' * 32}")):
+        admin("run", "set", run, change, "--payer", wallet, *rpc, "--yes")
+        export(f"changed-{number}")
 
 
 async def play_on(nodes: list[CoordinatorClient], round: int, phase: Phase, done: set[tuple[str, int]]) -> None:
