@@ -20,7 +20,8 @@ from solders.pubkey import Pubkey
 from solders.system_program import CreateAccountParams, create_account
 from solders.sysvar import CLOCK, RENT
 
-from coordinator.chain import Chain, ChainError
+from coordinator.chain import Chain, ChainError, ChainUnavailable
+from coordinator.run_config import ConfigError
 
 log = logging.getLogger(__name__)
 
@@ -88,7 +89,8 @@ async def deploy(chain: Chain, payer: Keypair, program: Keypair, so: bytes) -> P
     fails, the deposit for the half-written buffer is taken back.
 
     Raises:
-        DeployError: `so` is no program, the address is taken, or another key may upgrade it.
+        ConfigError: `so` is no program.
+        DeployError: the address is taken, or another key may upgrade it.
         ChainError: a transaction failed or could not be confirmed.
     """
     check_program(so)
@@ -109,7 +111,8 @@ async def upgrade(chain: Chain, payer: Keypair, address: Pubkey, so: bytes) -> P
     """Make `so` the program at an address where there is one, or do nothing if these bytes are there already.
 
     Raises:
-        DeployError: there is no program, `so` is none, or `payer` is not its upgrade authority.
+        ConfigError: `so` is no program.
+        DeployError: there is no program at the address, or `payer` is not its upgrade authority.
         ChainError: a transaction failed or could not be confirmed.
     """
     check_program(so)
@@ -138,9 +141,9 @@ async def upgrade(chain: Chain, payer: Keypair, address: Pubkey, so: bytes) -> P
 
 
 def check_program(so: bytes) -> None:
-    """Raises DeployError for bytes that cannot be a program."""
+    """Raises ConfigError for bytes that cannot be a program."""
     if so[:4] != b"\x7fELF" or len(so) > _MAX_PROGRAM_BYTES:
-        raise DeployError(f"these {len(so)} bytes are not a Solana program (an ELF file of up to {_MAX_PROGRAM_BYTES})")
+        raise ConfigError(f"these {len(so)} bytes are not a Solana program (an ELF file of up to {_MAX_PROGRAM_BYTES})")
 
 
 async def deploy_cost(chain: Chain, there: Deployed | None, so: bytes, fee: Callable[[int], int]) -> DeployCost:
@@ -219,9 +222,15 @@ async def _fill(chain: Chain, payer: Keypair, buffer: Keypair, so: bytes) -> Non
 async def _visible(chain: Chain, address: Pubkey, so: bytes) -> None:
     """Wait for the slot after the deployment, from which on the program can be called, and check what is there."""
     deployed = await chain.slot()
-    async with asyncio.timeout(_VISIBLE_SECONDS):
-        while await chain.slot() <= deployed:
-            await asyncio.sleep(0.05)
+    try:
+        async with asyncio.timeout(_VISIBLE_SECONDS):
+            while await chain.slot() <= deployed:
+                await asyncio.sleep(0.05)
+    except TimeoutError:
+        raise ChainUnavailable(
+            f"program {address} was sent, and in {_VISIBLE_SECONDS:.0f} s no slot has followed in which it can be "
+            "called; does the chain stand still? Look at it again"
+        ) from None
     there = await present(chain, address)
     if there is None or not there.is_(so):
         raise DeployError(f"program {address} was deployed, yet the endpoint shows other bytes; look at it again")

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from dataclasses import dataclass
 from typing import Any, Final
 
 from solders.pubkey import Pubkey
+from solders.transaction import VersionedTransaction
 
 from coordinator.chain import Chain, ChainError, ChainUnavailable
 from coordinator.events import Event, events_in
@@ -56,15 +58,18 @@ async def signatures_of(chain: Chain, address: Pubkey, until: str | None = None)
     return found
 
 
-async def happenings(chain: Chain, program: Pubkey, run: Pubkey, signatures: list[str]) -> list[Happening]:
-    """The run's events in these transactions, in their order.
+async def happenings(
+    chain: Chain, program: Pubkey, run: Pubkey, signatures: list[str]
+) -> tuple[list[Happening], HistoryIncomplete | None]:
+    """The run's events in these transactions, in their order, as far back as the endpoint has them: if a transaction or
+    a part of its log is no longer there, only the events behind the last such one, and what is wrong with it.
 
-    Raises:
-        HistoryIncomplete: a transaction, or a part of its log, is no longer there.
+    A transaction that does not call the program has no events, whatever has become of its log: anyone can name the
+    run's address in one and log more than the chain keeps.
     """
     room = asyncio.Semaphore(_IN_FLIGHT)
 
-    async def read(signature: str) -> list[Happening]:
+    async def read(signature: str) -> list[Happening] | HistoryIncomplete:
         async with room:
             return await _read(chain, program, run, signature)
 
@@ -73,19 +78,49 @@ async def happenings(chain: Chain, program: Pubkey, run: Pubkey, signatures: lis
             tasks = [group.create_task(read(signature)) for signature in signatures]
     except BaseExceptionGroup as failures:
         raise failures.exceptions[0] from None
-    return [one for task in tasks for one in task.result()]
+    found: list[Happening] = []
+    gap: HistoryIncomplete | None = None
+    for task in tasks:
+        events = task.result()
+        if isinstance(events, HistoryIncomplete):
+            found, gap = [], events
+        else:
+            found += events
+    return found, gap
 
 
-async def _read(chain: Chain, program: Pubkey, run: Pubkey, signature: str) -> list[Happening]:
+async def _read(chain: Chain, program: Pubkey, run: Pubkey, signature: str) -> list[Happening] | HistoryIncomplete:
     options = {"encoding": "base64", "commitment": "confirmed", "maxSupportedTransactionVersion": 0}
     found: Any = await chain.rpc.call("getTransaction", [signature, options])
     if found is None:
-        raise HistoryIncomplete(f"the endpoint no longer has transaction {signature} of run {run}")
+        return HistoryIncomplete(f"the endpoint no longer has transaction {signature} of run {run}")
     try:
-        slot, logs = int(found["slot"]), found["meta"]["logMessages"]
-    except (TypeError, KeyError, ValueError) as error:
+        slot, meta = int(found["slot"]), found["meta"]
+        logs = meta["logMessages"]
+        whole = isinstance(logs, list) and _TRUNCATED not in logs
+        if not whole and _may_call(program, found["transaction"][0], meta):
+            return HistoryIncomplete(f"the log of transaction {signature} of run {run} is cut off or missing")
+    except (AttributeError, TypeError, KeyError, ValueError, IndexError) as error:
         raise ChainUnavailable("getTransaction: the endpoint's answer does not have Solana's shape") from error
-    if not isinstance(logs, list) or _TRUNCATED in logs:
-        raise HistoryIncomplete(f"the log of transaction {signature} of run {run} is cut off or missing")
+    if not whole:
+        return []
     events = (event for event in events_in(map(str, logs), program) if event.run == run)
     return [Happening(slot, signature, index, event) for index, event in enumerate(events)]
+
+
+def _may_call(program: Pubkey, transaction: str, meta: Any) -> bool:
+    """Whether a transaction can have called a program: it names it and, where the endpoint lists calls, there is one.
+
+    Raises AttributeError, TypeError, KeyError, ValueError, IndexError for what does not have Solana's shape.
+    """
+    message = VersionedTransaction.from_bytes(base64.b64decode(transaction)).message
+    loaded = meta.get("loadedAddresses") or {}
+    keys = [*map(str, message.account_keys), *loaded.get("writable", []), *loaded.get("readonly", [])]
+    if str(program) not in keys:
+        return False
+    inner = meta.get("innerInstructions")
+    if inner is None:
+        return True
+    calls = [one.program_id_index for one in message.instructions]
+    calls += [one["programIdIndex"] for group in inner for one in group["instructions"]]
+    return any(keys[index] == str(program) for index in calls)

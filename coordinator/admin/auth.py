@@ -13,6 +13,7 @@ from solders.system_program import ID as SYSTEM_PROGRAM
 from coordinator import instructions as ix
 from coordinator.addresses import grant_address
 from coordinator.admin.acting import Act, acting
+from coordinator.admin.grants_and_receipts import grants_of
 from coordinator.admin.options import (
     RPC_DEFAULT,
     AsJson,
@@ -23,10 +24,10 @@ from coordinator.admin.options import (
 )
 from coordinator.admin.output import address_of, console
 from coordinator.admin.session import RunChoice, go
-from coordinator.chain import Account, Chain
-from coordinator.layout import GRANT, GRANT_MARK, GRANT_SIZE
+from coordinator.chain import Account
+from coordinator.layout import GRANT, GRANT_SIZE
 from coordinator.run_config import ConfigError
-from coordinator.state import Grant, MalformedAccount, decode_grant
+from coordinator.state import Grant
 
 app = typer.Typer(help="Who may join a run that has a join authority.", no_args_is_help=True)
 
@@ -129,19 +130,6 @@ def list_grants(
             console().print(_table(grants, authority))
 
     go(act())
-
-
-async def grants_of(chain: Chain, program: Pubkey, run: Pubkey, created_slot: int) -> list[tuple[Pubkey, Grant]]:
-    """The grants of a run, by age; those of an earlier run of its name, created in another slot, open nothing."""
-    found = []
-    for address, account in await chain.program_accounts(program, GRANT_MARK, (0, GRANT_SIZE)):
-        try:
-            grant = decode_grant(account.data)
-        except MalformedAccount:
-            continue  # another version's
-        if grant.run == run and GRANT.get(account.data, "run_slot") == created_slot:
-            found.append((address, grant))
-    return sorted(found, key=lambda one: (one[1].created_slot, str(one[0])))
 
 
 async def _refuse_taken(one: Act, address: Pubkey, there: Account, who: str) -> None:

@@ -10,7 +10,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.admin.output import address_of
 from coordinator.run_config import ConfigError, LimitSettings, TermSettings, parse_overrides, validated
-from coordinator.state import Limits, Run, Terms
+from coordinator.state import Limits, Phase, Run, Terms
 
 _ANYONE: Final = "anyone"
 _LAMPORTS_MOST: Final = 10_000_000_000
@@ -42,7 +42,7 @@ class Change:
 
     def text(self, run: Run) -> list[str]:
         """A line per change."""
-        return [f"{key}: {before} -> {after}, {_when(key)}" for key, (before, after) in self.to_json(run).items()]
+        return [f"{key}: {before} -> {after}, {_when(key, run)}" for key, (before, after) in self.to_json(run).items()]
 
     def caution(self, run: Run) -> str | None:
         """What cannot be undone: other data forgets which positions were trained, another model what was learned."""
@@ -66,8 +66,8 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
         ConfigError: for a key that is unknown, a value out of range, or nothing to change.
     """
     table = parse_overrides(texts)
-    limits: dict[str, Any] = {**table.pop("limits", {})}
-    terms = table.pop("terms", None)
+    limits: dict[str, Any] = _section(table, "limits") or {}
+    terms = _section(table, "terms")
     authority, rate = table.pop("join_authority", None), table.pop("reward_rate", None)
     limits |= table  # limits may be named without their section
     keys = tuple(text.partition("=")[0].strip() for text in texts)
@@ -85,13 +85,26 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     changed = None if new_limits is None else new_limits.on_chain()
     if changed is None and authority is not None:
         changed = _limits_of(run)
-    return Change(keys, changed, wanted, new_terms, rate)
+    change = Change(keys, changed, wanted, new_terms, rate)
+    if all(before == after for before, after in change.to_json(run).values()):
+        raise ConfigError(f"nothing changes: the run has {', '.join(texts)} already")
+    return change
 
 
-def _when(key: str) -> str:
+def _section(table: dict[str, Any], name: str) -> dict[str, Any] | None:
+    """Takes a section out of a table. Raises ConfigError for a value that has its name."""
+    section = table.pop(name, None)
+    if section is not None and not isinstance(section, dict):
+        raise ConfigError(f"{name}={section!r} must name a setting in its section, as {name}.KEY=VALUE")
+    return section
+
+
+def _when(key: str, run: Run) -> str:
     if key == "reward_rate":
         return "for credit from now on"
-    return "now" if key == "join_authority" or key.startswith("terms.") else "from the next round on"
+    if key == "join_authority" or key.startswith("terms."):
+        return "now"
+    return "from the next round on" if run.phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS) else "now"
 
 
 def _limits_of(run: Run) -> Limits:

@@ -90,7 +90,8 @@ class AdminExit(ExitCode):
     )
     HISTORY_INCOMPLETE = (
         83,
-        "The endpoint does not have the whole history of the run, so its record would have gaps.",
+        "The endpoint does not have the whole history of the run: a record made from it would have gaps, and one that "
+        "reaches further back cannot be compared with it.",
         "Use an archival RPC endpoint, or export with `--partial`: the record then says from where on it is complete.",
     )
     RUN_NOT_FOUND = (

@@ -8,26 +8,18 @@ from typing import Any, Final
 
 from solders.pubkey import Pubkey
 
-from coordinator.admin.exits import AdminExit
-from coordinator.admin.failures import AdminError
+from coordinator.admin.grants_and_receipts import receipts_of
 from coordinator.admin.record import FORMAT, Line
 from coordinator.admin.replay import Replay
 from coordinator.chain import ChainUnavailable
 from coordinator.client import CoordinatorClient
 from coordinator.history import Happening, HistoryIncomplete, happenings, signatures_of
-from coordinator.layout import RECEIPT, RECEIPT_MARK, RECEIPT_SIZE
 from coordinator.snapshot import Snapshot, take_snapshot
-from coordinator.state import Member, Receipt, decode_receipt
+from coordinator.state import Member, Receipt
 
 # Until nothing happened between the two looks at a run that goes on.
 _ATTEMPTS: Final = 50
 _FIRST: Final = "RunCreated"
-
-
-class IncompleteRecord(AdminError):
-    """The endpoint does not have all of the run's history."""
-
-    status = AdminExit.HISTORY_INCOMPLETE
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +51,7 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         partial: take what the endpoint has if it does not reach back to the run's beginning.
 
     Raises:
-        IncompleteRecord: it does not, or a transaction is missing on the way.
+        HistoryIncomplete: it does not, or a transaction is missing on the way.
         ChainUnavailable: the run changes so fast that no consistent view was had.
     """
     run = client.addresses.run
@@ -76,14 +68,16 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
         raise ChainUnavailable(
             f"the run changed during {_ATTEMPTS} readings; try again, use a faster endpoint, or pause the run"
         )
-    try:
-        events = await happenings(client, client.program_id, run, [name for name, succeeded in signatures if succeeded])
-    except HistoryIncomplete as error:
-        raise IncompleteRecord(str(error)) from error
+    names = [name for name, succeeded in signatures if succeeded]
+    events, gap = await happenings(client, client.program_id, run, names)
     births = [index for index, one in enumerate(events) if one.event.name == _FIRST]
-    past = Past(before, await _receipts(client, before), tuple(events[births[-1] if births else 0 :]))
+    receipts = await receipts_of(client, client.program_id, run, before.run.created_slot)
+    own = tuple(receipt for _, receipt in receipts)
+    past = Past(before, own, tuple(events[births[-1] if births else 0 :]))
     if not past.complete and not partial:
-        raise IncompleteRecord(
+        if gap is not None and not births:
+            raise HistoryIncomplete(f"{gap}; use another endpoint, or --partial for what happened since")
+        raise HistoryIncomplete(
             f"the endpoint's history of run {run} does not have every round's start; use an endpoint that has all of "
             "it, or, also for a run that version 1 of the program began, give --partial"
         )
@@ -92,18 +86,6 @@ async def read_past(client: CoordinatorClient, *, partial: bool) -> Past:
 
 def _last(signatures: list[tuple[str, bool]]) -> str | None:
     return signatures[-1][0] if signatures else None
-
-
-async def _receipts(client: CoordinatorClient, now: Snapshot) -> tuple[Receipt, ...]:
-    """Those of this run, not of an earlier one of its name."""
-    found = await client.program_accounts(client.program_id, RECEIPT_MARK, (0, RECEIPT_SIZE))
-    receipts = [
-        decode_receipt(account.data)
-        for _, account in found
-        if len(account.data) == RECEIPT_SIZE and RECEIPT.get(account.data, "run_slot") == now.run.created_slot
-    ]
-    own = (one for one in receipts if one.run == client.addresses.run)
-    return tuple(sorted(own, key=lambda one: (one.archived_slot, str(one.wallet))))
 
 
 def lines_of(past: Past, run: Pubkey, program: Pubkey, genesis: str) -> list[dict[str, Any]]:

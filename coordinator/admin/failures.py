@@ -8,6 +8,7 @@ from coordinator.admin.exits import AdminExit
 from coordinator.chain import ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
 from coordinator.client import RunExists, RunNotFound
 from coordinator.deploy import DeployError
+from coordinator.history import HistoryIncomplete
 from coordinator.rpc import BadUrl
 from coordinator.run_config import ConfigError
 from coordinator.state import MalformedAccount
@@ -50,6 +51,7 @@ _STATUS: Final[dict[type[Exception], AdminExit]] = {
     ProgramError: AdminExit.PROGRAM_REFUSED,
     TransactionFailed: AdminExit.TRANSACTION_FAILED,
     RpcError: AdminExit.RPC_REFUSED,
+    HistoryIncomplete: AdminExit.HISTORY_INCOMPLETE,
     ChainUnavailable: AdminExit.CHAIN_UNAVAILABLE,
     ChainError: AdminExit.TRANSACTION_FAILED,
 }

@@ -28,6 +28,9 @@ def airdrop(
     to: Annotated[str, typer.Argument(help="Address, or a wallet file.")],
     amount: Annotated[str, typer.Argument(help="SOL, up to 9 decimals.")] = "10",
     rpc: Rpc = RPC_DEFAULT,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say who would get how much, and ask the faucet for nothing.")
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Get SOL from the faucet of a test chain."""
@@ -36,6 +39,12 @@ def airdrop(
         address = address_of(to, "the receiver")
         lamports = lamports_of(amount)
         async with chain_at(rpc) as chain:
+            if dry_run:
+                expected = await chain.balance(address) + lamports
+                planned = {"address": str(address), "dry_run": True, "lamports": expected}
+                text = f"[bold]dry run[/bold]: nothing was asked for; {address} would have {sol(expected)} SOL"
+                show(planned, as_json, text)
+                return
             await chain.airdrop(address, lamports)
             balance = await chain.balance(address)
         result = {"address": str(address), "lamports": balance}

@@ -9,11 +9,11 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions as ix
 from coordinator.admin.acting import Act, acting
+from coordinator.admin.grants_and_receipts import receipts_of
 from coordinator.admin.output import sol
 from coordinator.client import CoordinatorClient
-from coordinator.layout import RECEIPT, RECEIPT_MARK, RECEIPT_SIZE
 from coordinator.run_config import ConfigError
-from coordinator.state import Member, Receipt, decode_receipt
+from coordinator.state import Member, Receipt
 
 app = typer.Typer(help="What a member's wallet does in a run besides training.", no_args_is_help=True)
 
@@ -103,12 +103,7 @@ def _own(members: tuple[Member, ...], wallet: Pubkey) -> Member | None:
 
 
 async def _receipts(client: CoordinatorClient, wallet: Pubkey) -> list[tuple[Pubkey, Receipt]]:
-    """The wallet's receipts in the run, oldest first; those of an earlier run of its name are worth nothing here."""
+    """The wallet's receipts in the run, oldest first."""
     created = (await client.pulse()).run.created_slot
-    found = [
-        (address, decode_receipt(account.data))
-        for address, account in await client.program_accounts(client.program_id, RECEIPT_MARK, (0, RECEIPT_SIZE))
-        if len(account.data) == RECEIPT_SIZE and RECEIPT.get(account.data, "run_slot") == created
-    ]
-    own = (one for one in found if (one[1].run, one[1].wallet) == (client.addresses.run, wallet))
-    return sorted(own, key=lambda one: one[1].archived_slot)
+    found = await receipts_of(client, client.program_id, client.addresses.run, created)
+    return [one for one in found if one[1].wallet == wallet]

@@ -58,6 +58,7 @@ def deploy_program(
     async def act() -> None:
         wallet = load_keypair(payer)
         data = program_bytes() if so is None else read_file(so)
+        check_program(data)
         key = program_keypair or payer.with_name(f"{payer.stem}.program.json")
         # A dry run leaves no key behind; any address costs the same.
         program = Keypair() if dry_run and not key.exists() else load_or_create_keypair(key)
@@ -96,6 +97,7 @@ def upgrade_program(
     async def act() -> None:
         wallet = load_keypair(payer)
         data = program_bytes() if so is None else read_file(so)
+        check_program(data)
         address = address_of(program, "the program")
         manner = Manner(wallet, None, dry_run=dry_run, yes=yes, as_json=as_json, priority_fee=priority_fee)
         async with chain_at(rpc, wallet, priority_fee) as chain:
@@ -171,12 +173,13 @@ def show_idl(
         str | None, typer.Argument(help="Address of the program, to be written into it; or its key file.")
     ] = None,
     old: Annotated[bool, typer.Option("--legacy", help="The format before Anchor 0.30, as anchorpy reads it.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print it in one line; it is JSON either way.")] = False,
 ) -> None:
     """Print the program's interface description, for Anchor clients and explorers."""
 
     async def act() -> None:
         address = str(address_of(program, "the program")) if program else NO_ADDRESS
-        print(json.dumps(legacy(address) if old else modern(address), indent=1))
+        print(json.dumps(legacy(address) if old else modern(address), indent=None if as_json else 1))
 
     go(act())
 
@@ -193,7 +196,6 @@ def _built() -> bytes:
 
 async def _show_plan(chain: Chain, manner: Manner, address: Pubkey, there: Deployed | None, so: bytes) -> None:
     """Simulate what can be before the buffer exists, and reckon the rest."""
-    check_program(so)
     if there is not None and there.is_(so):
         show(
             {"program": str(address), "dry_run": True, "lamports": 0, "transactions": []},

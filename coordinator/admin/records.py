@@ -104,15 +104,23 @@ def verify(
 
 
 async def _since(record: Record, found: Checked, rpc: list[str]) -> int:
-    """How many events have happened since, if the chain says what the record says. Raises InvalidRecord."""
+    """How many events have happened since, if the chain says what the record says.
+
+    Raises:
+        InvalidRecord: it does not.
+        HistoryIncomplete: the endpoint does not have the part of the run's history that the record is about.
+    """
     async with chain_at(rpc) as chain:
         genesis = str(await chain.rpc.call("getGenesisHash"))
         signatures = await signatures_of(chain, found.address)
         names = [name for name, succeeded in signatures if succeeded]
-        since = compare_events(record, await happenings(chain, found.program, found.address, names), genesis)
+        history, gap = await happenings(chain, found.program, found.address, names)
+    since = compare_events(record, history, gap, genesis)
     if since == 0:
-        # So the run was not closed, and its accounts are those of the record.
+        # So the run was not closed, and its accounts are those of the record, if it still stands there.
         async with RunChoice(rpc, str(found.address)).open() as client:
-            past = await read_past(client, partial=not found.complete)
+            past = await read_past(client, partial=True)
+        since = compare_events(record, past.events, None, genesis)
+        if since == 0:
             compare_accounts(record, past, found.address, found.program, genesis)
     return since

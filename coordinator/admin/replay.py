@@ -4,12 +4,13 @@ verifier compares them with those of the file."""
 from __future__ import annotations
 
 import copy
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
-from typing import Any, Final, NoReturn
+from typing import Any, Final, NamedTuple, NoReturn
 
 from coordinator.admin.pool import Pool, Span, cut
 from coordinator.admin.record import InvalidRecord, Line
+from coordinator.values import Phase
 
 
 @dataclass(slots=True)
@@ -22,6 +23,14 @@ class _OpenRound:
     wallets: dict[int, str]
     committed: dict[int, Line] = field(default_factory=dict)
     ejected: set[int] = field(default_factory=set)
+
+
+class Archived(NamedTuple):
+    """What a receipt holds."""
+
+    wallet: str
+    credit: int
+    updates: int
 
 
 class Replay:
@@ -38,31 +47,40 @@ class Replay:
     def __init__(self, *, complete: bool, most_tokens: int | None) -> None:
         self._complete = complete
         self._most_tokens = most_tokens
-        self._pool = Pool()
-        self._may_restart = False
+        # Usually one. After a change of the model that may or may not have been one of the data: what either means.
+        self._pools = [Pool()]
+        self._manifest: str | None = None
         self._open: dict[int, _OpenRound] = {}
         self._first = self._started = -1
         self._line = Line(0, {})
         self._created = False
-        self._archived: dict[str, list[int]] = defaultdict(list)
+        self._archived: dict[str, Archived] = {}
+        self._agreed: tuple[int, str] | None = None
         self.wallets: dict[int, str] = {}
+        self.node_keys: dict[int, str] = {}
         self.credit: dict[int, int] = defaultdict(int)
+        self.updates: dict[int, int] = defaultdict(int)
         self.tokens = 0
         self.rounds = 0
-        self.roots: dict[int, str] = {}
+        self.phase: tuple[str, int, int] | None = None
+        """State, round and epoch; None before the first transition."""
+        self.checkpoint: tuple[int, str] | None = None
+        """Round and model root of the run's checkpoint; None while it is the one of before the record."""
+        self.model_root: str | None = None
+        """Of the last change of the model."""
 
     @property
     def archived_credit(self) -> int:
-        return sum(sum(credits) for credits in self._archived.values())
+        return sum(one.credit for one in self._archived.values())
 
     @property
-    def cursor(self) -> int:
-        return self._pool.cursor
+    def receipts(self) -> Counter[Archived]:
+        """What was archived and not restored."""
+        return Counter(self._archived.values())
 
-    @property
-    def returned(self) -> int:
-        """Positions that wait to be drawn again."""
-        return self._pool.returned
+    def stands_at(self, cursor: int, returned: int) -> bool:
+        """Whether the data can stand at this position, with so many that wait to be drawn again."""
+        return any((pool.cursor, pool.returned) == (cursor, returned) for pool in self._pools)
 
     def see(self, event: Line) -> dict[str, Any] | None:
         """Take an event; the round that it made final, as a line of the record, if it did."""
@@ -84,7 +102,9 @@ class Replay:
         slot, wallet = event.integer("member"), str(event["wallet"])
         if self.wallets.get(slot) not in (None, wallet) and self.credit[slot]:
             self._refuse(f"slot {slot} is given to {wallet} while {self.wallets[slot]} has credit in it")
-        self.wallets[slot] = wallet
+        if self.wallets.get(slot) != wallet:
+            self.updates[slot] = 0
+        self.wallets[slot], self.node_keys[slot] = wallet, str(event["node_key"])
 
     def _ejected(self, event: Line) -> None:
         for one in self._open.values():
@@ -94,22 +114,41 @@ class Replay:
         slot, credit, wallet = event.integer("member"), event.integer("credit"), str(event["wallet"])
         if self._complete and (self.credit[slot], self.wallets.get(slot)) != (credit, wallet):
             self._refuse(f"slot {slot} had credit {self.credit[slot]} of {self.wallets.get(slot)}, archived {credit}")
-        self._archived[wallet].append(credit)
-        self.credit[slot] = 0
+        receipt = str(event["receipt"])
+        if receipt in self._archived:
+            self._refuse(f"receipt {receipt} is made twice")
+        self._archived[receipt] = Archived(wallet, credit, self.updates[slot])
+        self.credit[slot] = self.updates[slot] = 0
         self.wallets.pop(slot, None)
 
     def _credit_restored(self, event: Line) -> None:
         slot, credit, wallet = event.integer("member"), event.integer("credit"), str(event["wallet"])
-        if credit in self._archived[wallet]:
-            self._archived[wallet].remove(credit)
-        elif self._complete:
+        archived = self._archived.pop(str(event["receipt"]), None)
+        if self._complete and (archived is None or archived[:2] != (wallet, credit)):
             self._refuse(f"{wallet} gets {credit} back, which was never archived")
         self.credit[slot] += credit
+        self.updates[slot] += 0 if archived is None else archived.updates
 
     # ------------------------------------------------------------------ rounds
 
+    def _phase_changed(self, event: Line) -> None:
+        number = event.integer("phase")
+        if number not in Phase._value2member_map_:
+            self._refuse(f"there is no state {number}")
+        self.phase = (Phase(number).name, event.integer("round"), event.integer("epoch"))
+        if self._agreed is not None:
+            # Agreed upon in a cooldown; this is its end.
+            self.checkpoint, self._agreed = self._agreed, None
+
     def _model_changed(self, event: Line) -> None:
-        self._may_restart = True
+        """Other data begins at its first position. The event has the manifest of the data; that the program also takes
+        another number of samples or another sequence length for other data cannot be seen here, and neither can the
+        manifest that the run began with."""
+        manifest = str(event["data_manifest"])
+        kept = self._pools if self._manifest in (None, manifest) else []
+        self._pools = [*(one for one in kept if one.cursor), Pool()]
+        self._manifest, self.model_root = manifest, str(event["model_root"])
+        self.checkpoint = (event.integer("round"), self.model_root)
 
     def _round_started(self, event: Line) -> None:
         number, positions = event.integer("round"), event.integer("positions")
@@ -133,16 +172,11 @@ class Replay:
     def _draw(self, ranges: list[Span]) -> None:
         if not self._complete:
             return
-        before = copy.deepcopy(self._pool)
-        problem = self._pool.take(ranges)
-        if problem is not None and self._may_restart:
-            # Other data, from its first position; whatever was open of the former is gone with it.
-            before = self._pool = Pool()
-            problem = self._pool.take(ranges)
-        if problem is not None:
-            self._pool = before
-            self._refuse(problem)
-        self._may_restart = False
+        pools = copy.deepcopy(self._pools)
+        problems = [pool.take(ranges) for pool in pools]
+        self._pools = [pool for pool, problem in zip(pools, problems, strict=True) if problem is None]
+        if not self._pools:
+            self._refuse(str(problems[0]))
 
     def _committed(self, event: Line) -> None:
         number, slot = event.integer("round"), event.integer("member")
@@ -198,10 +232,12 @@ class Replay:
             )
             if slot in included and commitment is not None:
                 self.credit[slot] += commitment.integer("tokens")
+                self.updates[slot] += 1
             else:
                 returned += spans
         if self._complete:
-            self._pool.give_back(returned)
+            for pool in self._pools:
+                pool.give_back(returned)
         return {
             "kind": "round",
             "round": number,
@@ -219,7 +255,7 @@ class Replay:
         return one
 
     def _checkpoint_agreed(self, event: Line) -> None:
-        self.roots[event.integer("round")] = str(event["root"])
+        self._agreed = (event.integer("round"), str(event["root"]))
 
     def _run_closed(self, event: Line) -> None:
         if self._complete and event.integer("tokens") != self.tokens:
@@ -232,6 +268,7 @@ class Replay:
 _HANDLERS: Final = {
     "RunCreated": Replay._run_created,
     "RunClosed": Replay._run_closed,
+    "PhaseChanged": Replay._phase_changed,
     "ModelChanged": Replay._model_changed,
     "MemberJoined": Replay._joined,
     "MembersEjected": Replay._ejected,

@@ -35,7 +35,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a command that writes was told to behave. `caution` says what cannot be undone, if anything."""
+    """How a command that writes was told to behave. `priority_fee` is micro-lamports per compute unit."""
 
     payer: Keypair
     program: Pubkey | None

@@ -20,6 +20,7 @@ from coordinator.admin.options import (
     Payer,
     PriorityFee,
     Rpc,
+    Yes,
 )
 from coordinator.admin.output import lamports_of, pubkey, sol
 from coordinator.admin.sending import Manner, Step, carry_out
@@ -169,6 +170,7 @@ def migrate(
     rpc: Rpc = RPC_DEFAULT,
     priority_fee: PriorityFee = 0,
     dry_run: DryRun = False,
+    yes: Yes = False,
     as_json: AsJson = False,
 ) -> None:
     """After an upgrade of the program: bring a run's accounts to the new version. The run goes on."""
@@ -183,10 +185,18 @@ def migrate(
         # The accounts' places are the same in every version.
         members, rounds = (Pubkey.from_bytes(RUN.get(account.data, name)) for name in ("members", "rounds"))
         made = ix.migrate(RunAddresses(address, members, rounds), account.owner, wallet.pubkey())
-        manner = Manner(wallet, account.owner, dry_run, False, as_json, priority_fee)
+        manner = Manner(wallet, account.owner, dry_run, yes, as_json, priority_fee)
         async with chain_at(rpc, wallet, priority_fee, account.owner) as chain:
             step = Step("migrate the run's accounts", [made])
-            await carry_out(chain, manner, step, {"run": str(address)}, f"run {address} is migrated")
+            await carry_out(
+                chain,
+                manner,
+                step,
+                {"run": str(address)},
+                f"run {address} is migrated",
+                f"The accounts of run {address} become those of another version, for everybody in it; software of the "
+                "version before cannot read them any more.",
+            )
 
     go(act())
 

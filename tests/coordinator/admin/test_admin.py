@@ -28,6 +28,8 @@ def test_wallets_are_made_shown_and_funded(ledger: Ledger, wallet: Path) -> None
         "address": address,
         "lamports": 50 * SOL,
     }
+    planned = admin_json("ledger", "airdrop", address, "1.5", "--rpc", ledger.rpc, "--dry-run")
+    assert planned == {"address": str(address), "dry_run": True, "lamports": 51_500_000_000}
     assert "51.5 SOL" in admin("ledger", "airdrop", address, "1.5", "--rpc", ledger.rpc)
     assert "exists already" in admin("keys", "new", wallet, status=11)
     wallet.chmod(0o644)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from pathlib import Path
 
 import pytest
 from admin_harness import admin, admin_json
 from ledger_process import Ledger
+from solders.keypair import Keypair
 
 from coordinator.program import program_bytes
 from coordinator.wallet import load_keypair
@@ -64,7 +66,9 @@ def test_what_cannot_be_deployed(ledger: Ledger, wallet: Path, tmp_path: Path) -
     assert "cannot be read" in admin("program", "deploy", "/none.so", *paid, status=13)
     text = tmp_path / "text.so"
     text.write_text("#!/bin/sh")
-    assert "not a Solana program" in admin("program", "deploy", text, *paid, status=81)
+    assert "not a Solana program" in admin("program", "deploy", text, *paid, status=10)
+    assert not wallet.with_name("owner.program.json").exists(), "no key is made for it"
+    assert "not a Solana program" in admin("program", "verify", Keypair().pubkey(), text, *paid[2:], status=10)
     poor = tmp_path / "poor.json"
     admin("keys", "new", poor)
     admin("ledger", "airdrop", poor, "0.01", "--rpc", ledger.rpc)
@@ -86,3 +90,12 @@ def test_a_confirmation_is_asked_for_at_a_terminal(
         output.confirm("It is lost.", yes=False)
     output.confirm("It is lost.", yes=False)
     output.confirm("It is lost.", yes=True)
+
+
+@pytest.mark.parametrize("more", [(), ("--legacy",)])
+def test_an_idl_in_one_line(more: tuple[str, ...]) -> None:
+    program = Keypair().pubkey()
+    text = admin("program", "idl", program, *more, "--json")
+    assert text.count("\n") == 1
+    assert json.loads(text) == json.loads(admin("program", "idl", program, *more))
+    assert str(program) in text

@@ -208,6 +208,50 @@ def not_slices(lines: list[dict[str, Any]]) -> None:
     event(lines, "RoundStarted")["slices"] = {"x": 1}
 
 
+def members_of(lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [line for line in lines if line["kind"] == "member"]
+
+
+def other_updates(lines: list[dict[str, Any]]) -> None:
+    members_of(lines)[0]["updates_included"] += 1
+
+
+def other_node_key(lines: list[dict[str, Any]]) -> None:
+    members_of(lines)[0]["node_key"] = "22" * 32
+
+
+def other_checkpoint_round(lines: list[dict[str, Any]]) -> None:
+    lines[-1] |= {"checkpoint_round": 7, "checkpoint_root": "ff" * 32}
+
+
+def start_as_checkpoint(lines: list[dict[str, Any]]) -> None:
+    lines[-1] |= {"checkpoint_round": 0, "checkpoint_root": lines[0]["terms"]["model_root"]}
+
+
+def other_cursor(lines: list[dict[str, Any]]) -> None:
+    lines[-1]["cursor"] += 1
+
+
+def other_requeued(lines: list[dict[str, Any]]) -> None:
+    lines[-1]["requeued"] += 1
+
+
+def other_final_round(lines: list[dict[str, Any]]) -> None:
+    lines[-1]["round"] += 1
+
+
+def other_epoch(lines: list[dict[str, Any]]) -> None:
+    lines[-1]["epoch"] += 1
+
+
+def other_phase(lines: list[dict[str, Any]]) -> None:
+    lines[-1]["state"] = "PAUSED"
+
+
+def no_terms(lines: list[dict[str, Any]]) -> None:
+    lines[0]["terms"] = []
+
+
 def no_state(lines: list[dict[str, Any]]) -> None:
     lines.pop()
 
@@ -232,6 +276,16 @@ CHANGES: tuple[Change, ...] = (
     not_a_number,
     not_ranges,
     not_slices,
+    other_updates,
+    other_node_key,
+    other_checkpoint_round,
+    start_as_checkpoint,
+    other_cursor,
+    other_requeued,
+    other_final_round,
+    other_epoch,
+    other_phase,
+    no_terms,
     no_state,
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Coroutine
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,10 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions as ix
 from coordinator.addresses import run_addresses
+from coordinator.admin.changes import change_of
 from coordinator.base58 import peer_id
 from coordinator.client import CoordinatorClient
-from coordinator.state import MemberStatus, Phase
+from coordinator.state import MemberStatus, Phase, Run
 from coordinator.wallet import load_keypair
 
 
@@ -85,6 +87,9 @@ def test_an_owner_changes_and_ends_a_run(
     assert admin_json(*show)["limits"]["batch"] == 8
     done = admin_json(*set_)
     assert done["lamports"] == planned["lamports"] == 5000
+    # no round is open, so the limits hold at once
+    assert "max_members: 5 -> 6, now" in admin("run", "set", run, "max_members=6", *set_[-4:])
+    admin("run", "set", run, "max_members=5", *set_[-4:])
     assert done["changed"]["batch"] == [8, 16]
     assert done["changed"]["terms.peak_lr"] == [pytest.approx(1e-3), 0.5]
     shown = admin_json(*show)
@@ -98,6 +103,12 @@ def test_an_owner_changes_and_ends_a_run(
         ("reward_rate=-1", "reward_rate"),
         ("join_authority=nobody", "join_authority"),
         ("batch", "must look like"),
+        ("limits=5", "limits=5 must name a setting"),
+        ("terms=3", "terms=3 must name a setting"),
+        ("batch=16", "nothing changes: the run has batch=16 already"),
+        ("reward_rate=1000", "nothing changes"),
+        ("terms.peak_lr=0.5", "nothing changes"),
+        ("join_authority=anyone", "nothing changes"),
     ):
         assert message in admin("run", "set", run, wrong, "--payer", wallet, "--rpc", ledger.rpc, status=10)
     data = f"terms.data_manifest={'22' * 32}"
@@ -276,6 +287,12 @@ def test_members_claim_share_archive_and_restore(
     assert shown["credit"]["total"] == shown["tokens"] == gone["credit"]["total"]
     assert "empty already" in admin(*archive, status=10)
 
+    def export(name: str) -> None:
+        record = tmp_path / f"{name}.jsonl"
+        admin("run", "export", run, "--out", record, "--wallet", wallet, *rpc)
+        assert "the chain says the same" in admin("run", "verify", record, *rpc)
+
+    export("archived")
     restore = ("member", "restore", run, "--payer", paths[2], *rpc)
     assert "NOT_A_MEMBER" in admin(*restore, status=22)
     claimed = admin_json("member", "claim", run, "--payer", paths[2], *rpc)
@@ -290,9 +307,11 @@ def test_members_claim_share_archive_and_restore(
     assert restored["lamports"] == 5000, "the deposit goes back to who paid it"
     assert admin_json("run", "show", run, *rpc)["credit"]["archived"] == 0
     assert "no receipts" in admin(*restore, status=10)
-    record = tmp_path / "record.jsonl"
-    admin("run", "export", run, "--out", record, "--wallet", wallet, *rpc)
-    assert "the chain says the same" in admin("run", "verify", record, *rpc)
+    export("restored")
+    # the same model again, then other data: positions go on, and begin again
+    for number, change in enumerate(("terms.peak_lr=0.5", f"terms.data_manifest={'22' * 32}")):
+        admin("run", "set", run, change, "--payer", wallet, *rpc, "--yes")
+        export(f"changed-{number}")
 
 
 async def play_on(nodes: list[CoordinatorClient], round: int, phase: Phase, done: set[tuple[str, int]]) -> None:
@@ -339,11 +358,25 @@ def test_a_live_run_moves_to_the_next_version(ledger: Ledger, wallet: Path, root
 
     asyncio.run(connect())
     assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
-    assert "UNKNOWN_INSTRUCTION" in admin("run", "migrate", run, *paid, status=22)
+    assert "UNKNOWN_INSTRUCTION" in admin("run", "migrate", run, *paid, "--yes", status=22)
     admin("program", "upgrade", program, *paid, "--yes")
     planned = admin_json("run", "migrate", run, *paid, "--dry-run")
     assert planned["lamports"] == 5000
-    admin("run", "migrate", run, *paid)
+    assert "cannot read them" in admin("run", "migrate", run, *paid, status=80)
+    assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
+    admin("run", "migrate", run, *paid, "--yes")
     shown = admin_json("run", "show", run, *rpc)
     assert (shown["run_id"], shown["state"], shown["terms"]["samples"]) == ("old", "WAITING_FOR_MEMBERS", TERMS.samples)
     assert "no run at" in admin("run", "migrate", owner.pubkey(), *paid, status=84)
+
+
+def test_limits_hold_at_once_unless_a_round_is_open(run: dict[str, Any], ledger: Ledger) -> None:
+    async def read() -> Run:
+        async with await CoordinatorClient.open([ledger.rpc], run["address"]) as client:
+            return (await client.pulse()).run
+
+    now = asyncio.run(read())
+    for phase in Phase:
+        (text,) = change_of(replace(now, phase=phase, next_limits=None), ["batch=7"]).text(replace(now, phase=phase))
+        open_ = phase in (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS)
+        assert text == f"batch: 8 -> 7, {'from the next round on' if open_ else 'now'}"

@@ -10,9 +10,10 @@ from runs import LIMITS, TERMS
 from solders.keypair import Keypair
 
 from coordinator.chain import Chain
-from coordinator.client import ChainError, CoordinatorClient
+from coordinator.client import ChainError, ChainUnavailable, CoordinatorClient
 from coordinator.deploy import LOADER, DeployError, deploy, program_data_address
 from coordinator.program import program_bytes
+from coordinator.run_config import ConfigError
 
 
 def test_it_is_deployed_left_alone_and_upgraded(ledger: Ledger) -> None:
@@ -65,7 +66,7 @@ def test_an_address_in_use_and_files_that_are_no_programs_are_refused(ledger: Le
             await chain.airdrop(owner.pubkey(), 10 * SOL)
             with pytest.raises(DeployError, match="is taken"):
                 await deploy(chain, owner, owner, program_bytes())
-            with pytest.raises(DeployError, match="not a Solana program"):
+            with pytest.raises(ConfigError, match="not a Solana program"):
                 await deploy(chain, owner, Keypair(), b"#!/bin/sh")
             assert await chain.balance(owner.pubkey()) == 10 * SOL
 
@@ -85,3 +86,19 @@ def test_the_deposit_comes_back_when_the_loader_refuses(ledger: Ledger) -> None:
             assert lost < chain.rent_exempt(20_000) // 100, "fees only"
 
     asyncio.run(asyncio.wait_for(run(), 60))
+
+
+def test_a_chain_that_stands_still_after_a_deployment(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def still(self: Chain) -> int:
+        return 7
+
+    async def run() -> None:
+        owner = Keypair()
+        async with Chain([ledger.rpc]) as chain:
+            await chain.airdrop(owner.pubkey(), 10 * SOL)
+            monkeypatch.setattr(Chain, "slot", still)
+            monkeypatch.setattr("coordinator.deploy._VISIBLE_SECONDS", 0.2)
+            with pytest.raises(ChainUnavailable, match="stand still"):
+                await deploy(chain, owner, Keypair(), program_bytes())
+
+    asyncio.run(run())
