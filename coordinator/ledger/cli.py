@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from coordinator.ledger.compaction import SNAPSHOT_EVERY
+from coordinator.ledger.descriptors import raise_file_limit
 from coordinator.ledger.faults import BadFaults, Faults, parse_faults
 from coordinator.ledger.server import LedgerServer
 from coordinator.ledger.snapshot import state_hash
@@ -83,6 +84,7 @@ def run(
     except BadFaults as error:
         print(f"psyche-ledger: --faults: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
+    raise_file_limit()
     # History is tens of thousands of small objects without cycles: collecting them often is pauses for nothing.
     gc.set_threshold(50_000, 20, 100)
     try:

@@ -18,11 +18,13 @@ from typing import Any, Final
 from solders.account import Account
 from solders.pubkey import Pubkey
 from solders.signature import Signature
+from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request
 
 from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank
+from coordinator.ledger.descriptors import ACCEPTED_PER_TURN, Room, deepen_backlog
 from coordinator.ledger.dispatch import COMMITMENTS, parse_request
 from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
 from coordinator.ledger.faults import Chance, Faults
@@ -61,6 +63,28 @@ _GONE: Final = Account(0, b"", SYSTEM_PROGRAM)
 
 
 WhenDurable = Callable[[Callable[[], None]], None]
+
+
+class _Socket(ServerConnection):
+    """A connection that takes a place in `room` when it is accepted: its handshake may never come."""
+
+    room: Room
+    _has_place = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._has_place = self.room.take()
+        if self._has_place:
+            super().connection_made(transport)
+        else:
+            # Without the task that would serve it.
+            Connection.connection_made(self, transport)
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._has_place:
+            self._has_place = False
+            self.room.leave()
 
 
 @dataclass(slots=True, eq=False)
@@ -119,10 +143,12 @@ class PubSub:
         bank: whose changes are pushed.
         when_durable: calls a function once everything that the bank has executed is durable.
         faults: what goes wrong on the way.
+        room: where its connections take their places.
     """
 
-    def __init__(self, bank: Bank, when_durable: WhenDurable, faults: Faults) -> None:
+    def __init__(self, bank: Bank, when_durable: WhenDurable, faults: Faults, room: Room) -> None:
         self._bank = bank
+        self._connection = type("_Socket", (_Socket,), {"room": room})
         self._when_durable = when_durable
         self._chance = Chance(faults, lambda: bank.slot)
         self._topics: dict[tuple[str, Pubkey | Signature | None], dict[int, _Subscription]] = {}
@@ -145,7 +171,10 @@ class PubSub:
             logger=_quiet,
             server_header=None,
             process_request=self._admit,
+            create_connection=self._connection,
+            backlog=ACCEPTED_PER_TURN,
         )
+        deepen_backlog(self._server.sockets)
 
     async def stop(self) -> None:
         if self._server is None:
