@@ -24,6 +24,7 @@ from solders.transaction import Transaction
 
 from coordinator.chain import Chain
 from coordinator.deploy import deploy
+from coordinator.ledger import journal as journal_module
 from coordinator.ledger.bank import AdvanceSlot, Bank, Change, Execute, Refused
 from coordinator.ledger.compaction import Compactor
 from coordinator.ledger.journal import Journal
@@ -446,6 +447,52 @@ def test_snapshots_of_a_running_bank_keep_the_log_short(tmp_path: Path) -> None:
     _, whole = asyncio.run(run(True))
     assert int(short[0].name[4:]) > 0
     assert int(whole[0].name[4:]) == 0
+
+
+def test_any_error_of_a_write_ends_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is no OSError, in the journal's thread or before it: whoever waits learns of it."""
+
+    async def run(where: str) -> None:
+        def defect(*_: object) -> None:
+            raise RuntimeError("a defect")
+
+        ended: list[BaseException] = []
+        journal = Journal(tmp_path, 0, 0, 0, ended.append)
+        called: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module, where, defect)
+            journal.append(AdvanceSlot(1, 0))
+            journal.when_durable(lambda: called.append(1))
+            with pytest.raises(OSError, match="cannot be written"):
+                await asyncio.wait_for(journal.durable(), 10)
+        journal.append(AdvanceSlot(2, 0))
+        journal.when_durable(lambda: called.append(2))
+        await journal.close()
+        assert [str(error) for error in ended] == ["a defect"]
+        assert called == []
+
+    for where in ("_write_all", "_sync", "frame"):
+        asyncio.run(run(where))
+
+
+def test_reading_a_folder_changes_nothing_in_it(kept: tuple[Path, list[Change], Genesis]) -> None:
+    folder, changes, _ = kept
+    (folder / "lock").write_text("4711\n")
+    (folder / "snapshot-9.part").write_bytes(b"half of one")
+    with log_files(folder)[-1].open("ab") as last:
+        last.write(b"\xf5P")
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    for without_lock in (False, True):
+        if without_lock:
+            (folder / "lock").unlink()
+            del before["lock"]
+        with Store(folder, 0, read_only=True) as store, Store(folder, 0, read_only=True) as other:
+            assert store.open().index == other.open().index == len(changes)
+        assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    with Store(folder, 0), pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
+        Store(folder, 0, read_only=True)
+    with Store(folder, 0, read_only=True), pytest.raises(StoreError, match="in use by `psyche-ledger check`"):
+        Store(folder, 0)
 
 
 # ---------------------------------------------------------------------- the process
