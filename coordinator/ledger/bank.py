@@ -42,6 +42,9 @@ SLOTS_PER_EPOCH: Final = 432_000
 LAMPORTS_PER_SIGNATURE: Final = 5000
 # History serves getTransaction and getSignaturesForAddress; duplicates are refused independently of it.
 HISTORY_TRANSACTIONS: Final = 20_000
+# A client asks for its transaction's status until the blockhash is too old, and signs again if there is none: no flood
+# of others may push it out before that. Twice a blockhash's age, in slots.
+HISTORY_SLOTS: Final = 2 * MAX_BLOCKHASH_AGE
 HISTORY_BLOCKS: Final = 8_192
 FAUCET_LAMPORTS: Final = 500_000_000 * 10**9
 SYSTEM_PROGRAM: Final = Pubkey.default()
@@ -242,14 +245,21 @@ class Bank:
                 if not left:
                     self._accounts.pop(key, None)
         self._remember(record)
+        self._forget()
         return record
 
     def _remember(self, record: Record) -> None:
         self._history[record.signature] = record
         for key in record.keys:
             self._by_address.setdefault(key, deque()).append(record)
+
+    def _forget(self) -> None:
+        """Drop the oldest records that are too many, and old enough."""
         while len(self._history) > HISTORY_TRANSACTIONS:
-            _, old = self._history.popitem(last=False)
+            signature, old = next(iter(self._history.items()))
+            if old.slot + HISTORY_SLOTS >= self.slot:
+                return
+            del self._history[signature]
             for key in old.keys:
                 # Records are appended in the order of the history, so the oldest is always the first.
                 records = self._by_address[key]
@@ -307,6 +317,9 @@ class Bank:
         self.blocks.extend(state.blocks)
         self._seen = {blockhash: set(seen) for blockhash, _, seen in state.blockhashes}
         self._sync()
+        # A new bank's faucet is full; this one's may be empty, and an empty account is not in the state.
+        self._vm.set_account(self._faucet_key, Account(0, b"", SYSTEM_PROGRAM))
+        self._accounts.clear()
         executables = []
         for key, account in state.accounts:
             self._accounts[key] = None
@@ -317,6 +330,7 @@ class Bank:
         # A program is loaded from its program data when it is set: that has to be there before.
         for key, account in executables:
             self._vm.set_account(key, account)
+        # All of them: the bank that they were taken from forgets with its next transaction, and so does this one.
         for record in state.records:
             self._remember(record)
 

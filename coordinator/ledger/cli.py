@@ -14,6 +14,7 @@ from typing import Annotated
 import typer
 
 from coordinator.ledger.compaction import SNAPSHOT_EVERY
+from coordinator.ledger.descriptors import raise_file_limit
 from coordinator.ledger.faults import BadFaults, Faults, parse_faults
 from coordinator.ledger.server import LedgerServer
 from coordinator.ledger.snapshot import state_hash
@@ -83,6 +84,7 @@ def run(
     except BadFaults as error:
         print(f"psyche-ledger: --faults: {error}", file=sys.stderr)
         raise typer.Exit(EXIT_USAGE) from None
+    raise_file_limit()
     # History is tens of thousands of small objects without cycles: collecting them often is pauses for nothing.
     gc.set_threshold(50_000, 20, 100)
     try:
@@ -121,7 +123,7 @@ def check(
     """
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="%(levelname)s %(message)s")
     try:
-        with _existing(folder) as store:
+        with _existing(folder, read_only=True) as store:
             opened = store.open()
             found: dict[str, int | str] = {
                 "slot": opened.bank.slot,
@@ -152,12 +154,12 @@ def cut(folder: Annotated[Path, typer.Option("--dir", help="Folder of a ledger t
     print("nothing is damaged" if done is None else f"kept {done[0]} changes, cut off {done[1]} bytes")
 
 
-def _existing(folder: Path) -> Store:
+def _existing(folder: Path, *, read_only: bool = False) -> Store:
     if not (folder / "genesis.json").exists():
         raise StoreError(
             f"{folder} is not a ledger's folder (it has no genesis.json). Name the one given to `run --dir`"
         )
-    return Store(folder, 0)
+    return Store(folder, 0, read_only=read_only)
 
 
 class CannotListen(Exception):

@@ -19,12 +19,14 @@ from coordinator.ledger import methods as _methods  # noqa: F401
 from coordinator.ledger import tokens as _tokens  # noqa: F401
 from coordinator.ledger import transactions as _transactions  # noqa: F401
 from coordinator.ledger.bank import Bank, Checked
+from coordinator.ledger.descriptors import Room, room_for_connections
 from coordinator.ledger.dispatch import Rpc
 from coordinator.ledger.faults import Chance, Faults
 from coordinator.ledger.http import HttpServer
 from coordinator.ledger.pubsub import PubSub, WhenDurable
 from coordinator.ledger.reply import RESET, Deliver, Reply
 
+PORTS: Final = 2
 _PORT_ATTEMPTS: Final = 32
 
 
@@ -36,20 +38,27 @@ class Endpoint:
         when_durable: calls a function once everything that the bank has executed is durable.
         faults: what goes wrong.
         lagging: the bank that stale answers come from; needed where `faults.stale` is not 0.
+        room: where connections take their places; its own if there is none, for an endpoint that is alone.
     """
 
     def __init__(
-        self, bank: Bank, when_durable: WhenDurable, faults: Faults | None = None, lagging: Bank | None = None
+        self,
+        bank: Bank,
+        when_durable: WhenDurable,
+        faults: Faults | None = None,
+        lagging: Bank | None = None,
+        room: Room | None = None,
     ) -> None:
         faults = faults or Faults()
+        room = room or room_for_connections(PORTS)
         self._rpc = _FaultyRpc(bank, faults) if faults.lose else Rpc(bank)
         self._when_durable = when_durable
         if faults.stale and lagging is None:
             raise ValueError("stale answers need a lagging bank")
         self._stale = Rpc(lagging, bank) if lagging is not None else None
         self._chance = Chance(faults, lambda: bank.slot)
-        self._http = HttpServer(self._answer_with_faults if faults.any_http else self._answer)
-        self._pubsub = PubSub(bank, when_durable, faults)
+        self._http = HttpServer(self._answer_with_faults if faults.any_http else self._answer, room)
+        self._pubsub = PubSub(bank, when_durable, faults, room)
 
     # ------------------------------------------------------------------ ports
 

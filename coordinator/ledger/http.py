@@ -13,6 +13,7 @@ import socket
 import struct
 from typing import Final, NamedTuple
 
+from coordinator.ledger.descriptors import ACCEPTED_PER_TURN, Room, deepen_backlog
 from coordinator.ledger.reply import Answer, Reply
 
 log = logging.getLogger(__name__)
@@ -292,10 +293,12 @@ class HttpServer:
 
     Args:
         answer: called in the event loop for every POST; it must not raise.
+        room: where its connections take their places.
     """
 
-    def __init__(self, answer: Answer) -> None:
+    def __init__(self, answer: Answer, room: Room) -> None:
         self.answer = answer
+        self._room = room
         self._heads: dict[bytes, _Head] = {}
         self._connections: set[_Connection] = set()
         self._server: asyncio.Server | None = None
@@ -304,7 +307,8 @@ class HttpServer:
     async def start(self, host: str, port: int) -> int:
         """Listen; returns the port (the system's choice for 0). Raises OSError when it cannot."""
         loop = asyncio.get_running_loop()
-        self._server = await loop.create_server(lambda: _Connection(self), host, port, backlog=256)
+        self._server = await loop.create_server(lambda: _Connection(self), host, port, backlog=ACCEPTED_PER_TURN)
+        deepen_backlog(self._server.sockets)
         self._sweeper = asyncio.create_task(self._sweep())
         return int(self._server.sockets[0].getsockname()[1])
 
@@ -331,11 +335,15 @@ class HttpServer:
         if len(self._connections) >= MAX_CONNECTIONS:
             log.warning("refused a connection: %d are open, which is the limit", MAX_CONNECTIONS)
             return False
+        if not self._room.take():
+            return False
         self._connections.add(connection)
         return True
 
     def forget(self, connection: _Connection) -> None:
-        self._connections.discard(connection)
+        if connection in self._connections:
+            self._connections.discard(connection)
+            self._room.leave()
 
     async def _sweep(self) -> None:
         loop = asyncio.get_running_loop()

@@ -27,10 +27,10 @@ class Journal:
         first: number of the first change of the file to append to.
         index: number of the next change.
         size: bytes of that file that are in order; what is after them is cut off. 0: the file is begun.
-        fail: called once, with the error, when the log cannot be written any more.
+        fail: called once, with the error (OSError, or a defect of the ledger), when the log is not written any more.
     """
 
-    def __init__(self, folder: Path, first: int, index: int, size: int, fail: Callable[[OSError], None]) -> None:
+    def __init__(self, folder: Path, first: int, index: int, size: int, fail: Callable[[BaseException], None]) -> None:
         self.index = index
         self._folder = folder
         self._fail = fail
@@ -93,7 +93,12 @@ class Journal:
             self._loop.call_soon(self._begin)
 
     def _begin(self) -> None:
-        jobs = self._jobs()
+        try:
+            jobs = self._jobs()
+        except Exception as error:
+            self._scheduled = False
+            self._end(error)
+            return
         self._calls_under_way, self._calls = self._calls, []
         self._scheduled, self._under_way = False, True
         self._loop.run_in_executor(self._thread, self._write, jobs).add_done_callback(self._written)
@@ -128,19 +133,20 @@ class Journal:
         self._under_way = False
         error = done.exception()
         if error is not None:
-            # After a failed fsync nobody knows what is on disk: nothing more is acknowledged.
-            self.failed = True
-            if not isinstance(error, OSError):
-                raise error
-            self._fail(error)
-            for reached in tuple(self._reached):
-                reached.set_exception(OSError("the log cannot be written"))
+            self._end(error)
             return
         calls, self._calls_under_way = self._calls_under_way, []
         if self._pending or self._rotate_at or self._calls:
             self._begin()
         for call in calls:
             call()
+
+    def _end(self, error: BaseException) -> None:
+        # After a failed fsync nobody knows what is on disk: nothing more is acknowledged.
+        self.failed = True
+        self._fail(error)
+        for reached in tuple(self._reached):
+            reached.set_exception(OSError("the log cannot be written"))
 
 
 def _open(folder: Path, first: int, size: int) -> int:

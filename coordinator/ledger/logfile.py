@@ -100,7 +100,8 @@ def read_log(path: Path) -> LogFile:
         found.vm, found.end = vm_version(), 0
         found.damage = f"{path.name} does not start as a log of this version"
         # The file had just been begun, and the process ended before its first line was written.
-        found.torn = header().startswith(content)
+        # Where that line was to be there may be zeros: space whose data never arrived.
+        found.torn = len(content) <= len(header()) and header().startswith(content.rstrip(b"\0"))
         return found
     while found.end < len(content):
         one = _read_frame(content, found.end, found.next)
@@ -134,7 +135,7 @@ def _is_torn(content: bytes, at: int, expected: int) -> bool:
     Missing parts are an early end of the file, or whole sectors of zeros (space that the file system had set aside
     before the data was there).
     """
-    later = content.find(_FRAME_MAGIC, at + 1)
+    later = content.find(_FRAME_MAGIC, _search_from(content, at, expected))
     while later >= 0:
         one = _read_frame(content, later, None)
         if one is not None and one[0] > expected:
@@ -147,6 +148,32 @@ def _is_torn(content: bytes, at: int, expected: int) -> bool:
         return True
     sectors = range(at - at % _SECTOR, len(content), _SECTOR)
     return any(_all_zero(content[max(sector, at) : sector + _SECTOR]) for sector in sectors)
+
+
+def _search_from(content: bytes, at: int, expected: int) -> int:
+    """The byte from which on a later frame may be, given that the one at `at` is not whole.
+
+    Clients choose the bytes of their transactions, so what looks like a frame inside of one is none. Change by change
+    from the frame's header on, as far as they are in order: the length in the header may be what is damaged.
+    """
+    if len(content) - at < _FRAME.size:
+        return at + 1
+    magic, length, first, *_ = _FRAME.unpack_from(content, at)
+    if magic != _FRAME_MAGIC or first != expected:
+        return at + 1
+    here = at + _FRAME.size
+    end = here + length
+    while here < min(end, len(content)):
+        kind = content[here]
+        if kind == _KIND_ADVANCE:
+            here += _ADVANCE.size
+        elif kind == _KIND_EXECUTE and here + _EXECUTE.size <= len(content):
+            here += _EXECUTE.size + _EXECUTE.unpack_from(content, here)[1]
+        elif not kind:
+            return end  # sectors that never arrived: where the next change begins is not known
+        else:
+            break
+    return here
 
 
 def _all_zero(part: bytes) -> bool:

@@ -7,9 +7,10 @@ from typing import Any, Final
 from solders.hash import Hash
 from solders.message import Message, MessageV0, from_bytes_versioned
 
+from coordinator.ledger.accounts import AccountsOfAnswer
 from coordinator.ledger.bank import SLOTS_PER_EPOCH, Execute
 from coordinator.ledger.dispatch import API_VERSION, Rpc, method
-from coordinator.ledger.encoding import Json, account_json, keyed_account_json
+from coordinator.ledger.encoding import Json, account_json
 from coordinator.ledger.params import (
     MAX_TRANSACTION_TEXT,
     decode_text,
@@ -133,8 +134,9 @@ def get_multiple_accounts(rpc: Rpc, params: list[Any]) -> Json:
     keys = [parse_pubkey(key) for key in list_at(params, 0, "addresses", MAX_ACCOUNTS)]
     options = options_at(params, 1)
     encoding, window = encoding_of(options, "base64"), window_of(options)
-    accounts = [rpc.bank.account(key) for key in keys]
-    return rpc.context([None if account is None else account_json(account, encoding, window) for account in accounts])
+    accounts = AccountsOfAnswer(encoding, window)
+    # One is read when the one before it is encoded: they are up to 10 MiB each.
+    return rpc.context([accounts.json(rpc.bank.account(key)) for key in keys])
 
 
 @method("getProgramAccounts")
@@ -142,8 +144,9 @@ def get_program_accounts(rpc: Rpc, params: list[Any]) -> Json:
     program = pubkey_at(params, 0)
     options = options_at(params, 1)
     encoding, window, tests = encoding_of(options, "binary"), window_of(options), parse_filters(options)
+    accounts = AccountsOfAnswer(encoding, window)
     found = [
-        keyed_account_json(key, account_json(account, encoding, window))
+        accounts.keyed(key, account)
         for key, account in rpc.bank.program_accounts(program)
         if all(test(account) for test in tests)
     ]

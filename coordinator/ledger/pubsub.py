@@ -18,11 +18,13 @@ from typing import Any, Final
 from solders.account import Account
 from solders.pubkey import Pubkey
 from solders.signature import Signature
+from websockets.asyncio.connection import Connection
 from websockets.asyncio.server import Server, ServerConnection, serve
 from websockets.exceptions import ConnectionClosed
 from websockets.http11 import Request
 
 from coordinator.ledger.bank import SYSTEM_PROGRAM, Bank
+from coordinator.ledger.descriptors import ACCEPTED_PER_TURN, Room, deepen_backlog
 from coordinator.ledger.dispatch import COMMITMENTS, parse_request
 from coordinator.ledger.encoding import Json, UnsupportedEncoding, account_json, keyed_account_json
 from coordinator.ledger.faults import Chance, Faults
@@ -63,39 +65,73 @@ _GONE: Final = Account(0, b"", SYSTEM_PROGRAM)
 WhenDurable = Callable[[Callable[[], None]], None]
 
 
+class _Socket(ServerConnection):
+    """A connection that takes a place in `room` when it is accepted: its handshake may never come."""
+
+    room: Room
+    _has_place = False
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._has_place = self.room.take()
+        if self._has_place:
+            super().connection_made(transport)
+        else:
+            # Without the task that would serve it.
+            Connection.connection_made(self, transport)
+            self.transport.abort()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        super().connection_lost(exc)
+        if self._has_place:
+            self._has_place = False
+            self.room.leave()
+
+
 @dataclass(slots=True, eq=False)
 class _Client:
     """One connection: what it subscribed to and what waits to be sent to it."""
 
     socket: ServerConnection
     queue: deque[tuple[float, str]] = field(default_factory=deque)
-    queued_bytes: int = 0
+    unsent: int = 0
+    unsent_bytes: int = 0
     subscriptions: dict[int, _Subscription] = field(default_factory=dict)
     dropped: bool = False
     waiting: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def push(self, text: str, due: float = 0.0) -> None:
-        """Queue a message; it is sent at `due` (the loop's time) or later, and never before an earlier one."""
+    def reserve(self, size: int) -> bool:
+        """Room for a message of this many bytes, from when it is made until it is sent. False: the client is dropped.
+
+        What waits for the disk counts too: it is all made before the first of it is queued.
+        """
         if self.dropped:
-            return
-        if len(self.queue) >= MAX_QUEUED or self.queued_bytes + len(text) > MAX_QUEUED_BYTES:
-            log.warning("a WebSocket client is too slow: disconnected with %d messages unsent", len(self.queue))
+            return False
+        if self.unsent >= MAX_QUEUED or self.unsent_bytes + size > MAX_QUEUED_BYTES:
+            log.warning("a WebSocket client is too slow: disconnected with %d messages unsent", self.unsent)
             self.dropped = True
+            self.queue.clear()
             self.socket.transport.abort()
-            return
-        self.queued_bytes += len(text)
-        self.queue.append((due, text))
-        self.waiting.set()
+            return False
+        self.unsent += 1
+        self.unsent_bytes += size
+        return True
+
+    def push(self, text: str, due: float = 0.0) -> None:
+        """Queue a message that has room; it is sent at `due` (the loop's time) or later, in order."""
+        if not self.dropped:
+            self.queue.append((due, text))
+            self.waiting.set()
 
     async def write(self) -> None:
         loop = asyncio.get_running_loop()
         while True:
             while self.queue:
                 due, text = self.queue.popleft()
-                self.queued_bytes -= len(text)
                 if due > loop.time():
                     await asyncio.sleep(due - loop.time())
                 await self.socket.send(text)
+                self.unsent -= 1
+                self.unsent_bytes -= len(text)
             self.waiting.clear()
             await self.waiting.wait()
 
@@ -119,10 +155,12 @@ class PubSub:
         bank: whose changes are pushed.
         when_durable: calls a function once everything that the bank has executed is durable.
         faults: what goes wrong on the way.
+        room: where its connections take their places.
     """
 
-    def __init__(self, bank: Bank, when_durable: WhenDurable, faults: Faults) -> None:
+    def __init__(self, bank: Bank, when_durable: WhenDurable, faults: Faults, room: Room) -> None:
         self._bank = bank
+        self._connection = type("_Socket", (_Socket,), {"room": room})
         self._when_durable = when_durable
         self._chance = Chance(faults, lambda: bank.slot)
         self._topics: dict[tuple[str, Pubkey | Signature | None], dict[int, _Subscription]] = {}
@@ -145,7 +183,10 @@ class PubSub:
             logger=_quiet,
             server_header=None,
             process_request=self._admit,
+            create_connection=self._connection,
+            backlog=ACCEPTED_PER_TURN,
         )
+        deepen_backlog(self._server.sockets)
 
     async def stop(self) -> None:
         if self._server is None:
@@ -298,6 +339,8 @@ class PubSub:
 
     def _push(self, client: _Client, text: str) -> None:
         """What a client learns is durable first. The delay is one way of the two that a request takes."""
+        if not client.reserve(len(text)):
+            return
 
         def push() -> None:
             delay = self._chance.half_delay("push")
@@ -306,7 +349,7 @@ class PubSub:
         self._when_durable(push)
 
     def _send(self, kind: str, subscription: _Subscription, result: str) -> None:
-        if self._chance.hits("mute", self._chance.faults.mute):
+        if self._chance.hits("mute", self._chance.faults.mute) or subscription.client.dropped:
             return
         self._push(
             subscription.client,
@@ -360,22 +403,34 @@ class PubSub:
         if watchers is None and not self._kinds.get("program"):
             return
         account = self._bank.account(key) or _GONE
-        # Watchers of one account mostly ask for the same form of it: encode each form once.
-        shapes: dict[tuple[str, tuple[int, int] | None], dict[str, Json]] = {}
-        results: dict[tuple[str, tuple[int, int] | None], str] = {}
         owners = self._topics.get(("program", account.owner)) if self._kinds.get("program") else None
+        # Watchers of one account mostly ask for the same form of it: encode each form once, and hold one at a time.
+        forms: dict[tuple[str, tuple[int, int] | None], list[_Subscription]] = {}
         for subscription in (*(watchers or {}).values(), *(owners or {}).values()):
-            form = (subscription.encoding, subscription.window)
-            if form not in shapes:
-                try:
-                    shapes[form] = account_json(account, *form)
-                except UnsupportedEncoding:
-                    # base58 of an account that is now too long for it: base64 says so itself.
-                    shapes[form] = account_json(account, "base64", subscription.window)
-            if subscription.topic[0] == "program":
-                if all(test(account) for test in subscription.filters):
-                    self._send("program", subscription, self._value(keyed_account_json(key, shapes[form])))
-                continue
-            if form not in results:
-                results[form] = self._value(shapes[form])
-            self._send("account", subscription, results[form])
+            if all(test(account) for test in subscription.filters):
+                forms.setdefault((subscription.encoding, subscription.window), []).append(subscription)
+        for (encoding, window), subscriptions in forms.items():
+            self._send_account(key, account, encoding, window, subscriptions)
+
+    def _send_account(
+        self,
+        key: Pubkey,
+        account: Account,
+        encoding: str,
+        window: tuple[int, int] | None,
+        subscriptions: list[_Subscription],
+    ) -> None:
+        wanted = [subscription for subscription in subscriptions if not subscription.client.dropped]
+        if not wanted:
+            return
+        try:
+            shape = account_json(account, encoding, window)
+        except UnsupportedEncoding:
+            # base58 of an account that is now too long for it: base64 says so itself.
+            shape = account_json(account, "base64", window)
+        for kind, value in (("account", shape), ("program", keyed_account_json(key, shape))):
+            alike = [subscription for subscription in wanted if subscription.topic[0] == kind]
+            if alike:
+                result = self._value(value)
+                for subscription in alike:
+                    self._send(kind, subscription, result)

@@ -12,7 +12,8 @@ from pathlib import Path
 from coordinator.ledger.bank import Bank
 from coordinator.ledger.clock import keep_time, unix_now
 from coordinator.ledger.compaction import SNAPSHOT_EVERY, Compactor
-from coordinator.ledger.endpoint import Endpoint
+from coordinator.ledger.descriptors import room_for_connections
+from coordinator.ledger.endpoint import PORTS, Endpoint
 from coordinator.ledger.faults import Faults
 from coordinator.ledger.journal import Journal
 from coordinator.ledger.lagging import Lagging
@@ -74,11 +75,12 @@ class LedgerServer:
                 raise
         when_durable = _at_once if self._journal is None else self._journal.when_durable
         self._endpoints: list[Endpoint] = []
+        room = room_for_connections(PORTS * len(self._faults))
         for faults in self._faults:
             lagging = None
             if faults.stale:
                 lagging = Lagging(self.bank, self._twin(), faults.stale_slots).bank
-            self._endpoints.append(Endpoint(self.bank, when_durable, faults, lagging))
+            self._endpoints.append(Endpoint(self.bank, when_durable, faults, lagging, room))
         self._clock: asyncio.Task[None] | None = None
 
     def _open(self, store: Store, snapshot_every: int, keep_log: bool) -> None:

@@ -65,22 +65,26 @@ class Store:
     Args:
         folder: is made if it does not exist (mode 0700: its genesis is secret).
         unix_time: seconds since the epoch, for a new ledger's slot 0.
+        read_only: change nothing in the folder, which has to be a ledger's. Any number may be open like this at once.
 
     Raises:
         StoreError: in use, not a ledger's folder, or of another format.
     """
 
-    def __init__(self, folder: Path, unix_time: int) -> None:
+    def __init__(self, folder: Path, unix_time: int, *, read_only: bool = False) -> None:
         self.folder = folder
+        self._read_only = read_only
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self._lock = self._open_lock()
         except OSError as error:
             raise StoreError(
                 f"{folder} cannot be used: {error.strerror}. Choose another --dir or its permissions"
             ) from None
         try:
             self._take_lock()
+            if read_only:
+                self.genesis = self._read_genesis()
+                return
             self.genesis = self._read_genesis() if self._genesis_path.exists() else self._make_genesis(unix_time)
             for left in folder.glob("*" + PART):
                 left.unlink()  # a snapshot that was being written when the process ended
@@ -95,16 +99,27 @@ class Store:
         self.close()
 
     def close(self) -> None:
+        if not self._read_only:
+            os.ftruncate(self._lock, 0)  # whoever holds it next may be a reader, which leaves no number
         os.close(self._lock)
+
+    def _open_lock(self) -> int:
+        path = self.folder / "lock"
+        if self._read_only:
+            # A copy may come without it. Who holds nothing but this file is in nobody's way.
+            return os.open(path if path.exists() else self._genesis_path, os.O_RDONLY | os.O_CLOEXEC)
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
     def _take_lock(self) -> None:
         try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(self._lock, (fcntl.LOCK_SH if self._read_only else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         except OSError:
-            holder = os.read(self._lock, 32).decode("ascii", "replace").strip() or "another process"
-            raise StoreError(
-                f"{self.folder} is in use by process {holder}. Stop it first, or choose another --dir"
-            ) from None
+            holder = os.read(self._lock, 32).decode("ascii", "replace").strip()
+            by = f"process {holder}" if holder else "`psyche-ledger check`"
+            raise StoreError(f"{self.folder} is in use by {by}. Stop it first, or choose another --dir") from None
+        if self._read_only:
+            return
         os.ftruncate(self._lock, 0)
         os.pwrite(self._lock, f"{os.getpid()}\n".encode(), 0)
 

@@ -8,8 +8,9 @@ from typing import Any, Final
 from solders.account import Account
 from solders.pubkey import Pubkey
 
+from coordinator.ledger.accounts import AccountsOfAnswer
 from coordinator.ledger.dispatch import Rpc, method
-from coordinator.ledger.encoding import Json, account_json, keyed_account_json
+from coordinator.ledger.encoding import Json
 from coordinator.ledger.params import encoding_of, invalid, options_at, parse_pubkey, pubkey_at, window_of
 
 _PROGRAMS: Final = (
@@ -67,9 +68,10 @@ def get_token_accounts_by_owner(rpc: Rpc, params: list[Any]) -> Json:
     if any(program not in _PROGRAMS for program in programs):
         raise invalid("programId is not a token program.")
     encoding, window = encoding_of(options, "binary"), window_of(options)
+    accounts = AccountsOfAnswer(encoding, window)
     return rpc.context(
         [
-            keyed_account_json(key, account_json(account, encoding, window))
+            accounts.keyed(key, account)
             for program in programs
             for key, account in rpc.bank.program_accounts(program)
             if len(account.data) >= _ACCOUNT_BYTES

@@ -9,11 +9,11 @@ from solders.account import Account
 from solders.pubkey import Pubkey
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
+from coordinator.ledger.accounts import AccountsOfAnswer
 from coordinator.ledger.bank import Checked, Refused
 from coordinator.ledger.dispatch import Rpc, method
 from coordinator.ledger.encoding import (
     Json,
-    account_json,
     error_json,
     inner_instructions_json,
     record_json,
@@ -145,9 +145,8 @@ def _simulated_accounts(
     if isinstance(result, FailedTransactionMetadata):
         return [None] * len(keys)
     after: dict[Pubkey, Account] = dict(result.post_accounts())
-    encoding = encoding_of(wanted, "base64")
-    accounts = [after.get(key) or rpc.bank.account(key) for key in keys]
-    return [None if account is None else account_json(account, encoding) for account in accounts]
+    accounts = AccountsOfAnswer(encoding_of(wanted, "base64"))
+    return [accounts.json(after.get(key) or rpc.bank.account(key)) for key in keys]
 
 
 @method("getSignatureStatuses")

@@ -22,8 +22,8 @@ from solders.transaction import Transaction, VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata
 
 from coordinator.ledger import bank as bank_module
-from coordinator.ledger.bank import MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Refused
-from coordinator.ledger.snapshot import state_hash
+from coordinator.ledger.bank import FAUCET_LAMPORTS, MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Refused
+from coordinator.ledger.snapshot import decode, encode, state_hash
 from coordinator.ledger.state import Record
 
 GENESIS = bytes(32)
@@ -184,11 +184,55 @@ def test_history_is_bounded_and_forgets_the_oldest(
 ) -> None:
     monkeypatch.setattr(bank_module, "HISTORY_TRANSACTIONS", 5)
     bank, payer = funded
-    records = [run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL // 100 + i))) for i in range(8)]
+    records = [run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL // 100 + i))) for i in range(4)]
+    bank.apply(AdvanceSlot(bank.slot + bank_module.HISTORY_SLOTS + 1, 1000))
+    records += [run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL // 100 + i))) for i in range(4, 8)]
     kept = [record for record in records if record is not None and bank.record(record.signature)]
     assert kept == records[3:]
     assert list(bank.records_of(payer.pubkey())) == records[3:]
     assert bank.balance(key(2).pubkey()) == sum(SOL // 100 + i for i in range(8))
+
+
+def test_no_flood_pushes_a_young_status_out(funded: tuple[Bank, Keypair], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bank_module, "HISTORY_TRANSACTIONS", 5)
+    bank, payer = funded
+    mine = run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL)))
+    assert mine is not None
+
+    def flood() -> None:
+        for i in range(20):
+            run(bank, signed(bank, payer, pay(payer, key(3).pubkey(), SOL // 100 + i)))
+
+    flood()
+    bank.apply(AdvanceSlot(mine.slot + bank_module.HISTORY_SLOTS, 1000))
+    flood()
+    assert bank.record(mine.signature) is mine
+    bank.apply(AdvanceSlot(bank.slot + 1, 1000))
+    # A bank that is restored now has the same history, and forgets at the same time.
+    other = Bank(GENESIS, 1000)
+    other.restore(decode(b"".join(encode(bank.capture()))))
+    assert other.record(mine.signature) is not None
+    assert state_hash(other.capture()) == state_hash(bank.capture())
+    last = signed(bank, payer, pay(payer, key(3).pubkey(), SOL // 2))
+    for one in (bank, other):
+        run(one, last)
+        assert one.record(mine.signature) is None
+    assert state_hash(other.capture()) == state_hash(bank.capture())
+    assert len(list(bank.records_of(key(3).pubkey()))) == 21
+
+
+def test_a_faucet_that_was_emptied_stays_empty_in_a_restored_bank() -> None:
+    bank = Bank(GENESIS, 1000)
+    bank.apply(AdvanceSlot(1, 1000))
+    record = bank.apply(Execute(bank.airdrop_transaction(key(1).pubkey(), FAUCET_LAMPORTS - 5000)))
+    assert record is not None
+    assert record.error is None
+    other = Bank(GENESIS, 1000)
+    other.restore(decode(b"".join(encode(bank.capture()))))
+    assert other.balance(record.keys[0]) == bank.balance(record.keys[0]) == 0
+    assert other.account(record.keys[0]) is None
+    assert state_hash(other.capture()) == state_hash(bank.capture())
+    assert other.apply(Execute(other.airdrop_transaction(key(2).pubkey(), SOL))) is None
 
 
 def test_a_table_transaction_names_the_accounts_that_it_writes(funded: tuple[Bank, Keypair]) -> None:

@@ -24,6 +24,7 @@ from solders.transaction import Transaction
 
 from coordinator.chain import Chain
 from coordinator.deploy import deploy
+from coordinator.ledger import journal as journal_module
 from coordinator.ledger.bank import AdvanceSlot, Bank, Change, Execute, Refused
 from coordinator.ledger.compaction import Compactor
 from coordinator.ledger.journal import Journal
@@ -289,6 +290,57 @@ def test_damage_that_is_no_interrupted_write_is_refused_and_can_be_cut(
     assert len(list(folder.glob("*.damaged"))) == 2
 
 
+def test_what_a_client_writes_into_a_transaction_is_no_later_frame(tmp_path: Path) -> None:
+    """The last write is interrupted, and a transaction in it holds a whole frame with a later number."""
+    path = log_path(tmp_path, 0)
+    forged = frame(1 << 40, 1, change_bytes(AdvanceSlot(9, 9)))
+    hostile = change_bytes(Execute(bytes([255]) * 300 + forged + bytes([255]) * 700))
+    payload = change_bytes(AdvanceSlot(2, 2)) + hostile + hostile + change_bytes(AdvanceSlot(3, 3))
+    before = header() + frame(0, 1, change_bytes(AdvanceSlot(1, 1)))
+    last = frame(1, 4, payload)
+    for end in range(1, len(last)):
+        path.write_bytes(before + last[:end])
+        found = read_log(path)
+        assert (found.torn, found.next, found.end) == (True, 1, len(before)), end
+    # Sectors whose data never arrived, behind the sector with the frame's header.
+    content = before + last
+    for sector in range(512, len(content), 512):
+        hole = content[:sector] + bytes(len(content[sector : sector + 512])) + content[sector + 512 :]
+        path.write_bytes(hole)
+        assert read_log(path).torn, sector
+    # With a frame after it, nothing about it was interrupted.
+    after = frame(5, 1, change_bytes(AdvanceSlot(4, 4)))
+    for at in range(len(before), len(content)):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 0x10]) + content[at + 1 :] + after)
+        assert (read_log(path).torn, read_log(path).next) == (False, 1), at
+
+
+def test_a_damaged_length_does_not_hide_the_frames_after_it(kept: tuple[Path, list[Change], Genesis]) -> None:
+    folder, _, _ = kept
+    path = log_files(folder)[-1]
+    content = path.read_bytes()
+    at = content.find(b"\xf5PsL") + 4
+    for bit in range(32):
+        path.write_bytes(
+            content[: at + bit // 8] + bytes([content[at + bit // 8] ^ 1 << bit % 8]) + content[at + bit // 8 + 1 :]
+        )
+        found = read_log(path)
+        assert (found.torn, found.next) == (False, 80), bit
+
+
+def test_a_file_that_was_only_begun_is_begun_again(kept: tuple[Path, list[Change], Genesis]) -> None:
+    folder, changes, _ = kept
+    path = log_path(folder, len(changes))
+    for content in (b"", header()[:5], bytes(len(header())), header()[:5] + bytes(len(header()) - 5), bytes(3)):
+        path.write_bytes(content)
+        assert read_log(path).torn
+        assert opened(folder)[1] == len(changes)
+    # More than a first line was there once: what it was had been acknowledged.
+    path.write_bytes(bytes(4096))
+    with pytest.raises(StoreError, match="does not start as a log"):
+        opened(folder)
+
+
 def test_a_missing_part_of_the_log_is_named(kept: tuple[Path, list[Change], Genesis]) -> None:
     folder, _, _ = kept
     log_files(folder)[1].unlink()
@@ -395,6 +447,52 @@ def test_snapshots_of_a_running_bank_keep_the_log_short(tmp_path: Path) -> None:
     _, whole = asyncio.run(run(True))
     assert int(short[0].name[4:]) > 0
     assert int(whole[0].name[4:]) == 0
+
+
+def test_any_error_of_a_write_ends_the_ledger(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also one that is no OSError, in the journal's thread or before it: whoever waits learns of it."""
+
+    async def run(where: str) -> None:
+        def defect(*_: object) -> None:
+            raise RuntimeError("a defect")
+
+        ended: list[BaseException] = []
+        journal = Journal(tmp_path, 0, 0, 0, ended.append)
+        called: list[int] = []
+        with monkeypatch.context() as patch:
+            patch.setattr(journal_module, where, defect)
+            journal.append(AdvanceSlot(1, 0))
+            journal.when_durable(lambda: called.append(1))
+            with pytest.raises(OSError, match="cannot be written"):
+                await asyncio.wait_for(journal.durable(), 10)
+        journal.append(AdvanceSlot(2, 0))
+        journal.when_durable(lambda: called.append(2))
+        await journal.close()
+        assert [str(error) for error in ended] == ["a defect"]
+        assert called == []
+
+    for where in ("_write_all", "_sync", "frame"):
+        asyncio.run(run(where))
+
+
+def test_reading_a_folder_changes_nothing_in_it(kept: tuple[Path, list[Change], Genesis]) -> None:
+    folder, changes, _ = kept
+    (folder / "lock").write_text("4711\n")
+    (folder / "snapshot-9.part").write_bytes(b"half of one")
+    with log_files(folder)[-1].open("ab") as last:
+        last.write(b"\xf5P")
+    before = {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()}
+    for without_lock in (False, True):
+        if without_lock:
+            (folder / "lock").unlink()
+            del before["lock"]
+        with Store(folder, 0, read_only=True) as store, Store(folder, 0, read_only=True) as other:
+            assert store.open().index == other.open().index == len(changes)
+        assert {path.name: (path.read_bytes(), path.stat().st_mtime_ns) for path in folder.iterdir()} == before
+    with Store(folder, 0), pytest.raises(StoreError, match=f"in use by process {os.getpid()}"):
+        Store(folder, 0, read_only=True)
+    with Store(folder, 0, read_only=True), pytest.raises(StoreError, match="in use by `psyche-ledger check`"):
+        Store(folder, 0)
 
 
 # ---------------------------------------------------------------------- the process
