@@ -168,7 +168,8 @@ def _search_from(content: bytes, at: int, expected: int) -> int:
         if kind == _KIND_ADVANCE:
             here += _ADVANCE.size
         elif kind == _KIND_EXECUTE and here + _EXECUTE.size <= len(content):
-            here += _EXECUTE.size + _EXECUTE.unpack_from(content, here)[1]
+            size: int = _EXECUTE.unpack_from(content, here)[1]
+            here += _EXECUTE.size + size
         elif not kind:
             return end  # sectors that never arrived: where the next change begins is not known
         else:
