@@ -161,15 +161,14 @@ def _search_from(content: bytes, at: int, expected: int) -> int:
     magic, length, first, *_ = _FRAME.unpack_from(content, at)
     if magic != _FRAME_MAGIC or first != expected:
         return at + 1
-    here = at + _FRAME.size
-    end = here + length
+    here: int = at + _FRAME.size
+    end: int = here + length
     while here < min(end, len(content)):
         kind = content[here]
         if kind == _KIND_ADVANCE:
             here += _ADVANCE.size
         elif kind == _KIND_EXECUTE and here + _EXECUTE.size <= len(content):
-            size: int = _EXECUTE.unpack_from(content, here)[1]
-            here += _EXECUTE.size + size
+            here += _EXECUTE.size + _EXECUTE.unpack_from(content, here)[1]
         elif not kind:
             return end  # sectors that never arrived: where the next change begins is not known
         else:
