@@ -161,8 +161,8 @@ def _search_from(content: bytes, at: int, expected: int) -> int:
     magic, length, first, *_ = _FRAME.unpack_from(content, at)
     if magic != _FRAME_MAGIC or first != expected:
         return at + 1
-    here = at + _FRAME.size
-    end = here + length
+    here: int = at + _FRAME.size
+    end: int = here + length
     while here < min(end, len(content)):
         kind = content[here]
         if kind == _KIND_ADVANCE:
