@@ -188,7 +188,10 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.ALREADY_A_DELEGATE: "the key is a delegate of this grant already; there is nothing to do",
     ErrorCode.NOT_A_DELEGATE: "the key is no delegate of this grant; there is nothing to remove",
     ErrorCode.DELEGATES_FULL: "the grant has 32 delegates, which is the most; remove one, or ask for another grant",
-    ErrorCode.ALREADY_REQUESTED: "the run is paused, or about to pause or finish; wait, or resume it",
+    ErrorCode.ALREADY_REQUESTED: (
+        "the run is paused, or about to pause or finish; "
+        "wait for the transition that is due (psyche-admin run tick makes it)"
+    ),
     ErrorCode.NOT_PAUSED: "the run is neither paused nor about to be; there is nothing to resume",
     ErrorCode.NOT_FINISHED: "only a finished run can be closed; finish it first",
     ErrorCode.REWARDS_OWED: "members have rewards to claim; fund the run, or wait 6480000 slots after its end",

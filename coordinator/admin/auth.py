@@ -45,6 +45,11 @@ async def grant(
 ) -> None:
     """Let a wallet join (or anyone). Signed by the run's join authority, which pays a deposit for it."""
     key = _grantee(grantee, anyone)
+    if (await one.client.pulse()).run.join_authority is None:
+        raise ConfigError(
+            "anyone may join this run: it has no join authority. Give it one first: psyche-admin run set RUN "
+            "join_authority=ADDRESS"
+        )
     address = grant_address(one.client.program_id, one.me, one.client.addresses.run, key or Pubkey.default())
     who = key or "anyone"
     there, held = await one.client.account(address, (0, GRANT_SIZE)), 0

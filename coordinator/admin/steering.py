@@ -6,6 +6,7 @@ from typing import Annotated, Final
 
 import typer
 from rich.markup import escape
+from solders.instruction import Instruction
 from solders.pubkey import Pubkey
 from solders.system_program import TransferParams, transfer
 
@@ -29,10 +30,12 @@ from coordinator.chain import Chain
 from coordinator.client import RunNotFound
 from coordinator.layout import GRANT, GRANT_MARK, RECEIPT, RECEIPT_MARK, RUN, RUN_MARK, RUN_SIZE
 from coordinator.run_config import ConfigError
+from coordinator.state import Phase
 from coordinator.wallet import load_keypair
 
 app = typer.Typer()
 
+_IDLE: Final = (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP, Phase.PAUSED)
 # What fits into one transaction.
 _MOST_RECORDS: Final = 16
 
@@ -74,7 +77,13 @@ async def set_config(
 @acting(app, "pause")
 async def pause(one: Act) -> None:
     """Pause a run: the round in flight ends and its checkpoint is agreed first, nothing is discarded, members stay."""
-    await one.send("pause the run", ix.pause(*one.of_run), done="the run pauses when its round is final")
+    idle = (await one.client.pulse()).run.phase in _IDLE
+    await one.send(
+        "pause the run",
+        ix.pause(*one.of_run),
+        *_tick(one, idle),
+        done="the run is paused" if idle else "the run pauses when its round is final",
+    )
 
 
 @acting(app, "resume")
@@ -90,9 +99,21 @@ async def finish(one: Act) -> None:
     await one.send(
         "finish the run",
         ix.finish(*one.of_run),
-        done="the run ends when its round is final",
+        *_tick(one, left.phase in _IDLE),
+        done="the run is finished" if left.phase in _IDLE else "the run ends when its round is final",
         caution=f"Run {left.run_id!r} ends for good after round {left.round:,} of {left.limits.total_rounds:,}.",
     )
+
+
+@acting(app, "tick")
+async def tick(one: Act) -> None:
+    """Make the transition that is due. Nodes do it; this is for a run that has no living node any more."""
+    await one.send("make the transition that is due", ix.tick(*one.of_run), done="the transition is made")
+
+
+def _tick(one: Act, idle: bool) -> list[Instruction]:
+    """Nothing is in flight, so what the owner asks for is due at once, and no node need be there to bring it about."""
+    return [ix.tick(*one.of_run)] if idle else []
 
 
 @acting(app, "kick", asks=True)

@@ -151,7 +151,7 @@ def cut(folder: Annotated[Path, typer.Option("--dir", help="Folder of a ledger t
             done = store.cut()
     except StoreError as error:
         raise _store_failure(error) from None
-    print("nothing is damaged" if done is None else f"kept {done[0]} changes, cut off {done[1]} bytes")
+    print("nothing is damaged" if done is None else f"kept {done[0]} changes, cut off {done[1]} bytes (*.damaged)")
 
 
 def _existing(folder: Path, *, read_only: bool = False) -> Store:
