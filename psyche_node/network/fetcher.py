@@ -23,7 +23,7 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
 from psyche_node.network.messages import Fetched, FetchFailed
 from psyche_node.network.reports import Reporter
-from psyche_node.network.server import MAX_PIECES_PER_FETCH
+from psyche_node.network.service import MAX_PIECES_PER_FETCH
 from psyche_node.network.store import (
     DIGEST_BYTES,
     PIECE_BYTES,

@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 from psyche_node.network.certificates import BadCertificate, Leaf, PeerCertificate, identify
 from psyche_node.network.directory import Directory
 from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import MAX_MESSAGE_BYTES, SERVICE
+from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
 from psyche_node.network.wire import node_pb2 as wire
 

@@ -21,6 +21,7 @@ from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
+from psyche_node.network.guard import Guard
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.links import CallFailed, Links
 from psyche_node.network.messages import (
@@ -39,7 +40,8 @@ from psyche_node.network.messages import (
     Want,
 )
 from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import Guard, NodeService, Server
+from psyche_node.network.server import Server
+from psyche_node.network.service import NodeService
 from psyche_node.network.statements import (
     RUN_BYTES,
     Announcement,

@@ -32,19 +32,12 @@ from psyche_node.network import certificates
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
+from psyche_node.network.guard import MAX_STREAMS, MAX_STREAMS_PER_PEER, Guard, Pace, Streams
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import (
-    MAX_STREAMS,
-    MAX_STREAMS_PER_PEER,
-    SERVICE,
-    Guard,
-    NodeService,
-    Pace,
-    Server,
-    Streams,
-)
+from psyche_node.network.server import Server
+from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.wire import node_pb2 as wire
