@@ -7,6 +7,7 @@ defaults each have a reason beside them.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -30,6 +31,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from psyche_node.identity import IdentityError, NodeKey, node_id, public_key
 from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
+log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
 
 
@@ -55,7 +57,7 @@ class Handlers(Protocol):
 def make_host(key: NodeKey) -> IHost:
     pair = create_identity_from_seed(key.seed)
     noise = Noise(pair, noise_privkey=create_noise_key().private_key)
-    return new_host(
+    host = new_host(
         key_pair=pair,
         sec_opt={NOISE: noise},
         muxer_opt={TProtocol(YAMUX): Yamux},
@@ -80,6 +82,22 @@ def make_host(key: NodeKey) -> IHost:
             enable_graceful_degradation=False,
         ),
     )
+    network = network_of(host)
+    network.set_stream_handler(_contained(network.common_stream_handler))
+    return host
+
+
+def _contained(handler: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    """Let a stream that breaks its protocol's handler end that stream; otherwise it would end the whole host."""
+
+    async def handle(stream: INetStream) -> None:
+        try:
+            await handler(stream)
+        except Exception as error:
+            log.debug("a stream of %s broke: %r", stream.muxed_conn.peer_id, error)
+            await reset(stream)
+
+    return handle
 
 
 @contextlib.asynccontextmanager
