@@ -45,6 +45,10 @@ class BadCertificate(Exception):
     """A certificate gives no identity; the message says why."""
 
 
+class ExpiredCertificate(BadCertificate):
+    """It names a node, and its time is over or has not come."""
+
+
 @dataclass(frozen=True)
 class Leaf:
     """A certificate with its private key, both PEM. ``expires`` is in seconds since 1970."""
@@ -128,7 +132,7 @@ def identify(pem: bytes) -> PeerCertificate:
     """Return whose certificate this is. Raises BadCertificate unless the node key it names signed it."""
     peer = _parse(pem)
     if peer.expires < time.time():
-        raise BadCertificate("the certificate has expired; the peer's clock or ours may be wrong")
+        raise ExpiredCertificate("the certificate has expired; the peer's clock or ours may be wrong")
     return peer
 
 
@@ -147,7 +151,7 @@ def _parse(pem: bytes) -> PeerCertificate:
         raise BadCertificate(f"the certificate does not parse: {error}") from None
     now = datetime.datetime.now(datetime.UTC)
     if certificate.not_valid_before_utc > now:
-        raise BadCertificate("the certificate is not valid yet; the peer's clock or ours is wrong")
+        raise ExpiredCertificate("the certificate is not valid yet; the peer's clock or ours is wrong")
     if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(extension, x509.UnrecognizedExtension):
         raise BadCertificate("the certificate's key is not an elliptic curve one")
     value = extension.value

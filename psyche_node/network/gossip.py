@@ -10,16 +10,24 @@ from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
+from psyche_node.network.members_only import MembersPubsub
 
 
 class Gossip:
     """Two topics of one run. What arrives goes to the handlers, which say whether it is passed on."""
 
-    def __init__(self, host: IHost, run: bytes, own_key: bytes, handlers: Handlers) -> None:
+    def __init__(
+        self,
+        host: IHost,
+        run: bytes,
+        own_key: bytes,
+        handlers: Handlers,
+        admits: Callable[[ID], bool] = lambda peer: True,
+    ) -> None:
+        """``admits``: to whom messages are sent."""
         prefix = f"/psyche/1/{run.hex()[:32]}"
         self._announcements, self._records = f"{prefix}/announcements", f"{prefix}/records"
         self._own_key, self._handlers = own_key, handlers
@@ -33,9 +41,10 @@ class Gossip:
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
         )
-        self._pubsub = Pubsub(
+        self._pubsub = MembersPubsub(
             host,
             self._router,
+            admits=admits,
             msg_id_constructor=lambda message: message.data,  # a signed statement has exactly one encoding
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
