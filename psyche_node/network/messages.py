@@ -177,7 +177,7 @@ class FetchFailed(Message):
 class Rejected(Message):
     """Something from a peer was refused.
 
-    ``what``: piece, manifest, announcement, record, call, certificate, handshake, connection or gossip.
+    ``what``: piece, manifest, announcement, record, call, certificate, handshake or connection.
     """
 
     what: str

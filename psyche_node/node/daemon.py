@@ -21,7 +21,18 @@ from psyche_node.faults import Fault, Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import IpcError, Message, Ok
 from psyche_node.metrics import ASK_SECONDS, NodeMetrics
-from psyche_node.network.messages import Configure, GetStats, MemberEntry, PeerDown, PeerUp, Ready, SetMembers, Stats
+from psyche_node.network.messages import (
+    Configure,
+    GetStats,
+    MemberEntry,
+    PeerDown,
+    PeerUp,
+    Ready,
+    Rejected,
+    SetMembers,
+    Stats,
+    Why,
+)
 from psyche_node.network.store import BlobStore
 from psyche_node.node.changes import Changes
 from psyche_node.node.config import ConfigError, NodeConfig
@@ -41,6 +52,10 @@ log = logging.getLogger(__name__)
 MEET_SECONDS = 10.0
 LINGER_SECONDS = 30.0
 NETWORK_PATIENCE = 120.0
+# The member table is read again when a peer is refused that is not in it, but not sooner than after this pause; and
+# after this time anyway.
+MEMBERS_PAUSE_SECONDS = 2.0
+MEMBERS_SECONDS = 120.0
 
 
 class JoinRefused(Exception):
@@ -75,6 +90,7 @@ class Node:
         self._member: int | None = None
         self._connected: set[int] = set()
         self._peers = Changes()
+        self._unknown_peer = asyncio.Event()
         self._exchange: UpdateExchange | None = None
         self._network: Child | None = None
         self._metrics: NodeMetrics | None = None
@@ -268,7 +284,7 @@ class Node:
                 f"({new}). Start the node with {self._config.node_key_path} of that node"
             )
         log.warning("member %d of this wallet goes on under a new node key: %s instead of %s", mine.slot, new, old)
-        await parts.chain.join(self._node_key.keypair, self._config.share or mine.next_share)
+        await parts.chain.join(self._node_key.keypair, self._config.share or mine.next_share, mine.grant)
         parts.journal.write("rotated", member=mine.slot, old=old, new=new)
         again = await self._my_record(parts.chain)
         if again is None or again.node_key != self._node_key.public:
@@ -317,7 +333,25 @@ class Node:
             if members != known:
                 await parts.network.endpoint.call(SetMembers(members=members), Ok)
                 known = members
-            await _membership_changes(parts.view, _membership(seen))
+            await self._members_may_have_changed(parts.view, _membership(seen))
+
+    async def _members_may_have_changed(self, view: ChainView, seen: tuple[object, ...]) -> None:
+        """Wait for a reason to read the member table again. That a member's node key changed shows in that table only:
+        so it is read when somebody is refused for not being in it, and from time to time."""
+        self._unknown_peer.clear()
+
+        async def hinted() -> None:
+            await asyncio.sleep(MEMBERS_PAUSE_SECONDS)
+            await self._unknown_peer.wait()
+
+        waiting = {asyncio.ensure_future(hinted()), asyncio.ensure_future(_membership_changes(view, seen))}
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=MEMBERS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
 
     def _check_still_mine(self, table: Sequence[Member]) -> None:
         """Raise JoinRefused once this node's slot goes on under another node key: another host has taken over."""
@@ -359,6 +393,8 @@ class Node:
             self._peers.fire()
         elif self._exchange is not None:
             self._exchange.on_event(message)
+        if isinstance(message, Rejected) and message.why is Why.NOT_A_MEMBER:
+            self._unknown_peer.set()
 
     def _tick_delay(self, pulse: Pulse) -> int:
         return tick_delay(self._member, pulse.run.round, pulse.header.members)
