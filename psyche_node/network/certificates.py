@@ -96,11 +96,16 @@ def null_ca_pem() -> bytes:
     return _null_ca()[1].public_bytes(Encoding.PEM)
 
 
+def extension_value(key: NodeKey, spki: bytes) -> bytes:
+    """Return the libp2p extension's value for a TLS key, given as DER SubjectPublicKeyInfo."""
+    return _DER_KEY + key.public + _DER_SIGNATURE + key.sign(_PREFIX + spki)
+
+
 def issue(key: NodeKey, lifetime: float = LIFETIME_SECONDS, now: float | None = None) -> Leaf:
     """Make a fresh TLS key and a leaf for it that carries the identity ``key``, valid for ``lifetime`` seconds."""
     tls_key = ec.generate_private_key(ec.SECP256R1())
     spki = tls_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    extension = _DER_KEY + key.public + _DER_SIGNATURE + key.sign(_PREFIX + spki)
+    extension = extension_value(key, spki)
     start = datetime.datetime.fromtimestamp(time.time() if now is None else now, datetime.UTC)
     expires = start + datetime.timedelta(seconds=lifetime)
     # Unique per certificate: with equal subjects BoringSSL may pick the wrong root of a client's list.
