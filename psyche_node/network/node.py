@@ -38,6 +38,7 @@ from psyche_node.network.messages import (
     SetMembers,
     Stats,
     Want,
+    Why,
 )
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
@@ -212,6 +213,7 @@ class NetworkNode:
                 )
                 for key, (sent, received) in sorted(per_peer.items())
             ],
+            refusals=self._reporter.refusals(),
         )
 
     # What comes in ---------------------------------------------------------------------------------------------------
@@ -227,7 +229,7 @@ class NetworkNode:
         if outcome.verdict is Verdict.REFUSED:
             blamed = sender if said is None else said.node_key
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
-            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}")
+            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
         elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:
             self._reporter.emit(
                 Announced(round=said.round, member=outcome.slot, digest=said.digest.hex(), length=said.length)
@@ -248,7 +250,7 @@ class NetworkNode:
         try:
             record = NodeRecord.parse(raw, self._run)
         except Malformed as error:
-            self._reporter.rejected("record", sender, str(error))
+            self._reporter.rejected("record", sender, str(error), Why.MALFORMED)
             return False
         # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
         if sender != record.node_key and not self._vouches(sender) and not self._vouches(record.node_key):
@@ -272,6 +274,13 @@ class NetworkNode:
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
         self._traffic.sent(peer, sent)
         self._traffic.received(peer, received)
+
+    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
+        self._reporter.rejected(what, peer, reason, why)
+
+    def handshake_refused(self, reason: str, why: Why) -> None:
+        """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""
+        self._reporter.rejected("handshake", "at the gRPC port", reason, why)
 
     def _report_connections(self) -> None:
         connected = self._swarm.connected()
