@@ -13,7 +13,7 @@ from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.pubsub.pubsub import Pubsub
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
 
@@ -45,7 +45,10 @@ class Gossip:
             max_inbound_rpc_size=256 * 1024,
             max_subscriptions_per_peer=8,
             allowed_topics={self._announcements, self._records},
+            strict_signing=False,  # what travels is signed by its author; py-libp2p's own signature costs as much again
         )
+        self._pubsub.handlers = handlers
+        self.services: dict[str, Service] = {"pubsub": self._pubsub, "gossip router": self._router}
         for topic, take in (
             (self._announcements, handlers.gossip_announcement),
             (self._records, handlers.gossip_record),
@@ -93,11 +96,17 @@ class Gossip:
 
 
 class _Pubsub(Pubsub):
-    """py-libp2p's pubsub, in which one message that breaks it is dropped; otherwise it would end the whole host."""
+    """py-libp2p's pubsub, in which one message that breaks it is dropped; otherwise it would end the whole host.
+
+    A peer that sends too many has the rest of them dropped before anything is done with them.
+    """
+
+    handlers: Handlers
 
     async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
         try:
-            await super().push_msg(msg_forwarder, msg)
+            if msg_forwarder == self.my_id or self.handlers.allows(key_of(msg_forwarder) or str(msg_forwarder)):
+                await super().push_msg(msg_forwarder, msg)
         except Exception as error:
             log.debug("a gossip message of %s was dropped: %r", msg_forwarder, error)
 
