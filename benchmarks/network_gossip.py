@@ -1,9 +1,9 @@
 """How fast announcements reach everybody when all nodes announce at once: ``python -m benchmarks.network_gossip``.
 
 Each node is a whole one (libp2p host, gossip, gRPC server and channels); several share a process, because importing
-libp2p costs 93 MB. Start-up and connecting do not count. Three bursts: by gossip alone, as a baseline; as nodes announce,
-with channels that are new; and the same again, warm. What a node has not heard after a second it wants, as it would
-because of the chain, and so asks around.
+libp2p costs 93 MB. Start-up and connecting do not count. Three bursts: by gossip alone, as a baseline; as nodes do
+announce, with channels that are new; and the same again, warm. What a node has not heard after a second it wants, as it
+would because of the chain, and so asks around.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import logging
 import resource
 import subprocess
 import sys
@@ -26,7 +27,7 @@ from psyche_node.ipc import Message
 from psyche_node.network.messages import Announced, Configure, MemberEntry, Publish, SetMembers, Want, WantEntry
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.statements import Announcement
-from psyche_node.network.store import BlobStore
+from psyche_node.network.store import BlobStore, blob_digest
 
 RUN = bytes(range(32))
 LIMIT = 5.0
@@ -123,8 +124,6 @@ async def burst(hosts: list[Host], round: int, gossip_alone: bool, others: int, 
 
 
 def digest_of(round: int, slot: int) -> bytes:
-    from psyche_node.network.store import blob_digest
-
     return blob_digest(f"update {round} of {slot}".encode())
 
 
@@ -146,7 +145,6 @@ def measure(nodes: int, processes: int, seconds: float) -> None:
                     [*command, "--bootstrap", json.dumps(bootstrap)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
-                    stderr=subprocess.DEVNULL,
                     text=True,
                 )
             )
@@ -165,9 +163,7 @@ def measure(nodes: int, processes: int, seconds: float) -> None:
         for worker in workers:
             hear(worker)
         print(f"{nodes} nodes in {processes} processes, all connected to all after {time.monotonic() - began:.0f} s")
-        print(
-            f"{'':24} {'in ' + format(LIMIT, '.0f') + ' s':>8} {'in all':>8} {'p50':>7} {'p99':>7} {'max':>7} {'CPU':>7}"
-        )
+        print(f"{'':24} {f'in {LIMIT:.0f} s':>8} {'in all':>8} {'p50':>7} {'p99':>7} {'max':>7} {'CPU':>7}")
         for round, (name, alone) in enumerate(
             (("gossip alone", True), ("announced, cold", False), ("announced, warm", False)), 1
         ):
@@ -213,6 +209,7 @@ def main() -> None:
     if arguments.worker is None:
         measure(arguments.nodes, arguments.processes, arguments.seconds)
     else:
+        logging.disable(logging.CRITICAL)  # of libp2p, which says a lot while nodes meet
         slots = [int(slot) for slot in arguments.worker.split(",")]
         trio.run(work, arguments.folder, slots, arguments.bootstrap)
 
