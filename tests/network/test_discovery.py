@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import os
 import signal
 import stat
-from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import trio
 from network_driver import RUN, Process, network
+from network_here import Here, nodes
 
 from psyche_node.identity import NodeKey
-from psyche_node.ipc import Message
 from psyche_node.network import health, kademlia, swarm
 from psyche_node.network.directory import MAX_CANDIDATES, Directory, Known
 from psyche_node.network.health import PartDied
-from psyche_node.network.messages import Announced, Configure, MemberEntry, PeerUp, Publish, SetMembers
-from psyche_node.network.node import NetworkNode
+from psyche_node.network.messages import Announced, MemberEntry, PeerUp, Publish, SetMembers
 from psyche_node.network.peerstore import MAX_BYTES, MAX_RECORDS, Peerstore
 from psyche_node.network.statements import NodeRecord
 
@@ -84,7 +81,8 @@ def test_the_file_survives_what_can_happen_to_it(tmp_path: Path, caplog: pytest.
     assert Peerstore(path, RUN, clock=lambda: now).load() == [good, last]
 
     whole = path.read_bytes()
-    for damaged in (whole[:-1], whole[:40], b"", b"x" * (MAX_BYTES + 1), whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]):
+    changed = whole[:60] + bytes([whole[60] ^ 1]) + whole[61:]
+    for damaged in (whole[:-1], whole[:40], b"", b"x" * (MAX_BYTES + 1), changed):
         path.write_bytes(damaged)
         caplog.clear()
         with caplog.at_level(logging.WARNING):
@@ -95,9 +93,9 @@ def test_the_file_survives_what_can_happen_to_it(tmp_path: Path, caplog: pytest.
     # It starts anew, and holds no more than it may.
     store.save([bytes([index % 256, index // 256]) for index in range(MAX_RECORDS + 1)])
     assert len(path.read_bytes()) < MAX_BYTES
-    changed = path.stat().st_mtime_ns
+    written = path.stat().st_mtime_ns
     store.save([bytes([index % 256, index // 256]) for index in range(MAX_RECORDS + 1)])
-    assert path.stat().st_mtime_ns == changed
+    assert path.stat().st_mtime_ns == written
     # A folder that cannot be written to is a line in the log.
     with caplog.at_level(logging.WARNING):
         Peerstore(tmp_path / "nowhere" / "peers", RUN).save([good.raw])
@@ -126,50 +124,6 @@ def test_remembered_records_are_not_crowded_out_before_the_members_are_known() -
 
 
 # In one process ------------------------------------------------------------------------------------------------------
-
-
-class Here:
-    """A whole network node in this process."""
-
-    def __init__(self, folder: Path, bootstrap: list[str], **settings: object) -> None:
-        self.events: list[Message] = []
-        folder.mkdir()
-        self.node = NetworkNode(
-            Configure.model_validate(
-                {
-                    "folder": str(folder),
-                    "node_key_path": str(folder / "node.key"),
-                    "bootstrap": bootstrap,
-                    "run": RUN.hex(),
-                    **settings,
-                }
-            ),
-            self.events.append,
-        )
-        self.key: NodeKey = self.node._key
-
-    async def members(self, *nodes: Here) -> None:
-        entries = [MemberEntry(slot=slot, node_key=node.key.public.hex()) for slot, node in enumerate(nodes)]
-        await self.node.handle(SetMembers(members=entries))
-
-    async def until(self, condition: object) -> None:
-        with trio.fail_after(90):
-            while not condition():  # type: ignore[operator]
-                await trio.sleep(0.02)
-
-
-@contextlib.asynccontextmanager
-async def nodes(folder: Path, count: int, **settings: object) -> AsyncIterator[list[Here]]:
-    """Run nodes in this process; the first is the bootstrap node of the others."""
-    async with contextlib.AsyncExitStack() as stack:
-        started: list[Here] = []
-        bootstrap: list[str] = []
-        for number in range(count):
-            here = Here(folder / str(number), bootstrap, **settings)
-            ready = await stack.enter_async_context(here.node.running())
-            bootstrap = bootstrap or ready.multiaddrs
-            started.append(here)
-        yield started
 
 
 def test_kademlia_finds_the_record_of_a_member_that_nobody_told_of(
