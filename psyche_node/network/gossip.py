@@ -11,7 +11,7 @@ from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
 from psyche_node.network.members_only import MembersPubsub
@@ -46,12 +46,15 @@ class Gossip:
             host,
             self._router,
             admits=admits,
+            allows=lambda peer: handlers.allows(key_of(peer) or str(peer)),
             msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
             max_subscriptions_per_peer=8,
             allowed_topics={self._announcements, self._records},
+            strict_signing=False,  # what travels is signed by its author; py-libp2p's own signature costs as much again
         )
+        self.services: dict[str, Service] = {"pubsub": self._pubsub, "gossip router": self._router}
         for topic, take in (
             (self._announcements, handlers.gossip_announcement),
             (self._records, handlers.gossip_record),

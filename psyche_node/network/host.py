@@ -40,6 +40,9 @@ MAX_CONNECTIONS = 128
 class Handlers(Protocol):
     """What the libp2p side tells the node."""
 
+    def allows(self, peer: bytes | str) -> bool:
+        """Count a statement that ``peer`` sent; return False when it has sent too many to look at this one."""
+
     def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
         """Take an announcement from gossip; return whether to pass it on."""
 
