@@ -20,7 +20,7 @@ from psyche_node.network.download import CALL_SECONDS, BadBytes, Download, Nothi
 from psyche_node.network.fanout import Tree
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
-from psyche_node.network.messages import Fetched, FetchFailed, Kind
+from psyche_node.network.messages import Fetched, FetchFailed, Kind, Why
 from psyche_node.network.notices import EarlyOffers, Notices
 from psyche_node.network.pieces import unpack
 from psyche_node.network.quality import Quality
@@ -70,6 +70,8 @@ class Fetcher:
         self._looking = trio.CapacityLimiter(4)
         self._asking = trio.CapacityLimiter(2 * ASK_PEERS)
         self._chooser = Chooser(directory, quality, self._busy)
+        self.tree: type[Tree] = Tree
+        """The shape in which updates are passed on; all nodes have the same."""
         self._nursery: trio.Nursery | None = None
         self._ask_now = trio.Event()
 
@@ -97,7 +99,7 @@ class Fetcher:
         if (round, digest) in self._wants or self._nursery is None:
             return
         self._holdings.know(digest, kind, round)
-        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(digest, member))
+        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(round, member))
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
         self._wants[round, digest] = want
@@ -140,20 +142,20 @@ class Fetcher:
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
-            want.tree = self._tree(want.digest, want.member)
+            want.tree = self._tree(want.round, want.member)
             want.news.set()
 
     def published(self, digest: bytes, kind: Kind, round: int) -> None:
         """This node offers a blob of its own; an update goes to its children in the tree."""
         self._holdings.know(digest, kind, round)
         if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
-            self._notices.tell(self._nursery, digest, self._tree(digest, own))
+            self._notices.tell(self._nursery, digest, self._tree(round, own))
 
-    def _tree(self, digest: bytes, member: int) -> Tree:
+    def _tree(self, round: int, member: int) -> Tree:
         members = {**self._directory.others()}
         if (own := self._directory.own_slot) is not None:
             members[own] = self._directory.own_key
-        return Tree(digest, self._directory.key(member), members.values())
+        return self.tree(round, self._directory.key(member), members.values())
 
     async def _pursue(self, want: Want) -> None:
         try:
@@ -270,7 +272,7 @@ class Fetcher:
         reason = f"{error} ({want.name}); it is banned as a source of blobs for the rest of the run"
         self._directory.ban(source)
         want.broken.add(source)
-        self._reporter.rejected(error.what, source, reason, always=True)
+        self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
 
     def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:

@@ -18,7 +18,7 @@ from psyche_node.network.store import BlobStore
 
 RUN = bytes(range(32))
 M = TypeVar("M", bound=Message)
-PATIENCE = 20.0
+PATIENCE = 60.0  # seconds; a loaded machine needs some of them
 
 
 class Process:
@@ -44,7 +44,7 @@ class Process:
         theirs.close()
         self.endpoint = await Endpoint.over("network", ours, self._on_event)
 
-    async def start(self, bootstrap: list[str], faults: list[str] | None = None) -> Process:
+    async def start(self, bootstrap: list[str], faults: list[str] | None = None, mdns: bool = False) -> Process:
         """Start the process and configure it."""
         await self.launch()
         self.ready = await self.endpoint.call(
@@ -53,6 +53,7 @@ class Process:
                 node_key_path=str(self.folder / "node.key"),
                 bootstrap=bootstrap,
                 run=RUN.hex(),
+                mdns=mdns,
                 faults=faults or [],
             ),
             Ready,

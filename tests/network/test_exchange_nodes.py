@@ -76,7 +76,7 @@ async def test_each_node_passes_an_update_on_to_two_at_most(tmp_path: Path) -> N
         for node in made[1:]:
             await node.fetched(digest)
             assert node.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
-        tree = tree_of(made, digest)
+        tree = tree_of(made, 1)
         by_key = {node.key.public: node for node in made}
         assert {key: by_key[key].uploaded() for key in tree.order} == {
             key: len(tree.children(key)) * len(data) for key in tree.order
@@ -88,7 +88,7 @@ async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(tmp
     """Both of the author's children are bad. Their children come to the author; everybody else is served as before."""
     data = os.urandom(PIECE_BYTES + 77)
     keys = [NodeKey.generate() for _ in range(8)]
-    tree = Tree(blob_digest(data), keys[0].public, [key.public for key in keys])
+    tree = Tree(1, keys[0].public, [key.public for key in keys])
     dead, liar = (next(n for n, key in enumerate(keys) if key.public == child) for child in tree.order[1:3])
     async with nodes(tmp_path, 8, {liar: ["tamper"]}, keys) as made:
         made[dead].kill()
@@ -111,7 +111,7 @@ async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(tmp
 async def test_a_blob_is_passed_on_while_it_arrives(tmp_path: Path) -> None:
     data = os.urandom(8 * PIECE_BYTES)
     async with nodes(tmp_path, 4) as made:
-        tree = tree_of(made, blob_digest(data))
+        tree = tree_of(made, 1)
         by_key = {node.key.public: node for node in made}
         middle, last = by_key[tree.order[1]], by_key[tree.order[3]]
         gate = Gate(made[0].holdings, 3)
@@ -132,7 +132,7 @@ async def test_a_blob_is_passed_on_while_it_arrives(tmp_path: Path) -> None:
 async def test_a_parent_that_stops_in_the_middle_is_gone_around(tmp_path: Path) -> None:
     data = os.urandom(4 * PIECE_BYTES)
     async with nodes(tmp_path, 4) as made:
-        tree = tree_of(made, blob_digest(data))
+        tree = tree_of(made, 1)
         by_key = {node.key.public: node for node in made}
         parent, child = by_key[tree.order[1]], by_key[tree.order[3]]
         gate = Gate(parent.holdings, 1)
@@ -266,7 +266,7 @@ async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_
     data = os.urandom(60_000)
     async with nodes(tmp_path, 4) as made:
         digest = blob_digest(data)
-        tree = tree_of(made, digest)
+        tree = tree_of(made, 1)
         by_key = {node.key.public: node for node in made}
         parent, child = by_key[tree.order[1]], by_key[tree.order[3]]
         liar = next(node for node in made[1:] if node not in (parent, child))
