@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from exchange_nodes import ExchangeNode, in_trio, introduce, nodes, tree_of
+from exchange_nodes import ExchangeNode, in_trio, nodes, tree_of
 
 from psyche_node.identity import NodeKey
 from psyche_node.network.fanout import ARITY, Tree
@@ -144,31 +144,30 @@ async def test_a_parent_that_stops_in_the_middle_is_gone_around(tmp_path: Path) 
 
 
 @in_trio
-async def test_a_download_goes_on_after_the_process_was_killed(tmp_path: Path) -> None:
-    """What is in the folder at that moment is all that a killed process leaves."""
+async def test_a_download_goes_on_after_kill_9(tmp_path: Path) -> None:
+    """A process of its own brings half of a blob and is killed; the next one brings the other half and no more."""
     data = os.urandom(12 * PIECE_BYTES + 5)
-    keys = [NodeKey.generate() for _ in range(2)]
-    async with nodes(tmp_path, 2, keys=keys) as made:
-        gate = Gate(made[0].holdings, 6)
-        digest = made[0].put(data, 1, Kind.MODEL)
-        made[1].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
-        await until(lambda: held(made[1], digest) == 6)
-        shutil.copytree(tmp_path / "1", tmp_path / "killed")
+    child = NodeKey.generate()
+    script = Path(__file__).with_name("exchange_child.py")
+    async with nodes(tmp_path, 1) as (author,):
+        author.directory.set_members({0: author.key.public, 1: child.public})
+        gate = Gate(author.holdings, 6)
+        digest = author.put(data, 1, Kind.MODEL)
+        address, leaf = author.record.grpc_address, author.leaf.der_hash.hex()
+        command = [sys.executable, str(script), str(tmp_path / "child"), child.seed.hex(), author.key.public.hex()]
+        command += [address, leaf, digest.hex(), str(len(data))]
+        folder = tmp_path / "child" / "1"
+        killed = await trio.lowlevel.open_process(command)
+        part = folder / f"{digest.hex()}.part"
+        await until(lambda: part.exists() and part.stat().st_size == 6 * PIECE_BYTES)
+        killed.kill()
+        await killed.wait()
         gate.open()
-    async with nodes(tmp_path / "again", 1, keys=keys[:1]) as (author,):
-        reborn = ExchangeNode(tmp_path / "killed", keys[1])
-        introduce([author, reborn])
-        author.put(data, 1, Kind.MODEL)
-        async with trio.open_nursery() as nursery:
-            nursery.start_soon(reborn.fetcher.run)
-            await trio.testing.wait_all_tasks_blocked()
-            reborn.fetcher.want(1, 0, digest, len(data), Kind.MODEL)
-            await reborn.fetched(digest)
-            nursery.cancel_scope.cancel()
-        reborn.close()
-        assert reborn.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
-        assert author.uploaded() == len(data) - 6 * PIECE_BYTES
-        assert not [path for path in (tmp_path / "killed").glob("*/*") if path.suffix]
+        with trio.fail_after(60):
+            again = await trio.run_process(command, capture_stdout=True)
+        assert int(again.stdout) == len(data) - 6 * PIECE_BYTES
+        assert (folder / digest.hex()).read_bytes() == data
+        assert [path.name for path in folder.iterdir()] == [digest.hex()]
 
 
 @in_trio
