@@ -15,7 +15,8 @@ log = logging.getLogger(__name__)
 CHECK_EVERY = 5.0
 # The listener is asked less often: each time costs the beginning of a handshake.
 LISTEN_EVERY = 30.0
-LISTEN_SECONDS = 10.0
+# Long, because a machine that has too much to do makes a healthy one slow, and a new process would make it slower.
+LISTEN_SECONDS = 60.0
 LISTEN_MISSES = 3
 
 

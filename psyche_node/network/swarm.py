@@ -29,6 +29,8 @@ MAX_STRANGERS = 32
 # A node keeps connections to this many members; gossip reaches the others.
 WANTED_CONNECTIONS = 32
 DIAL_SECONDS = 5.0
+# A handshake is 60 ms of Python on both sides; many at once on a busy machine would all be too slow, again and again.
+DIALS_AT_ONCE = 4
 LONGEST_BACKOFF = 30.0
 # Of two nodes one dials, and the other only when that has not happened within this time.
 YIELD_SECONDS = 3.0
@@ -47,6 +49,7 @@ class _Dial:
 
     failures: int = 0
     due: float = 0.0
+    running: bool = False
 
     def failed(self) -> None:
         self.failures += 1
@@ -78,6 +81,7 @@ class Swarm:
         self.kademlia = Kademlia(self._host, run, directory, handlers)
         self._hints: dict[bytes, str] = {}
         self._dials: dict[bytes, _Dial] = {}
+        self._dialling = trio.CapacityLimiter(DIALS_AT_ONCE)
         self._pings: dict[bytes, _Ping] = {}
         self._changed = trio.Event()
         self.port = 0
@@ -120,10 +124,11 @@ class Swarm:
             self._changed = trio.Event()
             now = trio.current_time()
             connected = self.connected()
-            for key, addresses in self._targets(connected).items():
-                attempt = self._dials.setdefault(key, _Dial())
-                if attempt.due <= now:
-                    attempt.due = now + DIAL_SECONDS * len(addresses) + 1.0
+            targets = [(self._dials.setdefault(key, _Dial()), key, a) for key, a in self._targets(connected).items()]
+            # They queue for their turn: those that have not failed yet first.
+            for attempt, key, addresses in sorted(targets, key=lambda target: target[0].failures):
+                if attempt.due <= now and not attempt.running:
+                    attempt.running = True
                     nursery.start_soon(self._dial, key, addresses, attempt)
             for key in connected - self._pings.keys():
                 if self._is_ours(key):
@@ -162,17 +167,27 @@ class Swarm:
         return targets
 
     async def _dial(self, key: bytes, addresses: list[str], attempt: _Dial) -> None:
-        for address in addresses:
-            try:
-                await dial(self._host, key, address, DIAL_SECONDS)
-            except Exception as error:
-                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
-                continue
+        async with self._dialling:
+            reached = await self._dial_one_of(key, addresses)
+        attempt.running = False
+        if reached:
             self._dials.pop(key, None)
             return
         attempt.failed()
         if attempt.failures in (3, 10) or attempt.failures % 60 == 0:
             log.warning("%s does not answer at %s (%d attempts)", peer_of(key), ", ".join(addresses), attempt.failures)
+
+    async def _dial_one_of(self, key: bytes, addresses: list[str]) -> bool:
+        for address in addresses:
+            if key in self.connected():
+                return True
+            try:
+                await dial(self._host, key, address, DIAL_SECONDS)
+            except Exception as error:
+                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
+            else:
+                return True
+        return False
 
     async def _close(self, key: bytes) -> None:
         with trio.move_on_after(2.0):

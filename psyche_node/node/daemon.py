@@ -188,6 +188,7 @@ class Node:
             p2p_port=config.p2p_port,
             grpc_port=config.grpc_port,
             bootstrap=list(config.bootstrap),
+            mdns=config.mdns,
             run=run,
             faults=list(config.faults),
         )
@@ -304,7 +305,7 @@ class Node:
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
             self._peers.fire()
-        elif self._exchange is not None:
+        if self._exchange is not None:
             self._exchange.on_event(message)
 
     def _tick_delay(self, pulse: Pulse) -> int:
