@@ -150,7 +150,7 @@ class FetchFailed(Message):
 
 
 class Rejected(Message):
-    """Something from a peer was refused. ``what``: piece, manifest, announcement, record or call."""
+    """Something from a peer was refused. ``what``: piece, manifest, announcement, record, call or flood."""
 
     what: str
     peer: str

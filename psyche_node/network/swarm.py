@@ -28,8 +28,9 @@ log = logging.getLogger(__name__)
 MAX_STRANGERS = 32
 # A node keeps connections to this many members; gossip reaches the others.
 WANTED_CONNECTIONS = 32
+# For one address the first time, two and three times as long afterwards. A handshake is 60 ms of Python on both sides:
+# on a busy machine many at once, or impatient ones, would all fail, again and again.
 DIAL_SECONDS = 5.0
-# A handshake is 60 ms of Python on both sides; many at once on a busy machine would all be too slow, again and again.
 DIALS_AT_ONCE = 4
 LONGEST_BACKOFF = 30.0
 # Of two nodes one dials, and the other only when that has not happened within this time.
@@ -81,7 +82,8 @@ class Swarm:
         self.kademlia = Kademlia(self._host, run, directory, handlers)
         self._hints: dict[bytes, str] = {}
         self._dials: dict[bytes, _Dial] = {}
-        self._dialling = trio.CapacityLimiter(DIALS_AT_ONCE)
+        # Apart, so that those who are gone do not keep those waiting who are there.
+        self._dialling, self._dialling_again = (trio.CapacityLimiter(DIALS_AT_ONCE) for _ in range(2))
         self._pings: dict[bytes, _Ping] = {}
         self._changed = trio.Event()
         self.port = 0
@@ -124,9 +126,8 @@ class Swarm:
             self._changed = trio.Event()
             now = trio.current_time()
             connected = self.connected()
-            targets = [(self._dials.setdefault(key, _Dial()), key, a) for key, a in self._targets(connected).items()]
-            # They queue for their turn: those that have not failed yet first.
-            for attempt, key, addresses in sorted(targets, key=lambda target: target[0].failures):
+            for key, addresses in self._targets(connected).items():
+                attempt = self._dials.setdefault(key, _Dial())
                 if attempt.due <= now and not attempt.running:
                     attempt.running = True
                     nursery.start_soon(self._dial, key, addresses, attempt)
@@ -167,8 +168,8 @@ class Swarm:
         return targets
 
     async def _dial(self, key: bytes, addresses: list[str], attempt: _Dial) -> None:
-        async with self._dialling:
-            reached = await self._dial_one_of(key, addresses)
+        async with self._dialling if attempt.failures < 2 else self._dialling_again:
+            reached = await self._dial_one_of(key, addresses, DIAL_SECONDS * min(3, 1 + attempt.failures))
         attempt.running = False
         if reached:
             self._dials.pop(key, None)
@@ -177,12 +178,12 @@ class Swarm:
         if attempt.failures in (3, 10) or attempt.failures % 60 == 0:
             log.warning("%s does not answer at %s (%d attempts)", peer_of(key), ", ".join(addresses), attempt.failures)
 
-    async def _dial_one_of(self, key: bytes, addresses: list[str]) -> bool:
+    async def _dial_one_of(self, key: bytes, addresses: list[str], seconds: float) -> bool:
         for address in addresses:
             if key in self.connected():
                 return True
             try:
-                await dial(self._host, key, address, DIAL_SECONDS)
+                await dial(self._host, key, address, seconds)
             except Exception as error:
                 log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
             else:
