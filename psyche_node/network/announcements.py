@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from psyche_node.network.directory import Directory
+from psyche_node.network.messages import Why
 from psyche_node.network.statements import Announcement, Malformed
 
 ROUNDS_AHEAD = 8
@@ -29,6 +30,8 @@ class Outcome:
     announcement: Announcement | None = None
     slot: int | None = None
     reason: str = ""
+    why: Why = Why.OTHER
+    """The class of ``reason``, of a REFUSED one."""
 
 
 class Announcements:
@@ -64,10 +67,12 @@ class Announcements:
         try:
             announcement = self._taken.get(raw) or Announcement.parse(raw, self._run)
         except Malformed as error:
-            return Outcome(Verdict.REFUSED, reason=str(error))
+            return Outcome(Verdict.REFUSED, reason=str(error), why=Why.MALFORMED)
         slot = self._directory.slot(announcement.node_key)
         if slot is None:
-            return Outcome(Verdict.REFUSED, announcement, None, "its author is not a member of the run")
+            return Outcome(
+                Verdict.REFUSED, announcement, None, "its author is not a member of the run", Why.NOT_A_MEMBER
+            )
         with self._lock:
             if not self.first <= announcement.round <= self._current + ROUNDS_AHEAD:
                 return Outcome(Verdict.OUTSIDE, announcement, slot)
@@ -79,7 +84,11 @@ class Announcements:
             if known[announcement.node_key] == raw:
                 return Outcome(Verdict.KNOWN, announcement, slot)
         return Outcome(
-            Verdict.REFUSED, announcement, slot, f"a second, different announcement for round {announcement.round}"
+            Verdict.REFUSED,
+            announcement,
+            slot,
+            f"a second, different announcement for round {announcement.round}",
+            Why.CONTRADICTION,
         )
 
     def bitmap(self, round: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 
 import trio
@@ -12,18 +11,24 @@ from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
 from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
-
-log = logging.getLogger(__name__)
+from psyche_node.network.members_only import MembersPubsub
 
 
 class Gossip:
     """Two topics of one run. What arrives goes to the handlers, which say whether it is passed on."""
 
-    def __init__(self, host: IHost, run: bytes, own_key: bytes, handlers: Handlers) -> None:
+    def __init__(
+        self,
+        host: IHost,
+        run: bytes,
+        own_key: bytes,
+        handlers: Handlers,
+        admits: Callable[[ID], bool] = lambda peer: True,
+    ) -> None:
+        """``admits``: to whom messages are sent."""
         prefix = f"/psyche/1/{run.hex()[:32]}"
         self._announcements, self._records = f"{prefix}/announcements", f"{prefix}/records"
         self._own_key, self._handlers = own_key, handlers
@@ -37,9 +42,11 @@ class Gossip:
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
         )
-        self._pubsub = _Pubsub(
+        self._pubsub = MembersPubsub(
             host,
             self._router,
+            admits=admits,
+            allows=lambda peer: handlers.allows(key_of(peer) or str(peer)),
             msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
@@ -47,7 +54,6 @@ class Gossip:
             allowed_topics={self._announcements, self._records},
             strict_signing=False,  # what travels is signed by its author; py-libp2p's own signature costs as much again
         )
-        self._pubsub.handlers = handlers
         self.services: dict[str, Service] = {"pubsub": self._pubsub, "gossip router": self._router}
         for topic, take in (
             (self._announcements, handlers.gossip_announcement),
@@ -93,22 +99,6 @@ class Gossip:
         subscription = await self._pubsub.subscribe(topic)
         async for _ in subscription:
             pass
-
-
-class _Pubsub(Pubsub):
-    """py-libp2p's pubsub, in which one message that breaks it is dropped; otherwise it would end the whole host.
-
-    A peer that sends too many has the rest of them dropped before anything is done with them.
-    """
-
-    handlers: Handlers
-
-    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        try:
-            if msg_forwarder == self.my_id or self.handlers.allows(key_of(msg_forwarder) or str(msg_forwarder)):
-                await super().push_msg(msg_forwarder, msg)
-        except Exception as error:
-            log.debug("a gossip message of %s was dropped: %r", msg_forwarder, error)
 
 
 def _message_id(message: rpc_pb2.Message) -> bytes:

@@ -29,6 +29,8 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from psyche_node.identity import IdentityError, NodeKey, node_id, public_key
+from psyche_node.network.gate import Gate
+from psyche_node.network.messages import Why
 from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
 log = logging.getLogger(__name__)
@@ -56,15 +58,19 @@ class Handlers(Protocol):
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
         """Count bytes that went over libp2p."""
 
+    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
+        """Something of a peer (its node key, or an address) was refused."""
 
-def make_host(key: NodeKey) -> IHost:
+
+def make_host(key: NodeKey, gate: Gate | None = None) -> IHost:
+    """Make a host that does not listen yet. ``gate`` decides who may connect; without one everybody may."""
     pair = create_identity_from_seed(key.seed)
     noise = Noise(pair, noise_privkey=create_noise_key().private_key)
     host = new_host(
         key_pair=pair,
         sec_opt={NOISE: noise},
         muxer_opt={TProtocol(YAMUX): Yamux},
-        transports=[TCP()],
+        transports=[TCP() if gate is None else gate.transport()],
         negotiate_timeout=10,
         disable_identify_address_discovery=True,
         connection_config=ConnectionConfig(
@@ -88,6 +94,8 @@ def make_host(key: NodeKey) -> IHost:
     )
     network = network_of(host)
     network.set_stream_handler(_contained(network.common_stream_handler))
+    if gate is not None:
+        gate.watch(network)
     return host
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import Field
 
 from psyche_node.ipc import Message
@@ -83,6 +85,24 @@ class Forget(Message):
     before_round: int = Field(ge=0, le=MAX_ROUND)
 
 
+class Why(StrEnum):
+    """The class of a refusal's reason, for counting; the reason itself is in the log and in ``Rejected``."""
+
+    NOT_A_MEMBER = "not-a-member"
+    IDENTITY = "identity"
+    """It does not prove the node key it names, or names none, or another one than was meant."""
+    EXPIRED = "expired"
+    PROTOCOL = "protocol"
+    """Not TLS 1.3, no deadline, a handshake that does not end."""
+    MALFORMED = "malformed"
+    CONTRADICTION = "contradiction"
+    """A second, different word on what was said before."""
+    WRONG_BYTES = "wrong-bytes"
+    TOO_MANY = "too-many"
+    """More at once, or within a second, than one peer, one address or all together may have."""
+    OTHER = "other"
+
+
 class GetStats(Message):
     """Ask for ``Stats``."""
 
@@ -98,6 +118,14 @@ class PeerStats(Message):
     banned: bool
 
 
+class RefusalCount(Message):
+    """How often something of this kind was refused for this class of reasons, since the process began."""
+
+    what: str
+    why: Why
+    count: int
+
+
 class Stats(Message):
     """The reply to ``GetStats``. Bytes are of message bodies, gossip and direct calls together, without TLS and TCP."""
 
@@ -111,6 +139,8 @@ class Stats(Message):
     connected: list[int]
     """Slots of the members with a libp2p connection that answers pings."""
     per_peer: list[PeerStats]
+    refusals: list[RefusalCount] = Field(default_factory=list)
+    """Every refusal, those that the log left out included."""
 
 
 class NetworkShutdown(Message):
@@ -150,12 +180,16 @@ class FetchFailed(Message):
 
 
 class Rejected(Message):
-    """Something from a peer was refused. ``what``: piece, manifest, announcement, record, call or flood."""
+    """Something from a peer was refused.
+
+    ``what``: piece, manifest, announcement, record, call, certificate, handshake, connection or flood.
+    """
 
     what: str
     peer: str
     member: int | None
     reason: str
+    why: Why = Why.OTHER
 
 
 class PeerUp(Message):
@@ -196,10 +230,12 @@ __all__ = [
     "PeerUp",
     "Publish",
     "Ready",
+    "RefusalCount",
     "Rejected",
     "SetMembers",
     "Shutdown",
     "Stats",
     "Want",
     "WantEntry",
+    "Why",
 ]

@@ -40,6 +40,7 @@ from psyche_node.network.messages import (
     SetMembers,
     Stats,
     Want,
+    Why,
 )
 from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.reports import Reporter, Traffic
@@ -213,6 +214,7 @@ class NetworkNode:
                 )
                 for key, (sent, received) in sorted(per_peer.items())
             ],
+            refusals=self._reporter.refusals(),
         )
 
     # What comes in ---------------------------------------------------------------------------------------------------
@@ -231,7 +233,8 @@ class NetworkNode:
     def allows(self, peer: bytes | str) -> bool:
         allowed = self._throttle.allows(peer)
         if not allowed:
-            self._reporter.rejected("flood", peer, "it sends more statements than are looked at; the rest is dropped")
+            reason = "it sends more statements than are looked at; the rest is dropped"
+            self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
         return allowed
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
@@ -241,7 +244,7 @@ class NetworkNode:
             self._throttle.refused(sender)
             blamed = sender if said is None else said.node_key
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
-            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}")
+            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
         elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:
             self._reporter.emit(
                 Announced(round=said.round, member=outcome.slot, digest=said.digest.hex(), length=said.length)
@@ -266,7 +269,7 @@ class NetworkNode:
             record = NodeRecord.parse(raw, self._run)
         except Malformed as error:
             self._throttle.refused(sender)
-            self._reporter.rejected("record", sender, str(error))
+            self._reporter.rejected("record", sender, str(error), Why.MALFORMED)
             return False
         # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
         if sender != record.node_key and not self._vouches(sender) and not self._vouches(record.node_key):
@@ -290,6 +293,13 @@ class NetworkNode:
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
         self._traffic.sent(peer, sent)
         self._traffic.received(peer, received)
+
+    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
+        self._reporter.rejected(what, peer, reason, why)
+
+    def handshake_refused(self, reason: str, why: Why) -> None:
+        """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""
+        self._reporter.rejected("handshake", "at the gRPC port", reason, why)
 
     def _report_connections(self) -> None:
         connected = self._swarm.connected()

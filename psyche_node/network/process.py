@@ -17,6 +17,7 @@ import trio
 from psyche_node.identity import IdentityError
 from psyche_node.ipc import BlockingChannel, Failure, IpcError, Message, serve
 from psyche_node.log import configure as configure_log
+from psyche_node.network.corelog import CoreLog
 from psyche_node.network.health import PartDied
 from psyche_node.network.messages import Configure
 from psyche_node.network.node import NetworkError, NetworkNode
@@ -38,6 +39,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the supervisor")
     parser.add_argument("--log-level", default="INFO")
     arguments = parser.parse_args()
+    core = CoreLog()
     configure_log("network", "WARNING")
     logging.getLogger("psyche_node").setLevel(arguments.log_level)
     _silence_libraries()
@@ -54,7 +56,9 @@ def main() -> None:
     if not isinstance(message, Configure):
         process.refuse(f"the first message must be Configure, not {type(message).__name__}")
     try:
-        trio.run(process.run, NetworkNode(message, process.emit))
+        node = NetworkNode(message, process.emit)
+        core.refused = node.handshake_refused
+        trio.run(process.run, node)
     except (Exception, BaseExceptionGroup) as error:
         if (died := _find(error, PartDied)) is not None:
             log.critical("%s; this process ends, for libp2p cannot be started again within one", died)

@@ -13,14 +13,17 @@ import trio
 from libp2p.abc import INetConn, INetStream
 from libp2p.host.ping import ID as PING
 from libp2p.io.utils import read_exactly
+from libp2p.peer.id import ID
 
 from psyche_node.identity import NodeKey
 from psyche_node.network import health
 from psyche_node.network.direct import DirectAnnouncements
 from psyche_node.network.directory import Directory
+from psyche_node.network.gate import Gate
 from psyche_node.network.gossip import Gossip
 from psyche_node.network.host import Handlers, Notifee, dial, key_of, listening, make_host, network_of, peer_of, reset
 from psyche_node.network.kademlia import Kademlia
+from psyche_node.network.messages import Why
 from psyche_node.network.records import RecordExchange
 
 log = logging.getLogger(__name__)
@@ -73,14 +76,15 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self._host = make_host(key)
+        self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
-        self.gossip = Gossip(self._host, run, key.public, handlers)
+        self.gossip = Gossip(self._host, run, key.public, handlers, self._is_trusted)
         self.direct = DirectAnnouncements(self._host, directory, handlers)
         self._records = RecordExchange(self._host, directory, handlers, self.gossip.record)
         self.kademlia = Kademlia(self._host, run, directory, handlers)
         self._hints: dict[bytes, str] = {}
+        self._unwelcome: set[ID] = set()
         self._dials: dict[bytes, _Dial] = {}
         # Apart, so that those who are gone do not keep those waiting who are there.
         self._dialling, self._dialling_again = (trio.CapacityLimiter(DIALS_AT_ONCE) for _ in range(2))
@@ -107,7 +111,11 @@ class Swarm:
 
     def connected(self) -> set[bytes]:
         """Return the keys of all peers with a connection."""
-        return {key for peer in self._network.get_connections_map() if (key := key_of(peer)) is not None}
+        return set(self._connected_keys())
+
+    def _connected_keys(self) -> list[bytes]:
+        """The same, in the order in which they came."""
+        return [key for peer in self._network.get_connections_map() if (key := key_of(peer)) is not None]
 
     def wake(self) -> None:
         """Look at members and records again at once."""
@@ -135,14 +143,24 @@ class Swarm:
                 if self._is_ours(key):
                     self._pings[key] = ping = _Ping()
                     nursery.start_soon(self._keep_pinging, key, ping)
-            strangers = [key for key in connected if not self._is_ours(key)]
+            # The oldest go: an exchange of records takes a moment, and who comes next wants one, too.
+            strangers = [key for key in self._connected_keys() if not self._is_ours(key)]
             for key in strangers[: max(0, len(strangers) - MAX_STRANGERS)]:
-                await self._close(key)
+                reason = f"more than {MAX_STRANGERS} peers are connected that are not members"
+                self._handlers.refused("connection", key, reason, Why.TOO_MANY)
+                self._unwelcome.add(peer_of(key))
+            for peer in self._unwelcome:
+                nursery.start_soon(self._close, peer)
+            self._unwelcome.clear()
             with trio.move_on_after(1.0):
                 await self._changed.wait()
 
     def _is_ours(self, key: bytes) -> bool:
         return self._directory.slot(key) is not None or any(key == known for known, _ in self._bootstrap)
+
+    def _is_trusted(self, peer: ID) -> bool:
+        key = key_of(peer)
+        return key is not None and self._is_ours(key)
 
     def _targets(self, connected: set[bytes]) -> dict[bytes, list[str]]:
         """Return whom to dial, and where."""
@@ -190,13 +208,17 @@ class Swarm:
                 return True
         return False
 
-    async def _close(self, key: bytes) -> None:
+    async def _close(self, peer: ID) -> None:
         with trio.move_on_after(2.0):
-            await self._network.close_peer(peer_of(key))
+            await self._network.close_peer(peer)
 
     async def _connected(self, connection: INetConn) -> None:
         peer = connection.muxed_conn.peer_id
         if (key := key_of(peer)) is None:
+            reason = "it has no Ed25519 key, which every node of this network has"
+            self._handlers.refused("connection", str(peer), reason, Why.IDENTITY)
+            self._unwelcome.add(peer)
+            self._changed.set()
             return
         self._dials.pop(key, None)
         if len(self.connected()) == 1:
@@ -240,7 +262,7 @@ class Swarm:
                     await trio.sleep(PING_EVERY / 10)
             if ping.misses >= PING_MISSES:
                 log.warning("%s has not answered %d pings; closing its connection", peer, ping.misses)
-                await self._close(key)
+                await self._close(peer)
         if self._pings.get(key) is ping:
             del self._pings[key]
 

@@ -51,6 +51,9 @@ class NodeConfig(BaseModel):
     mdns: bool = False
     """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
     would answer strangers on UDP port 5353."""
+    metrics: str | None = None
+    """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
+    none."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
     threads: int = Field(default=0, ge=0)
@@ -73,6 +76,19 @@ class NodeConfig(BaseModel):
     def _known_faults(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         Faults.parse(names)
         return names
+
+    @field_validator("metrics")
+    @classmethod
+    def _usable_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            # Imported late: who serves no metrics need not wait for their library.
+            from psyche_node.metrics import split_address
+
+            try:
+                split_address(address)
+            except ValueError as error:
+                raise ValueError(f"{error}; write IP:port, for example 127.0.0.1:9464") from error
+        return address
 
     @property
     def wallet_path(self) -> Path:
