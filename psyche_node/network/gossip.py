@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 
 import trio
+from blake3 import blake3
 from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
@@ -14,6 +16,8 @@ from libp2p.tools.anyio_service import background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
 from psyche_node.network.members_only import MembersPubsub
+
+log = logging.getLogger(__name__)
 
 
 class Gossip:
@@ -41,11 +45,11 @@ class Gossip:
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
         )
-        self._pubsub = MembersPubsub(
+        self._pubsub = _Pubsub(
             host,
             self._router,
             admits=admits,
-            msg_id_constructor=lambda message: message.data,  # a signed statement has exactly one encoding
+            msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
             max_subscriptions_per_peer=8,
@@ -95,3 +99,22 @@ class Gossip:
         subscription = await self._pubsub.subscribe(topic)
         async for _ in subscription:
             pass
+
+
+class _Pubsub(MembersPubsub):
+    """py-libp2p's pubsub, in which one message that breaks it is dropped; otherwise it would end the whole host."""
+
+    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
+        try:
+            await super().push_msg(msg_forwarder, msg)
+        except Exception as error:
+            log.debug("a gossip message of %s was dropped: %r", msg_forwarder, error)
+
+
+def _message_id(message: rpc_pb2.Message) -> bytes:
+    # A signed statement has exactly one encoding. With the topic in it, a statement that was refused because somebody
+    # sent it on the wrong topic does not count as seen on its own. ASCII, because ids travel as protobuf strings.
+    digest = blake3(message.data)
+    for topic in message.topicIDs:
+        digest.update(b"\0" + topic.encode())
+    return digest.hexdigest().encode()

@@ -7,6 +7,7 @@ defaults each have a reason beside them.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -32,6 +33,7 @@ from psyche_node.network.gate import Gate
 from psyche_node.network.messages import Why
 from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
+log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
 
 
@@ -86,9 +88,24 @@ def make_host(key: NodeKey, gate: Gate | None = None) -> IHost:
             enable_graceful_degradation=False,
         ),
     )
+    network = network_of(host)
+    network.set_stream_handler(_contained(network.common_stream_handler))
     if gate is not None:
-        gate.watch(network_of(host))
+        gate.watch(network)
     return host
+
+
+def _contained(handler: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    """Let a stream that breaks its protocol's handler end that stream; otherwise it would end the whole host."""
+
+    async def handle(stream: INetStream) -> None:
+        try:
+            await handler(stream)
+        except Exception as error:
+            log.debug("a stream of %s broke: %r", stream.muxed_conn.peer_id, error)
+            await reset(stream)
+
+    return handle
 
 
 @contextlib.asynccontextmanager
