@@ -45,7 +45,7 @@ from psyche_node.network.guard import (
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import Server
+from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
 from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
@@ -67,6 +67,7 @@ class Node:
     folder: Path
     key: NodeKey = field(default_factory=NodeKey.generate)
     events: list[Message] = field(default_factory=list)
+    limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         self.leaf = issue(self.key)
@@ -74,7 +75,7 @@ class Node:
         self.reporter = Reporter(self.events.append, self.directory.slot)
         self.store = BlobStore(self.folder)
         self.taken: list[bytes] = []
-        service = NodeService(
+        self.service = service = NodeService(
             Announcements(RUN, self.directory),
             lambda raw, _: self.taken.append(raw),
             Reader(self.store),
@@ -82,7 +83,7 @@ class Node:
             Faults(),
         )
         self.guard = Guard(self.directory, self.reporter)
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service)
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service, self.limits)
         self.address = f"127.0.0.1:{self.server.port}"
         self.links = Links(lambda: self.leaf, self.directory, self.reporter, Traffic())
 
