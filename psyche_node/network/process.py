@@ -17,6 +17,7 @@ import trio
 from psyche_node.identity import IdentityError
 from psyche_node.ipc import BlockingChannel, Failure, IpcError, Message, serve
 from psyche_node.log import configure as configure_log
+from psyche_node.network.memory import keep_freed_pieces
 from psyche_node.network.messages import Configure
 from psyche_node.network.node import NetworkError, NetworkNode
 from psyche_node.network.server import ServerUnavailable
@@ -33,6 +34,7 @@ def main() -> None:
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the supervisor")
     parser.add_argument("--log-level", default="INFO")
     arguments = parser.parse_args()
+    keep_freed_pieces()
     configure_log("network", "WARNING")
     logging.getLogger("psyche_node").setLevel(arguments.log_level)
     _silence_libraries()
