@@ -30,6 +30,7 @@ from psyche_node.network.messages import (
     FetchFailed,
     Forget,
     MemberEntry,
+    Publish,
     Ready,
     SetMembers,
     Want,
@@ -138,6 +139,12 @@ class SocketClient:
         await asyncio.to_thread(self._process.communicate, timeout=10)
 
 
+def free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return int(sock.getsockname()[1])
+
+
 def _ends(*arguments: str) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "benchmarks.network_ends", *arguments]
     return subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
@@ -177,6 +184,7 @@ class Node:
                 grpc_port=grpc_port,
                 announce_grpc=announce_grpc,
             ),
+            Publish,
             Ready,
         )
 
@@ -186,8 +194,7 @@ class Node:
         await self._child.endpoint.call(SetMembers(members=entries), Ok)
 
     async def fetch(self, digest: bytes, size: int) -> float:
-        """Fetch member 0's blob, verified and written under its name; return the seconds it took. It is kept until the
-        next call of ``forget``."""
+        """Fetch a blob of member 0, verified and written under its name; return the seconds it took."""
         self._round += 1
         future = self._fetched[self._round] = asyncio.get_running_loop().create_future()
         started = time.perf_counter()
@@ -196,7 +203,15 @@ class Node:
         async with asyncio.timeout(PATIENCE):
             return await future - started
 
+    async def publish(self, size: int) -> bytes:
+        """Put a new blob of ``size`` bytes into the store and announce it; return its digest."""
+        self._round += 1
+        digest, _ = await asyncio.to_thread(lambda: self.store.put(os.urandom(size), self._round))
+        await self._child.endpoint.call(Publish(round=self._round, member=0, digest=digest.hex(), length=size), Ok)
+        return digest
+
     async def forget(self) -> None:
+        """Drop all blobs."""
         await self._child.endpoint.call(Forget(before_round=self._round + 1), Ok)
 
     async def stop(self) -> None:
