@@ -76,16 +76,15 @@ async def network(
     """One node that serves and ``count`` that fetch, all of them members."""
     folder.mkdir()
     server, *others = nodes = [Node(folder / str(number)) for number in range(count + 1)]
-    try:
-        bootstrap = (await server.start([], announce, grpc_port)).multiaddrs
-        for node in others:
-            await node.start(bootstrap)
+    async with contextlib.AsyncExitStack() as stack:
+        bootstrap: list[str] = []
+        for node in nodes:
+            ready = await node.start(bootstrap, *((announce, grpc_port) if node is server else ()))
+            stack.push_async_callback(node.stop)
+            bootstrap = bootstrap or ready.multiaddrs
         for node in nodes:
             await node.meet(nodes)
         yield server, others
-    finally:
-        for node in nodes:
-            await node.stop()
 
 
 async def at_once(ends: list[Callable[[], Awaitable[float]]]) -> float:

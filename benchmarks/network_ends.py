@@ -184,7 +184,6 @@ class Node:
                 grpc_port=grpc_port,
                 announce_grpc=announce_grpc,
             ),
-            Publish,
             Ready,
         )
 
