@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 from pydantic import Field
 
 from psyche_node.ipc import Message
@@ -12,6 +14,15 @@ MAX_ROUND = 2**63 - 1
 MAX_BLOB_BYTES = 1 << 37
 
 _HEX32 = r"^[0-9a-f]{64}$"
+
+
+class Kind(StrEnum):
+    """What a blob is, the most urgent first. Uploads and downloads of the less urgent wait for the others."""
+
+    UPDATE = "update"
+    """A member's update of a round: wanted by all members at once, and passed on by them along a tree."""
+    CHECKPOINT = "checkpoint"
+    MODEL = "model"
 
 
 class Configure(Message):
@@ -55,12 +66,13 @@ class SetMembers(Message):
 
 
 class Publish(Message):
-    """Announce a blob that is in the store: by gossip, and directly to every member that can be reached."""
+    """Offer a blob that is in the store. An update is announced: by gossip, and to every member that can be reached."""
 
     round: int = Field(ge=0, le=MAX_ROUND)
     member: int = Field(ge=0, lt=MAX_MEMBERS)
     digest: str = Field(pattern=_HEX32)
     length: int = Field(ge=1, le=MAX_BLOB_BYTES)
+    kind: Kind = Kind.UPDATE
 
 
 class WantEntry(Message):
@@ -73,7 +85,9 @@ class Want(Message):
     """Fetch these committed blobs, from their author or from whoever holds them, until ``Forget``."""
 
     round: int = Field(ge=0, le=MAX_ROUND)
+    """The round of the updates. A blob of another kind is filed under it, and goes with it."""
     wants: list[WantEntry] = Field(max_length=MAX_MEMBERS)
+    kind: Kind = Kind.UPDATE
 
 
 class Forget(Message):
@@ -179,6 +193,7 @@ __all__ = [
     "Fetched",
     "Forget",
     "GetStats",
+    "Kind",
     "MemberEntry",
     "NetworkShutdown",
     "PeerDown",

@@ -22,6 +22,7 @@ from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.links import CallFailed, Links
 from psyche_node.network.messages import (
@@ -29,6 +30,7 @@ from psyche_node.network.messages import (
     Configure,
     Forget,
     GetStats,
+    Kind,
     NetworkShutdown,
     PeerDown,
     PeerStats,
@@ -39,6 +41,7 @@ from psyche_node.network.messages import (
     Stats,
     Want,
 )
+from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -86,14 +89,18 @@ class NetworkNode:
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
         self._reader = Reader(self._store)
+        self._holdings = Holdings(self._reader)
+        self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
         self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
+            self._holdings,
             self._links,
             self._directory,
             self._announcements,
+            self._quality,
             self._reporter,
             self._take_announcement,
         )
@@ -111,7 +118,15 @@ class NetworkNode:
         configure = self._configure
         self._token = trio.lowlevel.current_trio_token()
         guard = Guard(self._directory, self._reporter)
-        service = NodeService(self._announcements, self._take_from_thread, self._reader, self._traffic, self._faults)
+        service = NodeService(
+            self._announcements,
+            self._take_from_thread,
+            self._holdings,
+            self._traffic,
+            self._faults,
+            self._take_offer,
+            self._quality.heard,
+        )
         server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
@@ -140,9 +155,12 @@ class NetworkNode:
             case Publish():
                 await self._publish(message)
             case Want():
-                self._announcements.reached(message.round)
+                if message.kind is Kind.UPDATE:
+                    self._announcements.reached(message.round)
                 for want in message.wants:
-                    self._fetcher.want(message.round, want.member, bytes.fromhex(want.digest), want.length)
+                    self._fetcher.want(
+                        message.round, want.member, bytes.fromhex(want.digest), want.length, message.kind
+                    )
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
@@ -173,6 +191,10 @@ class NetworkNode:
         if manifest is None or manifest.length != message.length:
             found = "is not there" if manifest is None else f"has {manifest.length} bytes"
             raise NetworkError(f"blob {message.digest[:16]} of {message.length} bytes {found} in {self._store.folder}")
+        self._fetcher.published(digest, message.kind, message.round)
+        if message.kind is not Kind.UPDATE:
+            # Who wants it asks for it; an announcement speaks of a member's one update of a round.
+            return
         self._announcements.reached(message.round)
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
@@ -224,6 +246,10 @@ class NetworkNode:
         assert self._token is not None
         # The caller waits, so that a peer cannot queue more than it has calls open.
         trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _take_offer(self, digest: bytes, holder: bytes) -> None:
+        assert self._token is not None
+        trio.from_thread.run_sync(self._fetcher.invited, digest, holder, trio_token=self._token)
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
         outcome = self._announcements.offer(raw)
