@@ -35,6 +35,10 @@ class Configure(Message):
     """IP address to listen on. For 0.0.0.0 or ::, the interface towards the bootstrap node is what is announced."""
     p2p_port: int = Field(default=0, ge=0, le=65535)
     grpc_port: int = Field(default=0, ge=0, le=65535)
+    announce_grpc: str = ""
+    """``IP:port`` that others reach the gRPC port at, if it is another than where it listens: a forwarded port."""
+    announce_p2p: str = ""
+    """The same for the libp2p port."""
     bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
     run: str

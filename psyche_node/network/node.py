@@ -57,6 +57,7 @@ from psyche_node.network.statements import (
     NodeRecord,
     join_address,
     join_multiaddr,
+    split_address,
 )
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.swarm import Swarm
@@ -83,6 +84,8 @@ class NetworkNode:
         self._bootstrap = [parse_bootstrap(address) for address in configure.bootstrap]
         self._configure = configure
         self._host = announced_host(configure.listen_host, self._bootstrap)
+        for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p)):
+            split_address(forwarded)
         self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
@@ -140,8 +143,9 @@ class NetworkNode:
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_address = join_address(self._host, server.port)
-                self._p2p_address = join_multiaddr(self._host, self._swarm.port)
+                self._grpc_address = configure.announce_grpc or join_address(self._host, server.port)
+                p2p = split_address(configure.announce_p2p) if configure.announce_p2p else None
+                self._p2p_address = join_multiaddr(*(p2p or (self._host, self._swarm.port)))
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
