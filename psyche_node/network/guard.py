@@ -62,6 +62,10 @@ class Guard:
             return grpc.unary_stream_rpc_method_handler(
                 self._guarded(handler.unary_stream), handler.request_deserializer, handler.response_serializer
             )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._guarded(handler.stream_unary), handler.request_deserializer, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(
             self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )
@@ -86,8 +90,8 @@ class Guard:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {CALLS_PER_SECOND:.0f} calls a second")
         return key
 
-    def _guarded(self, behaviour: Callable[[bytes, bytes, Context], Any]) -> Callable[[bytes, Context], Any]:
-        def guarded(request: bytes, context: Context) -> Any:
+    def _guarded(self, behaviour: Callable[[bytes, Any, Context], Any]) -> Callable[[Any, Context], Any]:
+        def guarded(request: Any, context: Context) -> Any:
             return behaviour(self.caller(context), request, context)
 
         return guarded

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from psyche_node.ipc import Message
@@ -26,6 +28,8 @@ class Configure(Message):
     grpc_port: int = Field(default=0, ge=0, le=65535)
     bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to this node. ``auto`` asks some members to try."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
     faults: list[str] = Field(default_factory=list)
@@ -91,6 +95,8 @@ class PeerStats(Message):
     bytes_sent: int
     bytes_received: int
     banned: bool
+    punched: bool
+    """There is a path to it through two NATs."""
 
 
 class Stats(Message):
@@ -103,6 +109,8 @@ class Stats(Message):
     blob_bytes_received: int
     peers: int
     """Peers with a libp2p connection, members or not."""
+    private: bool | None
+    """Nobody can open a connection to this node. None: not known yet."""
     connected: list[int]
     """Slots of the members with a libp2p connection that answers pings."""
     per_peer: list[PeerStats]

@@ -23,7 +23,7 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.host import parse_bootstrap
-from psyche_node.network.links import CallFailed, Links
+from psyche_node.network.links import CallFailed, Links, probe
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -39,6 +39,13 @@ from psyche_node.network.messages import (
     Stats,
     Want,
 )
+from psyche_node.network.nat.dialback import DialBack
+from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
+from psyche_node.network.nat.puncher import Puncher
+from psyche_node.network.nat.reachability import Reachability
+from psyche_node.network.nat.sockets import SocketFolder
+from psyche_node.network.push import PushReceiver
+from psyche_node.network.pusher import Pusher
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -79,12 +86,14 @@ class NetworkNode:
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
         self._traffic = Traffic()
+        self._sockets = SocketFolder(Path(configure.folder) / "sockets")
+        self._paths = Paths(self._sockets)
         self._store = BlobStore(Path(configure.folder) / "blobs")
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
         self._reader = Reader(self._store)
         self._announcements = Announcements(self._run, self._directory)
-        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
+        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
@@ -95,6 +104,24 @@ class NetworkNode:
             self._take_announcement,
         )
         self._faults = Faults.parse(configure.faults)
+        self._dialback = DialBack(probe)
+        self._receiver = PushReceiver(
+            self._store,
+            self._reader,
+            self._directory,
+            self._announcements,
+            self._fetcher,
+            self._reporter,
+            self._traffic,
+            self._pushed_from_thread,
+        )
+        self._reachability = Reachability(
+            configure.reachable, self._host, self._links, self._directory, self._standing_changed
+        )
+        self._pusher = Pusher(self._links, self._directory, self._reader, lambda: self._reachability.private)
+        self._puncher = Puncher(
+            self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
+        )
         self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
         self._up: set[int] = set()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -109,24 +136,37 @@ class NetworkNode:
         self._token = trio.lowlevel.current_trio_token()
         guard = Guard(self._directory, self._reporter)
         service = NodeService(self._announcements, self._take_from_thread, self._reader, self._traffic, self._faults)
-        server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
+        more = [self._dialback.handlers(), self._receiver.handlers()]
+        server = Server(
+            configure.listen_host,
+            configure.grpc_port,
+            lambda: self._leaf,
+            guard,
+            service,
+            more,
+            self._sockets.path(SERVER_SOCKET),
+        )
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_address = join_address(self._host, server.port)
-                self._p2p_address = join_multiaddr(self._host, self._swarm.port)
+                self._grpc_port = server.port
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
+                nursery.start_soon(self._paths.run)
+                nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
+                nursery.start_soon(self._pusher.run)
+                nursery.start_soon(self._reachability.run, server.port)
                 yield Ready(
                     node_id=self._key.node_id,
-                    multiaddrs=[f"{self._p2p_address}/p2p/{self._key.node_id}"],
-                    grpc_address=self._grpc_address,
+                    multiaddrs=[f"{join_multiaddr(self._host, self._swarm.port)}/p2p/{self._key.node_id}"],
+                    grpc_address=join_address(self._host, server.port),
                 )
                 self._nursery = None
         finally:
             self._links.close()
             server.stop()
+            self._sockets.close()
 
     async def handle(self, message: Message) -> Message:
         """Do what the supervisor asks and return the reply. Raises NetworkError, which reaches it as a Failure."""
@@ -137,11 +177,14 @@ class NetworkNode:
                 await self._publish(message)
             case Want():
                 self._announcements.reached(message.round)
+                self._receiver.asked([bytes.fromhex(want.digest) for want in message.wants])
                 for want in message.wants:
                     self._fetcher.want(message.round, want.member, bytes.fromhex(want.digest), want.length)
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
+                self._receiver.forget(message.before_round)
+                self._pusher.forget(message.before_round)
                 await in_thread(partial(self._store.forget, message.before_round))
             case GetStats():
                 return self._stats()
@@ -159,6 +202,7 @@ class NetworkNode:
             raise NetworkError("two entries of the member list share a slot or a node key")
         self._directory.set_members(members)
         self._links.retain(set(members.values()))
+        self._paths.retain(set(members.values()))
         self._report_connections()
         self._fetcher.sources_changed()
         self._swarm.wake()
@@ -180,9 +224,10 @@ class NetworkNode:
         reachable = self._directory.sources(self._directory.others().values())
         for key in sorted(reachable, key=lambda key: key not in connected)[:MAX_PUSHED]:
             if self._nursery is not None:
-                self._nursery.start_soon(self._push, key, raw)
+                self._nursery.start_soon(self._announce_to, key, raw)
+        self._pusher.published(message.round, digest, message.length)
 
-    async def _push(self, key: bytes, raw: bytes) -> None:
+    async def _announce_to(self, key: bytes, raw: bytes) -> None:
         request = wire.AnnounceRequest(announcements=[raw])
         try:
             await in_thread(
@@ -194,12 +239,14 @@ class NetworkNode:
     def _stats(self) -> Stats:
         per_peer = self._traffic.per_peer()
         connected = self._swarm.connected()
+        punched = self._paths.punched()
         return Stats(
             bytes_sent=sum(sent for sent, _ in per_peer.values()),
             bytes_received=sum(received for _, received in per_peer.values()),
             blob_bytes_sent=self._traffic.blob_sent,
             blob_bytes_received=self._traffic.blob_received,
             peers=len(connected),
+            private=self._reachability.standing.private,
             connected=sorted(self._up),
             per_peer=[
                 PeerStats(
@@ -209,6 +256,7 @@ class NetworkNode:
                     bytes_sent=sent,
                     bytes_received=received,
                     banned=self._directory.banned(key),
+                    punched=key in punched,
                 )
                 for key, (sent, received) in sorted(per_peer.items())
             ],
@@ -220,6 +268,11 @@ class NetworkNode:
         assert self._token is not None
         # The caller waits, so that a peer cannot queue more than it has calls open.
         trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _pushed_from_thread(self, digest: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._fetcher.arrived, digest, sender)
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
         outcome = self._announcements.offer(raw)
@@ -291,15 +344,27 @@ class NetworkNode:
                 self._leaf = issue(self._key)
                 await self._renew_record()
 
+    async def _standing_changed(self) -> None:
+        await self._renew_record()
+        self._pusher.wake()
+        self._fetcher.sources_changed()
+        self._swarm.wake()
+
     async def _renew_record(self) -> None:
+        standing = self._reachability.standing
+        # A public node behind a NAT that forwards its ports is reached where others see it.
+        outside = standing.ip if standing.ip and not standing.private else self._host
+        addresses = [join_multiaddr(ip, self._swarm.port) for ip in dict.fromkeys((outside, self._host))]
         record = NodeRecord(
             self._run,
             self._key.public,
             int(time.time() * 1000),  # larger than those of earlier lives of this node
-            (self._p2p_address,),
-            self._grpc_address,
+            tuple(addresses),
+            join_address(outside, self._grpc_port),
             self._leaf.der_hash,
             self._leaf.expires,
+            self._reachability.private,
+            standing.ip if standing.private else "",
         )
         raw = record.sign(self._key)
         self._directory.add(record, raw)

@@ -64,7 +64,7 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self._host = make_host(key)
+        self.host = self._host = make_host(key)
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
         self.gossip = Gossip(self._host, run, key.public, handlers)
@@ -122,9 +122,9 @@ class Swarm:
         targets: dict[bytes, list[str]] = {}
         for key in wanted[:WANTED_CONNECTIONS]:
             record = self._directory.record(key)
-            if key in connected or record is None:
+            if key in connected or record is None or self._directory.hidden(record):
                 continue
-            if self._own_key > key and key not in self._dials:
+            if self._own_key > key and not self._directory.own_private() and key not in self._dials:
                 self._dials[key] = _Dial(due=trio.current_time() + YIELD_SECONDS)
             targets[key] = list(record.p2p_addresses)
         # The bootstrap nodes are for those who know too few others.

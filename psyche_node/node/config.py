@@ -48,6 +48,9 @@ class NodeConfig(BaseModel):
     """TCP port of libp2p. 0 picks a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
     """TCP port that updates are fetched from. 0 picks a free one."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to both ports. `auto` asks some members to try. A node that says `no`
+    fetches over its own connections, and pushes its updates to public nodes."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
     threads: int = Field(default=0, ge=0)

@@ -190,6 +190,7 @@ class Node:
             p2p_port=config.p2p_port,
             grpc_port=config.grpc_port,
             bootstrap=list(config.bootstrap),
+            reachable=config.reachable,
             run=run,
             faults=list(config.faults),
         )

@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nnode.proto\x12\x0epsyche.node.v1\")\n\x06Signed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\\\n\x0c\x41nnouncement\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x10\n\x08node_key\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x8c\x01\n\nNodeRecord\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x10\n\x08node_key\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x15\n\rp2p_addresses\x18\x04 \x03(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08tls_leaf\x18\x06 \x01(\x0c\x12\x13\n\x0btls_expires\x18\x07 \x01(\x04\"\x1a\n\x07Records\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"(\n\x0f\x41nnounceRequest\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"\x0f\n\rAnnounceReply\";\n\x0cSinceRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04have\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x03(\x0c\"1\n\nSinceReply\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\x12\x0c\n\x04held\x18\x02 \x03(\x0c\"!\n\x0fManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"*\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"<\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x07\n\x05Piece2\x9f\x02\n\x04Node\x12J\n\x08\x41nnounce\x12\x1f.psyche.node.v1.AnnounceRequest\x1a\x1d.psyche.node.v1.AnnounceReply\x12\x41\n\x05Since\x12\x1c.psyche.node.v1.SinceRequest\x1a\x1a.psyche.node.v1.SinceReply\x12H\n\x0bGetManifest\x12\x1f.psyche.node.v1.ManifestRequest\x1a\x18.psyche.node.v1.Manifest\x12>\n\x05\x46\x65tch\x12\x1c.psyche.node.v1.FetchRequest\x1a\x15.psyche.node.v1.Piece0\x01\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nnode.proto\x12\x0epsyche.node.v1\")\n\x06Signed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\\\n\x0c\x41nnouncement\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x10\n\x08node_key\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\xb5\x01\n\nNodeRecord\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x10\n\x08node_key\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x15\n\rp2p_addresses\x18\x04 \x03(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08tls_leaf\x18\x06 \x01(\x0c\x12\x13\n\x0btls_expires\x18\x07 \x01(\x04\x12\x12\n\nis_private\x18\x08 \x01(\x08\x12\x13\n\x0bobserved_ip\x18\t \x01(\t\"\x1a\n\x07Records\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"(\n\x0f\x41nnounceRequest\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"\x0f\n\rAnnounceReply\";\n\x0cSinceRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04have\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x03(\x0c\"1\n\nSinceReply\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\x12\x0c\n\x04held\x18\x02 \x03(\x0c\"!\n\x0fManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\"*\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"<\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\"\x07\n\x05Piece\"\x1f\n\x0f\x44ialBackRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\"2\n\rDialBackReply\x12\x10\n\x08observed\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\x08\";\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\x0b\n\tPushReply\"L\n\x05Punch\x12\x0c\n\x04peer\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x0f\n\x07refusal\x18\x04 \x01(\t2\xac\x03\n\x04Node\x12J\n\x08\x41nnounce\x12\x1f.psyche.node.v1.AnnounceRequest\x1a\x1d.psyche.node.v1.AnnounceReply\x12\x41\n\x05Since\x12\x1c.psyche.node.v1.SinceRequest\x1a\x1a.psyche.node.v1.SinceReply\x12H\n\x0bGetManifest\x12\x1f.psyche.node.v1.ManifestRequest\x1a\x18.psyche.node.v1.Manifest\x12>\n\x05\x46\x65tch\x12\x1c.psyche.node.v1.FetchRequest\x1a\x15.psyche.node.v1.Piece0\x01\x12J\n\x08\x44ialBack\x12\x1f.psyche.node.v1.DialBackRequest\x1a\x1d.psyche.node.v1.DialBackReply\x12?\n\x04Push\x12\x1a.psyche.node.v1.PushHeader\x1a\x19.psyche.node.v1.PushReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -36,25 +36,35 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_ANNOUNCEMENT']._serialized_start=73
   _globals['_ANNOUNCEMENT']._serialized_end=165
   _globals['_NODERECORD']._serialized_start=168
-  _globals['_NODERECORD']._serialized_end=308
-  _globals['_RECORDS']._serialized_start=310
-  _globals['_RECORDS']._serialized_end=336
-  _globals['_ANNOUNCEREQUEST']._serialized_start=338
-  _globals['_ANNOUNCEREQUEST']._serialized_end=378
-  _globals['_ANNOUNCEREPLY']._serialized_start=380
-  _globals['_ANNOUNCEREPLY']._serialized_end=395
-  _globals['_SINCEREQUEST']._serialized_start=397
-  _globals['_SINCEREQUEST']._serialized_end=456
-  _globals['_SINCEREPLY']._serialized_start=458
-  _globals['_SINCEREPLY']._serialized_end=507
-  _globals['_MANIFESTREQUEST']._serialized_start=509
-  _globals['_MANIFESTREQUEST']._serialized_end=542
-  _globals['_MANIFEST']._serialized_start=544
-  _globals['_MANIFEST']._serialized_end=586
-  _globals['_FETCHREQUEST']._serialized_start=588
-  _globals['_FETCHREQUEST']._serialized_end=648
-  _globals['_PIECE']._serialized_start=650
-  _globals['_PIECE']._serialized_end=657
-  _globals['_NODE']._serialized_start=660
-  _globals['_NODE']._serialized_end=947
+  _globals['_NODERECORD']._serialized_end=349
+  _globals['_RECORDS']._serialized_start=351
+  _globals['_RECORDS']._serialized_end=377
+  _globals['_ANNOUNCEREQUEST']._serialized_start=379
+  _globals['_ANNOUNCEREQUEST']._serialized_end=419
+  _globals['_ANNOUNCEREPLY']._serialized_start=421
+  _globals['_ANNOUNCEREPLY']._serialized_end=436
+  _globals['_SINCEREQUEST']._serialized_start=438
+  _globals['_SINCEREQUEST']._serialized_end=497
+  _globals['_SINCEREPLY']._serialized_start=499
+  _globals['_SINCEREPLY']._serialized_end=548
+  _globals['_MANIFESTREQUEST']._serialized_start=550
+  _globals['_MANIFESTREQUEST']._serialized_end=583
+  _globals['_MANIFEST']._serialized_start=585
+  _globals['_MANIFEST']._serialized_end=627
+  _globals['_FETCHREQUEST']._serialized_start=629
+  _globals['_FETCHREQUEST']._serialized_end=689
+  _globals['_PIECE']._serialized_start=691
+  _globals['_PIECE']._serialized_end=698
+  _globals['_DIALBACKREQUEST']._serialized_start=700
+  _globals['_DIALBACKREQUEST']._serialized_end=731
+  _globals['_DIALBACKREPLY']._serialized_start=733
+  _globals['_DIALBACKREPLY']._serialized_end=783
+  _globals['_PUSHHEADER']._serialized_start=785
+  _globals['_PUSHHEADER']._serialized_end=844
+  _globals['_PUSHREPLY']._serialized_start=846
+  _globals['_PUSHREPLY']._serialized_end=857
+  _globals['_PUNCH']._serialized_start=859
+  _globals['_PUNCH']._serialized_end=935
+  _globals['_NODE']._serialized_start=938
+  _globals['_NODE']._serialized_end=1366
 # @@protoc_insertion_point(module_scope)
