@@ -31,9 +31,11 @@ PUNCH_SECONDS = 5.0
 OBSERVE_SECONDS = 3.0
 MAX_AT_ONCE = 4
 MAX_HELPERS = 3
-# After a failure; the NATs of a pair seldom change their minds.
+# After a failure; the NATs of a pair seldom change their minds. Those who just refuse may soon know better.
 FIRST_BACKOFF = 5.0
 LONGEST_BACKOFF = 600.0
+REFUSED_BACKOFF = 1.0
+LONGEST_REFUSED_BACKOFF = 30.0
 
 # Asks a helper to bring this node, which it sees at an address, together with a target: ``Rendezvous.ask``.
 Ask = Callable[[bytes, bytes, str], Awaitable[wire.Punch]]
@@ -97,12 +99,15 @@ class Puncher:
 
     async def _make(self, peer: bytes, state: _Try, ask: Ask) -> None:
         reasons = []
+        first, longest = REFUSED_BACKOFF, LONGEST_REFUSED_BACKOFF
         async with self._asking:
             helpers = [key for key in self._directory.public(self._directory.others().values()) if key != peer]
             for helper in random.sample(helpers, min(MAX_HELPERS, len(helpers))):
                 try:
                     await self._through(helper, peer, ask)
                 except Exception as error:  # ours, the system's and libp2p's, which have nothing in common
+                    if isinstance(error, OSError):
+                        first, longest = FIRST_BACKOFF, LONGEST_BACKOFF
                     reasons.append(f"with the help of {node_id(helper)}: {str(error) or type(error).__name__}")
                 else:
                     self._tries.pop(peer, None)
@@ -111,7 +116,7 @@ class Puncher:
                     return
         state.running = False
         state.failures += 1
-        wait = min(LONGEST_BACKOFF, FIRST_BACKOFF * 2.0 ** min(state.failures - 1, 10)) * random.uniform(0.8, 1.2)
+        wait = min(longest, first * 2.0 ** min(state.failures - 1, 10)) * random.uniform(0.8, 1.2)
         state.due = trio.current_time() + wait
         log.info(
             "no path through the NATs to %s; its updates come by way of public nodes. Next attempt in %.0f s at the "

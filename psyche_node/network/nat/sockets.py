@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ipaddress
 import itertools
 import os
+import select
 import shutil
 import socket
 import time
@@ -51,30 +53,65 @@ def connect(address: str, seconds: float) -> socket.socket:
     """Connect to ``address`` from a fresh port that ``punch`` can use again. Raises OSError."""
     connection = _bound(address, 0)
     try:
-        _open(connection, address, seconds)
+        connection.settimeout(seconds)
+        connection.connect(split_address(address))
+        return _tuned(connection)
     except OSError:
         connection.close()
         raise
-    return connection
 
 
 def punch(port: int, address: str, seconds: float) -> socket.socket:
     """Connect local ``port`` to ``address`` while the other side does the same. Raises OSError when that fails.
 
     Each side's first packet opens its own NAT for the other's. One that comes too early is lost, and sent again by
-    the kernel after a second; one that is refused is sent again here.
+    the kernel after a second; one that is refused is sent again here. Where there is no NAT in the way, the other one's
+    packet may come while this one sends none, so the port is listened on as well: for the IP address of ``address``.
     """
     deadline = time.monotonic() + seconds
-    while True:
-        connection = _bound(address, port)
+    reason: OSError = TimeoutError(f"nothing came from {address} within {seconds:.0f} s")
+    retry_at, waiting = 0.0, select.poll()
+    with contextlib.ExitStack() as stack:
+        listener = stack.enter_context(_bound(address, port))
+        listener.setblocking(False)
+        listener.listen(4)
+        waiting.register(listener, select.POLLIN)
+        calling: socket.socket | None = None
         try:
-            _open(connection, address, max(0.01, deadline - time.monotonic()))
-            return connection
-        except OSError:
-            connection.close()
-            if time.monotonic() + _RETRY_SECONDS >= deadline:
-                raise
-            time.sleep(_RETRY_SECONDS)
+            while (now := time.monotonic()) < deadline:
+                if calling is None and now >= retry_at:
+                    calling = _bound(address, port)
+                    calling.setblocking(False)
+                    calling.connect_ex(split_address(address))
+                    waiting.register(calling, select.POLLOUT)
+                until = deadline if calling is not None else min(deadline, retry_at)
+                for descriptor, _ in waiting.poll(max(1, int(1000 * (until - now)))):
+                    if descriptor == listener.fileno():
+                        if (caller := _accept(listener, address)) is not None:
+                            return _tuned(caller)
+                    elif calling is not None:
+                        code = calling.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR)
+                        waiting.unregister(calling)
+                        connected, calling = calling, None
+                        if not code:
+                            return _tuned(connected)
+                        connected.close()
+                        reason, retry_at = OSError(code, os.strerror(code)), time.monotonic() + _RETRY_SECONDS
+            raise reason
+        finally:
+            if calling is not None:
+                calling.close()
+
+
+def _accept(listener: socket.socket, address: str) -> socket.socket | None:
+    try:
+        caller, where = listener.accept()
+    except OSError:
+        return None
+    if where[0] == split_address(address)[0]:
+        return caller
+    caller.close()
+    return None
 
 
 def local_port(connection: socket.socket) -> int:
@@ -108,12 +145,11 @@ def _bound(address: str, port: int) -> socket.socket:
     return made
 
 
-def _open(connection: socket.socket, address: str, seconds: float) -> None:
-    connection.settimeout(seconds)
-    connection.connect(split_address(address))
+def _tuned(connection: socket.socket) -> socket.socket:
     connection.settimeout(None)
     connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
     for name, value in _KEEPALIVE.items():
         if hasattr(socket, name):
             connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return connection

@@ -97,9 +97,10 @@ class Door:
             self._closed = True
             if self._splice is not None:
                 self._splice.close()
-        # Wakes the thread that waits, if one does.
-        with contextlib.suppress(OSError):
-            self._listener.shutdown(socket.SHUT_RDWR)
+        # Wakes the thread that waits, if one does; shutting a listening socket down would not.
+        with contextlib.suppress(OSError), socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as knock:
+            knock.setblocking(False)
+            knock.connect(self._path)
 
     def _wait(self) -> None:
         client: socket.socket | None = None
