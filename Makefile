@@ -6,6 +6,8 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # The torch release that the tests run on; constraints.txt pins the same one.
 TORCH  ?= torch==2.13.0
+# How many files of tests run at once. Each may start several processes.
+JOBS   ?= 2
 
 # An independent Solana validator stand-in and the JavaScript client, for `make contract-surfpool`; it needs node and npm.
 NODE_MODULES := build/contract
@@ -18,7 +20,7 @@ demo: setup
 	$(BIN)/psyche-sim $(ARGS)
 
 test: setup lint
-	$(BIN)/pytest $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
 
 setup: $(STAMP)
 
@@ -56,7 +58,7 @@ nightly: setup
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
 	$(BIN)/python tests/coordinator/program/program_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/schedules.py 10000
-	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py -k for_long --timeout 1800
+	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py tests/optimizer/test_engines.py -k 'for_long or many_rounds' --timeout 1800
 	$(BIN)/python tests/coordinator/ledger/kill_ledger.py 50
 
 # The contract of Solana's RPC over psyche-ledger and over Surfpool (Linux, x86-64).

@@ -15,6 +15,8 @@ from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
+keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
+app.add_typer(keys, name="keys")
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +41,7 @@ def run(
     listen: Annotated[str | None, typer.Option(help="Address to listen on (0.0.0.0 for the world).")] = None,
     p2p_port: Annotated[int | None, typer.Option(help="TCP port of libp2p; 0 picks one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="TCP port that updates are fetched from; 0 picks one.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="IP:port to serve Prometheus metrics on; off by default.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads for training; 0 lets PyTorch choose.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
@@ -67,6 +70,7 @@ def run(
         "listen": listen,
         "p2p_port": p2p_port,
         "grpc_port": grpc_port,
+        "metrics": metrics,
         "device": device,
         "threads": threads,
         "micro_batch": micro_batch,
@@ -86,6 +90,26 @@ def run(
     except KeyboardInterrupt:  # before the handler below was there
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
+
+
+@keys.command()
+def rotate(
+    folder: Annotated[Path, typer.Option(help="The node's folder.")],
+) -> None:
+    """Make a new node key. The node takes it on chain when it is started next; the old key is refused from then on."""
+    from psyche_node.identity import IdentityError, rotate_node_key
+
+    logs.configure("keys")
+    path = folder / "node.key"
+    try:
+        old, new = rotate_node_key(path)
+    except (IdentityError, OSError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(exit_for(error)) from None
+    if old is not None:
+        typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
+    typer.echo(f"new node key  {new.node_id}  ({path})")
+    typer.echo("Restart the node: it joins again with the new key, and keeps its slot, share and credit.")
 
 
 async def _run(settings: NodeConfig) -> int:

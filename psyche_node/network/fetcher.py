@@ -21,7 +21,7 @@ from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.directory import Directory
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
-from psyche_node.network.messages import Fetched, FetchFailed
+from psyche_node.network.messages import Fetched, FetchFailed, Why
 from psyche_node.network.reports import Reporter
 from psyche_node.network.service import MAX_PIECES_PER_FETCH
 from psyche_node.network.store import (
@@ -261,7 +261,7 @@ class Fetcher:
     def _ban(self, want: _Want, source: bytes, error: BadBytes) -> None:
         reason = f"{error} ({want.name}); it is banned as a source of blobs for the rest of the run"
         self._directory.ban(source)
-        self._reporter.rejected(error.what, source, reason, always=True)
+        self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
 
     def _back_off(self, want: _Want, source: bytes, error: CallFailed) -> None:

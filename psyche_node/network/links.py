@@ -18,8 +18,9 @@ from typing import Any, Protocol, TypeVar
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message
 
-from psyche_node.network.certificates import BadCertificate, Leaf, PeerCertificate, identify
+from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf, PeerCertificate, identify
 from psyche_node.network.directory import Directory
+from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
@@ -259,11 +260,17 @@ class Links:
         try:
             certificate = probe(address)
         except (OSError, BadCertificate) as error:
+            if isinstance(error, BadCertificate):
+                why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY
+                self._reporter.rejected("certificate", record.node_key, f"at {address}: {error}", why)
             cause = Cause.IDENTITY if isinstance(error, BadCertificate) else Cause.UNREACHABLE
             raise CallFailed(cause, f"the probe of {address} failed: {error}") from None
         if certificate.node_key != record.node_key:
             self._reporter.rejected(
-                "certificate", certificate.node_key, f"it answers at {address}, which {record.node_id} announced"
+                "certificate",
+                certificate.node_key,
+                f"it answers at {address}, which {record.node_id} announced",
+                Why.IDENTITY,
             )
             raise CallFailed(Cause.IDENTITY, f"another node answers at {address}")
         if certificate.der_hash != record.tls_leaf:

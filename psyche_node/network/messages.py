@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Literal
 
 from pydantic import Field
@@ -32,6 +33,8 @@ class Configure(Message):
     """Whether others can open connections to this node. ``auto`` asks some members to try."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
+    mdns: bool = False
+    """Announce this node on the local network, and look for other members there."""
     faults: list[str] = Field(default_factory=list)
 
 
@@ -41,6 +44,9 @@ class Ready(Message):
     node_id: str
     multiaddrs: list[str]
     grpc_address: str
+    p2p_port: int
+    """The TCP ports on which it listens."""
+    grpc_port: int
 
 
 class MemberEntry(Message):
@@ -82,6 +88,24 @@ class Forget(Message):
     before_round: int = Field(ge=0, le=MAX_ROUND)
 
 
+class Why(StrEnum):
+    """The class of a refusal's reason, for counting; the reason itself is in the log and in ``Rejected``."""
+
+    NOT_A_MEMBER = "not-a-member"
+    IDENTITY = "identity"
+    """It does not prove the node key it names, or names none, or another one than was meant."""
+    EXPIRED = "expired"
+    PROTOCOL = "protocol"
+    """Not TLS 1.3, no deadline, a handshake that does not end."""
+    MALFORMED = "malformed"
+    CONTRADICTION = "contradiction"
+    """A second, different word on what was said before."""
+    WRONG_BYTES = "wrong-bytes"
+    TOO_MANY = "too-many"
+    """More at once, or within a second, than one peer, one address or all together may have."""
+    OTHER = "other"
+
+
 class GetStats(Message):
     """Ask for ``Stats``."""
 
@@ -99,6 +123,14 @@ class PeerStats(Message):
     """There is a path to it through two NATs."""
 
 
+class RefusalCount(Message):
+    """How often something of this kind was refused for this class of reasons, since the process began."""
+
+    what: str
+    why: Why
+    count: int
+
+
 class Stats(Message):
     """The reply to ``GetStats``. Bytes are of message bodies, gossip and direct calls together, without TLS and TCP."""
 
@@ -109,11 +141,13 @@ class Stats(Message):
     blob_bytes_received: int
     peers: int
     """Peers with a libp2p connection, members or not."""
-    private: bool | None
+    private: bool | None = None
     """Nobody can open a connection to this node. None: not known yet."""
     connected: list[int]
     """Slots of the members with a libp2p connection that answers pings."""
     per_peer: list[PeerStats]
+    refusals: list[RefusalCount] = Field(default_factory=list)
+    """Every refusal, those that the log left out included."""
 
 
 class NetworkShutdown(Message):
@@ -153,12 +187,16 @@ class FetchFailed(Message):
 
 
 class Rejected(Message):
-    """Something from a peer was refused. ``what``: piece, manifest, announcement, record or call."""
+    """Something from a peer was refused.
+
+    ``what``: piece, manifest, announcement, record, call, certificate, handshake or connection.
+    """
 
     what: str
     peer: str
     member: int | None
     reason: str
+    why: Why = Why.OTHER
 
 
 class PeerUp(Message):
@@ -173,6 +211,14 @@ class PeerDown(Message):
     slot: int
 
 
+class NetworkRestarted(Message):
+    """The network process ended and a new one has taken its place. The supervisor says this to itself."""
+
+    restarts: int
+    """How many there have been since the node started."""
+    reason: str
+
+
 __all__ = [
     "MAX_BLOB_BYTES",
     "MAX_MEMBERS",
@@ -184,16 +230,19 @@ __all__ = [
     "Forget",
     "GetStats",
     "MemberEntry",
+    "NetworkRestarted",
     "NetworkShutdown",
     "PeerDown",
     "PeerStats",
     "PeerUp",
     "Publish",
     "Ready",
+    "RefusalCount",
     "Rejected",
     "SetMembers",
     "Shutdown",
     "Stats",
     "Want",
     "WantEntry",
+    "Why",
 ]

@@ -17,8 +17,9 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import MAX_DEADLINE_SECONDS, Context, Streams
+from psyche_node.network.guard import MAX_DEADLINE_SECONDS, Context
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import SERVICE
 from psyche_node.network.store import (
@@ -93,7 +94,7 @@ class PushReceiver:
         self._store, self._reader, self._directory = store, reader, directory
         self._announcements, self._wants = announcements, wants
         self._reporter, self._traffic, self._arrived = reporter, traffic, arrived
-        self._streams = Streams(MAX_PUSHES, 1)
+        self._places = Cap(MAX_PUSHES, 1)
         self._lock = threading.Lock()
         self._unasked: dict[bytes, tuple[int, int]] = {}
 
@@ -114,7 +115,7 @@ class PushReceiver:
     def receive(self, caller: bytes, parts: Iterator[bytes], context: Context) -> bytes:
         if self._directory.banned(caller):
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "nothing is taken from this node any more")
-        if not self._streams.enter(caller):
+        if not self._places.enter(caller):
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many pushes at the same time; ask another node")
         incoming = _Incoming(parts, context, lambda count: self._traffic.received(caller, count, blob=True))
         header = wire.PushHeader()
@@ -129,7 +130,7 @@ class PushReceiver:
             context.abort(grpc.StatusCode.UNAVAILABLE, "this node's store failed")
         finally:
             incoming.done()
-            self._streams.leave(caller)
+            self._places.leave(caller)
             if taken and not self._reader.holds(header.digest):
                 with self._lock:
                     self._unasked.pop(header.digest, None)

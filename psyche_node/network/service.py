@@ -89,11 +89,13 @@ class NodeService:
         request = wire.FetchRequest()
         self._parse(request, caller, raw, context)
         self._check_digest(request.digest, context)
-        if not self._streams.enter(caller):
+        place = self._streams.enter(caller, min(request.count, MAX_PIECES_PER_FETCH) * PIECE_BYTES, context.cancel)
+        if place is None:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams; ask another holder, or try again")
+        assert place is not None
         # A callback, not try/finally: gRPC just drops the generator of a call that was cancelled.
-        if not context.add_callback(lambda: self._streams.leave(caller)):
-            self._streams.leave(caller)
+        if not context.add_callback(lambda: self._streams.leave(place)):
+            self._streams.leave(place)
             return
         try:
             manifest = self._reader.manifest(request.digest)

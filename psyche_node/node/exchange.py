@@ -16,8 +16,17 @@ from coordinator.state import Commitment
 from optimizer.codec import Header, validate
 from optimizer.errors import MalformedUpdate
 from optimizer.layout import Layout
-from psyche_node.ipc import Endpoint, Message, Ok
-from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want, WantEntry
+from psyche_node.ipc import Caller, Message, Ok
+from psyche_node.network.messages import (
+    Fetched,
+    FetchFailed,
+    Forget,
+    NetworkRestarted,
+    Publish,
+    Rejected,
+    Want,
+    WantEntry,
+)
 from psyche_node.network.store import BlobStore
 from psyche_node.node.changes import Changes
 from psyche_node.node.journal import Journal
@@ -43,7 +52,7 @@ class UpdateMissing(Exception):
 class UpdateExchange:
     """Follows the commitments of each round until the updates behind them are validated or refused."""
 
-    def __init__(self, network: Endpoint, store: BlobStore, layout: Layout, run: bytes, journal: Journal) -> None:
+    def __init__(self, network: Caller, store: BlobStore, layout: Layout, run: bytes, journal: Journal) -> None:
         self._network, self._store, self._layout, self._run, self._journal = network, store, layout, run, journal
         self._entries: dict[tuple[int, int], _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
@@ -61,6 +70,8 @@ class UpdateExchange:
             self._journal.write(
                 "rejected", what=message.what, peer=message.peer, member=message.member, reason=message.reason
             )
+        elif isinstance(message, NetworkRestarted):
+            self._journal.write("network restarted", restarts=message.restarts, reason=message.reason)
 
     async def follow(self, round_number: int, commitments: Iterable[Commitment]) -> None:
         """Want every committed update of the round that is not here yet."""

@@ -18,7 +18,7 @@ from psyche_node.network.store import BlobStore
 
 RUN = bytes(range(32))
 M = TypeVar("M", bound=Message)
-PATIENCE = 20.0
+PATIENCE = 60.0  # seconds; a loaded machine needs some of them
 
 
 class Process:

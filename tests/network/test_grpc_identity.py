@@ -32,14 +32,23 @@ from psyche_node.network import certificates
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import MAX_STREAMS, MAX_STREAMS_PER_PEER, Guard, Pace, Streams
+from psyche_node.network.guard import (
+    MAX_STREAMS,
+    MAX_STREAMS_PER_PEER,
+    MIN_STREAM_BYTES_PER_SECOND,
+    STREAM_SECONDS,
+    Guard,
+    Pace,
+    Place,
+    Streams,
+)
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
@@ -360,12 +369,37 @@ def test_hostile_requests_end_with_a_status_and_the_server_lives(
 def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     streams = Streams()
     peers = [bytes([number]) for number in range(MAX_STREAMS)]
-    assert [streams.enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)] == [True] * MAX_STREAMS_PER_PEER + [False]
-    opened = sum(streams.enter(peer) for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
+
+    def enter(peer: bytes) -> Place | None:
+        return streams.enter(peer, PIECE_BYTES, lambda: pytest.fail("it is not overdue"))
+
+    first = [enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)]
+    assert [place is not None for place in first] == [True] * MAX_STREAMS_PER_PEER + [False]
+    opened = sum(enter(peer) is not None for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
     assert opened == MAX_STREAMS - MAX_STREAMS_PER_PEER
-    assert not streams.enter(b"another")
-    streams.leave(peers[0])
-    assert streams.enter(b"another")
+    assert enter(b"another") is None
+    assert first[0] is not None
+    streams.leave(first[0])
+    assert enter(b"another") is not None
+
+
+def test_a_stream_that_is_overdue_makes_room_when_its_place_is_wanted() -> None:
+    now = 50.0
+    streams = Streams(total=2, per_peer=1, clock=lambda: now)
+    ended: list[str] = []
+    slow = streams.enter(b"slow", 2 * MIN_STREAM_BYTES_PER_SECOND, lambda: ended.append("slow"))
+    assert slow is not None
+    assert streams.enter(b"other", 100 * MIN_STREAM_BYTES_PER_SECOND, lambda: ended.append("other")) is not None
+    now += STREAM_SECONDS + 1.9
+    assert streams.enter(b"third", 1, lambda: None) is None
+    now += 0.2
+    third = streams.enter(b"third", 1, lambda: None)
+    assert third is not None
+    assert ended == ["slow"]
+    streams.leave(slow)  # its call ends, too late to give a place back
+    assert streams.enter(b"fourth", 1, lambda: None) is None
+    streams.leave(third)
+    assert streams.enter(b"slow", 1, lambda: None) is not None
 
 
 def test_calls_are_paced_per_peer() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 
+from psyche_node.network.cap import Cap
 from psyche_node.network.certificates import BadCertificate, PeerCertificate
-from psyche_node.network.guard import Context, Streams
+from psyche_node.network.guard import Context
 from psyche_node.network.nat.sockets import peer_address
 from psyche_node.network.service import SERVICE
 from psyche_node.network.statements import join_address, split_address
@@ -39,7 +40,7 @@ class DialBack:
     ) -> None:
         """``probe(address, seconds)`` returns the certificate that the server there shows."""
         self._probe, self._clock = probe, clock
-        self._dials = Streams(MAX_DIALS, 1)
+        self._dials = Cap(MAX_DIALS, 1)
         self._lock = threading.Lock()
         self._seen: dict[bytes, deque[tuple[float, str]]] = {}
         self._dialled: dict[bytes, float] = {}

@@ -21,8 +21,9 @@ from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.io.utils import read_exactly
 
+from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import Pace, Streams
+from psyche_node.network.guard import Pace
 from psyche_node.network.host import key_of, peer_of, reset
 from psyche_node.network.nat.dialback import DialBack
 from psyche_node.network.statements import Malformed
@@ -55,7 +56,7 @@ class Rendezvous:
     def __init__(self, host: IHost, directory: Directory, dialback: DialBack, invited: Invited) -> None:
         """``invited(caller, address, helper)`` answers an invitation; it raises Refused when it will not."""
         self._host, self._directory, self._dialback, self._invited = host, directory, dialback, invited
-        self._serving = Streams(MAX_AT_ONCE, MAX_AT_ONCE_PER_PEER)
+        self._serving = Cap(MAX_AT_ONCE, MAX_AT_ONCE_PER_PEER)
         self._pace = Pace(10 * PUNCHES_PER_SECOND, 10 * PUNCHES_AT_ONCE)
         self._pair_pace = Pace(PUNCHES_PER_SECOND, PUNCHES_AT_ONCE)
         host.set_stream_handler(PUNCH, self._help)
