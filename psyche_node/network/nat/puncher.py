@@ -102,7 +102,9 @@ class Puncher:
         first, longest = REFUSED_BACKOFF, LONGEST_REFUSED_BACKOFF
         async with self._asking:
             helpers = [key for key in self._directory.public(self._directory.others().values()) if key != peer]
-            for helper in random.sample(helpers, min(MAX_HELPERS, len(helpers))):
+            # A node keeps connections to those that are near it by XOR, so these are likely to be connected to it.
+            helpers.sort(key=lambda key: int.from_bytes(key) ^ int.from_bytes(peer))
+            for helper in helpers[:MAX_HELPERS]:
                 try:
                     await self._through(helper, peer, ask)
                 except Exception as error:  # ours, the system's and libp2p's, which have nothing in common

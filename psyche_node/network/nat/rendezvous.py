@@ -24,7 +24,7 @@ from libp2p.io.utils import read_exactly
 from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import Pace
-from psyche_node.network.host import key_of, peer_of, reset
+from psyche_node.network.host import dial, key_of, peer_of, reset
 from psyche_node.network.nat.dialback import DialBack
 from psyche_node.network.statements import Malformed
 from psyche_node.network.wire import node_pb2 as wire
@@ -34,6 +34,7 @@ PUNCH = TProtocol("/psyche/punch/1")
 PUNCHED = TProtocol("/psyche/punched/1")
 MAX_BYTES = 12 * 1024
 SECONDS = 10.0
+DIAL_SECONDS = 5.0
 MAX_AT_ONCE = 16
 MAX_AT_ONCE_PER_PEER = 4
 # For a pair of members: six at once, and then one each ten seconds. For one who asks or helps: ten times that.
@@ -68,6 +69,9 @@ class Rendezvous:
         Raises Refused, or whatever libp2p does.
         """
         request = wire.Punch(peer=target, address=address)
+        record = self._directory.record(helper)
+        if record is not None and not self._host.get_network().get_connections(peer_of(helper)):
+            await dial(self._host, helper, record.p2p_addresses[0], DIAL_SECONDS)
         reply = await self._converse(helper, PUNCH, request)
         if reply.refusal or not reply.address:
             raise Refused(reply.refusal[:_MAX_REFUSAL] or "no address")
