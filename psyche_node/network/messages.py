@@ -119,7 +119,7 @@ class PeerStats(Message):
     bytes_sent: int
     bytes_received: int
     banned: bool
-    punched: bool
+    punched: bool = False
     """There is a path to it through two NATs."""
 
 
