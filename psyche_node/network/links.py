@@ -198,9 +198,17 @@ class Links:
             if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None
 
-    def fetch(self, peer: bytes, digest: bytes, first: int, count: int, timeout: float) -> Stream:
+    def fetch(
+        self,
+        peer: bytes,
+        digest: bytes,
+        first: int,
+        count: int,
+        timeout: float,
+        kind: wire.Kind.ValueType = wire.UPDATE,
+    ) -> Stream:
         """Start to fetch pieces. What comes has not been checked. Raises CallFailed, here and while reading."""
-        raw = wire.FetchRequest(digest=digest, first=first, count=count).SerializeToString()
+        raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
         link = self._link(peer, ask=True)
         self._traffic.sent(peer, len(raw))
         call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import base58
 import trio
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import Message, Ok
+from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
 from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.lan import LocalNetwork
 from psyche_node.network.links import Links, probe
@@ -32,6 +31,7 @@ from psyche_node.network.messages import (
     Configure,
     Forget,
     GetStats,
+    Kind,
     NetworkShutdown,
     PeerDown,
     PeerStats,
@@ -51,17 +51,17 @@ from psyche_node.network.nat.sockets import SocketFolder
 from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.push import PushReceiver
 from psyche_node.network.pusher import Pusher
+from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.spread import Spreader
 from psyche_node.network.statements import (
-    RUN_BYTES,
     Announcement,
     Malformed,
     NodeRecord,
-    join_address,
     join_multiaddr,
+    split_address,
 )
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.swarm import Swarm
@@ -74,10 +74,6 @@ SAVE_EVERY = 2.0
 MAX_REMEMBERED = 16
 
 
-class NetworkError(Exception):
-    """The network process cannot do what it was asked; the message says why and what to do."""
-
-
 class NetworkNode:
     """One node's network. ``handle`` answers the supervisor's requests; everything it finds out goes to ``emit``."""
 
@@ -88,6 +84,8 @@ class NetworkNode:
         self._bootstrap = [parse_bootstrap(address) for address in configure.bootstrap]
         self._configure = configure
         self._host = announced_host(configure.listen_host, self._bootstrap)
+        for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p)):
+            split_address(forwarded)
         self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
@@ -105,14 +103,18 @@ class NetworkNode:
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
         self._reader = Reader(self._store)
+        self._holdings = Holdings(self._reader)
+        self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
         self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
+            self._holdings,
             self._links,
             self._directory,
             self._announcements,
+            self._quality,
             self._reporter,
             self._take_asked,
         )
@@ -148,21 +150,30 @@ class NetworkNode:
         configure = self._configure
         self._token = trio.lowlevel.current_trio_token()
         guard = Guard(self._directory, self._reporter)
-        service = NodeService(self._announcements, self._take_from_thread, self._reader, self._traffic, self._faults)
-        more = [self._dialback.handlers(), self._receiver.handlers()]
+        service = NodeService(
+            self._announcements,
+            self._take_from_thread,
+            self._holdings,
+            self._traffic,
+            self._faults,
+            self._take_offer,
+            self._quality.heard,
+        )
         server = Server(
             configure.listen_host,
             configure.grpc_port,
             lambda: self._leaf,
             guard,
             service,
-            more,
-            self._sockets.path(SERVER_SOCKET),
+            more=[self._dialback.handlers(), self._receiver.handlers()],
+            unix_path=self._sockets.path(SERVER_SOCKET),
         )
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_port = server.port
+                self._addresses = Addresses(
+                    self._host, self._swarm.port, server.port, configure.announce_p2p, configure.announce_grpc
+                )
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
@@ -172,11 +183,11 @@ class NetworkNode:
                 nursery.start_soon(self._paths.run)
                 nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
                 nursery.start_soon(self._pusher.run)
-                nursery.start_soon(self._reachability.run, server.port)
+                nursery.start_soon(self._reachability.run, split_address(self._addresses.grpc())[1])
                 yield Ready(
                     node_id=self._key.node_id,
-                    multiaddrs=[f"{join_multiaddr(self._host, self._swarm.port)}/p2p/{self._key.node_id}"],
-                    grpc_address=join_address(self._host, server.port),
+                    multiaddrs=[f"{address}/p2p/{self._key.node_id}" for address in self._addresses.p2p()],
+                    grpc_address=self._addresses.grpc(),
                     p2p_port=self._swarm.port,
                     grpc_port=server.port,
                 )
@@ -194,10 +205,13 @@ class NetworkNode:
             case Publish():
                 await self._publish(message)
             case Want():
-                self._announcements.reached(message.round)
+                if message.kind is Kind.UPDATE:
+                    self._announcements.reached(message.round)
                 self._receiver.asked([bytes.fromhex(want.digest) for want in message.wants])
                 for want in message.wants:
-                    self._fetcher.want(message.round, want.member, bytes.fromhex(want.digest), want.length)
+                    self._fetcher.want(
+                        message.round, want.member, bytes.fromhex(want.digest), want.length, message.kind
+                    )
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
@@ -231,6 +245,10 @@ class NetworkNode:
         if manifest is None or manifest.length != message.length:
             found = "is not there" if manifest is None else f"has {manifest.length} bytes"
             raise NetworkError(f"blob {message.digest[:16]} of {message.length} bytes {found} in {self._store.folder}")
+        self._fetcher.published(digest, message.kind, message.round)
+        if message.kind is not Kind.UPDATE:
+            # Who wants it asks for it; an announcement speaks of a member's one update of a round.
+            return
         self._announcements.reached(message.round)
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
@@ -287,8 +305,13 @@ class NetworkNode:
     def allows(self, peer: bytes | str) -> bool:
         allowed = self._throttle.allows(peer)
         if not allowed:
-            self._reporter.rejected("flood", peer, "it sends more statements than are looked at; the rest is dropped")
+            reason = "it sends more statements than are looked at; the rest is dropped"
+            self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
         return allowed
+
+    def _take_offer(self, digest: bytes, holder: bytes) -> None:
+        assert self._token is not None
+        trio.from_thread.run_sync(self._fetcher.invited, digest, holder, trio_token=self._token)
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
         outcome = self._announcements.offer(raw)
@@ -419,14 +442,13 @@ class NetworkNode:
     async def _renew_record(self) -> None:
         standing = self._reachability.standing
         # A public node behind a NAT that forwards its ports is reached where others see it.
-        outside = standing.ip if standing.ip and not standing.private else self._host
-        addresses = [join_multiaddr(ip, self._swarm.port) for ip in dict.fromkeys((outside, self._host))]
+        outside = "" if standing.private else standing.ip
         record = NodeRecord(
             self._run,
             self._key.public,
             int(time.time() * 1000),  # larger than those of earlier lives of this node
-            tuple(addresses),
-            join_address(outside, self._grpc_port),
+            self._addresses.p2p(outside),
+            self._addresses.grpc(outside),
             self._leaf.der_hash,
             self._leaf.expires,
             self._reachability.private,
@@ -438,39 +460,3 @@ class NetworkNode:
         raw = record.sign(self._key)
         self._directory.add(record, raw)
         await self._swarm.gossip.record(raw)
-
-
-def parse_run(text: str) -> bytes:
-    """Return the 32 bytes of a run account's address, given in hex or base58. Raises NetworkError."""
-    try:
-        run = bytes.fromhex(text) if len(text) == 2 * RUN_BYTES else base58.b58decode(text[:64])
-    except ValueError:
-        run = b""
-    if len(run) != RUN_BYTES:
-        raise NetworkError(f"{text[:80]!r} is not a run's address: give its 32 bytes in hex or base58")
-    return run
-
-
-def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
-    """Return the IP address to announce: ``listen_host``, or for 0.0.0.0 the interface towards the bootstrap node.
-
-    Raises NetworkError when ``listen_host`` is no IP address.
-    """
-    try:
-        ip = ipaddress.ip_address(listen_host)
-    except ValueError:
-        raise NetworkError(f"listen_host is {listen_host!r}; give an IP address of this machine, or 0.0.0.0") from None
-    if not ip.is_unspecified:
-        return str(ip)
-    family, target = (socket.AF_INET, "192.0.2.1") if ip.version == 4 else (socket.AF_INET6, "2001:db8::1")
-    for _, address in bootstrap:
-        towards = address.split("/")[2]
-        if ipaddress.ip_address(towards).version == ip.version:
-            target = towards
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Connecting a datagram socket sends nothing; it only chooses the interface.
-            probe.connect((target, 9))
-        except OSError:
-            return "127.0.0.1" if ip.version == 4 else "::1"
-        return str(probe.getsockname()[0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc  # type: ignore[import-untyped]
@@ -16,28 +17,44 @@ from psyche_node.network.push import MAX_PUSHES
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, NodeService
 from psyche_node.network.statements import join_address
 
-MAX_CONNECTIONS = 512
-HANDSHAKE_SECONDS = 10
-IDLE_SECONDS = 120
-MAX_CALLS_PER_CONNECTION = 16
-# What a connection may cost, whoever it is of: gRPC's own limits are a handshake of two minutes, any number of
-# connections and of calls in each, and connections that are kept for ever.
-_LIMITS = [
-    ("grpc.max_allowed_incoming_connections", MAX_CONNECTIONS),
-    ("grpc.server_handshake_timeout_ms", HANDSHAKE_SECONDS * 1000),
-    ("grpc.http2.settings_timeout", HANDSHAKE_SECONDS * 1000),
-    ("grpc.max_connection_idle_ms", IDLE_SECONDS * 1000),
-    ("grpc.max_concurrent_streams", MAX_CALLS_PER_CONNECTION),
-    ("grpc.max_metadata_size", 8192),
-    ("grpc.absolute_max_metadata_size", 8192),
-    # A peer that has gone away without a word is noticed; one that pings all the time is closed.
-    ("grpc.keepalive_time_ms", 30_000),
-    ("grpc.keepalive_timeout_ms", 10_000),
-    ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
-    ("grpc.http2.max_ping_strikes", 3),
-]
-# One thread per open call: streams, and as many short calls next to them.
-_WORKERS = 2 * MAX_STREAMS + MAX_PUSHES + MAX_DIALS
+# One thread per open call: streams, and short calls next to them.
+_WORKERS = MAX_STREAMS + MAX_PUSHES + MAX_DIALS + 12
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What connections may cost, whoever they are of.
+
+    gRPC's own limits are a handshake of two minutes, any number of connections and of calls in each, and connections
+    that are kept for ever.
+    """
+
+    connections: int = 512
+    handshake_seconds: float = 10.0
+    """For TLS, and once more for HTTP/2's first words."""
+    idle_seconds: float = 120.0
+    calls_per_connection: int = 16
+    header_bytes: int = 8192
+
+    def options(self) -> list[tuple[str, int]]:
+        """Return them as gRPC's server options."""
+        return [
+            ("grpc.max_allowed_incoming_connections", self.connections),
+            ("grpc.server_handshake_timeout_ms", round(self.handshake_seconds * 1000)),
+            ("grpc.http2.settings_timeout", round(self.handshake_seconds * 1000)),
+            ("grpc.max_connection_idle_ms", round(self.idle_seconds * 1000)),
+            ("grpc.max_concurrent_streams", self.calls_per_connection),
+            ("grpc.max_metadata_size", self.header_bytes),
+            ("grpc.absolute_max_metadata_size", self.header_bytes),
+            # A peer that has gone away without a word is noticed; one that pings all the time is closed.
+            ("grpc.keepalive_time_ms", 30_000),
+            ("grpc.keepalive_timeout_ms", 10_000),
+            ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+            ("grpc.http2.max_ping_strikes", 3),
+        ]
+
+
+DEFAULT_LIMITS = Limits()
 
 
 class ServerUnavailable(Exception):
@@ -54,6 +71,7 @@ class Server:
         leaf: Callable[[], Leaf],
         guard: Guard,
         service: NodeService,
+        limits: Limits = DEFAULT_LIMITS,
         more: Sequence[Any] = (),
         unix_path: str | None = None,
     ) -> None:
@@ -66,7 +84,7 @@ class Server:
                 ("grpc.so_reuseport", 0),
                 ("grpc.max_receive_message_length", MAX_REQUEST_BYTES),
                 ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-                *_LIMITS,
+                *limits.options(),
             ],
             maximum_concurrent_rpcs=4 * _WORKERS,
         )

@@ -75,7 +75,8 @@ class Spreader:
         call = partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS)
         try:
             await in_thread(call, self._pushing)
-        except CallFailed as error:
+        except (CallFailed, ValueError) as error:
+            # ValueError: the channel was closed just then, because the node's record changed.
             log.debug("announcing to %s failed: %s", node_id(key), error)
             return False
         return True

@@ -100,6 +100,12 @@ def test_statements_that_must_be_refused(row: dict[str, str]) -> None:
         Announcement.parse(bytes.fromhex(row["signed"]), bytes.fromhex(VECTORS["names"]["run"]))
 
 
+@pytest.mark.parametrize("row", VECTORS["gossip_message_ids"])
+def test_gossip_message_ids(row: dict[str, Any]) -> None:
+    topics = b"".join(b"\0" + topic.encode() for topic in row["topics"])
+    assert blake3(bytes.fromhex(row["data"]) + topics).hexdigest() == row["id"]
+
+
 @pytest.mark.parametrize("row", VECTORS["records_frames"])
 def test_records_frames(row: dict[str, Any]) -> None:
     body = b"".join(element(1, bytes.fromhex(raw)) for raw in row["records"])

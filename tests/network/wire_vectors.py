@@ -19,11 +19,23 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from libp2p.host.ping import ID as PING
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 
 from psyche_node.identity import NodeKey
-from psyche_node.network import announcements, certificates, guard, messages, push, records, service, statements, store
+from psyche_node.network import (
+    announcements,
+    certificates,
+    gossip,
+    guard,
+    messages,
+    push,
+    records,
+    service,
+    statements,
+    store,
+)
 from psyche_node.network.nat import rendezvous
 from psyche_node.network.wire import node_pb2 as wire
 
@@ -96,6 +108,12 @@ def record_rows() -> list[Row]:
             }
         )
     return rows
+
+
+def message_ids() -> list[Row]:
+    data, topic = announcement_rows()[0]["signed"], names()["topics"]["announcements"]
+    message = rpc_pb2.Message(data=bytes.fromhex(data), topicIDs=[topic])
+    return [{"data": data, "topics": [topic], "id": gossip._message_id(message).decode()}]
 
 
 def frame_rows() -> list[Row]:
@@ -313,6 +331,7 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "announcements": announcement_rows,
     "node_records": record_rows,
     "refused": refused,
+    "gossip_message_ids": message_ids,
     "records_frames": frame_rows,
     "blobs": blob_rows,
     "tls_extension": tls_rows,
