@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from psyche_node.ipc import IpcError, Message
-from psyche_node.network.messages import Fetched, FetchFailed, Stats
+from psyche_node.network.messages import Fetched, FetchFailed, NetworkRestarted, Stats
 
 log = logging.getLogger(__name__)
 ASK_SECONDS = 5.0
@@ -44,11 +44,7 @@ class NodeMetrics(Collector):
         with self._lock:
             self._fetched += isinstance(message, Fetched)
             self._failed += isinstance(message, FetchFailed)
-
-    def network_restarted(self) -> None:
-        """The network process, or a part of it, died and was started again."""
-        with self._lock:
-            self._restarts += 1
+            self._restarts += isinstance(message, NetworkRestarted)
 
     def collect(self) -> Iterator[Metric]:
         try:

@@ -41,6 +41,8 @@ class Announcements:
         self._run, self._directory = run, directory
         self._lock = threading.Lock()
         self._raw: dict[int, dict[bytes, bytes]] = {}
+        # What was taken before need not be verified again: most of what arrives has come another way already.
+        self._taken: dict[bytes, Announcement] = {}
         self.first = 0
         self._current = 0
 
@@ -53,7 +55,8 @@ class Announcements:
             self.first = max(self.first, before_round)
             self._current = max(self._current, self.first)
             for round in [round for round in self._raw if round < self.first]:
-                del self._raw[round]
+                for raw in self._raw.pop(round).values():
+                    self._taken.pop(raw, None)
 
     def offer(self, raw: bytes) -> Outcome:
         """Take the wire form of an announcement if it is well-formed, a member's, in the window and the first there.
@@ -62,7 +65,7 @@ class Announcements:
         otherwise whoever passed it on.
         """
         try:
-            announcement = Announcement.parse(raw, self._run)
+            announcement = self._taken.get(raw) or Announcement.parse(raw, self._run)
         except Malformed as error:
             return Outcome(Verdict.REFUSED, reason=str(error), why=Why.MALFORMED)
         slot = self._directory.slot(announcement.node_key)
@@ -76,6 +79,7 @@ class Announcements:
             known = self._raw.setdefault(announcement.round, {})
             if announcement.node_key not in known:
                 known[announcement.node_key] = raw
+                self._taken[raw] = announcement
                 return Outcome(Verdict.NEW, announcement, slot)
             if known[announcement.node_key] == raw:
                 return Outcome(Verdict.KNOWN, announcement, slot)

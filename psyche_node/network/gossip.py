@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import logging
 from collections.abc import AsyncIterator, Callable
 
 import trio
@@ -12,12 +11,10 @@ from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
 from psyche_node.network.members_only import MembersPubsub
-
-log = logging.getLogger(__name__)
 
 
 class Gossip:
@@ -45,16 +42,19 @@ class Gossip:
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
         )
-        self._pubsub = _Pubsub(
+        self._pubsub = MembersPubsub(
             host,
             self._router,
             admits=admits,
+            allows=lambda peer: handlers.allows(key_of(peer) or str(peer)),
             msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
             max_subscriptions_per_peer=8,
             allowed_topics={self._announcements, self._records},
+            strict_signing=False,  # what travels is signed by its author; py-libp2p's own signature costs as much again
         )
+        self.services: dict[str, Service] = {"pubsub": self._pubsub, "gossip router": self._router}
         for topic, take in (
             (self._announcements, handlers.gossip_announcement),
             (self._records, handlers.gossip_record),
@@ -99,16 +99,6 @@ class Gossip:
         subscription = await self._pubsub.subscribe(topic)
         async for _ in subscription:
             pass
-
-
-class _Pubsub(MembersPubsub):
-    """py-libp2p's pubsub, in which one message that breaks it is dropped; otherwise it would end the whole host."""
-
-    async def push_msg(self, msg_forwarder: ID, msg: rpc_pb2.Message) -> None:
-        try:
-            await super().push_msg(msg_forwarder, msg)
-        except Exception as error:
-            log.debug("a gossip message of %s was dropped: %r", msg_forwarder, error)
 
 
 def _message_id(message: rpc_pb2.Message) -> bytes:

@@ -35,11 +35,15 @@ from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
-HANDSHAKE_SECONDS = 10.0
+# Of a peer that dials: a machine that trains is slow.
+HANDSHAKE_SECONDS = 20.0
 
 
 class Handlers(Protocol):
     """What the libp2p side tells the node."""
+
+    def allows(self, peer: bytes | str) -> bool:
+        """Count a statement that ``peer`` sent; return False when it has sent too many to look at this one."""
 
     def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
         """Take an announcement from gossip; return whether to pass it on."""

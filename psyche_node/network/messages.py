@@ -30,6 +30,8 @@ class Configure(Message):
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
+    mdns: bool = False
+    """Announce this node on the local network, and look for other members there."""
     faults: list[str] = Field(default_factory=list)
 
 
@@ -39,6 +41,9 @@ class Ready(Message):
     node_id: str
     multiaddrs: list[str]
     grpc_address: str
+    p2p_port: int
+    """The TCP ports on which it listens."""
+    grpc_port: int
 
 
 class MemberEntry(Message):
@@ -177,7 +182,7 @@ class FetchFailed(Message):
 class Rejected(Message):
     """Something from a peer was refused.
 
-    ``what``: piece, manifest, announcement, record, call, certificate, handshake or connection.
+    ``what``: piece, manifest, announcement, record, call, certificate, handshake, connection or flood.
     """
 
     what: str
@@ -199,6 +204,14 @@ class PeerDown(Message):
     slot: int
 
 
+class NetworkRestarted(Message):
+    """The network process ended and a new one has taken its place. The supervisor says this to itself."""
+
+    restarts: int
+    """How many there have been since the node started."""
+    reason: str
+
+
 __all__ = [
     "MAX_BLOB_BYTES",
     "MAX_MEMBERS",
@@ -210,6 +223,7 @@ __all__ = [
     "Forget",
     "GetStats",
     "MemberEntry",
+    "NetworkRestarted",
     "NetworkShutdown",
     "PeerDown",
     "PeerStats",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ipaddress
 import logging
+import random
 import socket
 import time
 from collections.abc import AsyncIterator, Callable
@@ -23,7 +24,8 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.host import parse_bootstrap
-from psyche_node.network.links import CallFailed, Links
+from psyche_node.network.lan import LocalNetwork
+from psyche_node.network.links import Links
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -40,9 +42,11 @@ from psyche_node.network.messages import (
     Want,
     Why,
 )
+from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
+from psyche_node.network.spread import Spreader
 from psyche_node.network.statements import (
     RUN_BYTES,
     Announcement,
@@ -54,12 +58,12 @@ from psyche_node.network.statements import (
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.swarm import Swarm
 from psyche_node.network.threads import in_thread
-from psyche_node.network.wire import node_pb2 as wire
+from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
-MAX_PUSHED = 64
-PUSH_SECONDS = 5.0
 RENEW_EVERY = 3600.0
+SAVE_EVERY = 2.0
+MAX_REMEMBERED = 16
 
 
 class NetworkError(Exception):
@@ -80,6 +84,13 @@ class NetworkNode:
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
         self._traffic = Traffic()
+        self._throttle = Throttle()
+        self._peerstore = Peerstore(Path(configure.folder) / "peers", self._run)
+        remembered = self._peerstore.load()
+        self._directory.remember(remembered)
+        # Some of them stand in for bootstrap nodes that are gone, until the members are known.
+        for known in random.sample(remembered, min(MAX_REMEMBERED, len(remembered))):
+            self._bootstrap += [(known.record.node_key, address) for address in known.record.p2p_addresses]
         self._store = BlobStore(Path(configure.folder) / "blobs")
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
@@ -93,14 +104,14 @@ class NetworkNode:
             self._directory,
             self._announcements,
             self._reporter,
-            self._take_announcement,
+            self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
         self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
+        self._spreader = Spreader(self._directory, self._links, self._swarm)
         self._up: set[int] = set()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        self._pushing = trio.CapacityLimiter(8)
         self.stopping = trio.Event()
 
     @contextlib.asynccontextmanager
@@ -119,10 +130,15 @@ class NetworkNode:
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
+                nursery.start_soon(self._keep_peers)
+                if configure.mdns:
+                    nursery.start_soon(self._keep_local)
                 yield Ready(
                     node_id=self._key.node_id,
                     multiaddrs=[f"{self._p2p_address}/p2p/{self._key.node_id}"],
                     grpc_address=self._grpc_address,
+                    p2p_port=self._swarm.port,
+                    grpc_port=server.port,
                 )
                 self._nursery = None
         finally:
@@ -174,23 +190,8 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        await self._swarm.gossip.announcement(raw)
-        # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too. Those that are
-        # known to be up come first, so that they do not wait for the deadlines of the others.
-        connected = self._swarm.connected()
-        reachable = self._directory.sources(self._directory.others().values())
-        for key in sorted(reachable, key=lambda key: key not in connected)[:MAX_PUSHED]:
-            if self._nursery is not None:
-                self._nursery.start_soon(self._push, key, raw)
-
-    async def _push(self, key: bytes, raw: bytes) -> None:
-        request = wire.AnnounceRequest(announcements=[raw])
-        try:
-            await in_thread(
-                partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS), self._pushing
-            )
-        except CallFailed as error:
-            log.debug("announcing to %s failed: %s", node_id(key), error)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._spreader.spread, raw)
 
     def _stats(self) -> Stats:
         per_peer = self._traffic.per_peer()
@@ -220,13 +221,27 @@ class NetworkNode:
 
     def _take_from_thread(self, raw: bytes, sender: bytes) -> None:
         assert self._token is not None
+        if not self.allows(sender):
+            return
         # The caller waits, so that a peer cannot queue more than it has calls open.
         trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _take_asked(self, raw: bytes, sender: bytes) -> None:
+        if self.allows(sender):
+            self._take_announcement(raw, sender)
+
+    def allows(self, peer: bytes | str) -> bool:
+        allowed = self._throttle.allows(peer)
+        if not allowed:
+            reason = "it sends more statements than are looked at; the rest is dropped"
+            self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
+        return allowed
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
         outcome = self._announcements.offer(raw)
         said = outcome.announcement
         if outcome.verdict is Verdict.REFUSED:
+            self._throttle.refused(sender)
             blamed = sender if said is None else said.node_key
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
             self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
@@ -244,12 +259,16 @@ class NetworkNode:
         return self._take_record(raw, forwarder)
 
     def records_received(self, raw: list[bytes], sender: bytes) -> list[bytes]:
-        return [one for one in raw if self._take_record(one, sender)]
+        fresh = [one for one in raw if not self._directory.holds(one)]
+        return [one for one in fresh if self.allows(sender) and self._take_record(one, sender)]
 
     def _take_record(self, raw: bytes, sender: bytes | str) -> bool:
+        if self._directory.holds(raw):
+            return False
         try:
             record = NodeRecord.parse(raw, self._run)
         except Malformed as error:
+            self._throttle.refused(sender)
             self._reporter.rejected("record", sender, str(error), Why.MALFORMED)
             return False
         # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
@@ -290,6 +309,42 @@ class NetworkNode:
         for slot in sorted(self._up - up):
             self._reporter.emit(PeerDown(slot=slot))
         self._up = up
+
+    # What outlives this process --------------------------------------------------------------------------------------
+
+    async def _keep_peers(self) -> None:
+        try:
+            while True:
+                await trio.sleep(SAVE_EVERY)
+                await in_thread(partial(self._peerstore.save, self._lasting()))
+        finally:
+            self._peerstore.save(self._lasting())
+
+    def _lasting(self) -> list[bytes]:
+        return self._directory.lasting(parse_bootstrap(address)[0] for address in self._configure.bootstrap)
+
+    # The local network -----------------------------------------------------------------------------------------------
+
+    async def _keep_local(self) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def found(key: bytes, address: str) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._swarm.hint, key, address)
+
+        listen = self._configure.listen_host
+        start = partial(LocalNetwork, self._run, self._key.node_id, self._p2p_address, listen, found)
+        try:
+            local = await in_thread(start)
+        except OSError as error:
+            log.warning("mDNS cannot be used on %s: %s; set mdns = false if it is not wanted", listen, error)
+            return
+        try:
+            await in_thread(local.announce)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await in_thread(local.close)
 
     # This node's own record ------------------------------------------------------------------------------------------
 

@@ -16,10 +16,13 @@ from libp2p.io.utils import read_exactly
 from libp2p.peer.id import ID
 
 from psyche_node.identity import NodeKey
+from psyche_node.network import health
+from psyche_node.network.direct import DirectAnnouncements
 from psyche_node.network.directory import Directory
 from psyche_node.network.gate import Gate
 from psyche_node.network.gossip import Gossip
 from psyche_node.network.host import Handlers, Notifee, dial, key_of, listening, make_host, network_of, peer_of, reset
+from psyche_node.network.kademlia import Kademlia
 from psyche_node.network.messages import Why
 from psyche_node.network.records import RecordExchange
 
@@ -28,7 +31,10 @@ log = logging.getLogger(__name__)
 MAX_STRANGERS = 32
 # A node keeps connections to this many members; gossip reaches the others.
 WANTED_CONNECTIONS = 32
+# For one address the first time, two and three times as long afterwards. A handshake is 60 ms of Python on both sides:
+# on a busy machine many at once, or impatient ones, would all fail, again and again.
 DIAL_SECONDS = 5.0
+DIALS_AT_ONCE = 4
 LONGEST_BACKOFF = 30.0
 # Of two nodes one dials, and the other only when that has not happened within this time.
 YIELD_SECONDS = 3.0
@@ -37,6 +43,8 @@ PING_SECONDS = 5.0
 PING_MISSES = 3
 RECORDS_EVERY = 30.0
 RECORDS_EVERY_WHEN_INCOMPLETE = 2.0
+MAX_HINTS = 256
+_ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}
 
 
 @dataclass(slots=True)
@@ -45,6 +53,7 @@ class _Dial:
 
     failures: int = 0
     due: float = 0.0
+    running: bool = False
 
     def failed(self) -> None:
         self.failures += 1
@@ -71,9 +80,14 @@ class Swarm:
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
         self.gossip = Gossip(self._host, run, key.public, handlers, self._is_trusted)
+        self.direct = DirectAnnouncements(self._host, directory, handlers)
         self._records = RecordExchange(self._host, directory, handlers, self.gossip.record)
+        self.kademlia = Kademlia(self._host, run, directory, handlers)
+        self._hints: dict[bytes, str] = {}
         self._unwelcome: set[ID] = set()
         self._dials: dict[bytes, _Dial] = {}
+        # Apart, so that those who are gone do not keep those waiting who are there.
+        self._dialling, self._dialling_again = (trio.CapacityLimiter(DIALS_AT_ONCE) for _ in range(2))
         self._pings: dict[bytes, _Ping] = {}
         self._changed = trio.Event()
         self.port = 0
@@ -81,9 +95,17 @@ class Swarm:
     @contextlib.asynccontextmanager
     async def running(self, ip: str, port: int) -> AsyncIterator[trio.Nursery]:
         """Listen on ``ip``:``port`` (0: any port, see ``port``) and keep connections. Raises OSError when it cannot."""
-        async with listening(self._host, ip, port) as self.port, self.gossip.running(), trio.open_nursery() as nursery:
+        async with (
+            listening(self._host, ip, port) as self.port,
+            self.gossip.running(),
+            self.kademlia.running(),
+            trio.open_nursery() as nursery,
+        ):
             nursery.start_soon(self._keep_connections, nursery)
             nursery.start_soon(self._keep_records)
+            nursery.start_soon(self.kademlia.keep)
+            services = {"network": self._network, "Kademlia": self.kademlia.service, **self.gossip.services}
+            nursery.start_soon(health.watch, services, _ANYWHERE.get(ip, ip), self.port)
             yield nursery
             nursery.cancel_scope.cancel()
 
@@ -99,6 +121,14 @@ class Swarm:
         """Look at members and records again at once."""
         self._changed.set()
 
+    def hint(self, key: bytes, address: str) -> None:
+        """Somebody says that the node with this key is at ``address``: worth a try if it is a member."""
+        self._hints.pop(key, None)
+        self._hints[key] = address
+        if len(self._hints) > MAX_HINTS:
+            del self._hints[next(iter(self._hints))]
+        self.wake()
+
     async def _keep_connections(self, nursery: trio.Nursery) -> None:
         while True:
             self._changed = trio.Event()
@@ -106,8 +136,8 @@ class Swarm:
             connected = self.connected()
             for key, addresses in self._targets(connected).items():
                 attempt = self._dials.setdefault(key, _Dial())
-                if attempt.due <= now:
-                    attempt.due = now + DIAL_SECONDS * len(addresses) + 1.0
+                if attempt.due <= now and not attempt.running:
+                    attempt.running = True
                     nursery.start_soon(self._dial, key, addresses, attempt)
             for key in connected - self._pings.keys():
                 if self._is_ours(key):
@@ -139,12 +169,15 @@ class Swarm:
         wanted = sorted(others, key=lambda key: int.from_bytes(key) ^ int.from_bytes(self._own_key))
         targets: dict[bytes, list[str]] = {}
         for key in wanted[:WANTED_CONNECTIONS]:
-            record = self._directory.record(key)
-            if key in connected or record is None:
+            record, hint = self._directory.record(key), self._hints.get(key)
+            addresses = [] if record is None else list(record.p2p_addresses)
+            if hint is not None and hint not in addresses:
+                addresses.append(hint)
+            if key in connected or not addresses:
                 continue
             if self._own_key > key and key not in self._dials:
                 self._dials[key] = _Dial(due=trio.current_time() + YIELD_SECONDS)
-            targets[key] = list(record.p2p_addresses)
+            targets[key] = addresses
         # The bootstrap nodes are for those who know too few others.
         if len(connected) < 2 or self._directory.unknown_members():
             for key, address in self._bootstrap:
@@ -153,17 +186,27 @@ class Swarm:
         return targets
 
     async def _dial(self, key: bytes, addresses: list[str], attempt: _Dial) -> None:
-        for address in addresses:
-            try:
-                await dial(self._host, key, address, DIAL_SECONDS)
-            except Exception as error:
-                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
-                continue
+        async with self._dialling if attempt.failures < 2 else self._dialling_again:
+            reached = await self._dial_one_of(key, addresses, DIAL_SECONDS * min(3, 1 + attempt.failures))
+        attempt.running = False
+        if reached:
             self._dials.pop(key, None)
             return
         attempt.failed()
         if attempt.failures in (3, 10) or attempt.failures % 60 == 0:
             log.warning("%s does not answer at %s (%d attempts)", peer_of(key), ", ".join(addresses), attempt.failures)
+
+    async def _dial_one_of(self, key: bytes, addresses: list[str], seconds: float) -> bool:
+        for address in addresses:
+            if key in self.connected():
+                return True
+            try:
+                await dial(self._host, key, address, seconds)
+            except Exception as error:
+                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
+            else:
+                return True
+        return False
 
     async def _close(self, peer: ID) -> None:
         with trio.move_on_after(2.0):
@@ -178,6 +221,10 @@ class Swarm:
             self._changed.set()
             return
         self._dials.pop(key, None)
+        if len(self.connected()) == 1:
+            # The network is back, or this node is: nobody has to be waited for any longer.
+            for attempt in self._dials.values():
+                attempt.due = 0.0
         self._changed.set()
         self._handlers.connection_changed(key, True)
 

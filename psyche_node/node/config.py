@@ -48,6 +48,9 @@ class NodeConfig(BaseModel):
     """TCP port of libp2p. 0 picks a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
     """TCP port that updates are fetched from. 0 picks a free one."""
+    mdns: bool = False
+    """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
+    would answer strangers on UDP port 5353."""
     metrics: str | None = None
     """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
     none."""

@@ -27,7 +27,6 @@ from psyche_node.network.messages import (
     MemberEntry,
     PeerDown,
     PeerUp,
-    Ready,
     Rejected,
     SetMembers,
     Stats,
@@ -38,6 +37,7 @@ from psyche_node.node.changes import Changes
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
+from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.processes import Child
 from psyche_node.node.roundloop import Cadence, RoundLoop, TermsChanged
@@ -51,7 +51,6 @@ from psyche_node.training.messages import Load, Loaded, Weights, WeightsAre
 log = logging.getLogger(__name__)
 MEET_SECONDS = 10.0
 LINGER_SECONDS = 30.0
-NETWORK_PATIENCE = 120.0
 # The member table is read again when a peer is refused that is not in it, but not sooner than after this pause; and
 # after this time anyway.
 MEMBERS_PAUSE_SECONDS = 2.0
@@ -69,7 +68,7 @@ class _Parts:
     chain: CoordinatorClient
     view: ChainView
     trainer: Child
-    network: Child
+    network: Network
     exchange: UpdateExchange
     store: BlobStore
     journal: Journal
@@ -92,7 +91,7 @@ class Node:
         self._peers = Changes()
         self._unknown_peer = asyncio.Event()
         self._exchange: UpdateExchange | None = None
-        self._network: Child | None = None
+        self._network: Network | None = None
         self._metrics: NodeMetrics | None = None
 
     async def run(self) -> None:
@@ -102,7 +101,7 @@ class Node:
                 tasks.create_task(parts.view.follow(self._tick_delay)),
                 tasks.create_task(keep_ticking(parts.chain, parts.view, self._tick_delay)),
                 tasks.create_task(_died(parts.trainer)),
-                tasks.create_task(_died(parts.network)),
+                tasks.create_task(parts.network.keep()),
             ]
             await self._take_part(parts, tasks, background)
             for task in background:
@@ -113,7 +112,7 @@ class Node:
         self._check_terms(run, parts.loaded)
         if Fault.OUTSIDER in self._faults:
             background.append(tasks.create_task(self._follow_members(parts)))
-            await intrude(parts.chain, parts.view, parts.network.endpoint, parts.store)
+            await intrude(parts.chain, parts.view, parts.network, parts.store)
             return
         if run.checkpoint_root != run.terms.model_root:
             raise JoinRefused(
@@ -131,7 +130,7 @@ class Node:
             witness=witness,
             exchange=parts.exchange,
             trainer=parts.trainer.endpoint,
-            network=parts.network.endpoint,
+            network=parts.network,
             store=parts.store,
             journal=parts.journal,
             faults=self._faults,
@@ -163,7 +162,7 @@ class Node:
             stack.push_async_callback(chain.close)
             trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
             stack.push_async_callback(trainer.stop)
-            network = await Child.start("network", "psyche_node.network", self._on_event, NETWORK_PATIENCE)
+            network = Network(self._on_event)
             stack.push_async_callback(network.stop)
             self._network = network
             if config.metrics is not None:
@@ -171,16 +170,14 @@ class Node:
             run = (await chain.pulse()).run
             loaded, ready = await asyncio.gather(
                 trainer.endpoint.call(self._load_message(run), Loaded),
-                network.endpoint.call(self._configure_message(str(chain.addresses.run)), Ready),
+                network.start(self._configure_message(str(chain.addresses.run))),
             )
             for reason in loaded.reasons:
                 log.info("%s", reason)
             log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
             layout = Layout.build([(name, tuple(shape)) for name, shape in loaded.shapes], run.terms.topk)
             store = BlobStore(config.folder / "blobs")
-            exchange = self._exchange = UpdateExchange(
-                network.endpoint, store, layout, bytes(chain.addresses.run), journal
-            )
+            exchange = self._exchange = UpdateExchange(network, store, layout, bytes(chain.addresses.run), journal)
             stack.push_async_callback(exchange.close)
             journal.write(
                 "started",
@@ -196,9 +193,9 @@ class Node:
 
         def ask() -> Stats:
             network = self._network
-            if network is None:
+            if network is None or network.process_id is None:
                 raise IpcError("the network process is not running")
-            asked = asyncio.run_coroutine_threadsafe(network.endpoint.call(GetStats(), Stats), loop)
+            asked = asyncio.run_coroutine_threadsafe(network.call(GetStats(), Stats), loop)
             try:
                 return asked.result(ASK_SECONDS)
             finally:
@@ -229,6 +226,7 @@ class Node:
             p2p_port=config.p2p_port,
             grpc_port=config.grpc_port,
             bootstrap=list(config.bootstrap),
+            mdns=config.mdns,
             run=run,
             faults=list(config.faults),
         )
@@ -331,7 +329,7 @@ class Node:
             self._check_still_mine(table)
             members = [MemberEntry(slot=m.slot, node_key=m.node_key.hex()) for m in table if m.status in admitted]
             if members != known:
-                await parts.network.endpoint.call(SetMembers(members=members), Ok)
+                await parts.network.call(SetMembers(members=members), Ok)
                 known = members
             await self._members_may_have_changed(parts.view, _membership(seen))
 
@@ -367,7 +365,7 @@ class Node:
         run = parts.view.pulse.run
         weights = await parts.trainer.endpoint.call(Weights(), WeightsAre)
         await loop.evaluate(run.final_rounds - 1)
-        stats = await parts.network.endpoint.call(GetStats(), Stats)
+        stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
             "finished",
             member=member,
@@ -391,7 +389,7 @@ class Node:
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
             self._peers.fire()
-        elif self._exchange is not None:
+        if self._exchange is not None:
             self._exchange.on_event(message)
         if isinstance(message, Rejected) and message.why is Why.NOT_A_MEMBER:
             self._unknown_peer.set()

@@ -44,7 +44,7 @@ class Process:
         theirs.close()
         self.endpoint = await Endpoint.over("network", ours, self._on_event)
 
-    async def start(self, bootstrap: list[str], faults: list[str] | None = None) -> Process:
+    async def start(self, bootstrap: list[str], faults: list[str] | None = None, mdns: bool = False) -> Process:
         """Start the process and configure it."""
         await self.launch()
         self.ready = await self.endpoint.call(
@@ -53,6 +53,7 @@ class Process:
                 node_key_path=str(self.folder / "node.key"),
                 bootstrap=bootstrap,
                 run=RUN.hex(),
+                mdns=mdns,
                 faults=faults or [],
             ),
             Ready,

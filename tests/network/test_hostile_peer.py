@@ -33,6 +33,9 @@ pytestmark = pytest.mark.timeout(180)
 class Indifferent:
     """Handlers of a node that takes and passes on everything."""
 
+    def allows(self, peer: bytes | str) -> bool:
+        return True
+
     def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
         return True
 

@@ -33,6 +33,7 @@ from psyche_node.network.messages import (
     FetchFailed,
     GetStats,
     MemberEntry,
+    NetworkRestarted,
     PeerStats,
     Publish,
     RefusalCount,
@@ -258,7 +259,7 @@ def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
     metrics.on_event(Fetched(**fetched, source="x"))
     metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="slow"))
     metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="gone"))
-    metrics.network_restarted()
+    metrics.on_event(NetworkRestarted(restarts=1, reason="killed"))
     with metrics.served("127.0.0.1:0") as port:
         assert scrape(port) == {
             ("psyche_network_up",): 1,
