@@ -46,6 +46,11 @@ class Announcements:
         self.first = 0
         self._current = 0
 
+    @property
+    def current(self) -> int:
+        """The newest round that this node has work in."""
+        return self._current
+
     def reached(self, round: int) -> None:
         """Move the window forward: this node has work in ``round``."""
         self._current = max(self._current, round)

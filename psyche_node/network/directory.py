@@ -47,6 +47,11 @@ class Directory:
         """Return the slot of a member's node key; None is: not a member now."""
         return self._slots.get(key)
 
+    @property
+    def own_slot(self) -> int | None:
+        """This node's slot; None while it is not a member."""
+        return self.slot(self.own_key)
+
     def key(self, slot: int) -> bytes | None:
         return self._keys.get(slot)
 

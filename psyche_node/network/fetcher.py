@@ -1,100 +1,46 @@
-"""Wanted blobs: from the author, or from whoever holds them, until they are here or forgotten. Runs on trio.
+"""Wanted blobs, until they are here or forgotten: which sources to read, when, and what becomes of it. Runs on trio.
 
-Each want is a task. An attempt at a source is a thread with a deadline; when it is slow, a second source is asked at
-the same time. A source whose bytes are wrong is banned, and the want goes on elsewhere.
+Each want is a task. A source is read in a thread (``download``); whom to take next is ``wants``' choice. A source whose
+bytes are wrong is banned, one that fails is avoided for a while, and the want goes on elsewhere.
 """
 
 from __future__ import annotations
 
 import logging
-import math
 import random
-import threading
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 
 import trio
 
 from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.directory import Directory
-from psyche_node.network.links import CallFailed, Cause, Links, Stream
-from psyche_node.network.messages import Fetched, FetchFailed, Why
+from psyche_node.network.download import CALL_SECONDS, BadBytes, Download, NothingYet, Tools, finish, open_plan
+from psyche_node.network.fanout import Tree
+from psyche_node.network.holdings import Holdings
+from psyche_node.network.links import CallFailed, Cause, Links
+from psyche_node.network.messages import Fetched, FetchFailed, Kind, Why
+from psyche_node.network.notices import EarlyOffers, Notices
+from psyche_node.network.pieces import unpack
+from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter
-from psyche_node.network.service import MAX_PIECES_PER_FETCH
-from psyche_node.network.store import (
-    DIGEST_BYTES,
-    PIECE_BYTES,
-    Assembly,
-    BlobStore,
-    Manifest,
-    Reader,
-    StoreError,
-    piece_count,
-    piece_digest,
-)
+from psyche_node.network.store import BlobStore, Reader, StoreError, piece_count
 from psyche_node.network.threads import in_thread
+from psyche_node.network.turns import Rank, Slots, rank
+from psyche_node.network.wants import Choice, Chooser, Want
 from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
-CALL_SECONDS = 5.0
-MIN_BYTES_PER_SECOND = 256 * 1024
-# After this long without a result, a second source is asked at the same time.
-HEDGE_SECONDS = 2.0
-MAX_SOURCES = 2
-MAX_THREADS = 12
+MAX_DOWNLOADS = 16
+# A source that has sent nothing for so long is given up.
+STALL_SECONDS = 10.0
+# One that is still receiving the blob itself, and has nothing for this node, may say so this often, in such intervals.
+MAX_EMPTY = 20
+EMPTY_SECONDS = 0.25
 ASK_EVERY = 1.0
 ASK_PEERS = 3
-
-
-class BadBytes(Exception):
-    """A source sent bytes that are not the committed ones; it is banned."""
-
-    def __init__(self, what: str, reason: str) -> None:
-        super().__init__(reason)
-        self.what = what
-
-
-@dataclass(eq=False)
-class _Want:
-    round: int
-    member: int
-    digest: bytes
-    length: int
-    holders: set[bytes] = field(default_factory=set)
-    retry_at: dict[bytes, float] = field(default_factory=dict)
-    failures: dict[bytes, int] = field(default_factory=dict)
-    told: set[str] = field(default_factory=set)
-    running: dict[bytes, _Attempt] = field(default_factory=dict)
-    news: trio.Event = field(default_factory=trio.Event)
-    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    assembly: Assembly | None = None
-    lock: threading.Lock = field(default_factory=threading.Lock)
-
-    @property
-    def name(self) -> str:
-        return f"round {self.round}, member {self.member}, {self.digest.hex()[:16]}"
-
-
-class _Attempt:
-    """One source being read in a thread; ``cancel`` ends it from outside."""
-
-    def __init__(self) -> None:
-        self._stream: Stream | None = None
-        self.cancelled = False
-
-    def reading(self, stream: Stream) -> Stream:
-        self._stream = stream
-        if self.cancelled:
-            stream.cancel()
-        return stream
-
-    def cancel(self) -> None:
-        self.cancelled = True
-        if self._stream is not None:
-            self._stream.cancel()
+_PEERS_FAULT = (Cause.UNREACHABLE, Cause.IDENTITY, Cause.SLOW, Cause.BROKEN)
 
 
 class Fetcher:
@@ -104,38 +50,57 @@ class Fetcher:
         self,
         store: BlobStore,
         reader: Reader,
+        holdings: Holdings,
         links: Links,
         directory: Directory,
         announcements: Announcements,
+        quality: Quality,
         reporter: Reporter,
         take_announcement: Callable[[bytes, bytes], object],
     ) -> None:
-        self._store, self._reader, self._links, self._directory = store, reader, links, directory
-        self._announcements, self._reporter, self._take = announcements, reporter, take_announcement
-        self._wants: dict[tuple[int, bytes], _Want] = {}
-        self._threads = trio.CapacityLimiter(MAX_THREADS)
+        self._store, self._reader, self._holdings, self._links = store, reader, holdings, links
+        self._directory, self._announcements, self._quality = directory, announcements, quality
+        self._reporter, self._take = reporter, take_announcement
+        self._wants: dict[tuple[int, bytes], Want] = {}
+        self._early = EarlyOffers()
+        self._notices = Notices(links, directory, quality)
+        self._slots = Slots(MAX_DOWNLOADS)
+        # Cancelled downloads leave their slot before their thread has ended.
+        self._threads = trio.CapacityLimiter(2 * MAX_DOWNLOADS)
+        self._looking = trio.CapacityLimiter(4)
         self._asking = trio.CapacityLimiter(2 * ASK_PEERS)
+        self._chooser = Chooser(directory, quality, self._busy)
         self._nursery: trio.Nursery | None = None
         self._ask_now = trio.Event()
 
     async def run(self) -> None:
         """Work on wants until cancelled."""
+        token = trio.lowlevel.current_trio_token()
+
+        def begun(want: Want) -> None:
+            token.run_sync_soon(self._begun, want)
+
+        self._tools = Tools(self._store, self._reader, self._holdings, self._links, self._quality, begun)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             while True:
                 await self._ask_now.wait()
                 self._ask_now = trio.Event()
-                # The author usually answers within this time, and then there is nothing to ask.
+                # Sources usually say what they have within this time, and then there is nothing to ask.
                 await trio.sleep(ASK_EVERY / 4)
                 while self._wants:
                     self._ask_around(nursery)
                     await trio.sleep(ASK_EVERY)
 
-    def want(self, round: int, member: int, digest: bytes, length: int) -> None:
+    def want(self, round: int, member: int, digest: bytes, length: int, kind: Kind = Kind.UPDATE) -> None:
         """Open a want; one that is open already stays as it is."""
         if (round, digest) in self._wants or self._nursery is None:
             return
-        want = self._wants[round, digest] = _Want(round, member, digest, length)
+        self._holdings.know(digest, kind, round)
+        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(digest, member))
+        want.invited.update(self._early.take(digest))
+        want.offers.update((holder, None) for holder in want.invited)
+        self._wants[round, digest] = want
         self._nursery.start_soon(self._pursue, want)
         self._ask_now.set()
 
@@ -143,22 +108,54 @@ class Fetcher:
         for key, want in list(self._wants.items()):
             if want.round < before_round:
                 del self._wants[key]
+                want.dropped = True
                 want.scope.cancel()
 
-    def announced(self, digest: bytes, holder: bytes) -> None:
-        """Somebody says that it has a blob."""
-        for want in self._wants.values():
-            if want.digest == digest and holder not in want.holders:
-                want.holders.add(holder)
-                want.retry_at.pop(holder, None)
-                want.news.set()
+    def announced(self, digest: bytes, author: bytes) -> None:
+        """The author says that its blob is there."""
+        for want in self._wanted(digest):
+            want.retry_at.pop(author, None)
+            want.news.set()
+
+    def invited(self, digest: bytes, holder: bytes) -> None:
+        """Somebody says that this node is to take a blob from there: it has all pieces, or receives them."""
+        wants = self._wanted(digest)
+        if not wants:
+            self._early.add(digest, holder)
+        for want in wants:
+            want.invited.add(holder)
+            self._offered(want, holder, None)
+
+    def _wanted(self, digest: bytes) -> list[Want]:
+        return [want for want in self._wants.values() if want.digest == digest]
+
+    def _offered(self, want: Want, holder: bytes, held: bytes | None) -> None:
+        # A bitmap as it was when it was asked for is no news of one that is said to get all of it.
+        if holder not in want.invited or held is None:
+            want.offers[holder] = None if held is None else unpack(held, piece_count(want.length))
+        if holder not in want.running:
+            want.retry_at.pop(holder, None)
+            want.news.set()
 
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
+            want.tree = self._tree(want.digest, want.member)
             want.news.set()
 
-    async def _pursue(self, want: _Want) -> None:
+    def published(self, digest: bytes, kind: Kind, round: int) -> None:
+        """This node offers a blob of its own; an update goes to its children in the tree."""
+        self._holdings.know(digest, kind, round)
+        if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
+            self._notices.tell(self._nursery, digest, self._tree(digest, own))
+
+    def _tree(self, digest: bytes, member: int) -> Tree:
+        members = {**self._directory.others()}
+        if (own := self._directory.own_slot) is not None:
+            members[own] = self._directory.own_key
+        return Tree(digest, self._directory.key(member), members.values())
+
+    async def _pursue(self, want: Want) -> None:
         try:
             with want.scope:
                 source = await self._find(want)
@@ -171,15 +168,18 @@ class Fetcher:
                         source=node_id(source),
                     )
                 )
+                self._tell_children(want)
         finally:
-            for attempt in want.running.values():
-                attempt.cancel()
-            if want.assembly is not None:
-                want.assembly.abandon()
+            for running in want.running.values():
+                running.cancel()
+            if want.partial is not None:
+                # What is still wanted when this process ends is what the next one goes on with.
+                self._holdings.end(want.partial, keep=not want.dropped)
             if self._wants.get((want.round, want.digest)) is want:
                 del self._wants[want.round, want.digest]
 
-    async def _find(self, want: _Want) -> bytes:
+    async def _find(self, want: Want) -> bytes:
+        await self._go_on(want)
         found: list[bytes] = []
         async with trio.open_nursery() as attempts:
             while not found:
@@ -187,150 +187,133 @@ class Fetcher:
                     found.append(self._directory.own_key)
                     break
                 want.news = trio.Event()
-                if len(want.running) < MAX_SOURCES and (source := self._choose(want)) is not None:
-                    want.running[source] = _Attempt()
-                    attempts.start_soon(self._attempt, want, source, found)
-                with trio.move_on_after(self._patience(want)):
+                now = trio.current_time()
+                backlog = self._backlog()
+                while (choice := self._chooser.choose(want, now, backlog)) is not None:
+                    self._start(attempts, want, choice, found)
+                if not want.running and not self._directory.sources(self._directory.others().values()):
+                    self._tell(want, "no member that could serve it has an address yet")
+                for running in want.running.values():
+                    if running.idle > STALL_SECONDS:
+                        running.cancel()
+                with trio.move_on_at(self._chooser.next_at(want, now)):
                     await want.news.wait()
             attempts.cancel_scope.cancel()
         return found[0]
 
-    async def _is_here(self, want: _Want) -> bool:
-        # The supervisor, or another want of the same bytes, may have put it into the store.
-        return not want.running and await in_thread(partial(self._reader.holds, want.digest))
-
-    def _choose(self, want: _Want) -> bytes | None:
-        now = trio.current_time()
-        author = self._directory.key(want.member)
-        free = [
-            key
-            for key in self._directory.sources(self._directory.others().values())
-            if key not in want.running and want.retry_at.get(key, 0.0) <= now
-        ]
-        if not free:
-            if not want.running and not self._directory.sources(self._directory.others().values()):
-                self._tell(want, "no member that could serve it has an address yet")
-            return None
-        # The author first, then those who said that they have it, then anybody: the digest vouches for the bytes.
-        return min(free, key=lambda key: (key != author, key not in want.holders, random.random()))
-
-    def _patience(self, want: _Want) -> float:
-        if want.running:
-            return HEDGE_SECONDS
-        now = trio.current_time()
-        return min(max(min((at - now for at in want.retry_at.values()), default=1.0), 0.02), 1.0)
-
-    async def _attempt(self, want: _Want, source: bytes, found: list[bytes]) -> None:
-        attempt = want.running[source]
-        backwards = len(want.running) > 1
+    async def _go_on(self, want: Want) -> None:
+        """Take over what an earlier process brought of it."""
+        manifest = await in_thread(partial(self._store.unfinished, want.digest, want.length, want.round), self._looking)
+        if manifest is None:
+            return
         try:
-            await in_thread(partial(self._download, want, source, attempt, backwards), self._threads)
-            found.append(source)
+            plan, kept = await in_thread(partial(open_plan, self._tools, want, manifest), self._looking)
+            log.info(
+                "%s: going on with %d of %d pieces", want.name, len(manifest.pieces) - plan.left, len(manifest.pieces)
+            )
+            if not plan.left:
+                await in_thread(partial(finish, self._tools, want, kept), self._looking)
+        except (StoreError, OSError) as error:
+            log.error("%s: what an earlier process left cannot be used: %s", want.name, error)
+
+    async def _is_here(self, want: Want) -> bool:
+        # The supervisor, or another want of the same bytes, may have put it into the store.
+        return not want.running and await in_thread(partial(self._reader.holds, want.digest), self._looking)
+
+    def _rank(self, want: Want) -> Rank:
+        return rank(want.kind, want.round, self._announcements.current)
+
+    def _busy(self, source: bytes, want: Want) -> int:
+        """Return how many downloads from a peer are running, or wait for a slot, that are as urgent as this want."""
+        urgency = self._rank(want)
+        return sum(source in other.running and self._rank(other) <= urgency for other in self._wants.values())
+
+    def _backlog(self) -> float:
+        """Return how many seconds everything that is wanted should take, at the rate of the last seconds."""
+        rate = max(self._quality.inflow(), self._quality.usual())
+        return sum(want.bytes_left for want in self._wants.values()) / rate
+
+    def _start(self, attempts: trio.Nursery, want: Want, choice: Choice, found: list[bytes]) -> None:
+        log.debug(
+            "%s: from %s (%s, %.1f MB/s)%s", want.name, node_id(choice.source), choice.role,
+            self._quality.speed(choice.source) / 1e6, ", as another source" if want.running else "",
+        )  # fmt: skip
+        want.running[choice.source] = download = Download(self._tools, want, choice)
+        attempts.start_soon(self._attempt, want, choice.source, download, found)
+
+    async def _attempt(self, want: Want, source: bytes, download: Download, found: list[bytes]) -> None:
+        try:
+            async with self._slots.slot(self._rank(want)):
+                await in_thread(download.run, self._threads)
+            if want.plan is None or not want.plan.left:
+                found.append(source)
+            elif not download.measured()[0]:
+                # It had nothing that is missing and that nobody else is bringing.
+                want.retry_at[source] = trio.current_time() + 0.25
+            self._quality.served(source, *download.measured())
         except BadBytes as error:
             self._ban(want, source, error)
         except CallFailed as error:
             self._back_off(want, source, error)
+        except NothingYet as error:
+            self._wait_for_more(want, source, error)
         except (StoreError, OSError) as error:
             log.error("%s could not be written: %s", want.name, error)
             self._tell(want, f"this node's store failed: {error}")
             want.retry_at[source] = trio.current_time() + 1.0
         finally:
-            attempt.cancel()
+            download.cancel()
             want.running.pop(source, None)
             want.news.set()
 
-    def _ban(self, want: _Want, source: bytes, error: BadBytes) -> None:
+    def _ban(self, want: Want, source: bytes, error: BadBytes) -> None:
         reason = f"{error} ({want.name}); it is banned as a source of blobs for the rest of the run"
         self._directory.ban(source)
+        want.broken.add(source)
         self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
 
-    def _back_off(self, want: _Want, source: bytes, error: CallFailed) -> None:
+    def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:
         failures = want.failures[source] = want.failures.get(source, 0) + 1
         longest = 0.5 if error.cause is Cause.BUSY else 5.0
         wait = min(longest, 0.2 * 2.0 ** min(failures - 1, 8)) * random.uniform(0.8, 1.2)
         want.retry_at[source] = trio.current_time() + wait
-        want.holders.discard(source)
+        if error.cause is not Cause.BUSY:
+            want.offers.pop(source, None)
+        if error.cause not in (Cause.BUSY, Cause.MISSING):
+            want.broken.add(source)
+        if error.cause in _PEERS_FAULT:
+            self._quality.failed(source, f"{want.name}: {error}")
         author = source == self._directory.key(want.member)
         # That somebody else does not hold it is no news.
         if author or error.cause is not Cause.MISSING:
             self._tell(want, f"{'its author' if author else 'another holder'} {node_id(source)}: {error}", error.cause)
 
-    def _tell(self, want: _Want, reason: str, cause: str | None = None) -> None:
+    def _wait_for_more(self, want: Want, source: bytes, error: NothingYet) -> None:
+        empty = want.empty[source] = want.empty.get(source, 0) + 1
+        want.retry_at[source] = trio.current_time() + EMPTY_SECONDS
+        if empty >= MAX_EMPTY:
+            self._back_off(want, source, CallFailed(Cause.SLOW, f"{error}, {empty} times"))
+
+    def _tell(self, want: Want, reason: str, cause: str | None = None) -> None:
         if (cause or reason) not in want.told:
             want.told.add(cause or reason)
             self._reporter.emit(
                 FetchFailed(round=want.round, member=want.member, digest=want.digest.hex(), reason=reason)
             )
 
-    # In threads ------------------------------------------------------------------------------------------------------
+    # Passing on ------------------------------------------------------------------------------------------------------
 
-    def _download(self, want: _Want, source: bytes, attempt: _Attempt, backwards: bool) -> Path:
-        """Bring what is missing from one source and finish the blob. Raises CallFailed, BadBytes or StoreError."""
-        if piece_count(want.length) == 1:
-            return self._download_one(want, source, attempt)
-        with want.lock:
-            assembly = want.assembly
-        if assembly is None:
-            manifest = self._manifest(want, source)
-            with want.lock:
-                if want.assembly is None:
-                    want.assembly = self._store.begin(manifest, want.round)
-                assembly = want.assembly
-        while (run := assembly.missing(MAX_PIECES_PER_FETCH, last=backwards))[1]:
-            self._fetch_pieces(want, source, attempt, assembly, *run)
-        with want.lock:
-            self._reader.remember(want.digest, assembly.manifest)
-            return assembly.finish()
+    def _begun(self, want: Want) -> None:
+        """The first piece of several is here, so the children can begin, too."""
+        want.news.set()
+        if not want.passed_on and not want.dropped:
+            want.passed_on = True
+            self._tell_children(want)
 
-    def _download_one(self, want: _Want, source: bytes, attempt: _Attempt) -> Path:
-        # A blob of one piece needs no manifest: its length and its bytes give its digest.
-        stream = attempt.reading(self._links.fetch(source, want.digest, 0, 1, _deadline(want.length)))
-        pieces = []
-        for piece in stream:
-            pieces.append(piece)
-            if len(pieces) > 1 or len(piece) != want.length:
-                raise BadBytes("piece", f"it sent {sum(map(len, pieces))} bytes, {want.length} are committed to")
-        if not pieces:
-            raise CallFailed(Cause.BROKEN, "it ended the stream without a piece")
-        manifest = Manifest(want.length, (piece_digest(pieces[0]),))
-        if manifest.digest != want.digest:
-            raise BadBytes("piece", "its bytes are not those committed to")
-        assembly = self._store.begin(manifest, want.round)
-        try:
-            assembly.write(0, pieces[0])
-            self._reader.remember(want.digest, manifest)
-            return assembly.finish()
-        finally:
-            assembly.abandon()
-
-    def _manifest(self, want: _Want, source: bytes) -> Manifest:
-        request = wire.ManifestRequest(digest=want.digest)
-        reply = self._links.call(source, "GetManifest", request, wire.Manifest, CALL_SECONDS)
-        if reply.length != want.length:
-            raise BadBytes("manifest", f"it says {reply.length} bytes, {want.length} are committed to")
-        pieces = reply.pieces
-        manifest = Manifest(
-            reply.length, tuple(pieces[at : at + DIGEST_BYTES] for at in range(0, len(pieces), DIGEST_BYTES))
-        )
-        if len(pieces) != piece_count(want.length) * DIGEST_BYTES or manifest.digest != want.digest:
-            raise BadBytes("manifest", "its piece list is not the one committed to")
-        return manifest
-
-    def _fetch_pieces(
-        self, want: _Want, source: bytes, attempt: _Attempt, assembly: Assembly, first: int, count: int
-    ) -> None:
-        if attempt.cancelled:
-            raise CallFailed(Cause.SLOW, "cancelled")
-        stream = attempt.reading(self._links.fetch(source, want.digest, first, count, _deadline(count * PIECE_BYTES)))
-        arrived = 0
-        for piece in stream:
-            if arrived == count or not assembly.write(first + arrived, piece):
-                stream.cancel()
-                raise BadBytes("piece", f"its piece {first + arrived} is not the one committed to")
-            arrived += 1
-        if arrived < count:
-            raise CallFailed(Cause.BROKEN, f"it ended the stream after {arrived} of {count} pieces")
+    def _tell_children(self, want: Want) -> None:
+        if want.kind is Kind.UPDATE and self._nursery is not None:
+            self._notices.tell(self._nursery, want.digest, want.tree)
 
     # Anti-entropy ----------------------------------------------------------------------------------------------------
 
@@ -342,9 +325,11 @@ class Fetcher:
                 nursery.start_soon(self._ask, peer, round)
 
     async def _ask(self, peer: bytes, round: int) -> None:
-        wanted = {want.digest for want in self._wants.values() if want.round == round}
-        if self._asking.available_tokens < 1 or not wanted:
+        if self._asking.available_tokens < 1:
             return
+        now, backlog = trio.current_time(), self._backlog()
+        open_wants = [want for want in self._wants.values() if want.round == round]
+        wanted = {want.digest for want in open_wants if self._chooser.impatient(want, now, backlog)}
         request = wire.SinceRequest(round=round, have=self._announcements.bitmap(round), wanted=sorted(wanted)[:256])
         try:
             reply = await in_thread(
@@ -355,9 +340,8 @@ class Fetcher:
             return
         for raw in reply.announcements:
             self._take(raw, peer)
-        for digest in wanted.intersection(reply.held):
-            self.announced(digest, peer)
-
-
-def _deadline(length: int) -> float:
-    return CALL_SECONDS + math.ceil(length / MIN_BYTES_PER_SECOND)
+        bitmaps: dict[bytes, bytes | None] = {holding.digest: holding.pieces for holding in reply.partial}
+        bitmaps.update((digest, None) for digest in reply.held)
+        for want in open_wants:
+            if want.digest in wanted and want.digest in bitmaps:
+                self._offered(want, peer, bitmaps[want.digest])

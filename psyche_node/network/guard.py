@@ -20,8 +20,8 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter
 
-MAX_STREAMS = 8
-MAX_STREAMS_PER_PEER = 2
+MAX_STREAMS = 32
+MAX_STREAMS_PER_PEER = 8
 MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0

@@ -134,9 +134,17 @@ class Links:
             raise CallFailed(Cause.BROKEN, f"its reply to {method} does not parse: {error}") from None
         return message
 
-    def fetch(self, peer: bytes, digest: bytes, first: int, count: int, timeout: float) -> Stream:
+    def fetch(
+        self,
+        peer: bytes,
+        digest: bytes,
+        first: int,
+        count: int,
+        timeout: float,
+        kind: wire.Kind.ValueType = wire.UPDATE,
+    ) -> Stream:
         """Start to fetch pieces. What comes has not been checked. Raises CallFailed, here and while reading."""
-        raw = wire.FetchRequest(digest=digest, first=first, count=count).SerializeToString()
+        raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
         link = self._link(peer)
         self._traffic.sent(peer, len(raw))
         call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)

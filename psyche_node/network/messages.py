@@ -16,6 +16,15 @@ MAX_BLOB_BYTES = 1 << 37
 _HEX32 = r"^[0-9a-f]{64}$"
 
 
+class Kind(StrEnum):
+    """What a blob is, the most urgent first. Uploads and downloads of the less urgent wait for the others."""
+
+    UPDATE = "update"
+    """A member's update of a round: wanted by all members at once, and passed on by them along a tree."""
+    CHECKPOINT = "checkpoint"
+    MODEL = "model"
+
+
 class Configure(Message):
     """The first request: bring the network up. Answered by ``Ready``, or by a Failure after which the process ends."""
 
@@ -26,6 +35,10 @@ class Configure(Message):
     """IP address to listen on. For 0.0.0.0 or ::, the interface towards the bootstrap node is what is announced."""
     p2p_port: int = Field(default=0, ge=0, le=65535)
     grpc_port: int = Field(default=0, ge=0, le=65535)
+    announce_grpc: str = ""
+    """``IP:port`` that others reach the gRPC port at, if it is another than where it listens: a forwarded port."""
+    announce_p2p: str = ""
+    """The same for the libp2p port."""
     bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
     run: str
@@ -58,12 +71,13 @@ class SetMembers(Message):
 
 
 class Publish(Message):
-    """Announce a blob that is in the store: by gossip, and directly to every member that can be reached."""
+    """Offer a blob that is in the store. An update is announced: by gossip, and to every member that can be reached."""
 
     round: int = Field(ge=0, le=MAX_ROUND)
     member: int = Field(ge=0, lt=MAX_MEMBERS)
     digest: str = Field(pattern=_HEX32)
     length: int = Field(ge=1, le=MAX_BLOB_BYTES)
+    kind: Kind = Kind.UPDATE
 
 
 class WantEntry(Message):
@@ -76,7 +90,9 @@ class Want(Message):
     """Fetch these committed blobs, from their author or from whoever holds them, until ``Forget``."""
 
     round: int = Field(ge=0, le=MAX_ROUND)
+    """The round of the updates. A blob of another kind is filed under it, and goes with it."""
     wants: list[WantEntry] = Field(max_length=MAX_MEMBERS)
+    kind: Kind = Kind.UPDATE
 
 
 class Forget(Message):
@@ -222,6 +238,7 @@ __all__ = [
     "Fetched",
     "Forget",
     "GetStats",
+    "Kind",
     "MemberEntry",
     "NetworkRestarted",
     "NetworkShutdown",

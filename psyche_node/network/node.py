@@ -23,6 +23,7 @@ from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.lan import LocalNetwork
 from psyche_node.network.links import Links
@@ -31,6 +32,7 @@ from psyche_node.network.messages import (
     Configure,
     Forget,
     GetStats,
+    Kind,
     NetworkShutdown,
     PeerDown,
     PeerStats,
@@ -43,6 +45,7 @@ from psyche_node.network.messages import (
     Why,
 )
 from psyche_node.network.peerstore import Peerstore
+from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -54,6 +57,7 @@ from psyche_node.network.statements import (
     NodeRecord,
     join_address,
     join_multiaddr,
+    split_address,
 )
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.swarm import Swarm
@@ -80,6 +84,8 @@ class NetworkNode:
         self._bootstrap = [parse_bootstrap(address) for address in configure.bootstrap]
         self._configure = configure
         self._host = announced_host(configure.listen_host, self._bootstrap)
+        for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p)):
+            split_address(forwarded)
         self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
@@ -95,14 +101,18 @@ class NetworkNode:
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
         self._reader = Reader(self._store)
+        self._holdings = Holdings(self._reader)
+        self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
         self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
+            self._holdings,
             self._links,
             self._directory,
             self._announcements,
+            self._quality,
             self._reporter,
             self._take_asked,
         )
@@ -120,13 +130,22 @@ class NetworkNode:
         configure = self._configure
         self._token = trio.lowlevel.current_trio_token()
         guard = Guard(self._directory, self._reporter)
-        service = NodeService(self._announcements, self._take_from_thread, self._reader, self._traffic, self._faults)
+        service = NodeService(
+            self._announcements,
+            self._take_from_thread,
+            self._holdings,
+            self._traffic,
+            self._faults,
+            self._take_offer,
+            self._quality.heard,
+        )
         server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_address = join_address(self._host, server.port)
-                self._p2p_address = join_multiaddr(self._host, self._swarm.port)
+                self._grpc_address = configure.announce_grpc or join_address(self._host, server.port)
+                p2p = split_address(configure.announce_p2p) if configure.announce_p2p else None
+                self._p2p_address = join_multiaddr(*(p2p or (self._host, self._swarm.port)))
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
@@ -153,9 +172,12 @@ class NetworkNode:
             case Publish():
                 await self._publish(message)
             case Want():
-                self._announcements.reached(message.round)
+                if message.kind is Kind.UPDATE:
+                    self._announcements.reached(message.round)
                 for want in message.wants:
-                    self._fetcher.want(message.round, want.member, bytes.fromhex(want.digest), want.length)
+                    self._fetcher.want(
+                        message.round, want.member, bytes.fromhex(want.digest), want.length, message.kind
+                    )
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
@@ -186,6 +208,10 @@ class NetworkNode:
         if manifest is None or manifest.length != message.length:
             found = "is not there" if manifest is None else f"has {manifest.length} bytes"
             raise NetworkError(f"blob {message.digest[:16]} of {message.length} bytes {found} in {self._store.folder}")
+        self._fetcher.published(digest, message.kind, message.round)
+        if message.kind is not Kind.UPDATE:
+            # Who wants it asks for it; an announcement speaks of a member's one update of a round.
+            return
         self._announcements.reached(message.round)
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
@@ -236,6 +262,10 @@ class NetworkNode:
             reason = "it sends more statements than are looked at; the rest is dropped"
             self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
         return allowed
+
+    def _take_offer(self, digest: bytes, holder: bytes) -> None:
+        assert self._token is not None
+        trio.from_thread.run_sync(self._fetcher.invited, digest, holder, trio_token=self._token)
 
     def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
         outcome = self._announcements.offer(raw)

@@ -14,8 +14,8 @@ from psyche_node.network.guard import MAX_STREAMS, Guard
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, NodeService
 from psyche_node.network.statements import join_address
 
-# One thread per open call: streams, and as many short calls next to them.
-_WORKERS = 2 * MAX_STREAMS
+# One thread per open call: streams, and short calls next to them.
+_WORKERS = MAX_STREAMS + 12
 
 
 @dataclass(frozen=True, slots=True)

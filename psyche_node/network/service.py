@@ -11,19 +11,29 @@ from google.protobuf.message import DecodeError, Message
 
 from psyche_node.faults import Faults
 from psyche_node.network.announcements import MAX_BITMAP, Announcements
-from psyche_node.network.guard import Context, Streams
-from psyche_node.network.messages import MAX_MEMBERS
+from psyche_node.network.guard import Context
+from psyche_node.network.holdings import Holdings
+from psyche_node.network.messages import MAX_MEMBERS, Kind
 from psyche_node.network.reports import Traffic
-from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, Reader, StoreError
+from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, Manifest, StoreError
+from psyche_node.network.turns import Rank, rank
+from psyche_node.network.uploads import Uploads
 from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
 SERVICE = "psyche.node.v1.Node"
-MAX_PIECES_PER_FETCH = 16
+MAX_PIECES_PER_FETCH = 64
 MAX_ANNOUNCEMENTS_PER_CALL = 64
+MAX_DIGESTS_PER_HAVE = 32
+MAX_PIECES_PER_MANIFEST = PIECE_BYTES // DIGEST_BYTES
+MAX_PARTIAL = 32
+MAX_PARTIAL_BYTES = 128 * 1024
 # The largest request is a SinceRequest that looks for a blob of every member.
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = PIECE_BYTES + 64 * 1024
+
+
+KINDS = {wire.UPDATE: Kind.UPDATE, wire.CHECKPOINT: Kind.CHECKPOINT, wire.MODEL: Kind.MODEL}
 
 
 class NodeService:
@@ -33,18 +43,28 @@ class NodeService:
         self,
         announcements: Announcements,
         take_announcement: Callable[[bytes, bytes], object],
-        reader: Reader,
+        holdings: Holdings,
         traffic: Traffic,
         faults: Faults,
+        take_offer: Callable[[bytes, bytes], object],
+        heard: Callable[[bytes], object],
     ) -> None:
-        """``take_announcement(raw, from_key)`` is given every announcement that is pushed."""
-        self._announcements, self._take = announcements, take_announcement
-        self._reader, self._traffic, self._faults = reader, traffic, faults
-        self._streams = Streams()
+        """``take_announcement(raw, from_key)`` is given every announcement that is pushed.
+
+        ``take_offer(digest, from_key)`` is told who offers which blob to this node, and ``heard`` who calls.
+        """
+        self._announcements, self._take, self._take_offer = announcements, take_announcement, take_offer
+        self._holdings, self._traffic, self._faults, self._heard = holdings, traffic, faults, heard
+        self._uploads = Uploads()
 
     def handlers(self) -> Any:
         """Return gRPC's handler of all methods. Requests and replies are raw bytes here; each method parses its own."""
-        unary = {"Announce": self.announce, "Since": self.since, "GetManifest": self.manifest}
+        unary = {
+            "Announce": self.announce,
+            "Since": self.since,
+            "GetManifest": self.manifest,
+            "Have": self.have,
+        }
         methods = {name: grpc.unary_unary_rpc_method_handler(method) for name, method in unary.items()}
         methods["Fetch"] = grpc.unary_stream_rpc_method_handler(self.fetch)
         return grpc.method_handlers_generic_handler(SERVICE, methods)
@@ -65,47 +85,68 @@ class NodeService:
             self._bad(context, f"at most {MAX_BITMAP} bytes of bitmap and {MAX_MEMBERS} digests")
         if any(len(digest) != DIGEST_BYTES for digest in request.wanted):
             self._bad(context, f"a digest is {DIGEST_BYTES} bytes")
+        wanted = set(request.wanted)
+        held = {digest for digest in wanted if self._holdings.complete(digest)}
         reply = wire.SinceReply(
             announcements=self._announcements.missing_from(request.round, request.have),
-            held=[digest for digest in set(request.wanted) if self._reader.holds(digest)],
+            held=held,
+            partial=self._partial(wanted - held),
         )
         return self._reply(reply, caller)
+
+    def _partial(self, wanted: set[bytes]) -> list[wire.Holding]:
+        found: list[wire.Holding] = []
+        room = MAX_PARTIAL_BYTES
+        for digest in wanted:
+            if len(found) < MAX_PARTIAL and (partial := self._holdings.partial(digest)) is not None:
+                pieces = partial.bitmap()
+                if (room := room - len(pieces)) < 0:
+                    break
+                found.append(wire.Holding(digest=digest, pieces=pieces))
+        return found
+
+    def have(self, caller: bytes, raw: bytes, context: Context) -> bytes:
+        request = wire.HaveRequest()
+        self._parse(request, caller, raw, context)
+        if len(request.digests) > MAX_DIGESTS_PER_HAVE:
+            self._bad(context, f"at most {MAX_DIGESTS_PER_HAVE} digests")
+        for digest in request.digests:
+            self._check_digest(digest, context)
+        for digest in request.digests:
+            self._take_offer(digest, caller)
+        return self._reply(wire.HaveReply(), caller)
 
     def manifest(self, caller: bytes, raw: bytes, context: Context) -> bytes:
         request = wire.ManifestRequest()
         self._parse(request, caller, raw, context)
         self._check_digest(request.digest, context)
-        try:
-            manifest = self._reader.manifest(request.digest)
-        except StoreError as error:
-            log.error("%s", error)
-            manifest = None
-        if manifest is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, "this node does not hold the blob")
-        assert manifest is not None
-        return self._reply(wire.Manifest(length=manifest.length, pieces=b"".join(manifest.pieces)), caller)
+        manifest = self._found(request.digest, context)
+        if request.first >= max(1, len(manifest.pieces)):
+            self._bad(context, f"there are {len(manifest.pieces)} pieces")
+        page = manifest.pieces[request.first : request.first + MAX_PIECES_PER_MANIFEST]
+        return self._reply(wire.Manifest(length=manifest.length, pieces=b"".join(page)), caller)
 
     def fetch(self, caller: bytes, raw: bytes, context: Context) -> Iterator[bytes]:
         request = wire.FetchRequest()
         self._parse(request, caller, raw, context)
         self._check_digest(request.digest, context)
-        place = self._streams.enter(caller, min(request.count, MAX_PIECES_PER_FETCH) * PIECE_BYTES, context.cancel)
-        if place is None:
+        size = min(request.count, MAX_PIECES_PER_FETCH) * PIECE_BYTES
+        upload = self._uploads.enter(caller, self._rank(request), size, context.cancel)
+        if upload is None:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams; ask another holder, or try again")
-        assert place is not None
+        assert upload is not None
         # A callback, not try/finally: gRPC just drops the generator of a call that was cancelled.
-        if not context.add_callback(lambda: self._streams.leave(place)):
-            self._streams.leave(place)
+        if not context.add_callback(lambda: self._uploads.leave(upload)):
+            self._uploads.leave(upload)
             return
+        manifest = self._found(request.digest, context)
+        last = request.first + request.count
+        if not 1 <= request.count <= MAX_PIECES_PER_FETCH or last > len(manifest.pieces):
+            self._bad(context, f"1 to {MAX_PIECES_PER_FETCH} pieces of the {len(manifest.pieces)} that there are")
         try:
-            manifest = self._reader.manifest(request.digest)
-            if manifest is None:
-                context.abort(grpc.StatusCode.NOT_FOUND, "this node does not hold the blob")
-            assert manifest is not None
-            last = request.first + request.count
-            if not 1 <= request.count <= MAX_PIECES_PER_FETCH or last > len(manifest.pieces):
-                self._bad(context, f"1 to {MAX_PIECES_PER_FETCH} pieces of the {len(manifest.pieces)} that there are")
-            for piece in self._reader.pieces(request.digest, range(request.first, last)):
+            for piece in self._holdings.pieces(request.digest, range(request.first, last)):
+                if not self._uploads.next_piece(upload, request.digest, manifest.length, len(piece)):
+                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "you had this blob more than twice")
                 served = self._faults.served(piece)
                 self._traffic.sent(caller, len(served), blob=True)
                 yield served
@@ -113,8 +154,27 @@ class NodeService:
             log.error("%s", error)
             context.abort(grpc.StatusCode.NOT_FOUND, "this node lost the blob")
 
+    def _rank(self, request: wire.FetchRequest) -> Rank:
+        kind, round = self._holdings.known(request.digest) or (
+            KINDS.get(request.kind, Kind.MODEL),
+            self._announcements.current,
+        )
+        return rank(kind, round, self._announcements.current)
+
+    def _found(self, digest: bytes, context: Context) -> Manifest:
+        try:
+            manifest = self._holdings.manifest(digest)
+        except StoreError as error:
+            log.error("%s", error)
+            manifest = None
+        if manifest is None:
+            context.abort(grpc.StatusCode.NOT_FOUND, "this node does not hold the blob")
+        assert manifest is not None
+        return manifest
+
     def _parse(self, message: Message, caller: bytes, raw: bytes, context: Context) -> None:
         self._traffic.received(caller, len(raw))
+        self._heard(caller)
         try:
             message.ParseFromString(raw)
         except DecodeError:

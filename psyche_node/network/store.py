@@ -2,6 +2,8 @@
 
     FOLDER/<round>/<digest hex>          a complete blob
     FOLDER/<round>/<digest hex>.*.part   one being written; removed when its writer is gone
+    FOLDER/<round>/<digest hex>.part     one being put together from pieces; survives its writer, so that it can go on
+    FOLDER/<round>/<digest hex>.list     the manifest of a blob of several pieces: its length and their digests
 
 A blob is cut into pieces of 1 MiB, the unit of transfer, verification and blame. Its digest is a BLAKE3 root over its
 length and the BLAKE3 digests of its pieces, so one digest from the chain vouches for every piece. Supervisor and
@@ -11,12 +13,14 @@ network process use the same folder; nothing is cached between them but the file
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -24,6 +28,14 @@ from blake3 import blake3
 
 PIECE_BYTES = 1 << 20
 DIGEST_BYTES = 32
+# A piece that was right this long ago is served without another look, if its file has not changed.
+CHECKED_SECONDS = 600.0
+# What an earlier process left unfinished is kept up to here, the newest first; the rest is fetched again.
+MAX_KEPT = 64
+MAX_KEPT_BYTES = 1 << 38
+# A blob of more pieces keeps its list, so that serving it after a restart does not begin with reading all of it.
+LONG_LIST = 256
+_MAX_REMEMBERED_PIECES = 1 << 19
 _ROOT_CONTEXT = "psyche-node 2026-11 blob root: u64 length, then the digests of its 1 MiB pieces"
 
 
@@ -132,10 +144,26 @@ class BlobStore:
         target = self._place(manifest.digest, round)
         return Assembly(manifest, self._part(target), target)
 
+    def resume(self, manifest: Manifest, round: int) -> Assembly:
+        """Like ``begin``, but what arrives outlives this process, and what an earlier one left is checked and used.
+
+        At most one of a blob and round at a time. Reads all of what is there.
+        """
+        target = self._place(manifest.digest, round)
+        write_list(_list_of(target), manifest)
+        return Assembly(manifest, target.with_name(f"{target.name}.part"), target, resume=True)
+
+    def unfinished(self, digest: bytes, length: int, round: int) -> Manifest | None:
+        """Return the manifest of a blob that an earlier process began to assemble with ``resume``, or None."""
+        target = self.folder / str(round) / digest.hex()
+        manifest = read_list(_list_of(target), digest)
+        return manifest if manifest is not None and manifest.length == length else None
+
     def drop(self, digest: bytes) -> None:
         """Remove one blob, if it is there."""
         while (path := self.path(digest)) is not None:
             path.unlink(missing_ok=True)
+            _list_of(path).unlink(missing_ok=True)
 
     def forget(self, before_round: int) -> None:
         """Remove every blob of rounds before ``before_round``."""
@@ -144,14 +172,26 @@ class BlobStore:
                 shutil.rmtree(self.folder / str(round), ignore_errors=True)
 
     def sweep(self) -> int:
-        """Remove what an earlier, killed process left unfinished. Returns how many files that were.
+        """Remove what an earlier, killed process left unfinished and nobody can go on with. Returns how many files.
 
-        Only for the process that assembles blobs, at its start.
+        Only for the process that assembles blobs, at its start. What can be gone on with is kept within bounds.
         """
-        parts = list(self.folder.glob("*/*.part"))
-        for part in parts:
+        kept, room, removed = 0, MAX_KEPT_BYTES, 0
+        parts = [(part.stat(), part) for part in self.folder.glob("*/*.part")]
+        for stat, part in sorted(parts, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
+            whole = part.with_suffix("")
+            if _list_of(whole).exists() and kept < MAX_KEPT and stat.st_size <= room:
+                kept += 1
+                room -= stat.st_size
+                continue
             part.unlink(missing_ok=True)
-        return len(parts)
+            _list_of(whole).unlink(missing_ok=True)
+            removed += 1
+        for orphan in self.folder.glob("*/*.list"):
+            whole = orphan.with_suffix("")
+            if not whole.exists() and not whole.with_name(f"{whole.name}.part").exists():
+                orphan.unlink(missing_ok=True)
+        return removed
 
     def _rounds(self) -> list[int]:
         # Newest first: what is asked for is nearly always of the round in flight.
@@ -174,28 +214,31 @@ class BlobStore:
 class Assembly:
     """One blob being put together; several sources may bring pieces at the same time."""
 
-    def __init__(self, manifest: Manifest, part: Path, target: Path) -> None:
+    def __init__(self, manifest: Manifest, part: Path, target: Path, *, resume: bool = False) -> None:
         self.manifest = manifest
-        self._part, self._target = part, target
+        self.part, self._target = part, target
         self._missing = set(range(len(manifest.pieces)))
         self._lock = threading.Lock()
-        self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o600)
         self._open = True
         self._finished = False
+        if resume:
+            os.ftruncate(self._descriptor, min(os.fstat(self._descriptor).st_size, manifest.length))
+            self._missing.difference_update(self._found())
 
-    def missing(self, limit: int, *, last: bool = False) -> tuple[int, int]:
-        """Return a run of missing pieces as (index, count), the count at most ``limit``; 0 is none missing.
-
-        It is the first run, or the last one: two sources that work from both ends bring few pieces twice.
-        """
+    def missing(self) -> list[int]:
+        """Return the indices of the pieces that are not here yet, in order."""
         with self._lock:
-            if not self._missing:
-                return 0, 0
-            step = -1 if last else 1
-            edge = end = max(self._missing) if last else min(self._missing)
-            while abs(end + step - edge) < limit and end + step in self._missing:
-                end += step
-            return min(edge, end), abs(end - edge) + 1
+            return sorted(self._missing)
+
+    def _found(self) -> Iterable[int]:
+        # Nothing is trusted but the hashes: the machine may have gone down between the pieces and their being on disk.
+        for index, digest in enumerate(self.manifest.pieces):
+            piece = os.pread(self._descriptor, piece_length(self.manifest.length, index), index * PIECE_BYTES)
+            if not piece:
+                return
+            if piece_digest(piece) == digest:
+                yield index
 
     def write(self, index: int, piece: bytes) -> bool:
         """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece committed to."""
@@ -222,36 +265,65 @@ class Assembly:
             os.fsync(self._descriptor)
             self._close()
             # The folder is not synced: a name lost to a power cut is a blob to be fetched again, and nothing worse.
-            os.replace(self._part, self._target)
+            os.replace(self.part, self._target)
             self._finished = True
+            if len(self.manifest.pieces) <= LONG_LIST:
+                _list_of(self._target).unlink(missing_ok=True)
             return self._target
 
-    def abandon(self) -> None:
-        """Remove what there is of it, unless it was finished."""
+    def abandon(self, *, keep: bool = False) -> None:
+        """End it, unless it was finished. ``keep`` leaves what there is to a later ``resume``."""
         with self._lock:
             if self._open:
                 self._close()
-                self._part.unlink(missing_ok=True)
+                if not keep:
+                    self.part.unlink(missing_ok=True)
+                    _list_of(self._target).unlink(missing_ok=True)
 
     def _close(self) -> None:
         self._open = False
         os.close(self._descriptor)
 
 
-class Reader:
-    """Reads pieces of the store's blobs for serving, and checks each one before it leaves."""
+class _Held:
+    """What is known of one blob's file: its manifest, and when each piece was last seen to be right."""
 
-    def __init__(self, store: BlobStore, capacity: int = 512) -> None:
-        self._store, self._capacity = store, capacity
-        self._manifests: dict[bytes, Manifest] = {}
+    def __init__(self, manifest: Manifest, file: tuple[int, ...] | None, checked: float) -> None:
+        self.manifest, self._file = manifest, file
+        self._checked = [checked] * len(manifest.pieces)
+
+    def check(self, file: tuple[int, ...]) -> None:
+        """Take ``file``, as ``_identity`` gives it, for the one that was checked, or begin anew if it is another."""
+        if self._file is None:
+            self._file = file
+        elif self._file != file:
+            self._file, self._checked = file, [-math.inf] * len(self._checked)
+
+    def is_right(self, index: int, piece: bytes, now: float) -> bool:
+        if now - self._checked[index] > CHECKED_SECONDS:
+            if piece_digest(piece) != self.manifest.pieces[index]:
+                return False
+            self._checked[index] = now
+        return len(piece) == piece_length(self.manifest.length, index)
+
+
+class Reader:
+    """Reads pieces of the store's blobs for serving.
+
+    An honest node must not be banned for a disk that rots, so a piece is checked before it leaves, unless it was within
+    the last ten minutes and its file is the same since: what is read then is the page cache, not the disk.
+    """
+
+    def __init__(self, store: BlobStore, capacity: int = 512, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._capacity, self._clock = store, capacity, clock
+        self._held: dict[bytes, _Held] = {}
+        self._pieces = 0
         self._lock = threading.Lock()
+        self._reading: dict[bytes, threading.Lock] = {}
 
     def remember(self, digest: bytes, manifest: Manifest) -> None:
-        """Keep a manifest that is known to be right, so that its file need not be read again."""
-        with self._lock:
-            while len(self._manifests) >= self._capacity:
-                del self._manifests[next(iter(self._manifests))]
-            self._manifests[digest] = manifest
+        """Keep a manifest whose pieces have just been checked, so that the file need not be read again."""
+        self._keep(digest, _Held(manifest, None, self._clock()))
 
     def holds(self, digest: bytes) -> bool:
         """Return whether the blob is in the store, complete."""
@@ -259,37 +331,97 @@ class Reader:
 
     def manifest(self, digest: bytes) -> Manifest | None:
         """Return the manifest of a blob in the store, or None when it is not there (any more)."""
+        held = self._known(digest)
+        return None if held is None else held.manifest
+
+    def pieces(self, digest: bytes, indices: Sequence[int]) -> Iterator[bytes]:
+        """Yield pieces, each as ``bytes``. Raises StoreError when the file is gone or no longer holds them."""
+        held, path = self._known(digest), self._store.path(digest)
+        if held is None or path is None:
+            raise StoreError(f"blob {digest.hex()[:16]} is not in the store")
+        with path.open("rb", buffering=0) as file:
+            held.check(_identity(os.fstat(file.fileno())))
+            for index in indices:
+                piece = os.pread(file.fileno(), piece_length(held.manifest.length, index), index * PIECE_BYTES)
+                if not held.is_right(index, piece, self._clock()):
+                    self._store.drop(digest)
+                    raise StoreError(f"piece {index} of {path} went bad on disk; removed. Check this machine's disk")
+                yield piece
+
+    def _known(self, digest: bytes) -> _Held | None:
         path = self._store.path(digest)
         if path is None:
             return None
-        known = self._manifests.get(digest)
-        if known is not None:
-            return known
+        if (held := self._held.get(digest)) is not None:
+            return held
+        if (manifest := read_list(_list_of(path), digest)) is not None:
+            return self._keep(digest, _Held(manifest, None, -math.inf))
+        with self._lock:
+            reading = self._reading.setdefault(digest, threading.Lock())
+        # One at a time: ten peers that ask for the same large blob must not have it read ten times.
+        with reading:
+            try:
+                return self._held.get(digest) or self._read(digest, path)
+            finally:
+                with self._lock:
+                    self._reading.pop(digest, None)
+
+    def _read(self, digest: bytes, path: Path) -> _Held | None:
+        now = self._clock()
         try:
+            file = _identity(path.stat())
             manifest = Manifest.of_file(path)
         except FileNotFoundError:
             return None
         if manifest.digest != digest:
             self._store.drop(digest)
             raise StoreError(f"{path} does not hold what its name says; removed. Check this machine's disk and memory")
-        self.remember(digest, manifest)
-        return manifest
+        if len(manifest.pieces) > LONG_LIST:
+            write_list(_list_of(path), manifest)
+        return self._keep(digest, _Held(manifest, file, now))
 
-    def pieces(self, digest: bytes, indices: Sequence[int]) -> Iterable[bytes]:
-        """Yield pieces, each as ``bytes``. Raises StoreError when the file is gone or no longer holds them."""
-        manifest = self.manifest(digest)
-        path = self._store.path(digest)
-        if manifest is None or path is None:
-            raise StoreError(f"blob {digest.hex()[:16]} is not in the store")
-        with path.open("rb") as file:
-            for index in indices:
-                file.seek(index * PIECE_BYTES)
-                piece = file.read(piece_length(manifest.length, index))
-                # An honest node must not be banned for a disk that rots.
-                if piece_digest(piece) != manifest.pieces[index]:
-                    self._store.drop(digest)
-                    raise StoreError(f"piece {index} of {path} went bad on disk; removed. Check this machine's disk")
-                yield piece
+    def _keep(self, digest: bytes, held: _Held) -> _Held:
+        count = len(held.manifest.pieces)
+        with self._lock:
+            self._forget(digest)
+            while self._held and (len(self._held) >= self._capacity or self._pieces + count > _MAX_REMEMBERED_PIECES):
+                self._forget(next(iter(self._held)))
+            self._held[digest] = held
+            self._pieces += count
+        return held
+
+    def _forget(self, digest: bytes) -> None:
+        if (held := self._held.pop(digest, None)) is not None:
+            self._pieces -= len(held.manifest.pieces)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+
+
+def write_list(path: Path, manifest: Manifest) -> None:
+    """Write a manifest to a file, whole or not at all."""
+    part = path.with_name(f"{path.name}.{os.getpid()}-{secrets.token_hex(4)}.part")
+    part.write_bytes(struct.pack("<Q", manifest.length) + b"".join(manifest.pieces))
+    os.replace(part, path)
+
+
+def read_list(path: Path, digest: bytes) -> Manifest | None:
+    """Return the manifest in a file, or None when there is none that leads to ``digest``."""
+    try:
+        raw = path.read_bytes()
+    except OSError:
+        return None
+    if len(raw) < 8:
+        return None
+    pieces = tuple(raw[at : at + DIGEST_BYTES] for at in range(8, len(raw), DIGEST_BYTES))
+    manifest = Manifest(struct.unpack("<Q", raw[:8])[0], pieces)
+    return manifest if len(pieces) == piece_count(manifest.length) and manifest.digest == digest else None
+
+
+def _list_of(target: Path) -> Path:
+    return target.with_name(f"{target.name}.list")
 
 
 def _finish(part: Path, target: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -54,6 +55,11 @@ class NodeConfig(BaseModel):
     metrics: str | None = None
     """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
     none."""
+    announce_p2p: str = ""
+    """`IP:PORT` at which others reach the libp2p port, if it is not where the node listens: a port that a router
+    forwards."""
+    announce_grpc: str = ""
+    """The same for the port that updates are fetched from. A node whose ports are forwarded sets both."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
     threads: int = Field(default=0, ge=0)
@@ -70,6 +76,21 @@ class NodeConfig(BaseModel):
     """Seconds to look for an update that counts before giving up. Raise it on slow links."""
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
+
+    @field_validator("announce_p2p", "announce_grpc")
+    @classmethod
+    def _ip_and_port(cls, address: str) -> str:
+        if not address:
+            return address
+        host, _, port = address.rpartition(":")
+        try:
+            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+            usable = 0 < int(port) < 65536
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"{address!r} is not IP:PORT, such as 203.0.113.7:4002 or [2001:db8::7]:4002")
+        return address
 
     @field_validator("faults")
     @classmethod

@@ -225,6 +225,8 @@ class Node:
             listen_host=config.listen,
             p2p_port=config.p2p_port,
             grpc_port=config.grpc_port,
+            announce_p2p=config.announce_p2p,
+            announce_grpc=config.announce_grpc,
             bootstrap=list(config.bootstrap),
             mdns=config.mdns,
             run=run,

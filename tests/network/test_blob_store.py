@@ -132,16 +132,82 @@ def test_an_assembly_takes_only_the_committed_pieces(
     assert [entry.name for entry in path.parent.iterdir()] == [manifest.digest.hex()]
 
 
-def test_missing_runs_from_both_ends(tmp_path: Path) -> None:
-    assembly = BlobStore(tmp_path).begin(manifest_of(LARGE), 0)
-    assert assembly.missing(16) == assembly.missing(16, last=True) == (0, 4)
-    assert assembly.missing(3) == (0, 3)
-    assert assembly.missing(3, last=True) == (1, 3)
-    assembly.write(1, piece(LARGE, 1))
-    assert assembly.missing(16) == (0, 1)
-    assert assembly.missing(16, last=True) == (2, 2)
-    assembly.abandon()
+def test_what_a_killed_process_brought_is_gone_on_with(tmp_path: Path) -> None:
+    store, manifest = BlobStore(tmp_path), manifest_of(LARGE)
+    assert store.unfinished(manifest.digest, manifest.length, 0) is None
+    killed = store.resume(manifest, 0)
+    for index in (3, 0, 1):
+        killed.write(index, piece(LARGE, index))
+    # The machine went down, too: one piece never reached the disk.
+    with killed.part.open("r+b") as file:
+        file.seek(PIECE_BYTES)
+        file.write(bytes(100))
+    assert store.sweep() == 0
+    assert store.unfinished(manifest.digest, manifest.length + 1, 0) is None
+    assert store.unfinished(manifest.digest, manifest.length, 1) is None
+    found = BlobStore(tmp_path).unfinished(manifest.digest, manifest.length, 0)
+    assert found == manifest
+    assembly = BlobStore(tmp_path).resume(found, 0)
+    assert assembly.missing() == [1, 2]
+    for index in assembly.missing():
+        assert assembly.write(index, piece(LARGE, index))
+    assert assembly.finish().read_bytes() == LARGE
+    assert [entry.name for entry in tmp_path.glob("*/*")] == [manifest.digest.hex()]
+
+
+def test_a_list_that_does_not_lead_to_the_digest_is_not_used(tmp_path: Path) -> None:
+    store, manifest = BlobStore(tmp_path), manifest_of(LARGE)
+    store.resume(manifest, 0).abandon(keep=True)
+    path = tmp_path / "0" / f"{manifest.digest.hex()}.list"
+    good = path.read_bytes()
+    for bad in (good[:-1], good[:8], b"", good[:20] + b"x" + good[21:]):
+        path.write_bytes(bad)
+        assert store.unfinished(manifest.digest, manifest.length, 0) is None
+    path.write_bytes(good)
+    assert store.unfinished(manifest.digest, manifest.length, 0) == manifest
+
+
+def test_what_is_kept_of_unfinished_blobs_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlobStore(tmp_path)
+    blobs = [bytes([number]) * (PIECE_BYTES + 1) for number in range(4)]
+    for age, data in enumerate(blobs):
+        assembly = store.resume(manifest_of(data), age)
+        assembly.write(1, piece(data, 1))
+        assembly.abandon(keep=True)
+        os.utime(assembly.part, (1000 - age, 1000 - age))
+    (tmp_path / "0" / f"{bytes(32).hex()}.list").write_bytes(b"of a blob that is gone")
+    monkeypatch.setattr("psyche_node.network.store.MAX_KEPT", 3)
+    monkeypatch.setattr("psyche_node.network.store.MAX_KEPT_BYTES", 2 * (PIECE_BYTES + 1))
+    assert store.sweep() == 2
+    kept = [manifest_of(data).digest.hex() for data in blobs[:2]]
+    assert sorted(entry.name for entry in tmp_path.glob("*/*")) == sorted(
+        f"{name}.{kind}" for name in kept for kind in ("part", "list")
+    )
+    store.forget(2)
     assert list(tmp_path.glob("*/*")) == []
+
+
+def test_the_list_of_a_long_blob_is_kept_and_saves_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psyche_node.network.store.LONG_LIST", 3)
+    store = BlobStore(tmp_path)
+    digest, _ = store.put(LARGE, 0)
+    assert Reader(store).manifest(digest) == manifest_of(LARGE)
+    monkeypatch.setattr(Manifest, "of_file", None)
+    assert Reader(store).manifest(digest) == manifest_of(LARGE)
+    store.drop(digest)
+    assert list(tmp_path.glob("*/*")) == []
+
+
+def test_the_manifests_that_are_remembered_are_bounded_by_their_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.network.store._MAX_REMEMBERED_PIECES", 5)
+    reader = Reader(BlobStore(tmp_path))
+    for number in range(3):
+        reader.remember(bytes([number]), Manifest(2 * PIECE_BYTES, (bytes(32), bytes(32))))
+    assert list(reader._held) == [b"\1", b"\2"]
+    reader.remember(b"\2", Manifest(PIECE_BYTES, (bytes(32),)))
+    assert reader._pieces == 3
 
 
 def test_two_sources_write_one_assembly(tmp_path: Path) -> None:
@@ -149,8 +215,9 @@ def test_two_sources_write_one_assembly(tmp_path: Path) -> None:
     assembly = store.begin(manifest_of(LARGE), 0)
 
     def source(backwards: bool) -> None:
-        while (run := assembly.missing(1, last=backwards))[1]:
-            assert assembly.write(run[0], piece(LARGE, run[0]))
+        while missing := assembly.missing():
+            index = missing[-1 if backwards else 0]
+            assert assembly.write(index, piece(LARGE, index))
 
     threads = [threading.Thread(target=source, args=(backwards,)) for backwards in (False, True)]
     for thread in threads:

@@ -42,6 +42,7 @@ from psyche_node.network.guard import (
     Place,
     Streams,
 )
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
@@ -75,12 +76,15 @@ class Node:
         self.reporter = Reporter(self.events.append, self.directory.slot)
         self.store = BlobStore(self.folder)
         self.taken: list[bytes] = []
+        self.offers: list[tuple[bytes, bytes]] = []
         self.service = service = NodeService(
             Announcements(RUN, self.directory),
             lambda raw, _: self.taken.append(raw),
-            Reader(self.store),
+            Holdings(Reader(self.store)),
             Traffic(),
             Faults(),
+            lambda digest, sender: self.offers.append((digest, sender)),
+            lambda _: None,
         )
         self.guard = Guard(self.directory, self.reporter)
         self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service, self.limits)
@@ -326,17 +330,21 @@ def test_requests_that_are_wrong_are_refused_before_anything_is_done(make: Calla
         ("Since", wire.SinceRequest(wanted=[bytes(32)] * 257)),
         ("Announce", wire.AnnounceRequest(announcements=[b"x"] * 65)),
         ("GetManifest", wire.ManifestRequest(digest=b"")),
+        ("GetManifest", wire.ManifestRequest(digest=digest, first=1)),
+        ("Have", wire.HaveRequest(digests=[b"short"])),
+        ("Have", wire.HaveRequest(digests=[bytes(32)] * 33)),
     ):
         with pytest.raises(CallFailed) as failure:
             a.links.call(b.key.public, method, request, wire.SinceReply, 5.0)
         assert failure.value.cause is Cause.BROKEN, method
-    for first, count in ((0, 0), (0, 2), (1, 1), (0, 17), (2**32 - 1, 1)):
+    for first, count in ((0, 0), (0, 2), (1, 1), (0, 65), (2**32 - 1, 1)):
         with pytest.raises(CallFailed):
             list(a.links.fetch(b.key.public, digest, first, count, 5.0))
     with pytest.raises(CallFailed) as failure:
         list(a.links.fetch(b.key.public, bytes(32), 0, 1, 5.0))
     assert failure.value.cause is Cause.MISSING
     assert b.taken == []
+    assert b.offers == []
     assert list(a.links.fetch(b.key.public, digest, 0, 1, 5.0)) == [b"blob"]
 
 
@@ -351,7 +359,10 @@ def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Nod
 
 
 @settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
-@given(method=st.sampled_from(["Announce", "Since", "GetManifest", "Fetch", "Nonsense"]), raw=st.binary(max_size=200))
+@given(
+    method=st.sampled_from(["Announce", "Since", "GetManifest", "Fetch", "Have", "Nonsense"]),
+    raw=st.binary(max_size=200),
+)
 def test_hostile_requests_end_with_a_status_and_the_server_lives(
     fuzzed: tuple[Node, Node], method: str, raw: bytes
 ) -> None:
@@ -428,8 +439,12 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     a, b = make(), make()
     a.knows(b)
     b.knows(a)
-    digest, _ = b.store.put(os.urandom(12 << 20), 0)
-    stalled = [iter(a.links.fetch(b.key.public, digest, 0, 12, 30.0)) for _ in range(MAX_STREAMS_PER_PEER)]
+    # Two blobs, since nobody gets one very often.
+    other, digest = (b.store.put(os.urandom(12 << 20), 0)[0] for _ in range(2))
+    stalled = [
+        iter(a.links.fetch(b.key.public, (other, digest)[number % 2], 0, 12, 30.0))
+        for number in range(MAX_STREAMS_PER_PEER)
+    ]
     for stream in stalled:
         next(stream)
     with pytest.raises(CallFailed) as failure:

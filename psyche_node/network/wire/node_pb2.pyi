@@ -14,6 +14,7 @@ from collections import abc as _abc
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
 from google.protobuf.internal import containers as _containers
+from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 import builtins as _builtins
 import sys
 import typing as _typing
@@ -24,6 +25,24 @@ else:
     from typing_extensions import TypeAlias as _TypeAlias, Never as _Never
 
 DESCRIPTOR: _descriptor.FileDescriptor
+
+class _Kind:
+    ValueType = _typing.NewType("ValueType", _builtins.int)
+    V: _TypeAlias = ValueType  # noqa: Y015
+
+class _KindEnumTypeWrapper(_enum_type_wrapper._EnumTypeWrapper[_Kind.ValueType], _builtins.type):
+    DESCRIPTOR: _descriptor.EnumDescriptor
+    UPDATE: _Kind.ValueType  # 0
+    CHECKPOINT: _Kind.ValueType  # 1
+    MODEL: _Kind.ValueType  # 2
+
+class Kind(_Kind, metaclass=_KindEnumTypeWrapper):
+    """What a blob is, the most urgent first: an update goes before a checkpoint, and that before a model."""
+
+UPDATE: Kind.ValueType  # 0
+CHECKPOINT: Kind.ValueType  # 1
+MODEL: Kind.ValueType  # 2
+Global___Kind: _TypeAlias = Kind  # noqa: Y015
 
 @_typing.final
 class Signed(_message.Message):
@@ -230,6 +249,7 @@ class SinceReply(_message.Message):
 
     ANNOUNCEMENTS_FIELD_NUMBER: _builtins.int
     HELD_FIELD_NUMBER: _builtins.int
+    PARTIAL_FIELD_NUMBER: _builtins.int
     @_builtins.property
     def announcements(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """each a serialized Signed, none of them in `have`"""
@@ -238,15 +258,20 @@ class SinceReply(_message.Message):
     def held(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
         """those of `wanted` that I hold, complete and verified"""
 
+    @_builtins.property
+    def partial(self) -> _containers.RepeatedCompositeFieldContainer[Global___Holding]:
+        """those of `wanted` of which I hold some pieces; at most 32, and 128 KiB in all"""
+
     def __init__(
         self,
         *,
         announcements: _abc.Iterable[_builtins.bytes] | None = ...,
         held: _abc.Iterable[_builtins.bytes] | None = ...,
+        partial: _abc.Iterable[Global___Holding] | None = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcements", b"announcements", "held", b"held"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["announcements", b"announcements", "held", b"held", "partial", b"partial"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -257,15 +282,19 @@ class ManifestRequest(_message.Message):
     DESCRIPTOR: _descriptor.Descriptor
 
     DIGEST_FIELD_NUMBER: _builtins.int
+    FIRST_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
+    first: _builtins.int
+    """index of the first piece whose digest is asked for"""
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
+        first: _builtins.int = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "first", b"first"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -278,9 +307,9 @@ class Manifest(_message.Message):
     LENGTH_FIELD_NUMBER: _builtins.int
     PIECES_FIELD_NUMBER: _builtins.int
     length: _builtins.int
-    """bytes"""
+    """bytes of the blob"""
     pieces: _builtins.bytes
-    """32 bytes per piece of 1 MiB (2^20 bytes), the last one may be shorter"""
+    """from `first` on, 32 bytes per piece of 1 MiB (2^20 bytes), at most 32768 of them"""
     def __init__(
         self,
         *,
@@ -302,25 +331,91 @@ class FetchRequest(_message.Message):
     DIGEST_FIELD_NUMBER: _builtins.int
     FIRST_FIELD_NUMBER: _builtins.int
     COUNT_FIELD_NUMBER: _builtins.int
+    KIND_FIELD_NUMBER: _builtins.int
     digest: _builtins.bytes
     first: _builtins.int
     """index of the first piece"""
     count: _builtins.int
-    """at most 16"""
+    """at most 64"""
+    kind: Global___Kind.ValueType
+    """what it is to the caller; the server goes by what it knows itself, if it does"""
     def __init__(
         self,
         *,
         digest: _builtins.bytes = ...,
         first: _builtins.int = ...,
         count: _builtins.int = ...,
+        kind: Global___Kind.ValueType = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "digest", b"digest", "first", b"first"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["count", b"count", "digest", b"digest", "first", b"first", "kind", b"kind"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___FetchRequest: _TypeAlias = FetchRequest  # noqa: Y015
+
+@_typing.final
+class Holding(_message.Message):
+    """Which pieces of a blob a node holds, verified."""
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGEST_FIELD_NUMBER: _builtins.int
+    PIECES_FIELD_NUMBER: _builtins.int
+    digest: _builtins.bytes
+    pieces: _builtins.bytes
+    """bit i of byte i/8 is piece i"""
+    def __init__(
+        self,
+        *,
+        digest: _builtins.bytes = ...,
+        pieces: _builtins.bytes = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "pieces", b"pieces"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Holding: _TypeAlias = Holding  # noqa: Y015
+
+@_typing.final
+class HaveRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    DIGESTS_FIELD_NUMBER: _builtins.int
+    @_builtins.property
+    def digests(self) -> _containers.RepeatedScalarFieldContainer[_builtins.bytes]:
+        """of blobs that I hold, or of which I hold pieces and receive the rest; at most 32"""
+
+    def __init__(
+        self,
+        *,
+        digests: _abc.Iterable[_builtins.bytes] | None = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digests", b"digests"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaveRequest: _TypeAlias = HaveRequest  # noqa: Y015
+
+@_typing.final
+class HaveReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___HaveReply: _TypeAlias = HaveReply  # noqa: Y015
 
 @_typing.final
 class Piece(_message.Message):

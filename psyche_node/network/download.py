@@ -1,0 +1,258 @@
+"""One source of one wanted blob, read in a thread: manifest, runs of pieces, each verified before it is kept."""
+
+from __future__ import annotations
+
+import math
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from psyche_node.network.holdings import Holdings, Partial
+from psyche_node.network.links import CallFailed, Cause, Links, Stream
+from psyche_node.network.pieces import Plan
+from psyche_node.network.quality import Quality
+from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
+from psyche_node.network.store import (
+    DIGEST_BYTES,
+    PIECE_BYTES,
+    BlobStore,
+    Manifest,
+    Reader,
+    piece_count,
+    piece_digest,
+    piece_length,
+)
+from psyche_node.network.wants import Choice, Want, is_slow
+from psyche_node.network.wire import node_pb2 as wire
+
+CALL_SECONDS = 5.0
+MIN_BYTES_PER_SECOND = 256 * 1024
+# A run is what a source is expected to bring in this time, so that a slow one has little that others wait for.
+RUN_SECONDS = 1.0
+SMALLEST_RUN = 4
+_WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
+
+
+class BadBytes(Exception):
+    """A source sent bytes that are not the committed ones; it is banned."""
+
+    def __init__(self, what: str, reason: str) -> None:
+        super().__init__(reason)
+        self.what = what
+
+
+class NothingYet(Exception):
+    """A source that is still receiving the blob itself had no piece for this node in time."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tools:
+    """What downloads work with."""
+
+    store: BlobStore
+    reader: Reader
+    holdings: Holdings
+    links: Links
+    quality: Quality
+    begun: Callable[[Want], None]
+    """Told, in a download's thread, when the first piece of a blob of several is here."""
+
+
+@dataclass(slots=True)
+class _Run:
+    stream: Stream
+    pieces: range
+    arrived: int = 0
+
+
+class Download:
+    """One source of one want. ``run`` is for a thread; ``cancel`` ends it from any other."""
+
+    def __init__(self, tools: Tools, want: Want, choice: Choice) -> None:
+        self._tools, self._want, self._choice = tools, want, choice
+        self._source = choice.source
+        self._open: deque[_Run] = deque()
+        self._lock = threading.Lock()
+        self._cancelled = False
+        self._started = self._moved = math.inf
+        self._arrived = 0
+
+    def slow(self, usual: float) -> bool:
+        """Return whether a second source should be asked at the same time."""
+        now = time.monotonic()
+        left = self._want.bytes_left - self._arrived if self._want.plan is None else self._want.bytes_left
+        return is_slow(now - self._moved, now - self._started, self._arrived, left, usual)
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last piece; negative before it has started."""
+        return time.monotonic() - self._moved
+
+    def cancel(self) -> None:
+        """End it; what it brought stays."""
+        with self._lock:
+            self._cancelled = True
+            runs = list(self._open)
+        for run in runs:
+            run.stream.cancel()
+
+    def run(self) -> None:
+        """Bring what this source can. Raises CallFailed, NothingYet, BadBytes, StoreError or OSError.
+
+        The blob is complete, and has its name, when nothing is missing at the end.
+        """
+        self._started = self._moved = time.monotonic()
+        if piece_count(self._want.length) == 1:
+            self._single_piece()
+            return
+        plan, partial = self._planned()
+        try:
+            self._bring(plan, partial)
+        finally:
+            for run in self._open:
+                plan.give_back(self._source, run.pieces)
+            self.cancel()
+        if not plan.left:
+            finish(self._tools, self._want, partial)
+
+    def _single_piece(self) -> None:
+        # A blob of one piece needs no manifest: its length and its bytes give its digest.
+        want = self._want
+        pieces: list[bytes] = []
+        for piece in self._fetch(range(1)).stream:
+            pieces.append(piece)
+            if len(pieces) > 1 or len(piece) != want.length:
+                raise BadBytes("piece", f"it sent {sum(map(len, pieces))} bytes, {want.length} are committed to")
+            self._note(len(piece))
+        if not pieces:
+            raise CallFailed(Cause.BROKEN, "it ended the stream without a piece")
+        manifest = Manifest(want.length, (piece_digest(pieces[0]),))
+        if manifest.digest != want.digest:
+            raise BadBytes("piece", "its bytes are not those committed to")
+        assembly = self._tools.store.begin(manifest, want.round)
+        try:
+            assembly.write(0, pieces[0])
+            self._tools.reader.remember(want.digest, manifest)
+            assembly.finish()
+        finally:
+            assembly.abandon()
+
+    def _planned(self) -> tuple[Plan, Partial]:
+        want = self._want
+        with want.lock:
+            if want.plan is not None and want.partial is not None:
+                return want.plan, want.partial
+        manifest = self._manifest()
+        return open_plan(self._tools, want, manifest)
+
+    def _manifest(self) -> Manifest:
+        want, count = self._want, piece_count(self._want.length)
+        pieces: list[bytes] = []
+        # All from this source: pages of two could not be told apart when they do not lead to the digest.
+        while len(pieces) < count:
+            request = wire.ManifestRequest(digest=want.digest, first=len(pieces))
+            asked = time.monotonic()
+            reply = self._tools.links.call(self._source, "GetManifest", request, wire.Manifest, CALL_SECONDS)
+            self._tools.quality.answered(self._source, time.monotonic() - asked)
+            if reply.length != want.length:
+                raise BadBytes("manifest", f"it says {reply.length} bytes, {want.length} are committed to")
+            page = reply.pieces
+            if len(page) != min(count - len(pieces), MAX_PIECES_PER_MANIFEST) * DIGEST_BYTES:
+                raise BadBytes("manifest", "its piece list is not the one committed to")
+            pieces += (page[at : at + DIGEST_BYTES] for at in range(0, len(page), DIGEST_BYTES))
+            self._moved = time.monotonic()
+        manifest = Manifest(want.length, tuple(pieces))
+        if manifest.digest != want.digest:
+            raise BadBytes("manifest", "its piece list is not the one committed to")
+        return manifest
+
+    def _bring(self, plan: Plan, partial: Partial) -> None:
+        self._ahead(plan)
+        while self._open:
+            run = self._open[0]
+            for piece in run.stream:
+                if run.arrived == len(run.pieces) or not partial.write(run.pieces[run.arrived], piece):
+                    at = run.pieces.start + run.arrived
+                    raise BadBytes("piece", f"its piece {at} is not the one committed to")
+                plan.arrived(run.pieces[run.arrived])
+                run.arrived += 1
+                self._note(len(piece))
+                if self._arrived == len(piece):
+                    self._tools.begun(self._want)
+                if not plan.left or plan.has(run.pieces[run.arrived :]):
+                    run.stream.cancel()
+                    break
+                # The next run is asked for while this one still comes, so that the line is never idle.
+                if len(self._open) == 1 and 2 * (len(run.pieces) - run.arrived) <= len(run.pieces):
+                    self._ahead(plan)
+            with self._lock:
+                self._open.popleft()
+            rest = run.pieces[run.arrived :]
+            plan.give_back(self._source, rest)
+            if not run.arrived:
+                raise NothingYet("it ended the stream without a piece")
+            if not self._open and plan.left:
+                self._ahead(plan)
+
+    def _ahead(self, plan: Plan) -> None:
+        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
+        limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
+        pieces = plan.take(self._source, limit, self._choice.held, again=self._others_slow())
+        if pieces:
+            try:
+                self._fetch(pieces)
+            except BaseException:
+                plan.give_back(self._source, pieces)
+                raise
+
+    def _fetch(self, pieces: range) -> _Run:
+        want = self._want
+        size = sum(piece_length(want.length, index) for index in (pieces[0], pieces[-1]))
+        size += max(0, len(pieces) - 2) * PIECE_BYTES
+        deadline = CALL_SECONDS + math.ceil(size / MIN_BYTES_PER_SECOND)
+        kind = _WIRE_KINDS[want.kind]
+        stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
+        run = _Run(stream, pieces)
+        with self._lock:
+            if self._cancelled:
+                stream.cancel()
+            self._open.append(run)
+        return run
+
+    def _note(self, count: int) -> None:
+        now = time.monotonic()
+        if not self._arrived:
+            self._tools.quality.answered(self._source, now - self._started)
+        self._arrived += count
+        self._moved = now
+        self._tools.quality.arrived(count)
+
+    def _others_slow(self) -> bool:
+        others = [running for running in list(self._want.running.values()) if running is not self]
+        return bool(others) and all(running.slow(self._tools.quality.usual()) for running in others)
+
+    def measured(self) -> tuple[int, float]:
+        """Return the bytes that came and the seconds they took."""
+        return self._arrived, max(0.0, self._moved - self._started)
+
+
+def open_plan(tools: Tools, want: Want, manifest: Manifest) -> tuple[Plan, Partial]:
+    """Begin to assemble the want's blob, or go on with what an earlier process left. Any thread, once per want."""
+    with want.lock:
+        if want.plan is None or want.partial is None:
+            assembly = tools.store.resume(manifest, want.round)
+            want.partial = tools.holdings.begin(assembly)
+            want.plan = Plan(len(manifest.pieces), assembly.missing())
+            if want.dropped:
+                tools.holdings.end(want.partial)
+        return want.plan, want.partial
+
+
+def finish(tools: Tools, want: Want, partial: Partial) -> None:
+    """Give a blob of which nothing is missing its name. Any thread. Raises StoreError or OSError."""
+    with want.lock:
+        tools.reader.remember(want.digest, partial.manifest)
+        partial.finish()
+    tools.holdings.end(partial)

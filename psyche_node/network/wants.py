@@ -1,0 +1,225 @@
+"""A blob that this node wants, and from whom to take it next: the choice, and the reason that the log gives for it."""
+
+from __future__ import annotations
+
+import math
+import random
+import threading
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+import trio
+
+from psyche_node.network.directory import Directory
+from psyche_node.network.fanout import Tree
+from psyche_node.network.holdings import Partial
+from psyche_node.network.messages import Kind
+from psyche_node.network.pieces import Plan
+from psyche_node.network.quality import SLOW_SHARE, Quality
+from psyche_node.network.store import PIECE_BYTES
+
+# After this long without a piece, on top of what two pieces usually take, another source is asked at the same time.
+HEDGE_SECONDS = 2.0
+# An update comes from one source, and from a second one when that is slow; other blobs come from several.
+MAX_SOURCES = {Kind.UPDATE: 2, Kind.CHECKPOINT: 4, Kind.MODEL: 4}
+# A step down the tree may take this long, before the next one up is asked without having said anything.
+HOP_SECONDS = 0.5
+MAX_BACKLOG_SECONDS = 15.0
+# Downloads from one peer at a time, those counted that are at least as urgent.
+MAX_DOWNLOADS_PER_PEER = {Kind.UPDATE: 3, Kind.CHECKPOINT: 1, Kind.MODEL: 1}
+
+
+class Role(StrEnum):
+    """Why a source may have the blob."""
+
+    AUTHOR = "author"
+    PARENT = "parent"
+    HOLDER = "holder"
+    ANCESTOR = "further up the tree"
+    ANYBODY = "last resort"
+
+
+class Running(Protocol):
+    """A source being read."""
+
+    @property
+    def idle(self) -> float:
+        """Seconds since the last piece; negative before it has started."""
+
+    def slow(self, usual: float) -> bool:
+        """Return whether a second source should be asked; ``usual`` is the bytes a second of a usual stream."""
+
+    def cancel(self) -> None:
+        """End it from outside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A source and why it was chosen. ``held`` is one byte per piece for a partial holder; None is all."""
+
+    source: bytes
+    role: Role
+    held: bytes | None = None
+
+
+@dataclass(eq=False)
+class Want:
+    """One open want. On trio, but for ``lock`` and what it guards: ``partial`` and ``plan``."""
+
+    round: int
+    member: int
+    digest: bytes
+    length: int
+    kind: Kind
+    opened: float
+    tree: Tree
+    offers: dict[bytes, bytes | None] = field(default_factory=dict)
+    """Who says that it has the blob, and which pieces of it (one byte each); None is all of them."""
+    invited: set[bytes] = field(default_factory=set)
+    """Those of them who said it to this node because it is to take the blob from them."""
+    retry_at: dict[bytes, float] = field(default_factory=dict)
+    failures: dict[bytes, int] = field(default_factory=dict)
+    empty: dict[bytes, int] = field(default_factory=dict)
+    """How often a source that has the blob, or receives it, had nothing to bring."""
+    broken: set[bytes] = field(default_factory=set)
+    """Sources that failed for another reason than that they do not have it, or are busy."""
+    told: set[str] = field(default_factory=set)
+    running: dict[bytes, Running] = field(default_factory=dict)
+    news: trio.Event = field(default_factory=trio.Event)
+    scope: trio.CancelScope = field(default_factory=trio.CancelScope)
+    dropped: bool = False
+    passed_on: bool = False
+    """Whether the children in the tree have been told that the first piece is here."""
+    partial: Partial | None = None
+    plan: Plan | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    @property
+    def name(self) -> str:
+        return f"round {self.round}, member {self.member}, {self.digest.hex()[:16]}"
+
+    @property
+    def bytes_left(self) -> int:
+        return self.length if self.plan is None else self.plan.left * PIECE_BYTES
+
+
+class Chooser:
+    """Chooses sources for wants from the member list, the offers, and what is known of each peer."""
+
+    def __init__(self, directory: Directory, quality: Quality, busy: Callable[[bytes, Want], int]) -> None:
+        """``busy`` says how many downloads from a peer are running that are at least as urgent as a want."""
+        self._directory, self._quality, self._busy = directory, quality, busy
+
+    def choose(self, want: Want, now: float, backlog: float) -> Choice | None:
+        """Return the next source to ask for ``want``, or None while there is nobody to ask, or no need.
+
+        ``backlog`` is the seconds that all open wants together should take.
+        """
+        if not self._needs_more(want):
+            return None
+        # Beside a source that is slow, it is not this node's line that all wait for.
+        patience = self.patience(want, 0.0 if want.running else backlog)
+        for candidates in (
+            self._holders(want),
+            self._up_the_tree(want, now, patience),
+            self._anybody(want, now, patience),
+        ):
+            free = [choice for choice in candidates if self._free(want, choice.source, now)]
+            if free:
+                return min(free, key=lambda choice: self._cost(want, choice))
+        return None
+
+    def patience(self, want: Want, backlog: float) -> float:
+        """Return how many seconds to wait for the parent to say that it has something."""
+        depth = len(want.tree.ancestors(self._directory.own_key))
+        hop = (
+            HOP_SECONDS + 4 * self._quality.usual_latency() + 2 * min(want.length, PIECE_BYTES) / self._quality.usual()
+        )
+        return depth * hop + min(backlog, MAX_BACKLOG_SECONDS)
+
+    def impatient(self, want: Want, now: float, backlog: float) -> bool:
+        """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
+        if want.kind is not Kind.UPDATE or want.failures or want.broken:
+            return True
+        if want.running:
+            return all(running.slow(self._quality.usual()) for running in want.running.values())
+        return now - want.opened >= self.patience(want, backlog)
+
+    def next_at(self, want: Want, now: float) -> float:
+        """Return when to look again, if nothing happens before."""
+        due = min((at for at in want.retry_at.values() if at > now), default=now + 1.0)
+        return min(max(due, now + 0.02), now + 1.0)
+
+    def _needs_more(self, want: Want) -> bool:
+        if not want.running:
+            return True
+        if len(want.running) >= MAX_SOURCES[want.kind]:
+            return False
+        if all(running.slow(self._quality.usual()) for running in want.running.values()):
+            return True
+        # A source more, as long as there is something that nobody is bringing.
+        return want.kind is not Kind.UPDATE and want.plan is not None and want.plan.untaken()
+
+    def _holders(self, want: Want) -> Iterable[Choice]:
+        parents = self._effective(want)[:1]
+        root = want.tree.order[:1]
+        for key, held in want.offers.items():
+            # The author has enough to do with those that are to take it from there.
+            if key not in root or key in parents or key in want.invited or want.kind is not Kind.UPDATE:
+                yield Choice(key, Role.PARENT if key in parents or key in want.invited else Role.HOLDER, held)
+        if root and (want.kind is not Kind.UPDATE or parents == list(root)):
+            yield Choice(root[0], Role.AUTHOR)
+
+    def _up_the_tree(self, want: Want, now: float, patience: float) -> Iterable[Choice]:
+        if want.kind is not Kind.UPDATE:
+            return
+        waited = now - want.opened
+        for level, key in enumerate(self._effective(want)):
+            # By steps, so that a slow branch does not fall on the author all at once.
+            hurry = bool(want.running) and key != want.tree.order[0]
+            if hurry or waited >= min(level + 1, 3) * patience:
+                yield Choice(key, Role.ANCESTOR)
+
+    def _anybody(self, want: Want, now: float, patience: float) -> Iterable[Choice]:
+        if want.running or (self._effective(want) and now - want.opened < 4 * patience):
+            return
+        for key in want.tree.ancestors(self._directory.own_key):
+            yield Choice(key, Role.ANYBODY)
+
+    def _effective(self, want: Want) -> list[bytes]:
+        """Return the ancestors that there is a point in waiting for, the nearest first."""
+        return [
+            key
+            for key in self._directory.sources(want.tree.ancestors(self._directory.own_key))
+            if key not in want.broken and not self._quality.avoided(key)
+        ]
+
+    def _free(self, want: Want, key: bytes, now: float) -> bool:
+        return (
+            bool(self._directory.sources([key]))
+            and key not in want.running
+            and want.retry_at.get(key, -math.inf) <= now
+            and self._busy(key, want) < MAX_DOWNLOADS_PER_PEER[want.kind]
+        )
+
+    def _cost(self, want: Want, choice: Choice) -> tuple[bool, bool, float, float]:
+        return (
+            self._quality.avoided(choice.source),
+            choice.role is not Role.PARENT and choice.role is not Role.AUTHOR and want.kind is Kind.UPDATE,
+            # Coarsely, so that equals are chosen among by chance and share the work.
+            round(self._quality.seconds_for(choice.source, min(want.length, 16 * PIECE_BYTES)), 1),
+            random.random(),
+        )
+
+
+def is_slow(idle: float, elapsed: float, arrived: int, left: int, usual: float) -> bool:
+    """Return whether a source is slow: ``arrived`` bytes in ``elapsed`` seconds, and none in the last ``idle`` ones.
+
+    ``left`` bytes are missing, and a usual stream brings ``usual`` bytes a second.
+    """
+    if idle > HEDGE_SECONDS + 2 * PIECE_BYTES / usual:
+        return True
+    rate = arrived / elapsed if elapsed > 0 else usual
+    return elapsed > HEDGE_SECONDS and rate < usual * SLOW_SHARE and left > HEDGE_SECONDS * rate

@@ -1,0 +1,366 @@
+"""The exchange between real gRPC servers on loopback: who serves whom, and what dead, lying and slow nodes cost."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import trio
+import trio.testing
+from exchange_nodes import ExchangeNode, in_trio, introduce, nodes, tree_of
+
+from psyche_node.identity import NodeKey
+from psyche_node.network.fanout import ARITY, Tree
+from psyche_node.network.holdings import MAX_WAITING, Holdings
+from psyche_node.network.links import CallFailed, Cause
+from psyche_node.network.messages import Fetched, Kind
+from psyche_node.network.store import (
+    PIECE_BYTES,
+    BlobStore,
+    Manifest,
+    Reader,
+    blob_digest,
+    piece_count,
+    piece_digest,
+    write_list,
+)
+from psyche_node.network.uploads import SLACK_BYTES
+from psyche_node.network.wire import node_pb2 as wire
+
+pytestmark = pytest.mark.timeout(120)
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that no event tells of."""
+    with trio.fail_after(60):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+def held(node: ExchangeNode, digest: bytes) -> int:
+    """Return how many pieces a node has of a blob that it is receiving."""
+    partial = node.holdings.partial(digest)
+    return 0 if partial is None else int.from_bytes(partial.bitmap(), "little").bit_count()
+
+
+class Gate:
+    """Lets a node serve the first ``count`` pieces of blobs, and makes it stop at any other until opened."""
+
+    def __init__(self, holdings: Holdings, count: int) -> None:
+        self._count = count
+        self._opened = threading.Event()
+        self._pieces = holdings.pieces
+        holdings.pieces = self._gated  # type: ignore[method-assign]
+
+    def _gated(self, digest: bytes, run: range) -> Iterator[bytes]:
+        for index, piece in zip(run, self._pieces(digest, run), strict=False):
+            if index >= self._count:
+                self._opened.wait(60)
+            yield piece
+
+    def open(self) -> None:
+        self._opened.set()
+
+
+@in_trio
+async def test_each_node_passes_an_update_on_to_two_at_most(tmp_path: Path) -> None:
+    data = os.urandom(2 * PIECE_BYTES + 77)
+    async with nodes(tmp_path, 8) as made:
+        digest = made[0].put(data, 1)
+        for node in made[1:]:
+            node.fetcher.want(1, 0, digest, len(data))
+        for node in made[1:]:
+            await node.fetched(digest)
+            assert node.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
+        tree = tree_of(made, digest)
+        by_key = {node.key.public: node for node in made}
+        assert {key: by_key[key].uploaded() for key in tree.order} == {
+            key: len(tree.children(key)) * len(data) for key in tree.order
+        }
+
+
+@in_trio
+async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(tmp_path: Path) -> None:
+    """Both of the author's children are bad. Their children come to the author; everybody else is served as before."""
+    data = os.urandom(PIECE_BYTES + 77)
+    keys = [NodeKey.generate() for _ in range(8)]
+    tree = Tree(blob_digest(data), keys[0].public, [key.public for key in keys])
+    dead, liar = (next(n for n, key in enumerate(keys) if key.public == child) for child in tree.order[1:3])
+    async with nodes(tmp_path, 8, {liar: ["tamper"]}, keys) as made:
+        made[dead].kill()
+        for number, node in enumerate(made):
+            if number not in (0, dead):
+                node.fetcher.want(1, 0, blob_digest(data), len(data))
+        digest = made[0].put(data, 1)
+        for number, node in enumerate(made):
+            if number not in (0, dead):
+                await node.fetched(digest)
+                assert node.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
+        for number, node in enumerate(made):
+            if keys[number].public in tree.children(keys[liar].public):
+                assert [event.peer for event in node.rejected()] == [keys[liar].node_id]
+                assert node.directory.banned(keys[liar].public)
+        assert made[0].uploaded() <= (1 + 2 * ARITY) * len(data)
+
+
+@in_trio
+async def test_a_blob_is_passed_on_while_it_arrives(tmp_path: Path) -> None:
+    data = os.urandom(8 * PIECE_BYTES)
+    async with nodes(tmp_path, 4) as made:
+        tree = tree_of(made, blob_digest(data))
+        by_key = {node.key.public: node for node in made}
+        middle, last = by_key[tree.order[1]], by_key[tree.order[3]]
+        gate = Gate(made[0].holdings, 3)
+        digest = made[0].put(data, 1)
+        for node in (middle, last):
+            node.fetcher.want(1, 0, digest, len(data))
+        await until(lambda: held(last, digest) == 3)
+        assert middle.holdings.partial(digest) is not None, "the one in the middle is not complete itself"
+        assert middle.uploaded() == 3 * PIECE_BYTES
+        gate.open()
+        await last.fetched(digest)
+        await middle.fetched(digest)
+        assert last.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
+        assert middle.uploaded() >= 3 * PIECE_BYTES
+
+
+@in_trio
+async def test_a_parent_that_stops_in_the_middle_is_gone_around(tmp_path: Path) -> None:
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 4) as made:
+        tree = tree_of(made, blob_digest(data))
+        by_key = {node.key.public: node for node in made}
+        parent, child = by_key[tree.order[1]], by_key[tree.order[3]]
+        gate = Gate(parent.holdings, 1)
+        digest = made[0].put(data, 1)
+        parent.fetcher.want(1, 0, digest, len(data))
+        child.fetcher.want(1, 0, digest, len(data))
+        assert (await child.fetched(digest)).source != parent.key.node_id
+        gate.open()
+
+
+@in_trio
+async def test_a_download_goes_on_after_the_process_was_killed(tmp_path: Path) -> None:
+    """What is in the folder at that moment is all that a killed process leaves."""
+    data = os.urandom(12 * PIECE_BYTES + 5)
+    keys = [NodeKey.generate() for _ in range(2)]
+    async with nodes(tmp_path, 2, keys=keys) as made:
+        gate = Gate(made[0].holdings, 6)
+        digest = made[0].put(data, 1, Kind.MODEL)
+        made[1].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
+        await until(lambda: held(made[1], digest) == 6)
+        shutil.copytree(tmp_path / "1", tmp_path / "killed")
+        gate.open()
+    async with nodes(tmp_path / "again", 1, keys=keys[:1]) as (author,):
+        reborn = ExchangeNode(tmp_path / "killed", keys[1])
+        introduce([author, reborn])
+        author.put(data, 1, Kind.MODEL)
+        async with trio.open_nursery() as nursery:
+            nursery.start_soon(reborn.fetcher.run)
+            await trio.testing.wait_all_tasks_blocked()
+            reborn.fetcher.want(1, 0, digest, len(data), Kind.MODEL)
+            await reborn.fetched(digest)
+            nursery.cancel_scope.cancel()
+        reborn.close()
+        assert reborn.store.path(digest).read_bytes() == data  # type: ignore[union-attr]
+        assert author.uploaded() == len(data) - 6 * PIECE_BYTES
+        assert not [path for path in (tmp_path / "killed").glob("*/*") if path.suffix]
+
+
+@in_trio
+async def test_what_ends_in_order_is_kept_too_and_what_is_forgotten_is_not(tmp_path: Path) -> None:
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 2) as made:
+        gate = Gate(made[0].holdings, 2)
+        digest = made[0].put(data, 1)
+        for round in (1, 2):
+            made[1].fetcher.want(round, 0, digest, len(data))
+        await until(lambda: len(list((tmp_path / "1").glob("*/*.part"))) == 2)
+        made[1].fetcher.forget(2)
+        await until(lambda: not list((tmp_path / "1" / "1").glob("*")))
+        gate.open()
+        # Nothing is served any more, so that the second want stays open until the end.
+        made[0].store.drop(digest)
+        made[0].kill()
+        complete = made[1].store.path(digest) is not None
+    assert complete or len(list((tmp_path / "1" / "2").glob("*"))) == 2
+
+
+@in_trio
+async def test_a_model_comes_from_several_holders_at_once_each_a_different_part(tmp_path: Path) -> None:
+    """No holder may finish before all three are at work: what each brings, it brings beside the others."""
+    data = os.urandom(24 * PIECE_BYTES)
+    async with nodes(tmp_path, 4) as made:
+        together = threading.Barrier(3, timeout=60)
+        for node in made[:3]:
+            pieces, first = node.holdings.pieces, threading.Event()
+
+            def gated(
+                digest: bytes,
+                run: range,
+                pieces: Callable[[bytes, range], Iterator[bytes]] = pieces,
+                first: threading.Event = first,
+            ) -> Iterator[bytes]:
+                for number, piece in enumerate(pieces(digest, run)):
+                    # The first piece goes out at once: the others are asked when there is a list of pieces.
+                    if number == 1 and not first.is_set():
+                        first.set()
+                        together.wait()
+                    yield piece
+
+            node.holdings.pieces = gated  # type: ignore[method-assign]
+        digests = {node.put(data, 1, Kind.MODEL) for node in made[:3]}
+        (digest,) = digests
+        made[3].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
+        await made[3].fetched(digest)
+        assert made[3].store.path(digest).read_bytes() == data  # type: ignore[union-attr]
+        uploaded = [node.uploaded() for node in made[:3]]
+        assert all(uploaded)
+        # Only the very last pieces may have come twice.
+        assert sum(uploaded) <= len(data) + 8 * PIECE_BYTES
+
+
+@in_trio
+async def test_the_list_of_a_70_gb_model_comes_in_pages(tmp_path: Path) -> None:
+    """The file is a hole; its list is real, leads to the digest, and is longer than a message may be."""
+    length = 70_000 * PIECE_BYTES - 3
+    pieces = tuple(piece_digest(number.to_bytes(8, "little")) for number in range(piece_count(length)))
+    manifest = Manifest(length, pieces)
+    async with nodes(tmp_path, 2) as made:
+        path = tmp_path / "0" / "1" / manifest.digest.hex()
+        path.parent.mkdir()
+        path.touch()
+        os.truncate(path, length)
+        write_list(path.with_name(f"{path.name}.list"), manifest)
+        made[1].fetcher.want(1, 0, manifest.digest, length, Kind.MODEL)
+        # It gets as far as the first piece, which is not what the list says.
+        copy = BlobStore(tmp_path / "1")
+        await until(lambda: copy.unfinished(manifest.digest, length, 1))
+        assert copy.unfinished(manifest.digest, length, 1) == manifest
+        assert not made[1].rejected()
+
+
+@in_trio
+async def test_a_page_that_is_too_short_or_a_list_that_is_another_blobs_bans_its_sender(tmp_path: Path) -> None:
+    data, other = os.urandom(3 * PIECE_BYTES), os.urandom(3 * PIECE_BYTES)
+    for number, wrong in enumerate(
+        (Manifest.of_file, lambda _: Manifest(len(data), (bytes(32),) * 2), lambda _: Manifest(1, (bytes(32),)))
+    ):
+        async with nodes(tmp_path / str(number), 2) as made:
+            digest = made[0].put(data, 1)
+            (tmp_path / "other").write_bytes(other)
+            manifest = wrong(tmp_path / "other")
+            made[0].holdings.manifest = lambda _, manifest=manifest: manifest  # type: ignore[method-assign,misc]
+            made[1].fetcher.want(1, 0, digest, len(data))
+            await until(made[1].rejected)
+            (rejected,) = made[1].rejected()
+            assert (rejected.what, rejected.peer) == ("manifest", made[0].key.node_id)
+
+
+@in_trio
+async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_little_harm(tmp_path: Path) -> None:
+    data = os.urandom(60_000)
+    async with nodes(tmp_path, 4) as made:
+        digest = blob_digest(data)
+        tree = tree_of(made, digest)
+        by_key = {node.key.public: node for node in made}
+        parent, child = by_key[tree.order[1]], by_key[tree.order[3]]
+        liar = next(node for node in made[1:] if node not in (parent, child))
+        made[0].put(data, 1)
+        await trio.to_thread.run_sync(
+            lambda: liar.links.call(child.key.public, "Have", wire.HaveRequest(digests=[digest]), wire.HaveReply, 10.0)
+        )
+        parent.fetcher.want(1, 0, digest, len(data))
+        await parent.fetched(digest)
+        child.fetcher.want(1, 0, digest, len(data))
+        assert (await child.fetched(digest)).source in (parent.key.node_id, made[0].key.node_id)
+        assert not liar.uploaded()
+        assert not child.directory.banned(liar.key.public), "it may have lost it since"
+
+
+def take(node: ExchangeNode, source: ExchangeNode, digest: bytes, first: int, count: int) -> int:
+    return sum(len(piece) for piece in node.links.fetch(source.key.public, digest, first, count, 30.0))
+
+
+@in_trio
+async def test_a_peer_that_fetches_the_same_again_and_again_is_stopped(
+    tmp_path: Path,
+) -> None:
+    async with nodes(tmp_path, 3) as made:
+        digest = made[0].put(os.urandom(16 * PIECE_BYTES), 1)
+        taken, cause = 0, None
+        while cause is None and taken < 1 << 28:
+            try:
+                taken += await trio.to_thread.run_sync(take, made[1], made[0], digest, 0, 16)
+            except CallFailed as error:
+                cause = error.cause
+        assert cause is Cause.BUSY
+        assert taken == 2 * 16 * PIECE_BYTES + SLACK_BYTES
+        assert await trio.to_thread.run_sync(take, made[2], made[0], digest, 0, 16) == 16 * PIECE_BYTES
+
+
+def test_no_more_than_some_uploads_wait_for_pieces_and_the_others_end_early(tmp_path: Path) -> None:
+    store = BlobStore(tmp_path)
+    data = os.urandom(3 * PIECE_BYTES)
+    manifest = Manifest(
+        len(data), tuple(piece_digest(data[at : at + PIECE_BYTES]) for at in range(0, len(data), PIECE_BYTES))
+    )
+    holdings = Holdings(Reader(store))
+    partial = holdings.begin(store.resume(manifest, 0))
+    assert partial.write(0, data[:PIECE_BYTES])
+    streams = [holdings.pieces(manifest.digest, range(3)) for _ in range(MAX_WAITING + 1)]
+    assert {next(stream) for stream in streams} == {data[:PIECE_BYTES]}
+    waiting = threading.Semaphore(0)
+    holds = partial.holds
+
+    def told(index: int, seconds: float = 0.0) -> bool:
+        if seconds:
+            waiting.release()
+        return holds(index, 60.0 if seconds else 0.0)
+
+    partial.holds = told  # type: ignore[method-assign]
+    results: list[int] = []
+    threads = [
+        threading.Thread(target=lambda stream=stream: results.append(sum(map(len, stream)))) for stream in streams[1:]
+    ]
+    for thread in threads:
+        thread.start()
+    for _ in threads:
+        assert waiting.acquire(timeout=60)
+    assert list(streams[0]) == [], "one too many waits"
+    for index in (1, 2):
+        assert partial.write(index, data[index * PIECE_BYTES : (index + 1) * PIECE_BYTES])
+    for thread in threads:
+        thread.join(60)
+    assert results == [2 * PIECE_BYTES] * MAX_WAITING
+    partial.finish()
+    holdings.end(partial)
+    assert list(holdings.pieces(manifest.digest, range(2, 3))) == [data[2 * PIECE_BYTES :]]
+
+
+@in_trio
+async def test_updates_come_before_the_model_that_was_wanted_first(tmp_path: Path) -> None:
+    """One slot: what waits for it goes by urgency."""
+    async with nodes(tmp_path, 2) as made:
+        made[1].fetcher._slots._free = 1
+        made[1].announcements.reached(5)
+        gate = Gate(made[0].holdings, 0)
+        blobs = {
+            (kind, round): made[0].put(os.urandom(1000 + round), round, kind)
+            for kind, round in ((Kind.CHECKPOINT, 1), (Kind.MODEL, 2), (Kind.UPDATE, 4), (Kind.UPDATE, 5))
+        }
+        for (kind, round), digest in blobs.items():
+            made[1].fetcher.want(round, 0, digest, 1000 + round, kind)
+            await trio.testing.wait_all_tasks_blocked(0.01)
+        gate.open()
+        for digest in blobs.values():
+            await made[1].fetched(digest)
+        order = [event.digest for event in made[1].events if isinstance(event, Fetched)]
+        # The checkpoint had the slot already.
+        assert order == [
+            blobs[which].hex() for which in ((Kind.CHECKPOINT, 1), (Kind.UPDATE, 5), (Kind.UPDATE, 4), (Kind.MODEL, 2))
+        ]

@@ -1,0 +1,296 @@
+"""The parts of the exchange on their own: trees, plans of pieces, turns, what is known of peers."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+
+import pytest
+import trio
+import trio.testing
+from blake3 import blake3
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche_node.network.fanout import ARITY, Tree
+from psyche_node.network.messages import Kind
+from psyche_node.network.notices import MAX_EARLY_PER_HOLDER, EarlyOffers
+from psyche_node.network.pieces import Plan, pack, unpack
+from psyche_node.network.quality import LONGEST_PAUSE, MAX_PEERS, Quality
+from psyche_node.network.turns import ACTIVE_SECONDS, YIELD_SECONDS, Slots, Turns, rank
+from psyche_node.network.uploads import SLACK_BYTES, Allowances
+from psyche_node.network.wants import HEDGE_SECONDS, is_slow
+
+
+def members_of(count: int) -> list[bytes]:
+    return [blake3(bytes([number % 256, number // 256])).digest() for number in range(count)]
+
+
+# Trees ---------------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 256), st.binary(min_size=32, max_size=32), st.randoms())
+def test_every_member_reaches_the_author_and_nobody_has_more_than_two_children(count, digest, random) -> None:  # type: ignore[no-untyped-def]
+    members = members_of(count)
+    author = random.choice(members)
+    shuffled = random.sample(members, count)
+    tree = Tree(digest, author, members)
+    assert tree.order == Tree(digest, author, shuffled).order, "it depends on the order of the member list"
+    assert tree.order[0] == author
+    assert set(tree.order) == set(members)
+    for member in members:
+        ancestors = tree.ancestors(member)
+        assert len(ancestors) <= count.bit_length()
+        assert (ancestors[-1] == author) if ancestors else member == author
+        assert len(tree.children(member)) <= ARITY
+        for child in tree.children(member):
+            assert tree.ancestors(child) == [member, *ancestors]
+    assert sorted(child for member in members for child in tree.children(member)) == sorted(set(members) - {author})
+
+
+def test_the_work_is_spread_evenly_over_many_blobs() -> None:
+    """Each of 32 members publishes once a round; over 30 rounds, nobody sends a third more than the average."""
+    members = members_of(32)
+    sent: Counter[bytes] = Counter()
+    for round in range(30):
+        for author in members:
+            tree = Tree(blake3(author + bytes([round])).digest(), author, members)
+            sent.update({member: len(tree.children(member)) for member in members})
+    average = sum(sent.values()) / len(members)
+    assert average == 30 * 31
+    assert max(sent.values()) < average * 4 / 3
+    assert min(sent.values()) > average * 2 / 3
+
+
+def test_trees_without_an_author_or_without_this_node() -> None:
+    members = members_of(5)
+    tree = Tree(bytes(32), None, members)
+    assert set(tree.order) == set(members)
+    assert tree.ancestors(b"a stranger") == [tree.order[0]]
+    assert tree.children(b"a stranger") == []
+    assert Tree(bytes(32), None, []).ancestors(members[0]) == []
+
+
+# Pieces --------------------------------------------------------------------------------------------------------------
+
+
+@settings(deadline=None)
+@given(st.lists(st.booleans(), max_size=100))
+def test_bitmaps_come_back(held: list[bool]) -> None:
+    assert unpack(pack(bytes(held)), len(held)) == bytes(held)
+
+
+@settings(deadline=None)
+@given(st.binary(max_size=20), st.integers(0, 100))
+def test_any_bitmap_of_a_stranger_has_as_many_pieces_as_the_blob(bitmap: bytes, count: int) -> None:
+    held = unpack(bitmap, count)
+    assert len(held) == count
+    assert set(held) <= {0, 1}
+    assert all(
+        one == (index // 8 < len(bitmap) and bitmap[index // 8] >> index % 8 & 1) for index, one in enumerate(held)
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_sources_bring_different_pieces_and_all_of_them(data: st.DataObject) -> None:
+    """Three sources take, bring, and fail in any order; every piece arrives, few twice, none from where it is not."""
+    count = data.draw(st.integers(1, 40))
+    missing = data.draw(st.sets(st.integers(0, count - 1)))
+    held = {source: data.draw(st.binary(min_size=count, max_size=count)) for source in (b"a", b"b")}
+    plan = Plan(count, missing)
+    coming: dict[bytes, list[int]] = {}
+    arrived: Counter[int] = Counter()
+    again: set[int] = set()
+    for _ in range(150):
+        if not plan.left:
+            break
+        source = data.draw(st.sampled_from([b"a", b"b", b"c"]))
+        if source not in coming:
+            endgame = data.draw(st.booleans())
+            everywhere = {index for run in coming.values() for index in run}
+            run = plan.take(source, data.draw(st.integers(1, 8)), held.get(source), again=endgame)
+            assert all(source not in held or held[source][index] for index in run)
+            assert set(run) <= missing
+            twice = everywhere.intersection(run)
+            assert not twice or (endgame and twice == set(run))
+            again |= twice
+            if run:
+                coming[source] = list(run)
+        elif data.draw(st.booleans()):
+            index = coming[source].pop(0)
+            plan.arrived(index)
+            arrived[index] += 1
+            if not coming[source]:
+                del coming[source]
+        else:
+            plan.give_back(source, coming.pop(source))
+    for source, run in coming.items():
+        plan.give_back(source, run)
+    while run := plan.take(b"c", 3):
+        for index in run:
+            plan.arrived(index)
+            arrived[index] += 1
+    assert set(arrived) == missing
+    assert plan.left == 0
+    assert not plan.untaken()
+    assert {index for index, times in arrived.items() if times > 1} <= again
+
+
+def test_the_last_pieces_are_taken_from_the_end_of_what_a_slow_source_still_has_to_bring() -> None:
+    plan = Plan(10, range(10))
+    assert plan.take(b"slow", 10) == range(10)
+    assert plan.take(b"fast", 4) == range(0)
+    assert plan.take(b"fast", 4, again=True) == range(6, 10)
+    assert plan.take(b"third", 4, again=True) == range(2, 6)
+    assert plan.take(b"slow", 4, again=True) == range(0), "it brings them already"
+    for index in range(2, 10):
+        plan.arrived(index)
+    plan.give_back(b"slow", range(10))
+    assert plan.take(b"fast", 10) == range(2)
+
+
+# Turns ---------------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_urgent() -> None:
+    order = [
+        rank(Kind.UPDATE, 8, 7),
+        rank(Kind.UPDATE, 6, 7),
+        rank(Kind.UPDATE, 5, 7),
+        rank(Kind.CHECKPOINT, 7, 7),
+        rank(Kind.MODEL, 7, 7),
+    ]
+    assert order == sorted(set(order))
+    assert rank(Kind.UPDATE, 7, 7) == order[0]
+
+
+def test_slots_go_to_the_most_urgent_and_come_back_when_a_waiter_is_cancelled() -> None:
+    async def scenario() -> None:
+        slots, order = Slots(1), []
+        release = {name: trio.Event() for name in "abd"}
+        gone = trio.CancelScope()
+
+        async def hold(name: str, urgency: tuple[int, int]) -> None:
+            async with slots.slot(urgency):
+                order.append(name)
+                await release[name].wait()
+
+        async def give_up(name: str, urgency: tuple[int, int]) -> None:
+            with gone:
+                await hold(name, urgency)
+
+        async with trio.open_nursery() as nursery:
+            for name, urgency in (("a", (3, 0)), ("b", (1, 2)), ("c", (0, 0)), ("d", (1, 1))):
+                nursery.start_soon(give_up if name == "c" else hold, name, urgency)
+                await trio.testing.wait_all_tasks_blocked()
+            assert order == ["a"]
+            gone.cancel()
+            await trio.testing.wait_all_tasks_blocked()
+            for name in "adb":
+                release[name].set()
+                await trio.testing.wait_all_tasks_blocked()
+        assert order == ["a", "d", "b"]
+
+    trio.run(scenario)
+
+
+def test_a_model_waits_for_updates_that_move_and_not_for_those_that_do_not() -> None:
+    now = 100.0
+    turns = Turns(lambda: now)
+    model, update = turns.enter((3, 0)), turns.enter((0, 0))
+    assert not turns.wait(model, 0.0)
+    assert turns.wait(update, 0.0)
+    now += ACTIVE_SECONDS
+    assert turns.wait(model, 0.0), "an update that moves nothing holds up a model"
+    assert turns.wait(update, 0.0)
+    assert not turns.wait(model, 0.0)
+    turns.leave(update)
+    assert turns.wait(model, 0.0)
+    assert YIELD_SECONDS < ACTIVE_SECONDS
+
+
+def test_a_peer_gets_each_blob_twice_and_no_more() -> None:
+    allowances = Allowances()
+    length = SLACK_BYTES
+    for _ in range(3):
+        assert allowances.allows(b"a", b"blob", length, length)
+    assert not allowances.allows(b"a", b"blob", length, 1)
+    assert allowances.allows(b"a", b"another", length, 1)
+    assert allowances.allows(b"b", b"blob", length, 1)
+
+
+def test_offers_that_nobody_waits_for_are_bounded_per_holder() -> None:
+    early = EarlyOffers()
+    early.add(b"real", b"honest")
+    for number in range(2 * MAX_EARLY_PER_HOLDER):
+        early.add(number.to_bytes(2, "big"), b"flooder")
+    early.add(b"real", b"flooder")
+    assert early.take(b"real") == [b"honest", b"flooder"]
+    assert early.take(b"real") == []
+    assert early.take((0).to_bytes(2, "big")) == []
+
+
+# What is known of peers ----------------------------------------------------------------------------------------------
+
+
+def test_failures_double_the_pause_and_a_success_or_a_call_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+    now = 0.0
+    quality = Quality(lambda: now)
+    peer = bytes(32)
+    with caplog.at_level(logging.INFO):
+        for seconds in (1, 2, 4):
+            quality.failed(peer, "broken")
+            assert quality.avoided(peer)
+            now += seconds
+            assert not quality.avoided(peer)
+    assert [record.levelname for record in caplog.records] == ["INFO", "INFO", "WARNING"]
+    assert "for 4 s, failure 3 in a row: broken" in caplog.text
+    for _ in range(20):
+        quality.failed(peer, "broken")
+    now += LONGEST_PAUSE - 1
+    assert quality.avoided(peer)
+    quality.heard(peer)
+    assert not quality.avoided(peer)
+    quality.failed(peer, "broken")
+    quality.served(peer, 1 << 20, 1.0)
+    assert not quality.avoided(peer)
+
+
+def test_fast_peers_are_expected_to_be_fast_and_slow_ones_are_named(caplog: pytest.LogCaptureFixture) -> None:
+    quality = Quality(lambda: 0.0)
+    fast, slow, unknown = b"f" * 32, b"s" * 32, b"u" * 32
+    with caplog.at_level(logging.INFO):
+        for _ in range(5):
+            quality.served(fast, 10_000_000, 0.1)
+        quality.served(slow, 1_000_000, 1.0)
+    assert "is slow: 1.0 MB/s" in caplog.text
+    assert (
+        quality.seconds_for(fast, 1 << 20) < quality.seconds_for(unknown, 1 << 20) < quality.seconds_for(slow, 1 << 20)
+    )
+    quality.served(unknown, 100, 10.0)
+    assert quality.speed(unknown) == quality.usual(), "a few bytes say nothing about speed"
+
+
+def test_what_comes_in_is_a_rate_over_the_last_seconds_and_peers_are_bounded() -> None:
+    now = 0.0
+    quality = Quality(lambda: now)
+    for _ in range(400):
+        now += 0.1
+        quality.arrived(100_000)
+    assert quality.inflow() == pytest.approx(1_000_000, rel=0.05)
+    now += 60
+    assert quality.inflow() < 1
+    for number in range(2 * MAX_PEERS):
+        quality.answered(number.to_bytes(32, "big"), 1.0)
+    assert len(quality._peers) == MAX_PEERS
+
+
+def test_when_a_source_is_slow() -> None:
+    usual = 10_000_000.0
+    assert not is_slow(0.1, 1.0, 8_000_000, 10**9, usual)
+    assert is_slow(HEDGE_SECONDS + 1, 10.0, 80_000_000, 10**9, usual), "nothing came for a while"
+    assert is_slow(0.1, HEDGE_SECONDS + 1, 2_000_000, 10**9, usual), "it drips"
+    assert not is_slow(0.1, HEDGE_SECONDS + 1, 2_000_000, 100_000, usual), "it drips, and is nearly done"
+    assert not is_slow(-1e9, -1e9, 0, 10**9, usual), "it has not started"
