@@ -32,17 +32,24 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+from blake3 import blake3
 from libp2p.io.exceptions import IncompleteReadError
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import IpcError, Message, decode_frame
+from psyche_node.network import direct, peerstore
 from psyche_node.network.announcements import Verdict
 from psyche_node.network.certificates import BadCertificate, identify, issue
-from psyche_node.network.fetcher import BadBytes, Fetcher, _Attempt, _Want
+from psyche_node.network.direct import DirectAnnouncements
+from psyche_node.network.download import BadBytes, Download, NothingYet, Tools
+from psyche_node.network.fanout import Tree
+from psyche_node.network.kademlia import Records as KademliaRecords
 from psyche_node.network.links import CallFailed, Links
-from psyche_node.network.messages import Configure, Fetched, Publish, Rejected, SetMembers, Want
+from psyche_node.network.messages import Configure, Fetched, Kind, Publish, Rejected, SetMembers, Want
 from psyche_node.network.node import NetworkNode
+from psyche_node.network.peerstore import Peerstore
+from psyche_node.network.pieces import pack, unpack
 from psyche_node.network.records import RecordExchange
 from psyche_node.network.reports import Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, NodeService
@@ -56,6 +63,8 @@ from psyche_node.network.statements import (
     split_multiaddr,
 )
 from psyche_node.network.store import BlobStore, blob_digest, piece_digest
+from psyche_node.network.wants import Choice, Role
+from psyche_node.network.wants import Want as OpenWant
 from psyche_node.network.wire import node_pb2 as wire
 
 SECONDS = 2
@@ -65,6 +74,10 @@ RUN = bytes(range(32))
 DIGEST = bytes(range(200, 232))
 INTERESTING = [0, 1, 2, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257, 512, 2**16, 2**20, 2**31 - 1, 2**31]
 INTERESTING += [2**32 - 1, 2**32, 2**37, 2**37 + 1, 2**63 - 1, 2**63, 2**64 - 1]
+
+
+NAMES = ["statements", "taken", "records", "announced", "stored", "bitmaps", "addresses", "requests", "replies"]
+NAMES += ["certificates", "frames"]
 
 
 class Input:
@@ -271,12 +284,23 @@ class Targets:
         self.store: BlobStore = self.node._store
         self.blobs = [self.store.put(bytes([number]) * size, 1) for number, size in enumerate((1, 5000, (2 << 20) + 7))]
         self.service = NodeService(
-            self.node._announcements, self.node._take_announcement, self.node._reader, Traffic(), Faults()
+            self.node._announcements,
+            self.node._take_announcement,
+            self.node._holdings,
+            Traffic(),
+            Faults(),
+            self.node._fetcher.invited,
+            self.node._quality.heard,
         )
         self.peer = Peer()
         self.links: Links = self.node._links
         self.links._link = lambda peer: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
-        self.fetcher: Fetcher = self.node._fetcher
+        node = self.node
+        begun = lambda want: None  # noqa: E731
+        self.tools = Tools(node._store, node._reader, node._holdings, node._links, node._quality, begun)
+        self.direct: DirectAnnouncements = node._swarm.direct
+        self.values = KademliaRecords(RUN, self.directory)
+        self.peers = Peerstore(folder / "peers", RUN)
         self.leaf = issue(KEYS[0])
         self.der = base64.b64decode(b"".join(self.leaf.certificate.split(b"\n")[1:-2]))
         self.messages = [
@@ -287,10 +311,7 @@ class Targets:
             Rejected(what="call", peer="x", member=None, reason="x"),
             configure,
         ]
-        self.all: dict[str, Callable[[Input], bool]] = {
-            name: getattr(self, name)
-            for name in ("statements", "taken", "records", "addresses", "requests", "replies", "certificates", "frames")
-        }
+        self.all: dict[str, Callable[[Input], bool]] = {name: getattr(self, name) for name in NAMES}
 
     def statements(self, data: Input) -> bool:
         raw = data.rest() if data.below(8) == 0 else data.one([announcement, record])(data)
@@ -326,6 +347,39 @@ class Targets:
             pass
         return False
 
+    def announced(self, data: Input) -> bool:
+        """What a peer sends over /psyche/announce/1, once its frame has been read."""
+        request = wire.AnnounceRequest(announcements=[announcement(data)] * data.one([1, 1, 2, 65]))
+        try:
+            self.direct._take(changed(data, mutated(data, request))[: direct.MAX_BYTES], data.one(KEYS).public)
+        except Malformed:
+            return False
+        return True
+
+    def stored(self, data: Input) -> bool:
+        """Values for Kademlia, and files of known peers."""
+        if data.byte() & 1:
+            owner = data.one(KEYS).public.hex()
+            name = changed(data, f"/psyche-{RUN.hex()[:32]}/{owner}".encode()).decode(errors="replace")
+            values = [record(data) for _ in range(1 + data.below(3))]
+            assert 0 <= self.values.select(name, values) < len(values)
+            try:
+                self.values.validate(name, values[0])
+            except ValueError:
+                return False
+            return True
+        body = mutated(data, wire.Records(records=[record(data)]))
+        raw = peerstore._MAGIC + blake3(body).digest() + body
+        self.peers._path.write_bytes(changed(data, raw) if data.byte() & 1 else raw)
+        return bool(self.peers.load())
+
+    def bitmaps(self, data: Input) -> bool:
+        bitmap, count = data.raw(64), data.one([0, 1, 7, 8, 9, 500])
+        held = unpack(bitmap, count)
+        assert len(held) == count
+        assert set(held) <= {0, 1}
+        return unpack(pack(held), count) == held
+
     def addresses(self, data: Input) -> bool:
         text = data.rest().decode(errors="replace") if data.below(8) == 0 else address(data)
         for split, join in ((split_multiaddr, join_multiaddr), (split_address, join_address)):
@@ -343,6 +397,7 @@ class Targets:
                 (self.service.since, wire.SinceRequest(round=data.below(12), have=data.raw(40), wanted=[digest])),
                 (self.service.manifest, wire.ManifestRequest(digest=digest)),
                 (self.service.fetch, wire.FetchRequest(digest=digest, first=data.below(4), count=data.below(4))),
+                (self.service.have, wire.HaveRequest(digests=[digest])),
             ]
         )
         raw = changed(data, mutated(data, message))[:MAX_REQUEST_BYTES]
@@ -370,17 +425,20 @@ class Targets:
             elif pieces:
                 pieces[at % len(pieces)] = changed(data, pieces[at % len(pieces)])
         self.peer.pieces = pieces
-        want = _Want(1, 0, blob_digest(blob), size)
+        digest, kind = blob_digest(blob), data.one(list(Kind))
+        want = OpenWant(1, 0, digest, size, kind, 0.0, Tree(digest, KEYS[0].public, [KEYS[1].public]))
+        held = data.one([None, b"\1" * len(pieces), b"\0" * len(pieces)])
         try:
-            path = self.fetcher._download(want, KEYS[0].public, _Attempt(), bool(data.byte() & 1))
-            assert blob_digest(path.read_bytes()) == want.digest
-            path.unlink()
-            accepted = True
-        except (CallFailed, BadBytes):
-            accepted = False
+            Download(self.tools, want, Choice(KEYS[0].public, Role.HOLDER, held)).run()
+        except (CallFailed, BadBytes, NothingYet):
+            pass
         finally:
-            if want.assembly is not None:
-                want.assembly.abandon()
+            if want.partial is not None:
+                self.tools.holdings.end(want.partial)
+        path = self.store.path(digest)
+        if accepted := path is not None:
+            assert blob_digest(path.read_bytes()) == digest
+            path.unlink()
         reply = wire.SinceReply(announcements=[announcement(data)], held=[DIGEST])
         self.peer.reply = changed(data, mutated(data, reply))
         with contextlib.suppress(CallFailed):
