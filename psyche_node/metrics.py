@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from psyche_node.ipc import IpcError, Message
-from psyche_node.network.messages import Fetched, FetchFailed, Stats
+from psyche_node.network.messages import Fetched, FetchFailed, NetworkRestarted, Stats
 
 log = logging.getLogger(__name__)
 ASK_SECONDS = 5.0
@@ -44,11 +44,7 @@ class NodeMetrics(Collector):
         with self._lock:
             self._fetched += isinstance(message, Fetched)
             self._failed += isinstance(message, FetchFailed)
-
-    def network_restarted(self) -> None:
-        """The network process, or a part of it, died and was started again."""
-        with self._lock:
-            self._restarts += 1
+            self._restarts += isinstance(message, NetworkRestarted)
 
     def collect(self) -> Iterator[Metric]:
         try:
@@ -102,6 +98,9 @@ def _network(stats: Stats) -> Iterator[Metric]:
     yield traffic
     yield GaugeMetricFamily("psyche_network_peers", "Peers with a libp2p connection.", stats.peers)
     yield GaugeMetricFamily("psyche_network_members", "Members with a libp2p connection.", len(stats.connected))
+    yield GaugeMetricFamily("psyche_network_private", "1 if nobody can open a connection here.", bool(stats.private))
+    paths = sum(peer.punched for peer in stats.per_peer)
+    yield GaugeMetricFamily("psyche_network_paths", "Private members with a path to them through both NATs.", paths)
     banned = sum(peer.banned for peer in stats.per_peer)
     yield GaugeMetricFamily("psyche_network_banned", "Peers banned as sources of blobs.", banned)
     refusals = CounterMetricFamily(

@@ -39,6 +39,14 @@ _DER_KEY = bytes.fromhex("3068" + "0424") + _KEY_PROTOBUF
 _DER_SIGNATURE = bytes.fromhex("0440")
 _SKEW = datetime.timedelta(hours=1)
 _MAX_PEM = 8192
+# What the parser raises; of its own errors only some are ValueErrors.
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class BadCertificate(Exception):
@@ -152,7 +160,7 @@ def _parse(pem: bytes) -> PeerCertificate:
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except x509.ExtensionNotFound:
         raise BadCertificate("the certificate has no libp2p extension, so it names no node") from None
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except _UNREADABLE as error:
         raise BadCertificate(f"the certificate does not parse: {error}") from None
     now = datetime.datetime.now(datetime.UTC)
     if certificate.not_valid_before_utc > now:

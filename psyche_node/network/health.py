@@ -5,6 +5,7 @@ py-libp2p cannot start a host a second time in one process, so the remedy is a n
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Mapping
 
@@ -15,7 +16,8 @@ log = logging.getLogger(__name__)
 CHECK_EVERY = 5.0
 # The listener is asked less often: each time costs the beginning of a handshake.
 LISTEN_EVERY = 30.0
-LISTEN_SECONDS = 10.0
+# Long, because a machine that has too much to do makes a healthy one slow, and a new process would make it slower.
+LISTEN_SECONDS = 60.0
 LISTEN_MISSES = 3
 
 
@@ -33,19 +35,22 @@ async def watch(services: Mapping[str, Service], ip: str, port: int) -> None:
                 raise PartDied(f"libp2p's {name} has ended")
         if trio.current_time() < due:
             continue
-        misses = 0 if await _speaks(ip, port) else misses + 1
+        misses = 0 if await _answers(ip, port) else misses + 1
         if misses >= LISTEN_MISSES:
             raise PartDied(f"libp2p's listener on {ip} port {port} has not answered {misses} times")
         due = trio.current_time() + (LISTEN_EVERY if not misses else 0.0)
 
 
-async def _speaks(ip: str, port: int) -> bool:
-    """Return whether whoever listens there begins to negotiate, as libp2p does at once."""
+async def _answers(ip: str, port: int) -> bool:
+    """Return whether whoever listens there does something with a connection: speaks as libp2p does, or ends it."""
     try:
         with trio.fail_after(LISTEN_SECONDS):
             async with await trio.open_tcp_stream(ip, port) as stream:
-                await stream.send_all(b"\x13/multistream/1.0.0\n")
-                return bool(await stream.receive_some(32))
-    except (OSError, trio.TooSlowError, trio.BrokenResourceError) as error:
+                # An end, even by a reset, is an answer: the machine is busy, and the listener alive.
+                with contextlib.suppress(trio.BrokenResourceError):
+                    await stream.send_all(b"\x13/multistream/1.0.0\n")
+                    await stream.receive_some(32)
+                return True
+    except (OSError, trio.TooSlowError) as error:
         log.debug("the own listener did not answer: %r", error)
         return False

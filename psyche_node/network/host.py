@@ -7,6 +7,7 @@ defaults each have a reason beside them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
@@ -35,6 +36,8 @@ from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
+# Of a peer that dials: a machine that trains is slow.
+HANDSHAKE_SECONDS = 20.0
 
 
 class Handlers(Protocol):
@@ -79,6 +82,7 @@ def make_host(key: NodeKey, gate: Gate | None = None) -> IHost:
             low_watermark=0,
             high_watermark=MAX_CONNECTIONS,
             max_connections_per_peer=2,
+            inbound_upgrade_timeout=HANDSHAKE_SECONDS,
         ),
         # Its extras are off: one of them refuses every connection for a minute after five failures, another one when
         # the machine (which is busy training) is short of memory.
@@ -166,10 +170,12 @@ class Notifee(INotifee):
         pass
 
 
+@functools.lru_cache(4096)
 def peer_of(key: bytes) -> ID:
     return ID.from_base58(node_id(key))
 
 
+@functools.lru_cache(4096)
 def key_of(peer: ID) -> bytes | None:
     """Return the node key of a peer; None for one that has another kind of key, which no node of this network has."""
     try:

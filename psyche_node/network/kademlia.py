@@ -107,9 +107,10 @@ class Kademlia:
     async def _publish(self) -> None:
         mine = self._directory.known(self._directory.own_key)
         now = trio.current_time()
-        if mine is None or self._directory.slot(self._directory.own_key) is None or now < self._publish_at:
+        if mine is None or self._directory.slot(mine.record.node_key) is None:
             return
-        if not self.service.get_routing_table_size() or (mine.raw == self._published and now < self._publish_at):
+        changed = self._published is not None and mine.raw != self._published
+        if not self.service.get_routing_table_size() or (now < self._publish_at and not changed):
             return
         try:
             await self.publish(mine.raw)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,7 @@ class Peerstore:
     def __init__(self, path: Path, run: bytes, clock: Callable[[], float] = time.time) -> None:
         self._path, self._run, self._clock = path, run, clock
         self._written: frozenset[bytes] = frozenset()
+        self._lock = threading.Lock()
 
     def load(self) -> list[Known]:
         """Return the records that are still good. A damaged file is moved aside, which the log tells."""
@@ -66,8 +68,12 @@ class Peerstore:
         return known
 
     def save(self, records: list[bytes]) -> None:
-        """Replace what is on disk, at once or not at all. Does nothing when it is the same; logs when it cannot."""
-        kept = records[:MAX_RECORDS]
+        """Replace what is on disk, at once or not at all. Does nothing when it is the same; logs when it cannot. Any
+        thread."""
+        with self._lock:
+            self._save(records[:MAX_RECORDS])
+
+    def _save(self, kept: list[bytes]) -> None:
         if frozenset(kept) == self._written:
             return
         body = wire.Records(records=kept).SerializeToString()

@@ -13,12 +13,14 @@ network process use the same folder; nothing is cached between them but the file
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import secrets
 import shutil
 import struct
 import threading
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,8 @@ from blake3 import blake3
 
 PIECE_BYTES = 1 << 20
 DIGEST_BYTES = 32
+# A piece that was right this long ago is served without another look, if its file has not changed.
+CHECKED_SECONDS = 600.0
 # What an earlier process left unfinished is kept up to here, the newest first; the rest is fetched again.
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 1 << 38
@@ -281,30 +285,45 @@ class Assembly:
         os.close(self._descriptor)
 
 
-class Reader:
-    """Reads pieces of the store's blobs for serving, and checks each one before it leaves."""
+class _Held:
+    """What is known of one blob's file: its manifest, and when each piece was last seen to be right."""
 
-    def __init__(self, store: BlobStore, capacity: int = 512) -> None:
-        self._store, self._capacity = store, capacity
-        self._manifests: dict[bytes, Manifest] = {}
+    def __init__(self, manifest: Manifest, file: tuple[int, ...] | None, checked: float) -> None:
+        self.manifest, self._file = manifest, file
+        self._checked = [checked] * len(manifest.pieces)
+
+    def check(self, file: tuple[int, ...]) -> None:
+        """Take ``file``, as ``_identity`` gives it, for the one that was checked, or begin anew if it is another."""
+        if self._file is None:
+            self._file = file
+        elif self._file != file:
+            self._file, self._checked = file, [-math.inf] * len(self._checked)
+
+    def is_right(self, index: int, piece: bytes, now: float) -> bool:
+        if now - self._checked[index] > CHECKED_SECONDS:
+            if piece_digest(piece) != self.manifest.pieces[index]:
+                return False
+            self._checked[index] = now
+        return len(piece) == piece_length(self.manifest.length, index)
+
+
+class Reader:
+    """Reads pieces of the store's blobs for serving.
+
+    An honest node must not be banned for a disk that rots, so a piece is checked before it leaves, unless it was within
+    the last ten minutes and its file is the same since: what is read then is the page cache, not the disk.
+    """
+
+    def __init__(self, store: BlobStore, capacity: int = 512, clock: Callable[[], float] = time.monotonic) -> None:
+        self._store, self._capacity, self._clock = store, capacity, clock
+        self._held: dict[bytes, _Held] = {}
         self._pieces = 0
         self._lock = threading.Lock()
         self._reading: dict[bytes, threading.Lock] = {}
 
     def remember(self, digest: bytes, manifest: Manifest) -> None:
-        """Keep a manifest that is known to be right, so that its file need not be read again."""
-        with self._lock:
-            self._forget(digest)
-            while self._manifests and (
-                len(self._manifests) >= self._capacity or self._pieces + len(manifest.pieces) > _MAX_REMEMBERED_PIECES
-            ):
-                self._forget(next(iter(self._manifests)))
-            self._manifests[digest] = manifest
-            self._pieces += len(manifest.pieces)
-
-    def _forget(self, digest: bytes) -> None:
-        if (manifest := self._manifests.pop(digest, None)) is not None:
-            self._pieces -= len(manifest.pieces)
+        """Keep a manifest whose pieces have just been checked, so that the file need not be read again."""
+        self._keep(digest, _Held(manifest, None, self._clock()))
 
     def holds(self, digest: bytes) -> bool:
         """Return whether the blob is in the store, complete."""
@@ -312,53 +331,73 @@ class Reader:
 
     def manifest(self, digest: bytes) -> Manifest | None:
         """Return the manifest of a blob in the store, or None when it is not there (any more)."""
-        path = self._store.path(digest)
-        if path is None:
-            return None
-        known = self._manifests.get(digest)
-        if known is not None:
-            return known
-        if (manifest := read_list(_list_of(path), digest)) is None:
-            with self._lock:
-                reading = self._reading.setdefault(digest, threading.Lock())
-            # One at a time: ten peers that ask for the same large blob must not have it read ten times.
-            with reading:
-                known = self._manifests.get(digest)
-                if known is not None:
-                    return known
-                try:
-                    manifest = Manifest.of_file(path)
-                except FileNotFoundError:
-                    return None
-                if manifest.digest == digest:
-                    self.remember(digest, manifest)
-                with self._lock:
-                    self._reading.pop(digest, None)
-            if manifest.digest != digest:
-                self._store.drop(digest)
-                raise StoreError(
-                    f"{path} does not hold what its name says; removed. Check this machine's disk and memory"
-                )
-            if len(manifest.pieces) > LONG_LIST:
-                write_list(_list_of(path), manifest)
-        self.remember(digest, manifest)
-        return manifest
+        held = self._known(digest)
+        return None if held is None else held.manifest
 
-    def pieces(self, digest: bytes, indices: Sequence[int]) -> Iterable[bytes]:
+    def pieces(self, digest: bytes, indices: Sequence[int]) -> Iterator[bytes]:
         """Yield pieces, each as ``bytes``. Raises StoreError when the file is gone or no longer holds them."""
-        manifest = self.manifest(digest)
-        path = self._store.path(digest)
-        if manifest is None or path is None:
+        held, path = self._known(digest), self._store.path(digest)
+        if held is None or path is None:
             raise StoreError(f"blob {digest.hex()[:16]} is not in the store")
-        with path.open("rb") as file:
+        with path.open("rb", buffering=0) as file:
+            held.check(_identity(os.fstat(file.fileno())))
             for index in indices:
-                file.seek(index * PIECE_BYTES)
-                piece = file.read(piece_length(manifest.length, index))
-                # An honest node must not be banned for a disk that rots.
-                if piece_digest(piece) != manifest.pieces[index]:
+                piece = os.pread(file.fileno(), piece_length(held.manifest.length, index), index * PIECE_BYTES)
+                if not held.is_right(index, piece, self._clock()):
                     self._store.drop(digest)
                     raise StoreError(f"piece {index} of {path} went bad on disk; removed. Check this machine's disk")
                 yield piece
+
+    def _known(self, digest: bytes) -> _Held | None:
+        path = self._store.path(digest)
+        if path is None:
+            return None
+        if (held := self._held.get(digest)) is not None:
+            return held
+        if (manifest := read_list(_list_of(path), digest)) is not None:
+            return self._keep(digest, _Held(manifest, None, -math.inf))
+        with self._lock:
+            reading = self._reading.setdefault(digest, threading.Lock())
+        # One at a time: ten peers that ask for the same large blob must not have it read ten times.
+        with reading:
+            try:
+                return self._held.get(digest) or self._read(digest, path)
+            finally:
+                with self._lock:
+                    self._reading.pop(digest, None)
+
+    def _read(self, digest: bytes, path: Path) -> _Held | None:
+        now = self._clock()
+        try:
+            file = _identity(path.stat())
+            manifest = Manifest.of_file(path)
+        except FileNotFoundError:
+            return None
+        if manifest.digest != digest:
+            self._store.drop(digest)
+            raise StoreError(f"{path} does not hold what its name says; removed. Check this machine's disk and memory")
+        if len(manifest.pieces) > LONG_LIST:
+            write_list(_list_of(path), manifest)
+        return self._keep(digest, _Held(manifest, file, now))
+
+    def _keep(self, digest: bytes, held: _Held) -> _Held:
+        count = len(held.manifest.pieces)
+        with self._lock:
+            self._forget(digest)
+            while self._held and (len(self._held) >= self._capacity or self._pieces + count > _MAX_REMEMBERED_PIECES):
+                self._forget(next(iter(self._held)))
+            self._held[digest] = held
+            self._pieces += count
+        return held
+
+    def _forget(self, digest: bytes) -> None:
+        if (held := self._held.pop(digest, None)) is not None:
+            self._pieces -= len(held.manifest.pieces)
+
+
+def _identity(status: os.stat_result) -> tuple[int, ...]:
+    """What changes when a file is written to or replaced."""
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
 
 
 def write_list(path: Path, manifest: Manifest) -> None:

@@ -31,7 +31,10 @@ log = logging.getLogger(__name__)
 MAX_STRANGERS = 32
 # A node keeps connections to this many members; gossip reaches the others.
 WANTED_CONNECTIONS = 32
+# For one address the first time, two and three times as long afterwards. A handshake is 60 ms of Python on both sides:
+# on a busy machine many at once, or impatient ones, would all fail, again and again.
 DIAL_SECONDS = 5.0
+DIALS_AT_ONCE = 4
 LONGEST_BACKOFF = 30.0
 # Of two nodes one dials, and the other only when that has not happened within this time.
 YIELD_SECONDS = 3.0
@@ -50,6 +53,7 @@ class _Dial:
 
     failures: int = 0
     due: float = 0.0
+    running: bool = False
 
     def failed(self) -> None:
         self.failures += 1
@@ -72,7 +76,7 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
+        self.host = self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
         self.gossip = Gossip(self._host, run, key.public, handlers, self._is_trusted)
@@ -82,6 +86,8 @@ class Swarm:
         self._hints: dict[bytes, str] = {}
         self._unwelcome: set[ID] = set()
         self._dials: dict[bytes, _Dial] = {}
+        # Apart, so that those who are gone do not keep those waiting who are there.
+        self._dialling, self._dialling_again = (trio.CapacityLimiter(DIALS_AT_ONCE) for _ in range(2))
         self._pings: dict[bytes, _Ping] = {}
         self._changed = trio.Event()
         self.port = 0
@@ -130,8 +136,8 @@ class Swarm:
             connected = self.connected()
             for key, addresses in self._targets(connected).items():
                 attempt = self._dials.setdefault(key, _Dial())
-                if attempt.due <= now:
-                    attempt.due = now + DIAL_SECONDS * len(addresses) + 1.0
+                if attempt.due <= now and not attempt.running:
+                    attempt.running = True
                     nursery.start_soon(self._dial, key, addresses, attempt)
             for key in connected - self._pings.keys():
                 if self._is_ours(key):
@@ -164,12 +170,12 @@ class Swarm:
         targets: dict[bytes, list[str]] = {}
         for key in wanted[:WANTED_CONNECTIONS]:
             record, hint = self._directory.record(key), self._hints.get(key)
-            addresses = [] if record is None else list(record.p2p_addresses)
+            addresses = [] if record is None or self._directory.hidden(record) else list(record.p2p_addresses)
             if hint is not None and hint not in addresses:
                 addresses.append(hint)
             if key in connected or not addresses:
                 continue
-            if self._own_key > key and key not in self._dials:
+            if self._own_key > key and not self._directory.own_private() and key not in self._dials:
                 self._dials[key] = _Dial(due=trio.current_time() + YIELD_SECONDS)
             targets[key] = addresses
         # The bootstrap nodes are for those who know too few others.
@@ -180,17 +186,27 @@ class Swarm:
         return targets
 
     async def _dial(self, key: bytes, addresses: list[str], attempt: _Dial) -> None:
-        for address in addresses:
-            try:
-                await dial(self._host, key, address, DIAL_SECONDS)
-            except Exception as error:
-                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
-                continue
+        async with self._dialling if attempt.failures < 2 else self._dialling_again:
+            reached = await self._dial_one_of(key, addresses, DIAL_SECONDS * min(3, 1 + attempt.failures))
+        attempt.running = False
+        if reached:
             self._dials.pop(key, None)
             return
         attempt.failed()
         if attempt.failures in (3, 10) or attempt.failures % 60 == 0:
             log.warning("%s does not answer at %s (%d attempts)", peer_of(key), ", ".join(addresses), attempt.failures)
+
+    async def _dial_one_of(self, key: bytes, addresses: list[str], seconds: float) -> bool:
+        for address in addresses:
+            if key in self.connected():
+                return True
+            try:
+                await dial(self._host, key, address, seconds)
+            except Exception as error:
+                log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
+            else:
+                return True
+        return False
 
     async def _close(self, peer: ID) -> None:
         with trio.move_on_after(2.0):

@@ -39,7 +39,6 @@ class Allowances:
 class Upload:
     """One open stream of pieces."""
 
-    peer: bytes
     place: Place
     number: int
 
@@ -52,13 +51,13 @@ class Uploads:
         self._turns = Turns()
         self._allowances = Allowances()
 
-    def enter(self, peer: bytes, size: int, end: Callable[[], object], rank: Rank) -> Upload | None:
-        """Open an upload of ``size`` bytes at most, which ``end`` ends; None: this peer, or all, have too many."""
-        place = self._streams.enter(peer, size, end)
-        return None if place is None else Upload(peer, place, self._turns.enter(rank))
+    def enter(self, peer: bytes, rank: Rank, end: Callable[[], object]) -> Upload | None:
+        """Open an upload whose call ``end`` ends; None: this peer, or all, have too many."""
+        place = self._streams.enter(peer, end)
+        return None if place is None else Upload(place, self._turns.enter(rank))
 
     def leave(self, upload: Upload) -> None:
-        """End it; once per upload."""
+        """End it."""
         self._turns.leave(upload.number)
         self._streams.leave(upload.place)
 
@@ -68,4 +67,5 @@ class Uploads:
         That is when nothing more urgent is being sent, or a second later. Returns False when the peer has had enough.
         """
         self._turns.wait(upload.number)
-        return self._allowances.allows(upload.peer, digest, length, count)
+        self._streams.moves(upload.place)
+        return self._allowances.allows(upload.place.peer, digest, length, count)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal
@@ -48,9 +49,20 @@ class NodeConfig(BaseModel):
     """TCP port of libp2p. 0 picks a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
     """TCP port that updates are fetched from. 0 picks a free one."""
+    mdns: bool = False
+    """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
+    would answer strangers on UDP port 5353."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to both ports. `auto` asks some members to try. A node that says `no`
+    fetches over its own connections, and pushes its updates to public nodes."""
     metrics: str | None = None
     """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
     none."""
+    announce_p2p: str = ""
+    """`IP:PORT` at which others reach the libp2p port, if it is not where the node listens: a port that a router
+    forwards."""
+    announce_grpc: str = ""
+    """The same for the port that updates are fetched from. A node whose ports are forwarded sets both."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
     threads: int = Field(default=0, ge=0)
@@ -67,6 +79,21 @@ class NodeConfig(BaseModel):
     """Seconds to look for an update that counts before giving up. Raise it on slow links."""
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
+
+    @field_validator("announce_p2p", "announce_grpc")
+    @classmethod
+    def _ip_and_port(cls, address: str) -> str:
+        if not address:
+            return address
+        host, _, port = address.rpartition(":")
+        try:
+            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+            usable = 0 < int(port) < 65536
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError(f"{address!r} is not IP:PORT, such as 203.0.113.7:4002 or [2001:db8::7]:4002")
+        return address
 
     @field_validator("faults")
     @classmethod

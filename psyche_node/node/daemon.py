@@ -193,7 +193,7 @@ class Node:
 
         def ask() -> Stats:
             network = self._network
-            if network is None:
+            if network is None or network.process_id is None:
                 raise IpcError("the network process is not running")
             asked = asyncio.run_coroutine_threadsafe(network.call(GetStats(), Stats), loop)
             try:
@@ -225,7 +225,11 @@ class Node:
             listen_host=config.listen,
             p2p_port=config.p2p_port,
             grpc_port=config.grpc_port,
+            announce_p2p=config.announce_p2p,
+            announce_grpc=config.announce_grpc,
             bootstrap=list(config.bootstrap),
+            mdns=config.mdns,
+            reachable=config.reachable,
             run=run,
             faults=list(config.faults),
         )
@@ -388,7 +392,7 @@ class Node:
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
             self._peers.fire()
-        elif self._exchange is not None:
+        if self._exchange is not None:
             self._exchange.on_event(message)
         if isinstance(message, Rejected) and message.why is Why.NOT_A_MEMBER:
             self._unknown_peer.set()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
+from collections import Counter
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,10 +25,12 @@ from psyche_node.network.messages import (
     PeerUp,
     Publish,
     Ready,
+    RefusalCount,
     SetMembers,
     Stats,
     Want,
     WantEntry,
+    Why,
 )
 from psyche_node.node.processes import Child
 
@@ -244,7 +247,12 @@ class Network:
 
     def _total(self, stats: Stats) -> Stats:
         """Add up the lives: the counts of a process begin at nothing."""
-        return stats.model_copy(update={name: getattr(stats, name) + getattr(self._earlier, name) for name in _COUNTS})
+        counts: dict[str, object] = {name: getattr(stats, name) + getattr(self._earlier, name) for name in _COUNTS}
+        refusals: Counter[tuple[str, Why]] = Counter()
+        for one in (*self._earlier.refusals, *stats.refusals):
+            refusals[one.what, one.why] += one.count
+        counts["refusals"] = [RefusalCount(what=what, why=why, count=n) for (what, why), n in refusals.items()]
+        return stats.model_copy(update=counts)
 
     def _on_event(self, message: Message) -> None:
         match message:

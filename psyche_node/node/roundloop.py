@@ -320,8 +320,10 @@ class RoundLoop:
 
     async def evaluate(self, round_number: int) -> None:
         """Measure the held-out loss of the current weights and journal it."""
+        started = time.monotonic()
         reply = await self._trainer.call(Evaluate(), Evaluated)
-        self._journal.write("evaluated", round=round_number, heldout_loss=reply.loss)
+        seconds = round(time.monotonic() - started, 4)
+        self._journal.write("evaluated", round=round_number, heldout_loss=reply.loss, seconds=seconds)
 
 
 def _away(round_number: int, now: int) -> Desynced:

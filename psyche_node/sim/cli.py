@@ -48,6 +48,9 @@ def simulate(
     overlap: Annotated[
         int | None, typer.Option(help="1: updates travel while the next round is trained. Default 0.")
     ] = None,
+    link: Annotated[
+        str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -80,6 +83,7 @@ def simulate(
             adversaries=tuple(adversary or ()),
             kills=tuple(Kill.parse(text) for text in kill or ()),
             chain_faults=tuple(chain_fault or ()),
+            link=link,
             baseline=baseline is not None,
             check_every=check_every,
             evaluate_every=evaluate_every,

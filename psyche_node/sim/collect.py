@@ -209,6 +209,12 @@ def _timeline(world: World) -> Iterator[RoundRecord]:
     starts = sorted(record.rounds_started.items())
     nodes = {member.slot: node for node in world.nodes if (member := members.get(node.wallet)) is not None}
     lines = {(node.name, int(line["round"])): line for node in world.nodes for line in node.all("trained")}
+    worked = {
+        node.name: [
+            (line["time"] - line["seconds"], line["time"]) for line in [*node.all("applied"), *node.all("evaluated")]
+        ]
+        for node in world.nodes
+    }
     for position, (number, start) in enumerate(starts):
         end = starts[position + 1][1] if position + 1 < len(starts) else (record.finished_at or time.time())
         included = record.included.get(number, frozenset())
@@ -223,12 +229,15 @@ def _timeline(world: World) -> Iterator[RoundRecord]:
             row = MemberRound(node=node.name, state=state)
             if line is not None:
                 done = line["started"] + line["seconds"]
+                until = following["started"] if following else done
+                applied = sum(max(0.0, min(until, end) - max(done, start)) for start, end in worked[node.name])
                 row = MemberRound(
                     node=node.name,
                     state=state,
                     train_start=line["started"] - world.started,
                     train_end=done - world.started,
-                    wait_seconds=max(0.0, following["started"] - done) if following else 0.0,
+                    apply_seconds=applied,
+                    wait_seconds=max(0.0, until - done - applied),
                     loss=line["loss"],
                     tokens=line["tokens"],
                     bytes_sent=max(0, following["bytes_sent"] - line["bytes_sent"]) if following else 0,

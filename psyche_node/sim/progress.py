@@ -358,6 +358,11 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
         f"{units.count_text(result.tokens_per_second)} tokens/s, {units.memory_text(result.peak_memory_bytes)} at peak"
     )
     rows.append(("speed", f"{speed}, all processes together", ""))
+    if result.busy is not None and result.waited is not None:
+        link = result.settings.get("link")
+        over = f" over {units.printable(str(link), 60)}" if link else ""
+        text = f"{units.seconds_text(result.waited)} a round at the median{over}; busy {result.busy:.0%} of the time"
+        rows.append(("waiting", text, ""))
     ledger = result.ledger
     rows.append(("on chain", f"{ledger.transactions:,} transactions, {units.sol_text(ledger.lamports)} in fees", ""))
     rows.append(("run", units.printable(ledger.run_address, 60), ""))

@@ -96,6 +96,7 @@ def _view(result: RunResult) -> dict[str, Any]:
     drawn = {
         "loss": _loss_chart(result),
         "bytes": _bytes_chart(result),
+        "waiting": _waiting_chart(result),
         "grid": _grid_chart(result, rows),
         "lanes": _lanes_chart(result, rows),
     }
@@ -222,7 +223,8 @@ def _cards(result: RunResult) -> list[dict[str, Any]]:
         {"title": "Speed", "value": units.count_text(result.tokens_per_second), "note": "tokens/s, all nodes",
          "kind": "", "lines": [
              ("", "tokens credited", units.count_text(sum(node.credit for node in result.nodes))),
-             ("", "spent training", _busy(result.members)),
+             ("", "busy", "unknown" if result.busy is None else f"{result.busy:.0%}"),
+             ("", "waiting a round", "unknown" if result.waited is None else units.seconds_text(result.waited)),
          ]},
         {"title": "Memory", "value": units.memory_text(result.peak_memory_bytes), "note": "peak, all processes",
          "kind": "", "lines": [
@@ -231,12 +233,6 @@ def _cards(result: RunResult) -> list[dict[str, Any]]:
          ]},
     ]  # fmt: skip
     return [{"gauge": None, **card} for card in cards]
-
-
-def _busy(nodes: Sequence[NodeResult]) -> str:
-    train = sum(node.train_seconds for node in nodes)
-    total = train + sum(node.wait_seconds for node in nodes)
-    return f"{train / total:.0%}" if total else "unknown"
 
 
 # The charts.
@@ -292,6 +288,30 @@ def _bytes_chart(result: RunResult) -> charts.Chart | None:
     )  # fmt: skip
 
 
+def _waiting_chart(result: RunResult) -> charts.Chart | None:
+    waited: dict[str, list[charts.Point]] = {}
+    trained: list[charts.Point] = []
+    middle: list[charts.Point] = []
+    for record in result.timeline:
+        number = float(record.round)
+        times = [m.train_end - m.train_start for m in record.members if m.train_start is not None and m.train_end]
+        for member in record.members:
+            if member.went_on:
+                waited.setdefault(member.node, []).append((number, member.wait_seconds))
+        if times:
+            trained.append((number, median(times)))
+        if record.waited is not None:
+            middle.append((number, record.waited))
+    if not middle:
+        return None
+    series = [charts.Series(name, "each", points, named=False, hover=False) for name, points in waited.items()]
+    series += [charts.Series("training", "train", trained), charts.Series("waiting", "heldout", middle)]
+    return charts.line_chart(
+        series, rounds=max(result.rounds - 1, 1), frame=charts.Frame(_WIDTH, 220, left=58, right=118), name="waiting",
+        label="Seconds per round", y_text=lambda value: f"{value:g} s", value_text=units.seconds_text,
+    )  # fmt: skip
+
+
 def _tick_bytes(count: float) -> str:
     return units.bytes_text(count).replace(".00 ", " ").replace(".0 ", " ")
 
@@ -327,7 +347,9 @@ def _rows(result: RunResult) -> list[charts.Row]:
                 at = (record.start + record.end) / 2
                 if member.train_start is not None and member.train_end is not None:
                     training.append((member.train_start, member.train_end))
-                    waiting.append((member.train_end, member.train_end + member.wait_seconds))
+                    arrived = member.train_end + member.wait_seconds
+                    waiting.append((member.train_end, arrived))
+                    training.append((arrived, arrived + member.apply_seconds))
                     at = (member.train_start + member.train_end) / 2
                 marks.append((at, member.state))
         ended = None

@@ -11,6 +11,7 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from statistics import median
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
@@ -142,8 +143,10 @@ class MemberRound(Record):
     """When it started to train the round."""
     train_end: float | None = None
     """When its update was encoded."""
+    apply_seconds: Seconds = 0.0
+    """How long it applied updates, and evaluated, before it trained the next round."""
     wait_seconds: Seconds = 0.0
-    """How long it then waited until it could train the next round."""
+    """How long its model was idle before it trained the next round: for the others, their updates, or the chain."""
     loss: Loss = None
     """Mean loss over the tokens it trained in this round."""
     tokens: Count = 0
@@ -152,6 +155,11 @@ class MemberRound(Record):
     """Bytes sent from the start of this round to the start of the next."""
     bytes_received: Count = 0
     """Bytes received in the same time."""
+
+    @property
+    def went_on(self) -> bool:
+        """Whether it trained this round and the next: only then it is known how long it waited."""
+        return self.wait_seconds > 0 or self.apply_seconds > 0
 
 
 class RoundRecord(Record):
@@ -169,6 +177,11 @@ class RoundRecord(Record):
     """Tokens of the included updates."""
     members: list[MemberRound]
     """The members that were active in it."""
+
+    @property
+    def waited(self) -> float | None:
+        """Median of what its members waited; None if nobody went on to the next round."""
+        return median(waits) if (waits := [m.wait_seconds for m in self.members if m.went_on]) else None
 
 
 class ReplicaCheck(Record):
@@ -290,6 +303,20 @@ class RunResult(Record):
     @property
     def void_rounds(self) -> list[int]:
         return [record.round for record in self.timeline if record.void]
+
+    @property
+    def waited(self) -> float | None:
+        """Median over the rounds of what members waited in each; None if there was but one."""
+        waits = [waited for record in self.timeline if (waited := record.waited) is not None]
+        return median(waits) if waits else None
+
+    @property
+    def busy(self) -> float | None:
+        """Share of the members' time between two trainings and in them in which their models were not idle."""
+        rows = [m for record in self.timeline for m in record.members if m.went_on and m.train_end is not None]
+        worked = sum((m.train_end or 0.0) - (m.train_start or 0.0) + m.apply_seconds for m in rows)
+        waited = sum(m.wait_seconds for m in rows)
+        return worked / (worked + waited) if worked + waited else None
 
     @property
     def reduction(self) -> float | None:

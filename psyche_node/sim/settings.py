@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from coordinator.ledger.faults import parse_faults
 from coordinator.state import Limits, Terms, float_bits
 from psyche_node.faults import Fault
+from psyche_node.relay.spec import LinkSpec
 from psyche_node.training.schedule import Schedule
 
 
@@ -113,6 +114,9 @@ class SimSettings(BaseModel):
     """What goes wrong at the ledger's RPC endpoints, such as `lose=0.1, latency_ms=50`: one text for each endpoint that
     the nodes use, the preferred one first; an empty one is an endpoint without faults. What can go wrong:
     coordinator/ledger/faults.py."""
+    link: str | None = None
+    """What the line of each node is like, such as `100mbit/80ms/0.5%` (rate, round trip, loss). Default: this machine's
+    loopback. Everything that nodes say to each other goes through it, both ways; the ledger is not behind it."""
     baseline: bool = False
     """Train the same model on the same tokens with AdamW in one process afterwards, and compare."""
     check_every: int = Field(default=10, ge=0)
@@ -147,6 +151,13 @@ class SimSettings(BaseModel):
         if self.rpc is not None and (self.wallet is None or not self.wallet.is_file()):
             raise ValueError("on a chain of your own choice (rpc) the owner's funded wallet is needed: name its file")
         return self
+
+    @field_validator("link")
+    @classmethod
+    def _known_link(cls, text: str | None) -> str | None:
+        if text is not None:
+            LinkSpec.parse(text)
+        return text
 
     @field_validator("chain_faults")
     @classmethod

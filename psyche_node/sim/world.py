@@ -38,6 +38,8 @@ NODE_FUNDS = LAMPORTS_PER_SOL // 20
 OWNER_FUNDS = 100 * LAMPORTS_PER_SOL
 OWNER_NEEDS = 2 * LAMPORTS_PER_SOL
 LEDGER_TIMEOUT = 30.0
+RELAY_TIMEOUT = 30.0
+HOST = "127.0.0.1"
 PREPARE_TIMEOUT = 600.0
 POLL_SECONDS = 0.25
 FINISH_SECONDS = 300.0
@@ -45,6 +47,16 @@ FINISH_SECONDS = 300.0
 
 class SimulationFailed(Exception):
     """The network could not be started or did not finish; the message says which part and where its log is."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The ports of a node, and those that the others reach them by; 0 is its own choice."""
+
+    p2p: int
+    grpc: int
+    announced_p2p: int
+    announced_grpc: int = 0
 
 
 @dataclass(slots=True)
@@ -134,6 +146,7 @@ class World:
             except ExceptionGroup as group:
                 raise group.exceptions[0] from None
             self.prepared = preparing.result()
+            await self._open_lines(stack)
             await self._create_run()
             stack.push_async_callback(self.stop_nodes)
             for index in range(self.settings.nodes + len(self.settings.adversaries)):
@@ -189,6 +202,24 @@ class World:
             )
         await deploy(self.chain, self.owner, program, program_bytes())
 
+    async def _open_lines(self, stack: contextlib.AsyncExitStack) -> None:
+        """Choose where the nodes listen, and put a relay in front of them if they are to have lines."""
+        count = self.settings.nodes + len(self.settings.adversaries)
+        if self.settings.link is None:
+            # The others know the first one's address beforehand; all choose their other ports themselves.
+            first = _reserve(stack)
+            self.places = [Place(first, 0, first), *(Place(0, 0, 0) for _ in range(1, count))]
+            return
+        ports = [(_reserve(stack), _reserve(stack)) for _ in range(count)]
+        arguments = ["--link", self.settings.link]
+        for pair in ports:
+            arguments += ["--to", ",".join(f"{HOST}:{port}" for port in pair)]
+        relay = Managed("relay", "psyche_node.relay", arguments, self.settings.out / "logs" / "relay.log", pipe=True)
+        stack.push_async_callback(relay.stop)
+        lines = iter(json.loads(await relay.first_line(RELAY_TIMEOUT)))
+        ends = [int(line["at"].rpartition(":")[2]) for line in lines]
+        self.places = [Place(*pair, *ends[2 * index : 2 * index + 2]) for index, pair in enumerate(ports)]
+
     async def _create_run(self) -> None:
         settings, prepared = self.settings, self.prepared
         await self.chain.create_run(self.run_id, settings.limits(), settings.terms(prepared))
@@ -204,16 +235,17 @@ class World:
         wallet = load_or_create_keypair(folder / "wallet.json")
         key = load_or_create_node_key(folder / "node.key")
         await self.chain.send(transfer(self.owner.pubkey(), wallet.pubkey(), NODE_FUNDS))
-        port = _free_port() if index == 0 else 0
+        place = self.places[index]
         if index == 0:
-            self.bootstrap = f"/ip4/127.0.0.1/tcp/{port}/p2p/{key.node_id}"
+            self.bootstrap = f"/ip4/{HOST}/tcp/{place.announced_p2p}/p2p/{key.node_id}"
         arguments = {
             "--name": name,
             "--run": str(self.addresses.run),
             "--folder": str(folder),
             "--model": str(folder / "model"),
             "--data": str(folder / "data"),
-            "--p2p-port": str(port),
+            "--p2p-port": str(place.p2p),
+            "--grpc-port": str(place.grpc),
             "--device": settings.device,
             "--threads": str(settings.threads_of(index)),
             "--micro-batch": str(settings.micro_batch_of(index)),
@@ -222,6 +254,9 @@ class World:
             "--check-every": str(settings.check_every),
             "--evaluate-every": str(settings.evaluate_every if index == 0 else 0),
         }
+        if place.announced_grpc:
+            arguments["--announce-p2p"] = f"{HOST}:{place.announced_p2p}"
+            arguments["--announce-grpc"] = f"{HOST}:{place.announced_grpc}"
         if index > 0:
             arguments["--bootstrap"] = self.bootstrap
         if fault is not None:
@@ -328,7 +363,9 @@ def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:
     return system_transfer(TransferParams(from_pubkey=source, to_pubkey=to, lamports=lamports))
 
 
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
+def _reserve(stack: contextlib.AsyncExitStack) -> int:
+    """Return a free port that nobody else is given: it stays bound here, and a node can listen on it all the same."""
+    sock = stack.enter_context(socket.socket())
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    sock.bind((HOST, 0))
+    return int(sock.getsockname()[1])

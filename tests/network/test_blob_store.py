@@ -205,7 +205,7 @@ def test_the_manifests_that_are_remembered_are_bounded_by_their_pieces(
     reader = Reader(BlobStore(tmp_path))
     for number in range(3):
         reader.remember(bytes([number]), Manifest(2 * PIECE_BYTES, (bytes(32), bytes(32))))
-    assert list(reader._manifests) == [b"\1", b"\2"]
+    assert list(reader._held) == [b"\1", b"\2"]
     reader.remember(b"\2", Manifest(PIECE_BYTES, (bytes(32),)))
     assert reader._pieces == 3
 

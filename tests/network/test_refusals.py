@@ -33,6 +33,7 @@ from psyche_node.network.messages import (
     FetchFailed,
     GetStats,
     MemberEntry,
+    NetworkRestarted,
     PeerStats,
     Publish,
     RefusalCount,
@@ -187,6 +188,9 @@ def test_a_strangers_gossip_and_what_it_hears(tmp_path: Path) -> None:
     heard: list[bytes] = []
 
     class Listener:
+        def allows(self, peer: bytes | str) -> bool:
+            return True
+
         def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
             heard.append(raw)
             return True
@@ -258,7 +262,7 @@ def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
     metrics.on_event(Fetched(**fetched, source="x"))
     metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="slow"))
     metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="gone"))
-    metrics.network_restarted()
+    metrics.on_event(NetworkRestarted(restarts=1, reason="killed"))
     with metrics.served("127.0.0.1:0") as port:
         assert scrape(port) == {
             ("psyche_network_up",): 1,
@@ -271,6 +275,8 @@ def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
             ("psyche_network_bytes_total", "received", "other"): 15,
             ("psyche_network_peers",): 3,
             ("psyche_network_members",): 2,
+            ("psyche_network_private",): 0,
+            ("psyche_network_paths",): 0,
             ("psyche_network_banned",): 1,
             ("psyche_network_refusals_total", "call", "not-a-member"): 7,
         }

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import trio
 from libp2p.abc import INetStream
+from libp2p.io.exceptions import IOException
 from libp2p.stream_muxer.exceptions import MuxedStreamError
 from network_driver import RUN
 from network_here import Here, nodes
@@ -208,7 +209,7 @@ async def _answer(stream: INetStream) -> bytes:
     with trio.fail_after(30):
         try:
             return await stream.read(4)
-        except MuxedStreamError:
+        except (MuxedStreamError, IOException):
             return b""
 
 

@@ -44,6 +44,9 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
         ("update_timeout = 0", "update_timeout"),
         ('faults = ["tamper", "gossip"]', "faults"),
         ("bootstrap = 7", "bootstrap"),
+        ('announce_grpc = "example.org:4002"', "announce_grpc"),
+        ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
+        ('announce_p2p = "203.0.113.7"', "announce_p2p"),
     ],
 )
 def test_error_names_file_and_key(tmp_path: Path, line: str, key: str) -> None:

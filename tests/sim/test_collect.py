@@ -136,8 +136,8 @@ def trained(round: int, started: float, loss: float, tokens: int = 10, sent: int
     }
 
 
-def applied(round: int, sha: str | None = SHA) -> dict[str, Any]:
-    return {"kind": "applied", "round": round, "weights_sha256": sha}
+def applied(round: int, sha: str | None = SHA, until: float = 100.0, seconds: float = 0.0) -> dict[str, Any]:
+    return {"kind": "applied", "round": round, "weights_sha256": sha, "time": START + until, "seconds": seconds}
 
 
 def finished(sha: str = SHA) -> dict[str, Any]:
@@ -176,6 +176,25 @@ def test_rounds_losses_members_and_checks(tmp_path: Path) -> None:
     assert result.bytes_sent_total == 1000
     assert result.update_bytes_total == 3 * 100
     assert [node.exit for node in result.nodes] == ["finished", "finished"]
+
+
+def test_time_between_two_trainings_is_applying_or_waiting(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    lines = [trained(0, 1, 4.0), trained(1, 6, 3.0), trained(2, 9, 2.0)]
+    # Trained in 1 s each: from 2 to 6 one update was applied, from 4.5 to 5, and the first was before its time.
+    stage.node(0, *lines, applied(7, until=1.5, seconds=1.0), applied(0, until=5.0, seconds=0.5), finished())
+    for number, start in enumerate((0.5, 5.5, 8.5)):
+        stage.round(number, start, {0}, {0})
+    stage.world.record.finished_at = START + 12
+    result = stage.collect()
+    rows = [record.members[0] for record in result.timeline]
+    assert [(row.apply_seconds, row.wait_seconds) for row in rows] == [
+        (pytest.approx(0.5), pytest.approx(3.5)),
+        (0.0, pytest.approx(2.0)),
+        (0.0, 0.0),
+    ]
+    assert result.waited == pytest.approx(2.75)
+    assert result.busy == pytest.approx(2.5 / 8.0), "of the two rounds of which the waiting is known"
 
 
 def test_replicas_that_differ_are_not_called_identical(tmp_path: Path) -> None:
@@ -249,7 +268,7 @@ def test_warnings_of_the_logs_become_events_and_hostile_lines_do_not_hurt(tmp_pa
 def test_curve_has_one_point_a_round_in_their_order(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     lines = [
-        {"kind": "evaluated", "time": START + at, "round": number, "heldout_loss": loss}
+        {"kind": "evaluated", "time": START + at, "round": number, "heldout_loss": loss, "seconds": 0.0}
         for at, number, loss in ((3, 9, 2.0), (1, 0, 4.0), (4, 9, 1.5))
     ]
     node = stage.node(0)
