@@ -9,7 +9,7 @@ each has every place once: they upload exactly the same.
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from blake3 import blake3
 
@@ -20,12 +20,18 @@ _CONTEXT = "psyche-node 2026-11 order of passing on: u64 round, node key"
 class Tree:
     """The tree of one author's update of a round. All nodes with the same member list have the same tree."""
 
-    def __init__(self, round: int, author: bytes | None, members: Iterable[bytes]) -> None:
-        """``members`` are node keys. Without an author, or with one who is no member, the first is the root."""
+    def __init__(
+        self, round: int, author: bytes | None, members: Iterable[bytes], private: Container[bytes] = ()
+    ) -> None:
+        """``members`` are node keys. Without an author, or with one who is no member, the first is the root.
+
+        ``private`` members cannot be called, and come last: they take, and pass on only when there are many of them.
+        """
         prefix = struct.pack("<Q", round)
         circle = sorted(set(members), key=lambda key: blake3(prefix + key, derive_key_context=_CONTEXT).digest())
         start = circle.index(author) if author in circle else 0
-        self.order: tuple[bytes, ...] = (*circle[start:], *circle[:start])
+        order = [*circle[start:], *circle[:start]]
+        self.order: tuple[bytes, ...] = (*order[:1], *sorted(order[1:], key=lambda key: key in private))
         self._at = {key: index for index, key in enumerate(self.order)}
 
     def ancestors(self, key: bytes) -> list[bytes]:

@@ -66,6 +66,18 @@ def test_each_round_has_another_order() -> None:
     assert len(orders) == 20
 
 
+def test_private_members_are_leaves_as_long_as_there_is_room() -> None:
+    members = members_of(15)
+    private = set(members[:7])
+    for round in range(10):
+        for author in members:
+            tree = Tree(round, author, members, private)
+            assert tree.order[0] == author
+            passing_on = {member for member in members if tree.children(member)}
+            assert passing_on - {author} == passing_on - private - {author}
+    assert {len(Tree(0, author, members, set(members)).order) for author in members} == {15}
+
+
 def test_trees_without_an_author_or_without_this_node() -> None:
     members = members_of(5)
     tree = Tree(3, None, members)

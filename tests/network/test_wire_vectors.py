@@ -144,7 +144,9 @@ def test_null_ca() -> None:
     assert key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo).hex() == row["subject_public_key_info"]
 
 
-@pytest.mark.parametrize("row", VECTORS["trees"], ids=lambda row: f"{len(row['members'])} members")
+@pytest.mark.parametrize(
+    "row", VECTORS["trees"], ids=lambda row: f"{len(row['members'])} members, {len(row['private'])} private"
+)
 def test_trees(row: dict[str, Any]) -> None:
     context = "psyche-node 2026-11 order of passing on: u64 round, node key"
 
@@ -153,7 +155,9 @@ def test_trees(row: dict[str, Any]) -> None:
 
     circle = sorted(row["members"], key=place)
     at = circle.index(row["author"])
-    order = circle[at:] + circle[:at]
+    others = circle[at + 1 :] + circle[:at]
+    order = [row["author"], *(one for one in others if one not in row["private"])]
+    order += [one for one in others if one in row["private"]]
     assert row["order"] == order
     assert row["children"] == [order[2 * at + 1 : 2 * at + 3] for at in range(len(order))]
 

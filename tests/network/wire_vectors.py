@@ -144,13 +144,15 @@ def blob_rows() -> list[Row]:
 
 def tree_rows() -> list[Row]:
     rows = []
-    for count in (1, 2, 8):
+    for count, hidden in ((1, 0), (2, 0), (8, 0), (8, 3)):
         members = [NodeKey(bytes([number]) * 32).public for number in range(count)]
-        tree = fanout.Tree(300, members[-1], members)
+        private = members[:hidden]
+        tree = fanout.Tree(300, members[-1], members, private)
         rows.append(
             {
                 "round": 300,
                 "members": [member.hex() for member in members],
+                "private": [member.hex() for member in private],
                 "author": members[-1].hex(),
                 "order": [member.hex() for member in tree.order],
                 "children": [[child.hex() for child in tree.children(member)] for member in tree.order],
