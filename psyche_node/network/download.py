@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
+from psyche_node.network.messages import Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
 from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
@@ -29,8 +30,8 @@ from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 256 * 1024
-# A run is what a source brings in about this time, so that a slow one has little that others wait for. It begins with
-# what is known of the source, and doubles or halves.
+# Beside others, a source gets runs that take it about this time, so that a slow one has little that others wait for.
+# They begin with what is known of it, and double or halve. An update has one source, which gets as much as it may.
 RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
@@ -78,7 +79,8 @@ class Download:
         self._source = choice.source
         self._open: deque[_Run] = deque()
         expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
-        self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
+        alone = want.kind is Kind.UPDATE
+        self._limit = MAX_PIECES_PER_FETCH if alone else min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
         self._started = self._moved = math.inf
@@ -112,7 +114,11 @@ class Download:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return
-        plan, partial = self._planned()
+        try:
+            plan, partial = self._planned()
+        except BaseException:
+            self.cancel()
+            raise
         try:
             self._bring(plan, partial)
         finally:
@@ -149,8 +155,17 @@ class Download:
         with want.lock:
             if want.plan is not None and want.partial is not None:
                 return want.plan, want.partial
-        manifest = self._manifest()
-        return open_plan(self._tools, want, manifest)
+        # The first pieces are on their way while the list is: without them, each step down a tree would cost a round
+        # trip more.
+        early = None if self._choice.held else self._fetch(range(min(self._limit, piece_count(want.length))))
+        plan, partial = open_plan(self._tools, want, self._manifest())
+        if early is not None and (taken := plan.take(self._source, len(early.pieces))) != early.pieces:
+            # Another source has begun in the meantime.
+            plan.give_back(self._source, taken)
+            early.stream.cancel()
+            with self._lock:
+                self._open.clear()
+        return plan, partial
 
     def _manifest(self) -> Manifest:
         want, count = self._want, piece_count(self._want.length)
@@ -174,7 +189,8 @@ class Download:
         return manifest
 
     def _bring(self, plan: Plan, partial: Partial) -> None:
-        self._ahead(plan)
+        if not self._open:
+            self._ahead(plan)
         while self._open:
             run = self._open[0]
             for piece in run.stream:
