@@ -98,6 +98,9 @@ def _network(stats: Stats) -> Iterator[Metric]:
     yield traffic
     yield GaugeMetricFamily("psyche_network_peers", "Peers with a libp2p connection.", stats.peers)
     yield GaugeMetricFamily("psyche_network_members", "Members with a libp2p connection.", len(stats.connected))
+    yield GaugeMetricFamily("psyche_network_private", "1 if nobody can open a connection here.", bool(stats.private))
+    paths = sum(peer.punched for peer in stats.per_peer)
+    yield GaugeMetricFamily("psyche_network_paths", "Private members with a path to them through both NATs.", paths)
     banned = sum(peer.banned for peer in stats.per_peer)
     yield GaugeMetricFamily("psyche_network_banned", "Peers banned as sources of blobs.", banned)
     refusals = CounterMetricFamily(

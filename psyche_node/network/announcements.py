@@ -96,6 +96,12 @@ class Announcements:
             Why.CONTRADICTION,
         )
 
+    def of(self, round: int, author: bytes) -> Announcement | None:
+        """Return what the node with key ``author`` has announced for ``round``, or None."""
+        with self._lock:
+            raw = self._raw.get(round, {}).get(author)
+        return None if raw is None else Announcement.parse(raw, self._run)
+
     def bitmap(self, round: int) -> bytes:
         """Return the member slots whose announcement of ``round`` is known: bit i of byte i/8."""
         bits = bytearray(MAX_BITMAP)

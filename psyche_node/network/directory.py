@@ -129,3 +129,18 @@ class Directory:
             for key in keys
             if key in self._slots and key in self._records and key not in self._banned and key != self.own_key
         ]
+
+    def public(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return those of ``sources`` that do not say that they are private."""
+        return [key for key in self.sources(keys) if not self._records[key].record.is_private]
+
+    def own_private(self) -> bool:
+        """Return whether this node's own record says that it is private: then nobody else will connect to it."""
+        own = self._records.get(self.own_key)
+        return own is not None and own.record.is_private
+
+    def hidden(self, record: NodeRecord) -> bool:
+        """Return whether connecting to the node's addresses is in vain: it is private, and not in this network."""
+        own = self._records.get(self.own_key)
+        near = own is not None and own.record.observed_ip != "" and own.record.observed_ip == record.observed_ip
+        return record.is_private and not near

@@ -137,6 +137,24 @@ class Fetcher:
             want.retry_at.pop(holder, None)
             want.news.set()
 
+    def wanted(self, round: int, digest: bytes) -> int | None:
+        """Return the length in bytes of a blob with an open want, or None. Any thread."""
+        want = self._wants.get((round, digest))
+        return None if want is None else want.length
+
+    def arrived(self, digest: bytes, sender: bytes) -> None:
+        """A blob was pushed into the store."""
+        for want in self._wants.values():
+            if want.digest == digest:
+                want.pushed_by = sender
+                want.news.set()
+
+    def reachable(self, peer: bytes) -> None:
+        """There is a way to a peer that could not be reached."""
+        for want in self._wants.values():
+            want.retry_at.pop(peer, None)
+            want.news.set()
+
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
@@ -184,7 +202,7 @@ class Fetcher:
         async with trio.open_nursery() as attempts:
             while not found:
                 if await self._is_here(want):
-                    found.append(self._directory.own_key)
+                    found.append(want.pushed_by or self._directory.own_key)
                     break
                 want.news = trio.Event()
                 now = trio.current_time()

@@ -71,6 +71,10 @@ class Guard:
             return grpc.unary_stream_rpc_method_handler(
                 self._guarded(handler.unary_stream), handler.request_deserializer, handler.response_serializer
             )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._guarded(handler.stream_unary), handler.request_deserializer, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(
             self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )
@@ -100,8 +104,8 @@ class Guard:
             self._refuse(context, key, reason, Why.TOO_MANY, grpc.StatusCode.RESOURCE_EXHAUSTED)
         return key
 
-    def _guarded(self, behaviour: Callable[[bytes, bytes, Context], Any]) -> Callable[[bytes, Context], Any]:
-        def guarded(request: bytes, context: Context) -> Any:
+    def _guarded(self, behaviour: Callable[[bytes, Any, Context], Any]) -> Callable[[Any, Context], Any]:
+        def guarded(request: Any, context: Context) -> Any:
             return behaviour(self.caller(context), request, context)
 
         return guarded

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,6 +42,8 @@ class Configure(Message):
     """The same for the libp2p port."""
     bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to this node. ``auto`` asks some members to try."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
     mdns: bool = False
@@ -132,6 +135,8 @@ class PeerStats(Message):
     bytes_sent: int
     bytes_received: int
     banned: bool
+    punched: bool = False
+    """There is a path to it through two NATs."""
 
 
 class RefusalCount(Message):
@@ -152,6 +157,8 @@ class Stats(Message):
     blob_bytes_received: int
     peers: int
     """Peers with a libp2p connection, members or not."""
+    private: bool | None = None
+    """Nobody can open a connection to this node. None: not known yet."""
     connected: list[int]
     """Slots of the members with a libp2p connection that answers pings."""
     per_peer: list[PeerStats]

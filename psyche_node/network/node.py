@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
 import random
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
 from functools import partial
 from pathlib import Path
 
-import base58
 import trio
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import Message, Ok
+from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
 from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
@@ -26,7 +24,7 @@ from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.lan import LocalNetwork
-from psyche_node.network.links import Links
+from psyche_node.network.links import Links, probe
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -44,18 +42,23 @@ from psyche_node.network.messages import (
     Want,
     Why,
 )
+from psyche_node.network.nat.dialback import DialBack
+from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
+from psyche_node.network.nat.puncher import Puncher
+from psyche_node.network.nat.reachability import Reachability
+from psyche_node.network.nat.sockets import SocketFolder
 from psyche_node.network.peerstore import Peerstore
+from psyche_node.network.push import PushReceiver
+from psyche_node.network.pusher import Pusher
 from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.spread import Spreader
 from psyche_node.network.statements import (
-    RUN_BYTES,
     Announcement,
     Malformed,
     NodeRecord,
-    join_address,
     join_multiaddr,
     split_address,
 )
@@ -68,10 +71,6 @@ log = logging.getLogger(__name__)
 RENEW_EVERY = 3600.0
 SAVE_EVERY = 2.0
 MAX_REMEMBERED = 16
-
-
-class NetworkError(Exception):
-    """The network process cannot do what it was asked; the message says why and what to do."""
 
 
 class NetworkNode:
@@ -90,6 +89,8 @@ class NetworkNode:
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
         self._traffic = Traffic()
+        self._sockets = SocketFolder(Path(configure.folder) / "sockets")
+        self._paths = Paths(self._sockets)
         self._throttle = Throttle()
         self._peerstore = Peerstore(Path(configure.folder) / "peers", self._run)
         remembered = self._peerstore.load()
@@ -104,7 +105,7 @@ class NetworkNode:
         self._holdings = Holdings(self._reader)
         self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
-        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
+        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
@@ -117,6 +118,24 @@ class NetworkNode:
             self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
+        self._dialback = DialBack(probe)
+        self._receiver = PushReceiver(
+            self._store,
+            self._reader,
+            self._directory,
+            self._announcements,
+            self._fetcher,
+            self._reporter,
+            self._traffic,
+            self._pushed_from_thread,
+        )
+        self._reachability = Reachability(
+            configure.reachable, self._host, self._links, self._directory, self._standing_changed
+        )
+        self._pusher = Pusher(self._links, self._directory, self._reader, lambda: self._reachability.private)
+        self._puncher = Puncher(
+            self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
+        )
         self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
         self._spreader = Spreader(self._directory, self._links, self._swarm)
         self._up: set[int] = set()
@@ -139,23 +158,35 @@ class NetworkNode:
             self._take_offer,
             self._quality.heard,
         )
-        server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
+        server = Server(
+            configure.listen_host,
+            configure.grpc_port,
+            lambda: self._leaf,
+            guard,
+            service,
+            more=[self._dialback.handlers(), self._receiver.handlers()],
+            unix_path=self._sockets.path(SERVER_SOCKET),
+        )
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_address = configure.announce_grpc or join_address(self._host, server.port)
-                p2p = split_address(configure.announce_p2p) if configure.announce_p2p else None
-                self._p2p_address = join_multiaddr(*(p2p or (self._host, self._swarm.port)))
+                self._addresses = Addresses(
+                    self._host, self._swarm.port, server.port, configure.announce_p2p, configure.announce_grpc
+                )
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
                 nursery.start_soon(self._keep_peers)
                 if configure.mdns:
                     nursery.start_soon(self._keep_local)
+                nursery.start_soon(self._paths.run)
+                nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
+                nursery.start_soon(self._pusher.run)
+                nursery.start_soon(self._reachability.run, split_address(self._addresses.grpc())[1])
                 yield Ready(
                     node_id=self._key.node_id,
-                    multiaddrs=[f"{self._p2p_address}/p2p/{self._key.node_id}"],
-                    grpc_address=self._grpc_address,
+                    multiaddrs=[f"{address}/p2p/{self._key.node_id}" for address in self._addresses.p2p()],
+                    grpc_address=self._addresses.grpc(),
                     p2p_port=self._swarm.port,
                     grpc_port=server.port,
                 )
@@ -163,6 +194,7 @@ class NetworkNode:
         finally:
             self._links.close()
             server.stop()
+            self._sockets.close()
 
     async def handle(self, message: Message) -> Message:
         """Do what the supervisor asks and return the reply. Raises NetworkError, which reaches it as a Failure."""
@@ -174,6 +206,7 @@ class NetworkNode:
             case Want():
                 if message.kind is Kind.UPDATE:
                     self._announcements.reached(message.round)
+                self._receiver.asked([bytes.fromhex(want.digest) for want in message.wants])
                 for want in message.wants:
                     self._fetcher.want(
                         message.round, want.member, bytes.fromhex(want.digest), want.length, message.kind
@@ -181,6 +214,8 @@ class NetworkNode:
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
+                self._receiver.forget(message.before_round)
+                self._pusher.forget(message.before_round)
                 await in_thread(partial(self._store.forget, message.before_round))
             case GetStats():
                 return self._stats()
@@ -198,6 +233,7 @@ class NetworkNode:
             raise NetworkError("two entries of the member list share a slot or a node key")
         self._directory.set_members(members)
         self._links.retain(set(members.values()))
+        self._paths.retain(set(members.values()))
         self._report_connections()
         self._fetcher.sources_changed()
         self._swarm.wake()
@@ -216,18 +252,21 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
+        self._pusher.published(message.round, digest, message.length)
         if self._nursery is not None:
             self._nursery.start_soon(self._spreader.spread, raw)
 
     def _stats(self) -> Stats:
         per_peer = self._traffic.per_peer()
         connected = self._swarm.connected()
+        punched = self._paths.punched()
         return Stats(
             bytes_sent=sum(sent for sent, _ in per_peer.values()),
             bytes_received=sum(received for _, received in per_peer.values()),
             blob_bytes_sent=self._traffic.blob_sent,
             blob_bytes_received=self._traffic.blob_received,
             peers=len(connected),
+            private=self._reachability.standing.private,
             connected=sorted(self._up),
             per_peer=[
                 PeerStats(
@@ -237,6 +276,7 @@ class NetworkNode:
                     bytes_sent=sent,
                     bytes_received=received,
                     banned=self._directory.banned(key),
+                    punched=key in punched,
                 )
                 for key, (sent, received) in sorted(per_peer.items())
             ],
@@ -251,6 +291,11 @@ class NetworkNode:
             return
         # The caller waits, so that a peer cannot queue more than it has calls open.
         trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _pushed_from_thread(self, digest: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._fetcher.arrived, digest, sender)
 
     def _take_asked(self, raw: bytes, sender: bytes) -> None:
         if self.allows(sender):
@@ -363,7 +408,9 @@ class NetworkNode:
                 token.run_sync_soon(self._swarm.hint, key, address)
 
         listen = self._configure.listen_host
-        start = partial(LocalNetwork, self._run, self._key.node_id, self._p2p_address, listen, found)
+        start = partial(
+            LocalNetwork, self._run, self._key.node_id, join_multiaddr(self._host, self._swarm.port), listen, found
+        )
         try:
             local = await in_thread(start)
         except OSError as error:
@@ -385,52 +432,27 @@ class NetworkNode:
                 self._leaf = issue(self._key)
                 await self._renew_record()
 
+    async def _standing_changed(self) -> None:
+        await self._renew_record()
+        self._pusher.wake()
+        self._fetcher.sources_changed()
+        self._swarm.wake()
+
     async def _renew_record(self) -> None:
+        standing = self._reachability.standing
+        # A public node behind a NAT that forwards its ports is reached where others see it.
+        outside = "" if standing.private else standing.ip
         record = NodeRecord(
             self._run,
             self._key.public,
             int(time.time() * 1000),  # larger than those of earlier lives of this node
-            (self._p2p_address,),
-            self._grpc_address,
+            self._addresses.p2p(outside),
+            self._addresses.grpc(outside),
             self._leaf.der_hash,
             self._leaf.expires,
+            self._reachability.private,
+            standing.ip if standing.private else "",
         )
         raw = record.sign(self._key)
         self._directory.add(record, raw)
         await self._swarm.gossip.record(raw)
-
-
-def parse_run(text: str) -> bytes:
-    """Return the 32 bytes of a run account's address, given in hex or base58. Raises NetworkError."""
-    try:
-        run = bytes.fromhex(text) if len(text) == 2 * RUN_BYTES else base58.b58decode(text[:64])
-    except ValueError:
-        run = b""
-    if len(run) != RUN_BYTES:
-        raise NetworkError(f"{text[:80]!r} is not a run's address: give its 32 bytes in hex or base58")
-    return run
-
-
-def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
-    """Return the IP address to announce: ``listen_host``, or for 0.0.0.0 the interface towards the bootstrap node.
-
-    Raises NetworkError when ``listen_host`` is no IP address.
-    """
-    try:
-        ip = ipaddress.ip_address(listen_host)
-    except ValueError:
-        raise NetworkError(f"listen_host is {listen_host!r}; give an IP address of this machine, or 0.0.0.0") from None
-    if not ip.is_unspecified:
-        return str(ip)
-    family, target = (socket.AF_INET, "192.0.2.1") if ip.version == 4 else (socket.AF_INET6, "2001:db8::1")
-    for _, address in bootstrap:
-        towards = address.split("/")[2]
-        if ipaddress.ip_address(towards).version == ip.version:
-            target = towards
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Connecting a datagram socket sends nothing; it only chooses the interface.
-            probe.connect((target, 9))
-        except OSError:
-            return "127.0.0.1" if ip.version == 4 else "::1"
-        return str(probe.getsockname()[0])

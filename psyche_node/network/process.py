@@ -17,11 +17,12 @@ import trio
 from psyche_node.identity import IdentityError
 from psyche_node.ipc import BlockingChannel, Failure, IpcError, Message, serve
 from psyche_node.log import configure as configure_log
+from psyche_node.network.addresses import NetworkError
 from psyche_node.network.corelog import CoreLog
 from psyche_node.network.health import PartDied
 from psyche_node.network.memory import keep_freed_pieces
 from psyche_node.network.messages import Configure
-from psyche_node.network.node import NetworkError, NetworkNode
+from psyche_node.network.node import NetworkNode
 from psyche_node.network.server import ServerUnavailable
 from psyche_node.network.statements import Malformed
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -11,11 +12,13 @@ import grpc  # type: ignore[import-untyped]
 
 from psyche_node.network.certificates import Leaf, null_ca_pem
 from psyche_node.network.guard import MAX_STREAMS, Guard
+from psyche_node.network.nat.dialback import MAX_DIALS
+from psyche_node.network.push import MAX_PUSHES
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, NodeService
 from psyche_node.network.statements import join_address
 
 # One thread per open call: streams, and short calls next to them.
-_WORKERS = MAX_STREAMS + 12
+_WORKERS = MAX_STREAMS + MAX_PUSHES + MAX_DIALS + 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,9 +72,11 @@ class Server:
         guard: Guard,
         service: NodeService,
         limits: Limits = DEFAULT_LIMITS,
+        more: Sequence[Any] = (),
+        unix_path: str | None = None,
     ) -> None:
+        """``more``: gRPC handlers of further methods. At ``unix_path`` the server listens, too, with the same TLS."""
         self._leaf = leaf
-        self._shown: Leaf | None = None
         self._server = grpc.server(
             ThreadPoolExecutor(_WORKERS, thread_name_prefix="grpc"),
             interceptors=[guard],
@@ -83,13 +88,13 @@ class Server:
             ],
             maximum_concurrent_rpcs=4 * _WORKERS,
         )
-        self._server.add_generic_rpc_handlers((service.handlers(),))
-        credentials = grpc.dynamic_ssl_server_credentials(
-            self._configuration(), self._renewed, require_client_authentication=True
-        )
+        self._server.add_generic_rpc_handlers((service.handlers(), *more))
         address = join_address(host, port)
         try:
-            self.port = int(self._server.add_secure_port(address, credentials))
+            self.port = int(self._server.add_secure_port(address, self._credentials()))
+            if unix_path is not None:
+                self._server.add_secure_port(f"unix:{unix_path}", self._credentials())
+                os.chmod(unix_path, 0o600)
         except RuntimeError as error:
             raise ServerUnavailable(f"gRPC cannot listen on {address}: {error}. Is the port taken?") from error
         if not self.port:
@@ -100,9 +105,18 @@ class Server:
         """End open calls at once and wait for their threads, a second at most."""
         self._server.stop(grace=None).wait(1.0)
 
-    def _configuration(self) -> Any:
-        self._shown = leaf = self._leaf()
-        return grpc.ssl_server_certificate_configuration([(leaf.key, leaf.certificate)], null_ca_pem())
+    def _credentials(self) -> Any:
+        shown = self._leaf()
 
-    def _renewed(self) -> Any:
-        return self._configuration() if self._leaf() is not self._shown else None
+        def configuration(leaf: Leaf) -> Any:
+            return grpc.ssl_server_certificate_configuration([(leaf.key, leaf.certificate)], null_ca_pem())
+
+        def renewed() -> Any:
+            nonlocal shown
+            leaf = self._leaf()
+            if leaf is shown:
+                return None
+            shown = leaf
+            return configuration(leaf)
+
+        return grpc.dynamic_ssl_server_credentials(configuration(shown), renewed, require_client_authentication=True)

@@ -76,7 +76,7 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
+        self.host = self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
         self.gossip = Gossip(self._host, run, key.public, handlers, self._is_trusted)
@@ -170,12 +170,12 @@ class Swarm:
         targets: dict[bytes, list[str]] = {}
         for key in wanted[:WANTED_CONNECTIONS]:
             record, hint = self._directory.record(key), self._hints.get(key)
-            addresses = [] if record is None else list(record.p2p_addresses)
+            addresses = [] if record is None or self._directory.hidden(record) else list(record.p2p_addresses)
             if hint is not None and hint not in addresses:
                 addresses.append(hint)
             if key in connected or not addresses:
                 continue
-            if self._own_key > key and key not in self._dials:
+            if self._own_key > key and not self._directory.own_private() and key not in self._dials:
                 self._dials[key] = _Dial(due=trio.current_time() + YIELD_SECONDS)
             targets[key] = addresses
         # The bootstrap nodes are for those who know too few others.

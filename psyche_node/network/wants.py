@@ -85,6 +85,8 @@ class Want:
     """How often a source that has the blob, or receives it, had nothing to bring."""
     broken: set[bytes] = field(default_factory=set)
     """Sources that failed for another reason than that they do not have it, or are busy."""
+    pushed_by: bytes | None = None
+    """Who pushed it into the store, if that is how it came."""
     told: set[str] = field(default_factory=set)
     running: dict[bytes, Running] = field(default_factory=dict)
     news: trio.Event = field(default_factory=trio.Event)

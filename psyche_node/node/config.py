@@ -52,6 +52,9 @@ class NodeConfig(BaseModel):
     mdns: bool = False
     """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
     would answer strangers on UDP port 5353."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to both ports. `auto` asks some members to try. A node that says `no`
+    fetches over its own connections, and pushes its updates to public nodes."""
     metrics: str | None = None
     """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
     none."""

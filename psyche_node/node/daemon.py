@@ -229,6 +229,7 @@ class Node:
             announce_grpc=config.announce_grpc,
             bootstrap=list(config.bootstrap),
             mdns=config.mdns,
+            reachable=config.reachable,
             run=run,
             faults=list(config.faults),
         )

@@ -165,6 +165,12 @@ def _value(data: Input, field: Any) -> Any:
         return data.one(known) if data.below(3) else data.raw(64)
     if field.type == field.TYPE_STRING:
         return address(data)
+    if field.type == field.TYPE_MESSAGE:
+        inner = getattr(wire, field.message_type.name)()
+        for one in inner.DESCRIPTOR.fields:
+            if not one.is_repeated:
+                setattr(inner, one.name, _value(data, one))
+        return inner
     if field.type == field.TYPE_BOOL:
         return bool(data.byte() & 1)
     return data.number() % (2**32 if field.type in (field.TYPE_UINT32, field.TYPE_ENUM) else 2**64)

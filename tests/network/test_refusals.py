@@ -272,6 +272,8 @@ def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
             ("psyche_network_bytes_total", "received", "other"): 15,
             ("psyche_network_peers",): 3,
             ("psyche_network_members",): 2,
+            ("psyche_network_private",): 0,
+            ("psyche_network_paths",): 0,
             ("psyche_network_banned",): 1,
             ("psyche_network_refusals_total", "call", "not-a-member"): 7,
         }

@@ -87,6 +87,7 @@ def test_node_records(row: dict[str, Any]) -> None:
     addresses = b"".join(element(4, address.encode()) for address in row["p2p_addresses"])
     body = field(1, run) + field(2, public(seed)) + field(3, row["seq"]) + addresses + field(5, row["grpc_address"])
     body += field(6, bytes.fromhex(row["tls_leaf"])) + field(7, row["tls_expires"])
+    body += field(8, int(row["is_private"])) + field(9, row["observed_ip"])
     assert body.hex() == row["body"]
     raw = signed(seed, b"psyche-node/record/1:", body)
     assert raw.hex() == row["signed"]
@@ -154,7 +155,32 @@ def test_calls() -> None:
     assert rows["GetManifest"]["request"] == field(1, digest).hex()
     assert rows["GetManifest"]["reply"] == (field(1, PIECE + 1) + field(2, digest + bytes(32))).hex()
     assert rows["Fetch"]["request"] == (field(1, digest) + field(2, 2) + field(3, 16)).hex()
+    assert rows["DialBack"]["request"] == field(1, 4002).hex()
+    assert rows["DialBack"]["reply"] == (field(1, "203.0.113.9:50000") + field(2, 1)).hex()
     for row in rows.values():
         request = bytes.fromhex(row["request"])
         assert row["framed"] == (b"\0" + len(request).to_bytes(4, "big") + request).hex()
     assert rows["Fetch"]["first_message_framed"] == (b"\0\0\0\0\3" + content(3)).hex()
+
+
+@pytest.mark.parametrize("row", VECTORS["pushes"], ids=lambda row: str(row["length"]))
+def test_pushes(row: dict[str, Any]) -> None:
+    data = content(row["length"])
+    pieces = b"".join(blake3(data[at : at + PIECE]).digest() for at in range(0, len(data), PIECE))
+    context = "psyche-node 2026-11 blob root: u64 length, then the digests of its 1 MiB pieces"
+    digest = blake3(struct.pack("<Q", len(data)) + pieces, derive_key_context=context).digest()
+    assert row["header"] == (field(1, 300) + field(2, digest) + field(3, len(data))).hex()
+    assert row["list"] == (pieces.hex() if len(data) > PIECE else "")
+    assert row["reply"] == ""
+
+
+def test_punches() -> None:
+    keys = [bytes.fromhex(row["public"]) for row in VECTORS["keys"]]
+    bodies = {
+        "request": field(1, keys[1]) + field(2, "203.0.113.9:50000"),
+        "invitation": field(1, keys[0]) + field(2, "203.0.113.9:50000"),
+        "answer": field(2, "198.51.100.7:40000") + field(3, b"PEM"),
+        "refusal": field(4, "not connected to it"),
+    }
+    frames = {row["punch"]: row["frame"] for row in VECTORS["punches"]}
+    assert frames == {name: (len(body).to_bytes(4, "big") + body).hex() for name, body in bodies.items()}

@@ -30,11 +30,13 @@ from psyche_node.network import (
     gossip,
     guard,
     messages,
+    push,
     records,
     service,
     statements,
     store,
 )
+from psyche_node.network.nat import rendezvous
 from psyche_node.network.wire import node_pb2 as wire
 
 FILE = Path(__file__).resolve().parents[1] / "vectors" / "wire.json"
@@ -75,19 +77,21 @@ def announcement_rows() -> list[Row]:
     return rows
 
 
-def record(key: NodeKey, seq: int, p2p: tuple[str, ...], address: str) -> statements.NodeRecord:
-    return statements.NodeRecord(RUN, key.public, seq, p2p, address, DIGEST, 1_900_000_000)
+def record(key: NodeKey, seq: int, p2p: tuple[str, ...], address: str, **more: Any) -> statements.NodeRecord:
+    return statements.NodeRecord(RUN, key.public, seq, p2p, address, DIGEST, 1_900_000_000, **more)
 
 
 RECORDS = (
     record(KEY, 1_800_000_000_000, ("/ip4/127.0.0.1/tcp/4001",), "127.0.0.1:4002"),
     record(OTHER, 1, ("/ip4/192.0.2.7/tcp/1", "/ip6/2001:db8::7/tcp/65535"), "[2001:db8::7]:65535"),
+    record(KEY, 2, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True, observed_ip="203.0.113.9"),
+    record(OTHER, 3, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True),
 )
 
 
 def record_rows() -> list[Row]:
     rows = []
-    for key, said in zip((KEY, OTHER), RECORDS, strict=True):
+    for key, said in zip((KEY, OTHER) * 2, RECORDS, strict=True):
         rows.append(
             {
                 "seed": key.seed.hex(),
@@ -97,6 +101,8 @@ def record_rows() -> list[Row]:
                 "grpc_address": said.grpc_address,
                 "tls_leaf": said.tls_leaf.hex(),
                 "tls_expires": said.tls_expires,
+                "is_private": said.is_private,
+                "observed_ip": said.observed_ip,
                 "body": said.body().hex(),
                 "signed": said.sign(key).hex(),
             }
@@ -112,7 +118,7 @@ def message_ids() -> list[Row]:
 
 def frame_rows() -> list[Row]:
     rows = []
-    for signed in ([], [said.sign(key) for key, said in zip((KEY, OTHER), RECORDS, strict=True)]):
+    for signed in ([], [said.sign(key) for key, said in zip((KEY, OTHER), RECORDS[:2], strict=True)]):
         body = wire.Records(records=signed).SerializeToString()
         rows.append({"records": [raw.hex() for raw in signed], "frame": (struct.pack(">I", len(body)) + body).hex()})
     return rows
@@ -148,6 +154,7 @@ def call_rows() -> list[Row]:
             wire.Manifest(length=PIECE + 1, pieces=DIGEST + bytes(32)),
         ),
         "Fetch": (wire.FetchRequest(digest=DIGEST, first=2, count=16), None),
+        "DialBack": (wire.DialBackRequest(port=4002), wire.DialBackReply(observed="203.0.113.9:50000", reached=True)),
     }
     rows = []
     for method, (request, reply) in calls.items():
@@ -159,6 +166,41 @@ def call_rows() -> list[Row]:
             row["stream"] = "each message is the bytes of one piece"
             row["first_message_framed"] = _framed(content(3)).hex()
         rows.append(row)
+    return rows
+
+
+def push_rows() -> list[Row]:
+    """All messages of a push: of one piece, and of two."""
+    rows = []
+    for length in (3, PIECE + 1):
+        data = content(length)
+        pieces = [store.piece_digest(data[at : at + PIECE]) for at in range(0, length, PIECE)]
+        header = wire.PushHeader(round=300, digest=store.blob_digest(data), length=length)
+        raw = header.SerializeToString(deterministic=True)
+        rows.append(
+            {
+                "path": f"/{service.SERVICE}/Push",
+                "length": length,
+                "header": raw.hex(),
+                "list": b"".join(pieces).hex() if len(pieces) > 1 else "",
+                "then": "the bytes of the blob",
+                "reply": wire.PushReply().SerializeToString().hex(),
+            }
+        )
+    return rows
+
+
+def punch_rows() -> list[Row]:
+    messages = {
+        "request": wire.Punch(peer=OTHER.public, address="203.0.113.9:50000"),
+        "invitation": wire.Punch(peer=KEY.public, address="203.0.113.9:50000"),
+        "answer": wire.Punch(address="198.51.100.7:40000", certificate=b"PEM"),
+        "refusal": wire.Punch(refusal="not connected to it"),
+    }
+    rows = []
+    for name, message in messages.items():
+        body = message.SerializeToString(deterministic=True)
+        rows.append({"punch": name, "frame": (struct.pack(">I", len(body)) + body).hex()})
     return rows
 
 
@@ -207,6 +249,8 @@ def names() -> Row:
             "gossip": [PROTOCOL_ID_V12, PROTOCOL_ID_V11, PROTOCOL_ID],
             "records": records.PROTOCOL,
             "ping": PING,
+            "punch": rendezvous.PUNCH,
+            "punched": rendezvous.PUNCHED,
         },
         "grpc_service": service.SERVICE,
         "signature_contexts": {
@@ -238,6 +282,9 @@ def bounds() -> Row:
         "reply_bytes": service.MAX_MESSAGE_BYTES,
         "streams": guard.MAX_STREAMS,
         "streams_per_peer": guard.MAX_STREAMS_PER_PEER,
+        "push_header_bytes": push.MAX_HEADER_BYTES,
+        "pushes": push.MAX_PUSHES,
+        "punch_bytes": rendezvous.MAX_BYTES,
         "deadline_seconds": guard.MAX_DEADLINE_SECONDS,
         "calls_per_second": guard.CALLS_PER_SECOND,
     }
@@ -249,6 +296,8 @@ def statuses() -> list[Row]:
         grpc.StatusCode.NOT_FOUND: "this node does not hold the blob",
         grpc.StatusCode.PERMISSION_DENIED: "the caller is no member by the node key of its certificate over TLS 1.3",
         grpc.StatusCode.RESOURCE_EXHAUSTED: "too many calls a second, too many open streams, or too large a message",
+        grpc.StatusCode.ALREADY_EXISTS: "this node holds the blob that is pushed; that is no failure",
+        grpc.StatusCode.FAILED_PRECONDITION: "the blob that is pushed is not looked for here",
         grpc.StatusCode.UNIMPLEMENTED: "this version does not know the method",
     }
     return [{"code": code.value[0], "name": code.name, "when": when} for code, when in meanings.items()]
@@ -288,6 +337,8 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "tls_extension": tls_rows,
     "null_ca": null_ca_rows,
     "calls": call_rows,
+    "pushes": push_rows,
+    "punches": punch_rows,
     "statuses": statuses,
 }
 
