@@ -38,7 +38,7 @@ from libp2p.io.exceptions import IncompleteReadError
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import IpcError, Message, decode_frame
-from psyche_node.network import direct, peerstore
+from psyche_node.network import direct, peerstore, push
 from psyche_node.network.announcements import Verdict
 from psyche_node.network.certificates import BadCertificate, identify, issue
 from psyche_node.network.direct import DirectAnnouncements
@@ -47,6 +47,8 @@ from psyche_node.network.fanout import Tree
 from psyche_node.network.kademlia import Records as KademliaRecords
 from psyche_node.network.links import CallFailed, Links
 from psyche_node.network.messages import Configure, Fetched, Kind, Publish, Rejected, SetMembers, Want
+from psyche_node.network.nat import rendezvous
+from psyche_node.network.nat.dialback import DialBack
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.pieces import pack, unpack
@@ -62,7 +64,7 @@ from psyche_node.network.statements import (
     split_address,
     split_multiaddr,
 )
-from psyche_node.network.store import BlobStore, blob_digest, piece_digest
+from psyche_node.network.store import BlobStore, blob_digest, piece_count, piece_digest
 from psyche_node.network.wants import Choice, Role
 from psyche_node.network.wants import Want as OpenWant
 from psyche_node.network.wire import node_pb2 as wire
@@ -70,6 +72,8 @@ from psyche_node.network.wire import node_pb2 as wire
 SECONDS = 2
 MEMORY = 24 << 20
 KEYS = [NodeKey(bytes([number]) * 32) for number in range(4)]
+# Most statements name the key that signs them.
+AUTHORS = [*[KEYS[0]] * 6, *KEYS[1:]]
 RUN = bytes(range(32))
 DIGEST = bytes(range(200, 232))
 INTERESTING = [0, 1, 2, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257, 512, 2**16, 2**20, 2**31 - 1, 2**31]
@@ -77,6 +81,7 @@ INTERESTING += [2**32 - 1, 2**32, 2**37, 2**37 + 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 NAMES = ["statements", "taken", "records", "announced", "stored", "bitmaps", "addresses", "requests", "replies"]
+NAMES += ["pushes", "punches"]
 NAMES += ["certificates", "frames"]
 
 
@@ -173,7 +178,7 @@ def _value(data: Input, field: Any) -> Any:
         return inner
     if field.type == field.TYPE_BOOL:
         return bool(data.byte() & 1)
-    return data.number() % (2**32 if field.type in (field.TYPE_UINT32, field.TYPE_ENUM) else 2**64)
+    return data.number() % {field.TYPE_UINT32: 2**32, field.TYPE_ENUM: 2**31}.get(field.type, 2**64)
 
 
 def address(data: Input) -> str:
@@ -193,7 +198,7 @@ def signed(data: Input, body: bytes, context: bytes) -> bytes:
 
 
 def announcement(data: Input) -> bytes:
-    key = data.one(KEYS)
+    key = data.one(AUTHORS)
     fields = {"run": RUN, "round": data.below(12), "node_key": key.public, "digest": DIGEST, "length": 1000}
     return signed(data, mutated(data, wire.Announcement(**fields)), b"psyche-node/announcement/1:")
 
@@ -201,12 +206,12 @@ def announcement(data: Input) -> bytes:
 def record(data: Input) -> bytes:
     message = wire.NodeRecord(
         run=RUN,
-        node_key=data.one(KEYS).public,
+        node_key=data.one(AUTHORS).public,
         seq=data.number(),
         p2p_addresses=["/ip4/127.0.0.1/tcp/4001"] * data.below(10),
         grpc_address="127.0.0.1:4002",
         tls_leaf=DIGEST,
-        tls_expires=1,
+        tls_expires=data.one([1, 2**40]),
     )
     return signed(data, mutated(data, message), b"psyche-node/record/1:")
 
@@ -221,14 +226,18 @@ class Context:
     def __init__(self) -> None:
         self.ended: Callable[[], None] = lambda: None
         self.aborted: grpc.StatusCode | None = None
+        self.where = "ipv4:127.0.0.1:5"
 
     def abort(self, code: grpc.StatusCode, reason: str) -> None:
-        assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
+        assert code not in (grpc.StatusCode.UNKNOWN, grpc.StatusCode.INTERNAL, grpc.StatusCode.OK)
         self.aborted = code
         raise Aborted(reason)
 
     def cancel(self) -> None:
         pass
+
+    def peer(self) -> str:
+        return self.where
 
     def add_callback(self, callback: Callable[[], None]) -> bool:
         self.ended = callback
@@ -271,6 +280,11 @@ class _Call:
         self._pieces = iter(())
 
 
+async def never(caller: bytes, where: str, helper: bytes) -> wire.Punch:
+    """An invitation that nobody accepts."""
+    raise rendezvous.Refused
+
+
 def ignored(message: Message) -> None:
     """Where events go."""
 
@@ -299,15 +313,20 @@ class Targets:
             self.node._quality.heard,
         )
         self.peer = Peer()
+        self.leaf = issue(KEYS[0])
         self.links: Links = self.node._links
-        self.links._link = lambda peer: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
+        self.links._link = lambda peer, ask=False: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
         node = self.node
         begun = lambda want: None  # noqa: E731
         self.tools = Tools(node._store, node._reader, node._holdings, node._links, node._quality, begun)
         self.direct: DirectAnnouncements = node._swarm.direct
         self.values = KademliaRecords(RUN, self.directory)
+        # A timer is a thread, which costs more than the rest of a push; the times themselves are tested elsewhere.
+        push._Incoming._limit = lambda incoming, seconds: SimpleNamespace(cancel=lambda: None)
+        self.dialback = DialBack(lambda address, seconds: identify(self.leaf.certificate))
+        self.rendezvous = rendezvous.Rendezvous(node._swarm._host, self.directory, self.dialback, never)
         self.peers = Peerstore(folder / "peers", RUN)
-        self.leaf = issue(KEYS[0])
+
         self.der = base64.b64decode(b"".join(self.leaf.certificate.split(b"\n")[1:-2]))
         self.messages = [
             SetMembers(members=[]),
@@ -379,6 +398,51 @@ class Targets:
         self.peers._path.write_bytes(changed(data, raw) if data.byte() & 1 else raw)
         return bool(self.peers.load())
 
+    def pushes(self, data: Input) -> bool:
+        """A member that pushes its blob: header, list and pieces, in any cut, with some of it changed."""
+        size = data.one([1, 1000, 1000, 1000, 1000, 1000, 1000, (1 << 20) + 5])
+        blob = bytes([7 + data.below(3)]) * size
+        digest = blob_digest(blob)
+        pieces = [blob[at : at + (1 << 20)] for at in range(0, size, 1 << 20)]
+        header = mutated(data, wire.PushHeader(round=1, digest=digest, length=size)) if data.byte() & 1 else None
+        parts = [header or wire.PushHeader(round=1, digest=digest, length=size).SerializeToString()]
+        if len(pieces) > 1:
+            parts.append(changed(data, b"".join(map(piece_digest, pieces))))
+        parts += [changed(data, piece) if data.below(3) == 0 else piece for piece in pieces]
+        if data.below(4) == 0:
+            del parts[data.below(len(parts))]
+        receiver, caller = self.node._receiver, KEYS[0].public
+        receiver._wants = SimpleNamespace(wanted=lambda round, wanted: size if wanted == digest else None)
+        receiver._arrived = lambda digest, sender: None
+        with contextlib.suppress(Aborted):
+            receiver.receive(caller, iter(parts), Context())
+        self.directory._banned.clear()
+        path = self.store.path(digest)
+        if path is None:
+            return False
+        assert blob_digest(path.read_bytes()) == digest
+        path.unlink()
+        return True
+
+    def punches(self, data: Input) -> bool:
+        """A Punch in its frame, and a DialBack: what a helper and a target are asked."""
+        message = wire.Punch(peer=data.one(KEYS).public, address=address(data), certificate=data.raw(200))
+        body = changed(data, mutated(data, message))
+        length = len(body) if data.below(4) else data.number() % 2**32
+        context = Context()
+        context.where = data.one(["ipv4:127.0.0.1:5", "ipv6:%5B::1%5D:5", "unix:", "ipv4:", "", address(data)])
+        with contextlib.suppress(Aborted):
+            self.dialback.answer(KEYS[0].public, changed(data, mutated(data, wire.DialBackRequest())), context)
+        try:
+            rendezvous._receive(Stream(struct.pack(">I", length) + body, 4096)).send(None)  # type: ignore[arg-type]
+        except StopIteration as ended:
+            with contextlib.suppress(rendezvous.Refused):
+                self.rendezvous._check(KEYS[0].public, ended.value.peer)
+            return True
+        except (Malformed, IncompleteReadError):
+            pass
+        return False
+
     def bitmaps(self, data: Input) -> bool:
         bitmap, count = data.raw(64), data.one([0, 1, 7, 8, 9, 500])
         held = unpack(bitmap, count)
@@ -417,7 +481,7 @@ class Targets:
 
     def replies(self, data: Input) -> bool:
         """A member's answers to this node that looks for a blob."""
-        size = data.one([1, 1000, (1 << 20) + 5])
+        size = data.one([1, 1000, 1000, 1000, 1000, 1000, 1000, (1 << 20) + 5])
         blob = bytes([data.below(3)]) * size
         pieces = [blob[at : at + (1 << 20)] for at in range(0, size, 1 << 20)]
         manifest = wire.Manifest(length=size, pieces=b"".join(map(piece_digest, pieces)))
@@ -433,7 +497,7 @@ class Targets:
         self.peer.pieces = pieces
         digest, kind = blob_digest(blob), data.one(list(Kind))
         want = OpenWant(1, 0, digest, size, kind, 0.0, Tree(digest, KEYS[0].public, [KEYS[1].public]))
-        held = data.one([None, b"\1" * len(pieces), b"\0" * len(pieces)])
+        held = data.one([None, unpack(data.raw(2), piece_count(size))])
         try:
             Download(self.tools, want, Choice(KEYS[0].public, Role.HOLDER, held)).run()
         except (CallFailed, BadBytes, NothingYet):
