@@ -32,8 +32,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import grpc
+import trio
 from blake3 import blake3
 from libp2p.io.exceptions import IncompleteReadError
+from libp2p.pubsub.pb import rpc_pb2
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
@@ -44,6 +46,7 @@ from psyche_node.network.certificates import BadCertificate, identify, issue
 from psyche_node.network.direct import DirectAnnouncements
 from psyche_node.network.download import BadBytes, Download, NothingYet, Tools
 from psyche_node.network.fanout import Tree
+from psyche_node.network.host import peer_of
 from psyche_node.network.kademlia import Records as KademliaRecords
 from psyche_node.network.links import CallFailed, Links
 from psyche_node.network.messages import Configure, Fetched, Kind, Publish, Rejected, SetMembers, Want
@@ -81,7 +84,7 @@ INTERESTING += [2**32 - 1, 2**32, 2**37, 2**37 + 1, 2**63 - 1, 2**63, 2**64 - 1]
 
 
 NAMES = ["statements", "taken", "records", "announced", "stored", "bitmaps", "addresses", "requests", "replies"]
-NAMES += ["pushes", "punches"]
+NAMES += ["pushes", "punches", "gossip"]
 NAMES += ["certificates", "frames"]
 
 
@@ -247,10 +250,17 @@ class Context:
 class Stream:
     """A libp2p stream that gives what was sent before, in small and large parts, and then ends."""
 
+    muxed_conn: Any = None
+    metric_send_channel = None
+
+    async def reset(self) -> None:
+        """It ends anyway."""
+
     def __init__(self, data: bytes, part: int) -> None:
         self._data, self._at, self._part = data, 0, part
 
     async def read(self, n: int | None = None) -> bytes:
+        """What libp2p's streams do."""
         size = min(self._part, len(self._data) if n is None or n < 0 else n)
         self._at += size
         return self._data[self._at - size : self._at]
@@ -325,6 +335,12 @@ class Targets:
         push._Incoming._limit = lambda incoming, seconds: SimpleNamespace(cancel=lambda: None)
         self.dialback = DialBack(lambda address, seconds: identify(self.leaf.certificate))
         self.rendezvous = rendezvous.Rendezvous(node._swarm._host, self.directory, self.dialback, never)
+        gossip = node._swarm.gossip
+        self.pubsub: Any = gossip._pubsub
+        self.topics = [gossip._announcements, gossip._records]
+        for topic in self.topics:
+            self.pubsub.subscribed_topics_receive[topic] = None
+            self.pubsub.subscribed_topics_send[topic], _ = trio.open_memory_channel[Any](1)
         self.peers = Peerstore(folder / "peers", RUN)
 
         self.der = base64.b64decode(b"".join(self.leaf.certificate.split(b"\n")[1:-2]))
@@ -397,6 +413,39 @@ class Targets:
         raw = peerstore._MAGIC + blake3(body).digest() + body
         self.peers._path.write_bytes(changed(data, raw) if data.byte() & 1 else raw)
         return bool(self.peers.load())
+
+    def gossip(self, data: Input) -> bool:
+        """Everything a peer can send over gossipsub: messages, subscriptions, grafts, and what they ask for."""
+        rpcs = []
+        for _ in range(1 + data.below(3)):
+            rpc = rpc_pb2.RPC()
+            for _ in range(data.below(3)):
+                topic = data.one([*self.topics, "another", "", "x" * 300])
+                message = rpc.publish.add(data=data.one([announcement, record])(data), topicIDs=[topic] * data.below(3))
+                message.seqno, message.from_id = data.raw(9), data.raw(40)
+                rpc.subscriptions.add(subscribe=bool(data.byte() & 1), topicid=topic)
+                control = rpc.control
+                control.graft.add(topicID=topic)
+                control.prune.add(topicID=topic, backoff=data.number() % 2**63)
+                control.ihave.add(topicID=topic, messageIDs=[data.raw(30).hex().encode()] * data.one([1, 200]))
+                control.iwant.add(messageIDs=[data.raw(30).hex().encode()])
+            raw = changed(data, rpc.SerializeToString())
+            rpcs.append(_varint(len(raw) if data.below(8) else data.number()) + raw)
+        stream = Stream(b"".join(rpcs), 65536)
+        stream.muxed_conn = SimpleNamespace(peer_id=peer_of(data.one(KEYS).public))
+        return trio.run(self._gossip, stream)
+
+    async def _gossip(self, stream: Stream) -> bool:
+        pubsub, tasks = self.pubsub, list[Any]()
+        pubsub._manager = SimpleNamespace(is_running=True, run_task=lambda work, *given: tasks.append((work, given)))
+        # What breaks the handler of a stream ends that stream; what breaks a task would end the host.
+        with contextlib.suppress(Exception):
+            await pubsub.stream_handler(stream)
+        accepted = bool(tasks)
+        while tasks:
+            work, given = tasks.pop()
+            await work(*given)
+        return accepted
 
     def pushes(self, data: Input) -> bool:
         """A member that pushes its blob: header, list and pieces, in any cut, with some of it changed."""
