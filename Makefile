@@ -14,13 +14,22 @@ NODE_MODULES := build/contract
 SURFPOOL := @solana/surfpool-linux-x64-gnu@1.5.0
 WEB3_JS  := @solana/web3.js@1.99.0
 
-.PHONY: demo test nightly contract-surfpool setup lint program proto docs bench clean
+.PHONY: demo test nat-tools nightly contract-surfpool setup lint program proto docs bench clean
 
 demo: setup
 	$(BIN)/psyche-sim $(ARGS)
 
-test: setup lint
+test: setup lint nat-tools
 	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+# The tests of nodes behind NAT need root, iproute2 and nftables. Without them they are skipped.
+nat-tools:
+	@for tool in ip:iproute2 nft:nftables; do \
+	  command -v $${tool%%:*} >/dev/null && continue; \
+	  package=$${tool##*:}; \
+	  { [ "$$(id -u)" = 0 ] && { apt-get install -qq -y $$package || { apt-get update -qq && apt-get install -qq -y $$package; }; } >/dev/null 2>&1; } \
+	    || echo "skipped: the tests of nodes behind NAT, since $$package cannot be installed (apt-get install $$package, as root)"; \
+	done
 
 setup: $(STAMP)
 

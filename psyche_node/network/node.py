@@ -7,6 +7,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -453,6 +454,9 @@ class NetworkNode:
             self._reachability.private,
             standing.ip if standing.private else "",
         )
+        known = self._directory.record(self._key.public)
+        if known is not None and replace(known, seq=record.seq) == record:
+            return
         raw = record.sign(self._key)
         self._directory.add(record, raw)
         await self._swarm.gossip.record(raw)

@@ -108,7 +108,7 @@ def why_not() -> str | None:
 @pytest.fixture
 def internet() -> Iterator[Callable[[str], Internet]]:
     if (reason := why_not()) is not None:
-        pytest.skip(reason)
+        pytest.skip(f"no network namespaces with NAT on this machine: {reason}")
     made: list[Internet] = []
 
     def make(how: str) -> Internet:
