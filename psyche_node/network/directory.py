@@ -134,6 +134,10 @@ class Directory:
         """Return those of ``sources`` that do not say that they are private."""
         return [key for key in self.sources(keys) if not self._records[key].record.is_private]
 
+    def private(self) -> set[bytes]:
+        """Return the nodes that say that they are private, this one included."""
+        return {key for key, known in list(self._records.items()) if known.record.is_private}
+
     def own_private(self) -> bool:
         """Return whether this node's own record says that it is private: then nobody else will connect to it."""
         own = self._records.get(self.own_key)

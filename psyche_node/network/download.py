@@ -29,7 +29,8 @@ from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 256 * 1024
-# A run is what a source is expected to bring in this time, so that a slow one has little that others wait for.
+# A run is what a source brings in about this time, so that a slow one has little that others wait for. It begins with
+# what is known of the source, and doubles or halves.
 RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
@@ -65,6 +66,8 @@ class _Run:
     stream: Stream
     pieces: range
     arrived: int = 0
+    began: float = 0.0
+    """When its first piece came."""
 
 
 class Download:
@@ -74,6 +77,8 @@ class Download:
         self._tools, self._want, self._choice = tools, want, choice
         self._source = choice.source
         self._open: deque[_Run] = deque()
+        expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
+        self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
         self._started = self._moved = math.inf
@@ -179,6 +184,7 @@ class Download:
                 plan.arrived(run.pieces[run.arrived])
                 run.arrived += 1
                 self._note(len(piece))
+                run.began = run.began or self._moved
                 if self._arrived == len(piece):
                     self._tools.begun(self._want)
                 if not plan.left or plan.has(run.pieces[run.arrived :]):
@@ -189,6 +195,7 @@ class Download:
                     self._ahead(plan)
             with self._lock:
                 self._open.popleft()
+            self._adapt(self._moved - run.began)
             rest = run.pieces[run.arrived :]
             plan.give_back(self._source, rest)
             if not run.arrived:
@@ -196,10 +203,14 @@ class Download:
             if not self._open and plan.left:
                 self._ahead(plan)
 
+    def _adapt(self, seconds: float) -> None:
+        if seconds < RUN_SECONDS:
+            self._limit = min(2 * self._limit, MAX_PIECES_PER_FETCH)
+        elif seconds > 2 * RUN_SECONDS:
+            self._limit = max(self._limit // 2, SMALLEST_RUN)
+
     def _ahead(self, plan: Plan) -> None:
-        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
-        limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
-        pieces = plan.take(self._source, limit, self._choice.held, again=self._others_slow())
+        pieces = plan.take(self._source, self._limit, self._choice.held, again=self._others_slow())
         if pieces:
             try:
                 self._fetch(pieces)

@@ -133,7 +133,9 @@ class NetworkNode:
         self._reachability = Reachability(
             configure.reachable, self._host, self._links, self._directory, self._standing_changed
         )
-        self._pusher = Pusher(self._links, self._directory, self._reader, lambda: self._reachability.private)
+        self._pusher = Pusher(
+            self._links, self._directory, self._reader, lambda: self._reachability.private, self._fetcher.children
+        )
         self._puncher = Puncher(
             self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
         )

@@ -37,9 +37,17 @@ class _Blob:
 class Pusher:
     """What this node has published and not forgotten."""
 
-    def __init__(self, links: Links, directory: Directory, reader: Reader, private: Callable[[], bool]) -> None:
-        """``private`` says whether this node has to push."""
-        self._links, self._directory, self._reader, self._private = links, directory, reader, private
+    def __init__(
+        self,
+        links: Links,
+        directory: Directory,
+        reader: Reader,
+        private: Callable[[], bool],
+        children: Callable[[int], list[bytes]],
+    ) -> None:
+        """``private`` says whether this node has to push; ``children`` who should have its update of a round first."""
+        self._links, self._directory, self._reader = links, directory, reader
+        self._private, self._children = private, children
         self._blobs: dict[bytes, _Blob] = {}
         self._places = trio.CapacityLimiter(MAX_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -84,7 +92,8 @@ class Pusher:
                 if not due:
                     await trio.sleep(RETRY_SECONDS / 2)
                     continue
-                target = random.choice(due)
+                first = [key for key in self._children(blob.round) if key in due]
+                target = random.choice(first or due)
                 try:
                     await self._push(blob, target)
                     holders.add(target)

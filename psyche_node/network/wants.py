@@ -145,9 +145,16 @@ class Chooser:
         """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
         if want.kind is not Kind.UPDATE or want.failures or want.broken:
             return True
+        if self._directory.own_private() and not want.running:
+            # Its parent may have no way to tell it.
+            return True
         if want.running:
             return all(running.slow(self._quality.usual()) for running in want.running.values())
         return now - want.opened >= self.patience(want, backlog)
+
+    def parent(self, want: Want) -> list[bytes]:
+        """Return from whom an update should come: one, or none when there is nobody to wait for."""
+        return self._effective(want)[:1] if want.kind is Kind.UPDATE else []
 
     def next_at(self, want: Want, now: float) -> float:
         """Return when to look again, if nothing happens before."""
@@ -165,7 +172,7 @@ class Chooser:
         return want.kind is not Kind.UPDATE and want.plan is not None and want.plan.untaken()
 
     def _holders(self, want: Want) -> Iterable[Choice]:
-        parents = self._effective(want)[:1]
+        parents = self.parent(want)
         root = want.tree.order[:1]
         for key, held in want.offers.items():
             # The author has enough to do with those that are to take it from there.
