@@ -1,13 +1,14 @@
 """Who passes an update on to whom: one tree per blob, which every node works out for itself.
 
-The author is the root. The other members follow in the order of a hash of the blob's digest and their node keys, and
-each takes the blob from its parent in the heap of that order. So nobody sends a blob more than ``ARITY`` times, a blob
-reaches N members in log N steps, and since every blob has another order, the work is spread evenly.
+The author is the root. The other members follow in the order of a hash of the blob's digest and their node keys, those
+that are behind NAT last, and each takes the blob from its parent in the heap of that order. So nobody sends a blob more
+than ``ARITY`` times, a blob reaches N members in log N steps, and since every blob has another order, the work is
+spread evenly. Members that nobody can fetch from are leaves, as long as they are fewer than half.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 
 from blake3 import blake3
 
@@ -18,11 +19,16 @@ _CONTEXT = "psyche-node 2026-11 order of passing on: digest of the blob, node ke
 class Tree:
     """The tree of one blob over a member list. All nodes with the same list have the same tree."""
 
-    def __init__(self, digest: bytes, author: bytes | None, members: Iterable[bytes]) -> None:
-        """``members`` are node keys; the ``author`` becomes the root, or the first in the order when there is none."""
+    def __init__(
+        self, digest: bytes, author: bytes | None, members: Iterable[bytes], private: Container[bytes] = ()
+    ) -> None:
+        """``members`` are node keys; the ``author`` becomes the root, or the first in the order when there is none.
+
+        ``private`` are those of them that others cannot open a connection to.
+        """
         others = sorted(
             (key for key in set(members) if key != author),
-            key=lambda key: blake3(digest + key, derive_key_context=_CONTEXT).digest(),
+            key=lambda key: (key in private, blake3(digest + key, derive_key_context=_CONTEXT).digest()),
         )
         self.order: tuple[bytes, ...] = (*([] if author is None else [author]), *others)
         self._at = {key: index for index, key in enumerate(self.order)}

@@ -153,6 +153,7 @@ class Fetcher:
         """There is a way to a peer that could not be reached."""
         for want in self._wants.values():
             want.retry_at.pop(peer, None)
+            want.broken.discard(peer)
             want.news.set()
 
     def sources_changed(self) -> None:
@@ -167,11 +168,16 @@ class Fetcher:
         if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
             self._notices.tell(self._nursery, digest, self._tree(digest, own))
 
+    def spread_to(self, digest: bytes) -> list[bytes]:
+        """Return to whom to push a blob of this node, the best first: from there it goes down the tree."""
+        own = self._directory.own_slot
+        return [] if own is None else self._directory.public(self._tree(digest, own).order)
+
     def _tree(self, digest: bytes, member: int) -> Tree:
         members = {**self._directory.others()}
         if (own := self._directory.own_slot) is not None:
             members[own] = self._directory.own_key
-        return Tree(digest, self._directory.key(member), members.values())
+        return Tree(digest, self._directory.key(member), members.values(), self._directory.private())
 
     async def _pursue(self, want: Want) -> None:
         try:
@@ -337,7 +343,8 @@ class Fetcher:
 
     def _ask_around(self, nursery: trio.Nursery) -> None:
         """Ask a few random members what they know about the rounds with open wants."""
-        peers = self._directory.sources(self._directory.others().values())
+        others = self._directory.sources(self._directory.others().values())
+        peers = [key for key in others if self._directory.reachable(key)]
         for round in {want.round for want in self._wants.values()}:
             for peer in random.sample(peers, min(ASK_PEERS, len(peers))):
                 nursery.start_soon(self._ask, peer, round)

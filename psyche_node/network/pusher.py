@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,7 +10,6 @@ from functools import partial
 import trio
 
 from psyche_node.identity import node_id
-from psyche_node.network.directory import Directory
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.push import parts_of, push_seconds
 from psyche_node.network.store import Reader
@@ -37,9 +35,15 @@ class _Blob:
 class Pusher:
     """What this node has published and not forgotten."""
 
-    def __init__(self, links: Links, directory: Directory, reader: Reader, private: Callable[[], bool]) -> None:
-        """``private`` says whether this node has to push."""
-        self._links, self._directory, self._reader, self._private = links, directory, reader, private
+    def __init__(
+        self,
+        links: Links,
+        targets: Callable[[bytes], list[bytes]],
+        reader: Reader,
+        private: Callable[[], bool],
+    ) -> None:
+        """``targets(digest)`` returns the public members, the best first. ``private``: does this node have to push?"""
+        self._links, self._targets, self._reader, self._private = links, targets, reader, private
         self._blobs: dict[bytes, _Blob] = {}
         self._places = trio.CapacityLimiter(MAX_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -76,7 +80,7 @@ class Pusher:
         failures: dict[bytes, int] = {}
         with blob.scope:
             while len(holders) < COPIES and self._private():
-                public = self._directory.public(self._directory.others().values())
+                public = self._targets(blob.digest)
                 if public and holders.issuperset(public):
                     break
                 now = trio.current_time()
@@ -84,7 +88,7 @@ class Pusher:
                 if not due:
                     await trio.sleep(RETRY_SECONDS / 2)
                     continue
-                target = random.choice(due)
+                target = due[0]
                 try:
                     await self._push(blob, target)
                     holders.add(target)
