@@ -164,7 +164,7 @@ _EXITS: dict[str, Exit] = {
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
-    "psyche_node.network.node.NetworkError": Exit.NETWORK,
+    "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,

@@ -7,6 +7,7 @@ defaults each have a reason beside them.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
@@ -167,10 +168,12 @@ class Notifee(INotifee):
         pass
 
 
+@functools.lru_cache(4096)
 def peer_of(key: bytes) -> ID:
     return ID.from_base58(node_id(key))
 
 
+@functools.lru_cache(4096)
 def key_of(peer: ID) -> bytes | None:
     """Return the node key of a peer; None for one that has another kind of key, which no node of this network has."""
     try:

@@ -29,8 +29,9 @@ PUSHES_AT_ONCE = 8
 TELLS_AT_ONCE = 8
 # Gossip starts this long after the direct calls have ended, at random in between: when many nodes have to, not at once.
 GOSSIP_AFTER = (0.5, 1.5)
-# A member that was missed this many times in a row is taken for dead, and no gossip is made for its sake.
+# A member that was missed this many times in a row is taken for dead; gossip is made for its sake now and then only.
 MISSES = 3
+NOW_AND_THEN = 10
 
 
 class Spreader:
@@ -58,8 +59,8 @@ class Spreader:
                 nursery.start_soon(self._reach, key, raw, reached)
         for key in order[:MAX_PUSHED]:
             self._missed[key] = 0 if key in reached else self._missed[key] + 1
-        left = [key for key in order if key not in reached and self._missed[key] < MISSES]
-        if left:
+        left = [key for key in order if key not in reached]
+        if any(self._missed[key] < MISSES or self._missed[key] % NOW_AND_THEN == 0 for key in left):
             await trio.sleep(random.uniform(*GOSSIP_AFTER))
             log.debug("%d members were not reached directly; gossiping", len(left))
             await self._swarm.gossip.announcement(raw)

@@ -24,6 +24,7 @@ from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import Tree
 from psyche_node.network.guard import Guard
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import dial, listening, make_host, peer_of
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.nat.dialback import SEEN_SECONDS, DialBack
@@ -174,7 +175,15 @@ class Node:
         reporter = Reporter(lambda event: None, self.directory.slot)
         reader = Reader(BlobStore(folder / "blobs"))
         announcements = Announcements(RUN, self.directory)
-        service = NodeService(announcements, lambda raw, sender: None, reader, Traffic(), Faults())
+        service = NodeService(
+            announcements,
+            lambda raw, sender: None,
+            Holdings(reader),
+            Traffic(),
+            Faults(),
+            lambda *_: None,
+            lambda _: None,
+        )
         guard = Guard(self.directory, reporter)
         self.server = Server(
             "127.0.0.1",
@@ -182,8 +191,8 @@ class Node:
             lambda: self.leaf,
             guard,
             service,
-            [self.dialback.handlers()],
-            self.sockets.path(SERVER_SOCKET),
+            more=[self.dialback.handlers()],
+            unix_path=self.sockets.path(SERVER_SOCKET),
         )
         self.links = Links(lambda: self.leaf, self.directory, reporter, Traffic(), self.paths)
 

@@ -17,6 +17,7 @@ from psyche_node.network.announcements import Announcements, Verdict
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import Guard
+from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Rejected
 from psyche_node.network.push import PART_BYTES, PushReceiver, parts_of
@@ -58,9 +59,11 @@ class Receiver:
             Traffic(),
             lambda digest, sender: self.arrived.append((digest, sender)),
         )
-        service = NodeService(self.announcements, lambda raw, sender: None, reader, Traffic(), Faults())
+        service = NodeService(
+            self.announcements, lambda *_: None, Holdings(reader), Traffic(), Faults(), lambda *_: None, lambda _: None
+        )
         guard = Guard(self.directory, reporter)
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, guard, service, [self.push.handlers()])
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, guard, service, more=[self.push.handlers()])
 
     def wanted(self, round: int, digest: bytes) -> int | None:
         return self.wants.get((round, digest))

@@ -188,6 +188,9 @@ def test_a_strangers_gossip_and_what_it_hears(tmp_path: Path) -> None:
     heard: list[bytes] = []
 
     class Listener:
+        def allows(self, peer: bytes | str) -> bool:
+            return True
+
         def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
             heard.append(raw)
             return True
