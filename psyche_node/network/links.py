@@ -165,7 +165,7 @@ class Links:
         self._traffic.sent(peer, len(raw))
         try:
             answer = channel.unary_unary(f"/{SERVICE}/{method}")(raw, timeout=timeout)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ValueError) as error:
             raise self._failure(peer, error) from None
         self._traffic.received(peer, len(answer))
         message = reply()
@@ -194,8 +194,8 @@ class Links:
 
         try:
             link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+        except (grpc.RpcError, ValueError) as error:
+            if isinstance(error, ValueError) or error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None
 
     def fetch(
@@ -211,7 +211,10 @@ class Links:
         raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
         link = self._link(peer, ask=True)
         self._traffic.sent(peer, len(raw))
-        call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        try:
+            call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        except ValueError as error:
+            raise self._failure(peer, error) from None
         return Stream(
             call,
             lambda error: self._failure(peer, error),
@@ -286,6 +289,9 @@ class Links:
         return certificate
 
     def _failure(self, peer: bytes, error: Any) -> CallFailed:
+        if isinstance(error, ValueError):
+            # What gRPC says of a channel that another thread closed in this moment, because the node's record changed.
+            return CallFailed(Cause.BUSY, "the connection to it is being made anew")
         code = error.code()
         cause = _CAUSES.get(code, Cause.BROKEN)
         return CallFailed(cause, f"{cause}: {str(error.details() or code)[:200]}")

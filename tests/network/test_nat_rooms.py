@@ -417,6 +417,20 @@ def test_a_path_carries_calls_and_is_made_again_when_it_broke(three: Trio) -> No
         assert three.caller.paths.punched() == set()
 
 
+def test_a_channel_that_is_closed_in_this_moment_is_a_failed_call(three: Trio) -> None:
+    three.caller.knows(three.helper.record())
+    links, key = three.caller.links, three.helper.key.public
+    closed = links._link(key)
+    closed.channel.close()
+    for attempt in (
+        lambda: links.call(key, "Since", wire.SinceRequest(round=1), wire.SinceReply, 5.0),
+        lambda: links.fetch(key, bytes(32), 0, 1, 5.0),
+        lambda: links.push(key, iter([b""]), 5.0),
+    ):
+        with pytest.raises(CallFailed, match="made anew"):
+            attempt()
+
+
 def test_a_path_is_wanted_for_blobs_only(three: Trio) -> None:
     wanted: list[bytes] = []
     three.caller.paths.on_wanted(wanted.append)
