@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,6 +152,7 @@ class Links:
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
         self._far: set[tuple[bytes, str]] = set()
+        self._failures: dict[bytes, tuple[float, CallFailed]] = {}
         self._lock = threading.Lock()
 
     def call(self, peer: bytes, method: str, request: Message, reply: type[M], timeout: float) -> M:
@@ -226,6 +228,7 @@ class Links:
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
             self._far = {(peer, address) for peer, address in self._far if peer in peers}
+            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in peers}
         for link in gone:
             link.channel.close()
 
@@ -238,7 +241,12 @@ class Links:
             raise CallFailed(Cause.NO_ADDRESS, "its address is not known yet")
         with self._lock:
             lock = self._locks.setdefault(peer, threading.Lock())
+        asked = time.monotonic()
         with lock:
+            failed_at, failure = self._failures.get(peer, (0.0, None))
+            if failure is not None and failed_at >= asked:
+                # Somebody else tried while this thread waited; to try again would let all wait for one another.
+                raise CallFailed(failure.cause, str(failure))
             own = self._leaf()
             hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
             basis = (record.grpc_address, record.tls_leaf, hidden, own)
@@ -249,6 +257,8 @@ class Links:
                 link.channel.close()
                 del self._links[peer]
             if hidden:
+                # A public node gets by push what a private one makes; a path is for two that are both private.
+                ask = ask and self._directory.own_private()
                 path = None if self._paths is None else self._paths.path(peer, record.tls_leaf, ask=ask)
                 if path is None:
                     raise CallFailed(Cause.PRIVATE, "it is behind NAT, and there is no path through to it")
@@ -256,11 +266,13 @@ class Links:
             else:
                 try:
                     certificate = self._identify(record)
-                except CallFailed:
+                except CallFailed as error:
+                    self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
                         # Behind a NAT that is shared by many networks; the next call goes another way.
                         self._far.add((peer, record.grpc_address))
                     raise
+                self._failures.pop(peer, None)
                 link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
             self._links[peer] = link
             return link

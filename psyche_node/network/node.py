@@ -260,7 +260,7 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        self._pusher.published(message.round, digest, message.length)
+        self._pusher.published(message.round, digest, message.length, raw)
         if self._nursery is not None:
             self._nursery.start_soon(self._spreader.spread, raw)
 

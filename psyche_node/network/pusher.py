@@ -14,11 +14,13 @@ from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.push import parts_of, push_seconds
 from psyche_node.network.store import Reader
 from psyche_node.network.threads import in_thread
+from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
 # Public members that each blob goes to: the others get it from them.
 COPIES = 2
 MAX_AT_ONCE = 4
+ANNOUNCE_SECONDS = 5.0
 RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 10.0
 
@@ -28,6 +30,7 @@ class _Blob:
     round: int
     digest: bytes
     length: int
+    announcement: bytes
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     started: bool = False
 
@@ -54,9 +57,9 @@ class Pusher:
             self.wake()
             await trio.sleep_forever()
 
-    def published(self, round: int, digest: bytes, length: int) -> None:
-        """This node serves a blob of its own from now on."""
-        self._blobs.setdefault(digest, _Blob(round, digest, length))
+    def published(self, round: int, digest: bytes, length: int, announcement: bytes) -> None:
+        """This node serves a blob of its own from now on. ``announcement`` is the signed one."""
+        self._blobs.setdefault(digest, _Blob(round, digest, length, announcement))
         self.wake()
 
     def forget(self, before_round: int) -> None:
@@ -103,5 +106,9 @@ class Pusher:
             blob.started = False
 
     async def _push(self, blob: _Blob, target: bytes) -> None:
+        # Without it the blob is not taken by whoever does not look for it yet.
+        request = wire.AnnounceRequest(announcements=[blob.announcement])
+        announce = partial(self._links.call, target, "Announce", request, wire.AnnounceReply, ANNOUNCE_SECONDS)
+        await in_thread(announce, self._places)
         parts = parts_of(blob.round, blob.digest, self._reader)
         await in_thread(partial(self._links.push, target, parts, push_seconds(blob.length)), self._places)

@@ -431,9 +431,15 @@ def test_a_channel_that_is_closed_in_this_moment_is_a_failed_call(three: Trio) -
             attempt()
 
 
-def test_a_path_is_wanted_for_blobs_only(three: Trio) -> None:
+def test_a_path_is_wanted_for_blobs_only_and_by_private_nodes(three: Trio) -> None:
     wanted: list[bytes] = []
     three.caller.paths.on_wanted(wanted.append)
+    for private in (False, True):
+        with pytest.raises(CallFailed):
+            three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 5.0)
+        assert wanted == [three.target.key.public] * private
+        three.caller.directory.add(replace(three.caller.record(private=True), seq=2), b"")
+    wanted.clear()
     with pytest.raises(CallFailed):
         since(three.caller, three.target)
     assert wanted == []
