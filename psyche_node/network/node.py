@@ -92,6 +92,7 @@ class NetworkNode:
         self._traffic = Traffic()
         self._sockets = SocketFolder(Path(configure.folder) / "sockets")
         self._paths = Paths(self._sockets)
+        self._directory.on_paths(self._paths.has)
         self._throttle = Throttle()
         self._peerstore = Peerstore(Path(configure.folder) / "peers", self._run)
         remembered = self._peerstore.load()
@@ -130,12 +131,16 @@ class NetworkNode:
             self._traffic,
             self._pushed_from_thread,
         )
+        # Who says at which address it is reached knows that it is.
+        reachable = "yes" if configure.announce_grpc and configure.reachable == "auto" else configure.reachable
         self._reachability = Reachability(
-            configure.reachable, self._host, self._links, self._directory, self._standing_changed
+            reachable,
+            self._host,
+            self._links,
+            self._directory,
+            self._standing_changed,
         )
-        self._pusher = Pusher(
-            self._links, self._directory, self._reader, lambda: self._reachability.private, self._fetcher.children
-        )
+        self._pusher = Pusher(self._links, self._fetcher.spread_to, self._reader, lambda: self._reachability.private)
         self._puncher = Puncher(
             self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
         )
@@ -256,7 +261,7 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        self._pusher.published(message.round, digest, message.length)
+        self._pusher.published(message.round, digest, message.length, raw)
         if self._nursery is not None:
             self._nursery.start_soon(self._spreader.spread, raw)
 

@@ -95,8 +95,7 @@ class Spreader:
         call = partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS)
         try:
             await in_thread(call, self._pushing)
-        except (CallFailed, ValueError) as error:
-            # ValueError: the channel was closed just then, because the node's record changed.
+        except CallFailed as error:
             log.debug("announcing to %s failed: %s", node_id(key), error)
             return False
         return True

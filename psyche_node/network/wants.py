@@ -202,7 +202,7 @@ class Chooser:
         return [
             key
             for key in self._directory.sources(want.tree.ancestors(self._directory.own_key))
-            if key not in want.broken and not self._quality.avoided(key)
+            if key not in want.broken and not self._quality.avoided(key) and self._directory.reachable(key)
         ]
 
     def _free(self, want: Want, key: bytes, now: float) -> bool:

@@ -386,7 +386,7 @@ class Targets:
                 pieces[at % len(pieces)] = changed(data, pieces[at % len(pieces)])
         self.peer.pieces = pieces
         digest, kind = blob_digest(blob), data.one(list(Kind))
-        want = OpenWant(1, 0, digest, size, kind, 0.0, Tree(digest, KEYS[0].public, [KEYS[1].public]))
+        want = OpenWant(1, 0, digest, size, kind, 0.0, Tree(1, KEYS[0].public, [KEYS[1].public]))
         held = data.one([None, unpack(data.raw(2), piece_count(size))])
         try:
             Download(self.tools, want, Choice(KEYS[0].public, Role.HOLDER, held)).run()
