@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(eq=False)
 class Want:
-    """One open want. On trio, but for ``lock`` and what it guards: ``partial`` and ``plan``."""
+    """One open want. On trio, but for ``lock`` and what it guards: ``asked``, ``partial`` and ``plan``."""
 
     round: int
     member: int
@@ -94,6 +94,8 @@ class Want:
     dropped: bool = False
     passed_on: bool = False
     """Whether the children in the tree have been told that the first piece is here."""
+    asked: bool = False
+    """Whether a source has been asked for the first pieces, which can be done without a plan by one alone."""
     partial: Partial | None = None
     plan: Plan | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
