@@ -143,7 +143,8 @@ class Chooser:
 
     def impatient(self, want: Want, now: float, backlog: float) -> bool:
         """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
-        if want.kind is not Kind.UPDATE or want.failures or want.broken:
+        if want.kind is not Kind.UPDATE or want.failures or want.broken or self._directory.own_private():
+            # A node behind NAT cannot be told, so it has to ask.
             return True
         if want.running:
             return all(running.slow(self._quality.usual()) for running in want.running.values())
