@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
+from psyche_node.network.messages import Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
 from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
@@ -29,9 +30,12 @@ from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 256 * 1024
-# A run is what a source is expected to bring in this time, so that a slow one has little that others wait for.
+# A run is what a source brings in about this time, so that a slow one has little that others wait for. It begins with
+# what is known of the source, and doubles or halves.
 RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
+# Besides the run that comes another one is asked for, or a long line would be idle for a round trip after each.
+MAX_OPEN_RUNS = 3
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
 
 
@@ -65,6 +69,8 @@ class _Run:
     stream: Stream
     pieces: range
     arrived: int = 0
+    began: float = 0.0
+    """When its first piece came."""
 
 
 class Download:
@@ -74,8 +80,11 @@ class Download:
         self._tools, self._want, self._choice = tools, want, choice
         self._source = choice.source
         self._open: deque[_Run] = deque()
+        expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
+        self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
+        self._dry = False
         self._started = self._moved = math.inf
         self._arrived = 0
 
@@ -107,12 +116,18 @@ class Download:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return
-        plan, partial = self._planned()
+        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
+        self._limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
+        plan = None
         try:
+            self._first_run()
+            plan, partial = self._planned()
+            self._claim_first_run(plan)
             self._bring(plan, partial)
         finally:
             for run in self._open:
-                plan.give_back(self._source, run.pieces)
+                if plan is not None:
+                    plan.give_back(self._source, run.pieces)
             self.cancel()
         if not plan.left:
             finish(self._tools, self._want, partial)
@@ -147,6 +162,27 @@ class Download:
         manifest = self._manifest()
         return open_plan(self._tools, want, manifest)
 
+    def _first_run(self) -> None:
+        """Ask for an update's first pieces before their hashes are here: that is a round trip less for each."""
+        want = self._want
+        if want.kind is not Kind.UPDATE:
+            return
+        with want.lock:
+            first = want.plan is None and not want.asked and self._choice.held is None
+            want.asked = True
+        if first:
+            self._fetch(range(min(self._limit, piece_count(want.length))))
+
+    def _claim_first_run(self, plan: Plan) -> None:
+        """Take what has been asked for, unless some of it is here or another source brings it."""
+        if self._open:
+            wanted = self._open[0].pieces
+            taken = plan.take(self._source, len(wanted))
+            if taken != wanted:
+                plan.give_back(self._source, taken)
+                with self._lock:
+                    self._open.popleft().stream.cancel()
+
     def _manifest(self) -> Manifest:
         want, count = self._want, piece_count(self._want.length)
         pieces: list[bytes] = []
@@ -179,39 +215,59 @@ class Download:
                 plan.arrived(run.pieces[run.arrived])
                 run.arrived += 1
                 self._note(len(piece))
+                run.began = run.began or self._moved
                 if self._arrived == len(piece):
                     self._tools.begun(self._want)
                 if not plan.left or plan.has(run.pieces[run.arrived :]):
                     run.stream.cancel()
                     break
-                # The next run is asked for while this one still comes, so that the line is never idle.
-                if len(self._open) == 1 and 2 * (len(run.pieces) - run.arrived) <= len(run.pieces):
-                    self._ahead(plan)
+                self._ahead(plan)
             with self._lock:
                 self._open.popleft()
+            self._adapt(self._moved - run.began)
             rest = run.pieces[run.arrived :]
             plan.give_back(self._source, rest)
-            if not run.arrived:
+            if not run.arrived and (self._dry or not self._arrived):
                 raise NothingYet("it ended the stream without a piece")
-            if not self._open and plan.left:
+            # A source that receives the blob itself may not have got to a run that was asked for early: ask once more.
+            self._dry = not run.arrived
+            if plan.left:
                 self._ahead(plan)
 
+    def _adapt(self, seconds: float) -> None:
+        if seconds < RUN_SECONDS:
+            self._limit = min(2 * self._limit, MAX_PIECES_PER_FETCH)
+        elif seconds > 2 * RUN_SECONDS:
+            self._limit = max(self._limit // 2, SMALLEST_RUN)
+
     def _ahead(self, plan: Plan) -> None:
-        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
-        limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
-        pieces = plan.take(self._source, limit, self._choice.held, again=self._others_slow())
-        if pieces:
+        """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
+        while len(self._open) < MAX_OPEN_RUNS and self._coming() <= (self._limit if self._alone else self._limit // 2):
+            # What another source is bringing is worth it only when there is nothing else to do.
+            again = not self._open and self._others_slow()
+            pieces = plan.take(self._source, self._limit, self._choice.held, again=again)
+            if not pieces:
+                return
             try:
                 self._fetch(pieces)
             except BaseException:
                 plan.give_back(self._source, pieces)
                 raise
 
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the want's only source just now."""
+        return len(self._want.running) <= 1
+
+    def _coming(self) -> int:
+        return sum(len(run.pieces) - run.arrived for run in self._open)
+
     def _fetch(self, pieces: range) -> _Run:
         want = self._want
         size = sum(piece_length(want.length, index) for index in (pieces[0], pieces[-1]))
         size += max(0, len(pieces) - 2) * PIECE_BYTES
-        deadline = CALL_SECONDS + math.ceil(size / MIN_BYTES_PER_SECOND)
+        # What was asked for before comes before it.
+        deadline = CALL_SECONDS + math.ceil((size + self._coming() * PIECE_BYTES) / MIN_BYTES_PER_SECOND)
         kind = _WIRE_KINDS[want.kind]
         stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
         run = _Run(stream, pieces)

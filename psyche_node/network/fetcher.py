@@ -40,6 +40,7 @@ MAX_EMPTY = 20
 EMPTY_SECONDS = 0.25
 ASK_EVERY = 1.0
 ASK_PEERS = 3
+MAX_ASKED = 8
 _PEERS_FAULT = (Cause.UNREACHABLE, Cause.IDENTITY, Cause.SLOW, Cause.BROKEN)
 
 
@@ -68,8 +69,10 @@ class Fetcher:
         # Cancelled downloads leave their slot before their thread has ended.
         self._threads = trio.CapacityLimiter(2 * MAX_DOWNLOADS)
         self._looking = trio.CapacityLimiter(4)
-        self._asking = trio.CapacityLimiter(2 * ASK_PEERS)
+        self._asking = trio.CapacityLimiter(2 * MAX_ASKED)
         self._chooser = Chooser(directory, quality, self._busy)
+        self.tree: type[Tree] = Tree
+        """The shape in which updates are passed on; all nodes have the same."""
         self._nursery: trio.Nursery | None = None
         self._ask_now = trio.Event()
 
@@ -97,7 +100,7 @@ class Fetcher:
         if (round, digest) in self._wants or self._nursery is None:
             return
         self._holdings.know(digest, kind, round)
-        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(digest, member))
+        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(round, member))
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
         self._wants[round, digest] = want
@@ -159,25 +162,25 @@ class Fetcher:
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
-            want.tree = self._tree(want.digest, want.member)
+            want.tree = self._tree(want.round, want.member)
             want.news.set()
 
     def published(self, digest: bytes, kind: Kind, round: int) -> None:
         """This node offers a blob of its own; an update goes to its children in the tree."""
         self._holdings.know(digest, kind, round)
         if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
-            self._notices.tell(self._nursery, digest, self._tree(digest, own))
+            self._notices.tell(self._nursery, digest, self._tree(round, own))
 
-    def spread_to(self, digest: bytes) -> list[bytes]:
-        """Return to whom to push a blob of this node, the best first: from there it goes down the tree."""
+    def spread_to(self, round: int) -> list[bytes]:
+        """Return to whom to push this node's own update of a round, the best first: it goes on down the tree."""
         own = self._directory.own_slot
-        return [] if own is None else self._directory.public(self._tree(digest, own).order)
+        return [] if own is None else self._directory.public(self._tree(round, own).order)
 
-    def _tree(self, digest: bytes, member: int) -> Tree:
+    def _tree(self, round: int, member: int) -> Tree:
         members = {**self._directory.others()}
         if (own := self._directory.own_slot) is not None:
             members[own] = self._directory.own_key
-        return Tree(digest, self._directory.key(member), members.values(), self._directory.private())
+        return self.tree(round, self._directory.key(member), members.values(), self._directory.private())
 
     async def _pursue(self, want: Want) -> None:
         try:
@@ -342,11 +345,16 @@ class Fetcher:
     # Anti-entropy ----------------------------------------------------------------------------------------------------
 
     def _ask_around(self, nursery: trio.Nursery) -> None:
-        """Ask a few random members what they know about the rounds with open wants."""
+        """Ask a few random members, and parents that said nothing, what they know about the rounds with open wants."""
         others = self._directory.sources(self._directory.others().values())
         peers = [key for key in others if self._directory.reachable(key)]
+        now, backlog = trio.current_time(), self._backlog()
         for round in {want.round for want in self._wants.values()}:
-            for peer in random.sample(peers, min(ASK_PEERS, len(peers))):
+            asked = set(random.sample(peers, min(ASK_PEERS, len(peers))))
+            for want in self._wants.values():
+                if want.round == round and len(asked) < MAX_ASKED and self._chooser.impatient(want, now, backlog):
+                    asked.update(self._chooser.parent(want))
+            for peer in asked:
                 nursery.start_soon(self._ask, peer, round)
 
     async def _ask(self, peer: bytes, round: int) -> None:

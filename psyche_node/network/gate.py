@@ -1,6 +1,6 @@
 """The gate of the libp2p host: who may connect how often, how many handshakes run at once, what a connection may hold.
 
-py-libp2p 0.8.1 bounds the time of a handshake (10 s) and the connections in all. It does not bound what one address may
+py-libp2p 0.8.1 bounds the time of a handshake and the connections in all. It does not bound what one address may
 have of them; it keeps the place of every connection that ever came in, ended ones included, so that after as many as
 there are places nobody is let in any more; and its Yamux takes whatever arrives for a stream that nobody reads, beyond
 the window that it granted. All of that is bounded here (docs/decisions/0023-hostile-peers.md).

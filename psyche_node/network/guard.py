@@ -26,9 +26,8 @@ MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
 MAX_PACED = 4096
-# What a stream may take at least: a line of 2 Mbit/s, and a while for it to begin.
-STREAM_SECONDS = 5.0
-MIN_STREAM_BYTES_PER_SECOND = 256 * 1024
+# In which a stream sends a piece: 1 MiB over a line of 2 Mbit/s takes 4 s.
+STREAM_SECONDS = 9.0
 
 Context = Any  # grpc.ServicerContext; grpcio has no types
 
@@ -138,8 +137,8 @@ class Place:
 class Streams:
     """Caps on open uploads, in all and per peer.
 
-    A stream has a time in which a slow link would have taken everything. One that is still open then is ended as soon
-    as another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set.
+    A stream has a time in which even a slow link takes a piece. One that has not got on for so long is ended as soon as
+    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set.
     """
 
     def __init__(
@@ -152,10 +151,10 @@ class Streams:
         self._open: list[Place] = []
         self._lock = threading.Lock()
 
-    def enter(self, peer: bytes, size: int, end: Callable[[], object]) -> Place | None:
-        """Take a place for a stream of ``size`` bytes whose call ``end`` ends; None: there is no free one."""
+    def enter(self, peer: bytes, end: Callable[[], object]) -> Place | None:
+        """Take a place for a stream, whose call ``end`` ends; None: there is no free one."""
         now = self._clock()
-        place = Place(peer, now + STREAM_SECONDS + size / MIN_STREAM_BYTES_PER_SECOND, end)
+        place = Place(peer, now + STREAM_SECONDS, end)
         overdue: list[Place] = []
         with self._lock:
             if not self._free(peer):
@@ -166,6 +165,10 @@ class Streams:
         for late in overdue:
             late.end()
         return place if free else None
+
+    def moves(self, place: Place) -> None:
+        """The stream got on: its next piece is about to be sent."""
+        place.due = self._clock() + STREAM_SECONDS
 
     def leave(self, place: Place) -> None:
         with self._lock:

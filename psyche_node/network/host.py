@@ -36,6 +36,8 @@ from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
+# Of a peer that dials: a machine that trains is slow.
+HANDSHAKE_SECONDS = 20.0
 
 
 class Handlers(Protocol):
@@ -80,7 +82,7 @@ def make_host(key: NodeKey, gate: Gate | None = None) -> IHost:
             low_watermark=0,
             high_watermark=MAX_CONNECTIONS,
             max_connections_per_peer=2,
-            inbound_upgrade_timeout=20.0,  # a machine that trains is slow; and so patient are those who dial it
+            inbound_upgrade_timeout=HANDSHAKE_SECONDS,
         ),
         # Its extras are off: one of them refuses every connection for a minute after five failures, another one when
         # the machine (which is busy training) is short of memory.

@@ -185,6 +185,7 @@ class NetworkNode:
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
                 nursery.start_soon(self._keep_peers)
+                nursery.start_soon(self._spreader.meet)
                 if configure.mdns:
                     nursery.start_soon(self._keep_local)
                 nursery.start_soon(self._paths.run)

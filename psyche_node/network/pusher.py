@@ -41,11 +41,11 @@ class Pusher:
     def __init__(
         self,
         links: Links,
-        targets: Callable[[bytes], list[bytes]],
+        targets: Callable[[int], list[bytes]],
         reader: Reader,
         private: Callable[[], bool],
     ) -> None:
-        """``targets(digest)`` returns the public members, the best first. ``private``: does this node have to push?"""
+        """``targets(round)`` returns the public members, the best first. ``private``: does this node have to push?"""
         self._links, self._targets, self._reader, self._private = links, targets, reader, private
         self._blobs: dict[bytes, _Blob] = {}
         self._places = trio.CapacityLimiter(MAX_AT_ONCE)
@@ -83,7 +83,7 @@ class Pusher:
         failures: dict[bytes, int] = {}
         with blob.scope:
             while len(holders) < COPIES and self._private():
-                public = self._targets(blob.digest)
+                public = self._targets(blob.round)
                 if public and holders.issuperset(public):
                     break
                 now = trio.current_time()

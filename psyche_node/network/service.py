@@ -130,8 +130,7 @@ class NodeService:
         request = wire.FetchRequest()
         self._parse(request, caller, raw, context)
         self._check_digest(request.digest, context)
-        size = min(request.count, MAX_PIECES_PER_FETCH) * PIECE_BYTES
-        upload = self._uploads.enter(caller, self._rank(request), size, context.cancel)
+        upload = self._uploads.enter(caller, self._rank(request), context.cancel)
         if upload is None:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams; ask another holder, or try again")
         assert upload is not None

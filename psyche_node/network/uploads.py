@@ -51,9 +51,9 @@ class Uploads:
         self._turns = Turns()
         self._allowances = Allowances()
 
-    def enter(self, peer: bytes, rank: Rank, size: int, end: Callable[[], object]) -> Upload | None:
-        """Open an upload of at most ``size`` bytes whose call ``end`` ends; None: this peer, or all, have too many."""
-        place = self._streams.enter(peer, size, end)
+    def enter(self, peer: bytes, rank: Rank, end: Callable[[], object]) -> Upload | None:
+        """Open an upload whose call ``end`` ends; None: this peer, or all, have too many."""
+        place = self._streams.enter(peer, end)
         return None if place is None else Upload(place, self._turns.enter(rank))
 
     def leave(self, upload: Upload) -> None:
@@ -67,4 +67,5 @@ class Uploads:
         That is when nothing more urgent is being sent, or a second later. Returns False when the peer has had enough.
         """
         self._turns.wait(upload.number)
+        self._streams.moves(upload.place)
         return self._allowances.allows(upload.place.peer, digest, length, count)

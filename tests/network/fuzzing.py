@@ -1,7 +1,7 @@
 """Hostile bytes for everything that reads the wire: in the tests some hundred, by `make nightly` a million.
 
 python tests/network/fuzzing.py 1000000                every target in turn, random inputs
-python tests/network/fuzzing.py 1000000 --coverage     the same, guided by coverage (needs atheris: Python 3.11)
+python tests/network/fuzzing.py 1000000 --coverage     the same, guided by coverage (needs atheris)
 
 An input is bytes; a target builds a valid message from them, changes it in a few places, signs it with a known key (so
 that what lies behind the signature is reached, too), and hands it over. Only the errors that a reader declares may come
@@ -11,418 +11,24 @@ out. An input that takes longer than SECONDS, or for which more than MEMORY byte
 from __future__ import annotations
 
 import argparse
-import base64
-import contextlib
 import importlib.util
 import inspect
 import itertools
-import json
-import logging
-import os
 import random
 import signal
-import struct
 import sys
 import tempfile
 import time
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-import grpc
-from libp2p.io.exceptions import IncompleteReadError
+from fuzzing_inputs import Input
+from fuzzing_targets import Targets, targets
 
-from psyche_node.faults import Faults
-from psyche_node.identity import NodeKey
-from psyche_node.ipc import IpcError, Message, decode_frame
-from psyche_node.network.announcements import Verdict
-from psyche_node.network.certificates import BadCertificate, identify, issue
-from psyche_node.network.fetcher import BadBytes, Fetcher, _Attempt, _Want
-from psyche_node.network.links import CallFailed, Links
-from psyche_node.network.messages import Configure, Fetched, Publish, Rejected, SetMembers, Want
-from psyche_node.network.node import NetworkNode
-from psyche_node.network.records import RecordExchange
-from psyche_node.network.reports import Traffic
-from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, NodeService
-from psyche_node.network.statements import (
-    Announcement,
-    Malformed,
-    NodeRecord,
-    join_address,
-    join_multiaddr,
-    split_address,
-    split_multiaddr,
-)
-from psyche_node.network.store import BlobStore, blob_digest, piece_digest
-from psyche_node.network.wire import node_pb2 as wire
-
-SECONDS = 2
+SECONDS = 20
 MEMORY = 24 << 20
-KEYS = [NodeKey(bytes([number]) * 32) for number in range(4)]
-RUN = bytes(range(32))
-DIGEST = bytes(range(200, 232))
-INTERESTING = [0, 1, 2, 7, 8, 31, 32, 33, 63, 64, 65, 127, 128, 255, 256, 257, 512, 2**16, 2**20, 2**31 - 1, 2**31]
-INTERESTING += [2**32 - 1, 2**32, 2**37, 2**37 + 1, 2**63 - 1, 2**63, 2**64 - 1]
-
-
-class Input:
-    """Reads decisions from an input's bytes; when they are used up everything is 0."""
-
-    def __init__(self, data: bytes) -> None:
-        self._data, self._at = data, 0
-
-    def byte(self) -> int:
-        self._at += 1
-        return self._data[self._at - 1] if self._at <= len(self._data) else 0
-
-    def below(self, bound: int) -> int:
-        return (self.byte() if bound <= 256 else self.byte() << 8 | self.byte()) % bound
-
-    def one(self, choices: list[Any]) -> Any:
-        return choices[self.below(len(choices))]
-
-    def raw(self, bound: int) -> bytes:
-        size = self.below(bound + 1)
-        taken = self._data[self._at : self._at + size]
-        self._at += size
-        return taken
-
-    def number(self) -> int:
-        return self.one(INTERESTING) if self.byte() & 1 else int.from_bytes(self.raw(8), "little")
-
-    def rest(self) -> bytes:
-        return self._data[self._at :]
-
-
-def changed(data: Input, raw: bytes) -> bytes:
-    """Change raw bytes in one way: cut, grow, flip, overwrite, repeat; often not at all."""
-    kind, at = data.below(8), data.below(len(raw) + 1)
-    if kind == 0:
-        return raw[:at]
-    if kind == 1:
-        return raw + data.raw(40)
-    if kind == 2 and raw:
-        at %= len(raw)
-        return raw[:at] + bytes([raw[at] ^ (1 << data.below(8))]) + raw[at + 1 :]
-    if kind == 3:
-        part = data.raw(12)
-        return raw[:at] + part + raw[at + len(part) :]
-    if kind == 4:
-        return raw[:at] + raw[at // 2 :]
-    return raw
-
-
-def unknown(data: Input) -> bytes:
-    """A protobuf field that nobody knows, or one that is known a second time, or half of one."""
-    number, kind = data.below(40), data.below(8)
-    head = _varint(number << 3 | kind)
-    return head + (_varint(data.number()) if kind == 0 else _varint(data.below(300)) + data.raw(40))
-
-
-def _varint(value: int) -> bytes:
-    out = bytearray()
-    while value >= 128:
-        out.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*out, value])
-
-
-def mutated(data: Input, message: Any) -> bytes:
-    """Set some fields of a protobuf message to other values, and serialize it with something added now and then."""
-    fields = message.DESCRIPTOR.fields
-    for _ in range(data.below(4)):
-        field = data.one(list(fields))
-        if field.is_repeated:
-            values = getattr(message, field.name)
-            if data.byte() & 1 and len(values):
-                del values[data.below(len(values))]
-            else:
-                values.extend([_value(data, field)] * data.one([1, 1, 2, 9, 65, 300]))
-        else:
-            setattr(message, field.name, _value(data, field))
-    raw = bytes(message.SerializeToString(deterministic=True))
-    return raw + unknown(data) if data.below(4) == 0 else raw
-
-
-def _value(data: Input, field: Any) -> Any:
-    if field.type == field.TYPE_BYTES:
-        known = [DIGEST, bytes(32), KEYS[0].public, RUN, b"", bytes(33), bytes(3000)]
-        return data.one(known) if data.below(3) else data.raw(64)
-    if field.type == field.TYPE_STRING:
-        return address(data)
-    if field.type == field.TYPE_BOOL:
-        return bool(data.byte() & 1)
-    return data.number() % (2**32 if field.type in (field.TYPE_UINT32, field.TYPE_ENUM) else 2**64)
-
-
-def address(data: Input) -> str:
-    """Something like an address, often one."""
-    ip = data.one(["127.0.0.1", "192.0.2.1", "::1", "fe80::1%lo", "0.0.0.0", "224.0.0.1", "example.org", "", "1" * 200])
-    port = str(data.number()) if data.byte() & 1 else data.one(["1", "65535", "0", "-1", "007", "٣", "", "1e3"])
-    text = data.one([f"/ip4/{ip}/tcp/{port}", f"/ip6/{ip}/tcp/{port}", f"{ip}:{port}", f"[{ip}]:{port}", ip, "//" * 80])
-    return changed(data, text.encode()).decode(errors="replace")
-
-
-def signed(data: Input, body: bytes, context: bytes) -> bytes:
-    """Sign a body, nearly always with the right key and context, and break the result now and then."""
-    key = KEYS[0] if data.below(16) else KEYS[1]
-    context = context if data.below(16) else b"psyche-node/nonsense/1:"
-    raw = wire.Signed(body=body, signature=key.sign(context + body)).SerializeToString(deterministic=True)
-    return changed(data, raw) if data.below(4) == 0 else raw
-
-
-def announcement(data: Input) -> bytes:
-    key = data.one(KEYS)
-    fields = {"run": RUN, "round": data.below(12), "node_key": key.public, "digest": DIGEST, "length": 1000}
-    return signed(data, mutated(data, wire.Announcement(**fields)), b"psyche-node/announcement/1:")
-
-
-def record(data: Input) -> bytes:
-    message = wire.NodeRecord(
-        run=RUN,
-        node_key=data.one(KEYS).public,
-        seq=data.number(),
-        p2p_addresses=["/ip4/127.0.0.1/tcp/4001"] * data.below(10),
-        grpc_address="127.0.0.1:4002",
-        tls_leaf=DIGEST,
-        tls_expires=1,
-    )
-    return signed(data, mutated(data, message), b"psyche-node/record/1:")
-
-
-class Aborted(Exception):
-    """What a call's context raises when a method ends the call."""
-
-
-class Context:
-    """A call's context, as gRPC gives it to a method."""
-
-    def __init__(self) -> None:
-        self.ended: Callable[[], None] = lambda: None
-        self.aborted: grpc.StatusCode | None = None
-
-    def abort(self, code: grpc.StatusCode, reason: str) -> None:
-        assert code in (grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND)
-        self.aborted = code
-        raise Aborted(reason)
-
-    def cancel(self) -> None:
-        pass
-
-    def add_callback(self, callback: Callable[[], None]) -> bool:
-        self.ended = callback
-        return True
-
-
-class Stream:
-    """A libp2p stream that gives what was sent before, in small and large parts, and then ends."""
-
-    def __init__(self, data: bytes, part: int) -> None:
-        self._data, self._at, self._part = data, 0, part
-
-    async def read(self, n: int | None = None) -> bytes:
-        size = min(self._part, len(self._data) if n is None or n < 0 else n)
-        self._at += size
-        return self._data[self._at - size : self._at]
-
-
-class Peer:
-    """The far end of a gRPC channel: it answers with the bytes it is told to."""
-
-    def __init__(self) -> None:
-        self.reply, self.pieces = b"", list[bytes]()
-
-    def unary_unary(self, path: str) -> Callable[..., bytes]:
-        return lambda raw, timeout: self.reply
-
-    def unary_stream(self, path: str) -> Callable[..., Any]:
-        return lambda raw, timeout: _Call(self.pieces)
-
-
-class _Call:
-    def __init__(self, pieces: list[bytes]) -> None:
-        self._pieces = iter(pieces)
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._pieces
-
-    def cancel(self) -> None:
-        self._pieces = iter(())
-
-
-def ignored(message: Message) -> None:
-    """Where events go."""
-
-
-class Targets:
-    """Everything that is fuzzed. Each method takes an input, raises nothing, and says whether it was accepted."""
-
-    def __init__(self, folder: Path) -> None:
-        key_path = folder / "node.key"
-        key_path.write_bytes(KEYS[3].seed)
-        key_path.chmod(0o600)
-        configure = Configure(folder=str(folder / "node"), node_key_path=str(key_path), run=RUN.hex())
-        self.node = NetworkNode(configure, ignored)
-        self.directory = self.node._directory
-        self.directory.set_members({number: key.public for number, key in enumerate(KEYS[:2])})
-        self.exchange: RecordExchange = self.node._swarm._records
-        self.store: BlobStore = self.node._store
-        self.blobs = [self.store.put(bytes([number]) * size, 1) for number, size in enumerate((1, 5000, (2 << 20) + 7))]
-        self.service = NodeService(
-            self.node._announcements, self.node._take_announcement, self.node._reader, Traffic(), Faults()
-        )
-        self.peer = Peer()
-        self.links: Links = self.node._links
-        self.links._link = lambda peer: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
-        self.fetcher: Fetcher = self.node._fetcher
-        self.leaf = issue(KEYS[0])
-        self.der = base64.b64decode(b"".join(self.leaf.certificate.split(b"\n")[1:-2]))
-        self.messages = [
-            SetMembers(members=[]),
-            Publish(round=1, member=1, digest="00" * 32, length=1),
-            Want(round=1, wants=[]),
-            Fetched(round=1, member=1, digest="00" * 32, length=1, source="x"),
-            Rejected(what="call", peer="x", member=None, reason="x"),
-            configure,
-        ]
-        self.all: dict[str, Callable[[Input], bool]] = {
-            name: getattr(self, name)
-            for name in ("statements", "taken", "records", "addresses", "requests", "replies", "certificates", "frames")
-        }
-
-    def statements(self, data: Input) -> bool:
-        raw = data.rest() if data.below(8) == 0 else data.one([announcement, record])(data)
-        accepted = False
-        for kind in (Announcement, NodeRecord):
-            with contextlib.suppress(Malformed):
-                said = kind.parse(raw, RUN)
-                # Ed25519 signs the same bytes the same way, so there is nothing in it that was not read.
-                assert said.sign(next(key for key in KEYS if key.public == said.node_key)) == raw
-                accepted = True
-        return accepted
-
-    def taken(self, data: Input) -> bool:
-        """What a node does with statements from gossip and from calls, whoever passes them on."""
-        sender = data.one([KEYS[0].public, KEYS[2].public, "a peer without a key"])
-        if data.byte() & 1:
-            return self.node._take_announcement(announcement(data), sender).verdict is not Verdict.REFUSED
-        return self.node._take_record(record(data), sender)
-
-    def records(self, data: Input) -> bool:
-        count = data.one([0, 1, 2, 2, 3, 40])
-        one = record(data)
-        body = mutated(data, wire.Records(records=[one if data.below(4) else record(data) for _ in range(count)]))
-        length = len(body) if data.below(4) else data.number() % 2**32
-        part = data.one([1, 3, 4096]) if len(body) < 4096 else 65536
-        stream = Stream(struct.pack(">I", length) + body, part)
-        try:
-            # Nothing in it waits for anything but the stream, so it ends in one step.
-            self.exchange._receive(stream, data.one(KEYS).public).send(None)  # type: ignore[arg-type]
-        except StopIteration:
-            return True
-        except (Malformed, IncompleteReadError):
-            pass
-        return False
-
-    def addresses(self, data: Input) -> bool:
-        text = data.rest().decode(errors="replace") if data.below(8) == 0 else address(data)
-        for split, join in ((split_multiaddr, join_multiaddr), (split_address, join_address)):
-            with contextlib.suppress(Malformed):
-                ip, port = split(text)
-                assert split(join(ip, port)) == (ip, port)
-                return True
-        return False
-
-    def requests(self, data: Input) -> bool:
-        digest = data.one([digest for digest, _ in self.blobs])
-        method, message = data.one(
-            [
-                (self.service.announce, wire.AnnounceRequest(announcements=[announcement(data)])),
-                (self.service.since, wire.SinceRequest(round=data.below(12), have=data.raw(40), wanted=[digest])),
-                (self.service.manifest, wire.ManifestRequest(digest=digest)),
-                (self.service.fetch, wire.FetchRequest(digest=digest, first=data.below(4), count=data.below(4))),
-            ]
-        )
-        raw = changed(data, mutated(data, message))[:MAX_REQUEST_BYTES]
-        context = Context()
-        with contextlib.suppress(Aborted):
-            sent = method(data.one(KEYS).public, raw, context)
-            for part in sent if isinstance(sent, Iterator) else [sent]:
-                assert len(part) <= MAX_MESSAGE_BYTES
-        context.ended()
-        return context.aborted is None
-
-    def replies(self, data: Input) -> bool:
-        """A member's answers to this node that looks for a blob."""
-        size = data.one([1, 1000, (1 << 20) + 5])
-        blob = bytes([data.below(3)]) * size
-        pieces = [blob[at : at + (1 << 20)] for at in range(0, size, 1 << 20)]
-        manifest = wire.Manifest(length=size, pieces=b"".join(map(piece_digest, pieces)))
-        self.peer.reply = changed(data, mutated(data, manifest))[:MAX_MESSAGE_BYTES]
-        for _ in range(data.below(3)):
-            kind, at = data.below(4), data.below(len(pieces) + 1)
-            if kind == 0:
-                pieces.insert(at, data.raw(50))
-            elif kind == 1 and pieces:
-                del pieces[at % len(pieces)]
-            elif pieces:
-                pieces[at % len(pieces)] = changed(data, pieces[at % len(pieces)])
-        self.peer.pieces = pieces
-        want = _Want(1, 0, blob_digest(blob), size)
-        try:
-            path = self.fetcher._download(want, KEYS[0].public, _Attempt(), bool(data.byte() & 1))
-            assert blob_digest(path.read_bytes()) == want.digest
-            path.unlink()
-            accepted = True
-        except (CallFailed, BadBytes):
-            accepted = False
-        finally:
-            if want.assembly is not None:
-                want.assembly.abandon()
-        reply = wire.SinceReply(announcements=[announcement(data)], held=[DIGEST])
-        self.peer.reply = changed(data, mutated(data, reply))
-        with contextlib.suppress(CallFailed):
-            self.links.call(KEYS[0].public, "Since", wire.SinceRequest(), wire.SinceReply, 1.0)
-        return accepted
-
-    def certificates(self, data: Input) -> bool:
-        der = self.der
-        for _ in range(1 + data.below(3)):
-            der = changed(data, der)
-        pem = b"-----BEGIN CERTIFICATE-----\n" + base64.encodebytes(der) + b"-----END CERTIFICATE-----\n"
-        with contextlib.suppress(BadCertificate):
-            assert identify(changed(data, pem) if data.below(4) == 0 else pem).node_key == KEYS[0].public
-            return True
-        return False
-
-    def frames(self, data: Input) -> bool:
-        message = data.one(self.messages)
-        body = message.model_dump(mode="json")
-        for _ in range(data.below(3)):
-            name = data.one([*body, "extra"])
-            odd = [None, True, -1, 0, 2**64, 1.5, "", "x" * 70, "0" * 64, [], [1], [{}], {}, {"a": 1}, [[[]]], 1e999]
-            body[name] = data.one(odd)
-        kind = data.one([type(message).__name__, "Stats", "Nonsense", 7, None])
-        number = data.one([1, 0, -1, 2**70, "1", None, 1.0])
-        raw = changed(data, json.dumps({"id": number, "kind": kind, "body": body}).encode())
-        with contextlib.suppress(IpcError):
-            decode_frame(raw)
-            return True
-        return False
-
-
-@contextlib.contextmanager
-def targets() -> Iterator[Targets]:
-    """The targets, with a store in memory where the system has such a place."""
-    logging.disable(logging.CRITICAL)
-    place = Path("/dev/shm")
-    with tempfile.TemporaryDirectory(dir=place if os.access(place, os.W_OK) else None) as folder:
-        try:
-            yield Targets(Path(folder))
-        finally:
-            logging.disable(logging.NOTSET)
 
 
 def _hangs(number: int, frame: object) -> None:
@@ -504,7 +110,7 @@ def guided(inputs: int, seed: int) -> None:
             if data:
                 all_targets.all[names[data[0] % len(names)]](Input(data[1:]))
 
-        options = [f"-atheris_runs={inputs}", f"-seed={seed}", "-max_len=400", f"-timeout={10 * SECONDS}"]
+        options = [f"-atheris_runs={inputs}", f"-seed={seed}", "-max_len=400", f"-timeout={SECONDS}"]
         atheris.Setup([sys.argv[0], corpus, *options, "-rss_limit_mb=2048", "-print_final_stats=1"], one)
         atheris.Fuzz()
 
@@ -516,7 +122,7 @@ def main() -> None:
     parser.add_argument("--coverage", action="store_true", help="guided by coverage")
     arguments = parser.parse_args()
     if arguments.coverage and importlib.util.find_spec("atheris") is None:
-        print("atheris is not installed (it has wheels for Python 3.11 on Linux): no run guided by coverage")
+        print("atheris is not installed (it has wheels for Linux on x86-64): no run guided by coverage")
     elif arguments.coverage:
         guided(arguments.inputs, arguments.seed)
     else:

@@ -35,7 +35,6 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.guard import (
     MAX_STREAMS,
     MAX_STREAMS_PER_PEER,
-    MIN_STREAM_BYTES_PER_SECOND,
     STREAM_SECONDS,
     Guard,
     Pace,
@@ -49,7 +48,7 @@ from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
+from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
@@ -383,7 +382,7 @@ def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     peers = [bytes([number]) for number in range(MAX_STREAMS)]
 
     def enter(peer: bytes) -> Place | None:
-        return streams.enter(peer, PIECE_BYTES, lambda: pytest.fail("it is not overdue"))
+        return streams.enter(peer, lambda: pytest.fail("it is not overdue"))
 
     first = [enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)]
     assert [place is not None for place in first] == [True] * MAX_STREAMS_PER_PEER + [False]
@@ -395,23 +394,25 @@ def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     assert enter(b"another") is not None
 
 
-def test_a_stream_that_is_overdue_makes_room_when_its_place_is_wanted() -> None:
+def test_a_stream_that_does_not_get_on_makes_room_when_its_place_is_wanted() -> None:
     now = 50.0
     streams = Streams(total=2, per_peer=1, clock=lambda: now)
     ended: list[str] = []
-    slow = streams.enter(b"slow", 2 * MIN_STREAM_BYTES_PER_SECOND, lambda: ended.append("slow"))
+    slow = streams.enter(b"slow", lambda: ended.append("slow"))
+    other = streams.enter(b"other", lambda: ended.append("other"))
     assert slow is not None
-    assert streams.enter(b"other", 100 * MIN_STREAM_BYTES_PER_SECOND, lambda: ended.append("other")) is not None
-    now += STREAM_SECONDS + 1.9
-    assert streams.enter(b"third", 1, lambda: None) is None
+    assert other is not None
+    now += STREAM_SECONDS - 0.1
+    assert streams.enter(b"third", lambda: None) is None
+    streams.moves(other)
     now += 0.2
-    third = streams.enter(b"third", 1, lambda: None)
+    third = streams.enter(b"third", lambda: None)
     assert third is not None
     assert ended == ["slow"]
     streams.leave(slow)  # its call ends, too late to give a place back
-    assert streams.enter(b"fourth", 1, lambda: None) is None
+    assert streams.enter(b"fourth", lambda: None) is None
     streams.leave(third)
-    assert streams.enter(b"slow", 1, lambda: None) is not None
+    assert streams.enter(b"slow", lambda: None) is not None
 
 
 def test_calls_are_paced_per_peer() -> None:

@@ -144,6 +144,24 @@ def test_null_ca() -> None:
     assert key.public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo).hex() == row["subject_public_key_info"]
 
 
+@pytest.mark.parametrize(
+    "row", VECTORS["trees"], ids=lambda row: f"{len(row['members'])} members, {len(row['private'])} private"
+)
+def test_trees(row: dict[str, Any]) -> None:
+    context = "psyche-node 2026-11 order of passing on: u64 round, node key"
+
+    def place(member: str) -> bytes:
+        return blake3(struct.pack("<Q", row["round"]) + bytes.fromhex(member), derive_key_context=context).digest()
+
+    circle = sorted(row["members"], key=place)
+    at = circle.index(row["author"])
+    others = circle[at + 1 :] + circle[:at]
+    order = [row["author"], *(one for one in others if one not in row["private"])]
+    order += [one for one in others if one in row["private"]]
+    assert row["order"] == order
+    assert row["children"] == [order[2 * at + 1 : 2 * at + 3] for at in range(len(order))]
+
+
 def test_calls() -> None:
     rows = {row["path"].rpartition("/")[2]: row for row in VECTORS["calls"]}
     announced, digest = bytes.fromhex(VECTORS["announcements"][0]["signed"]), bytes(range(200, 232))
@@ -151,10 +169,17 @@ def test_calls() -> None:
     assert rows["Announce"]["reply"] == ""
     wanted = element(3, digest) + element(3, bytes(32))
     assert rows["Since"]["request"] == (field(1, 300) + field(2, b"\x05\x80") + wanted).hex()
-    assert rows["Since"]["reply"] == (element(1, announced) + element(2, digest)).hex()
-    assert rows["GetManifest"]["request"] == field(1, digest).hex()
+    assert (
+        rows["Since"]["reply"]
+        == (
+            element(1, announced) + element(2, digest) + element(3, element(1, bytes(32)) + field(2, b"\x0f\x02"))
+        ).hex()
+    )
+    assert rows["GetManifest"]["request"] == (field(1, digest) + field(2, 32_768)).hex()
     assert rows["GetManifest"]["reply"] == (field(1, PIECE + 1) + field(2, digest + bytes(32))).hex()
-    assert rows["Fetch"]["request"] == (field(1, digest) + field(2, 2) + field(3, 16)).hex()
+    assert rows["Fetch"]["request"] == (field(1, digest) + field(2, 2) + field(3, 16) + field(4, 2)).hex()
+    assert rows["Have"]["request"] == element(1, digest).hex()
+    assert rows["Have"]["reply"] == ""
     assert rows["DialBack"]["request"] == field(1, 4002).hex()
     assert rows["DialBack"]["reply"] == (field(1, "203.0.113.9:50000") + field(2, 1)).hex()
     for row in rows.values():

@@ -27,6 +27,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.network import (
     announcements,
     certificates,
+    fanout,
     gossip,
     guard,
     messages,
@@ -141,19 +142,41 @@ def blob_rows() -> list[Row]:
     return rows
 
 
+def tree_rows() -> list[Row]:
+    rows = []
+    for count, hidden in ((1, 0), (2, 0), (8, 0), (8, 3)):
+        members = [NodeKey(bytes([number]) * 32).public for number in range(count)]
+        private = members[:hidden]
+        tree = fanout.Tree(300, members[-1], members, private)
+        rows.append(
+            {
+                "round": 300,
+                "members": [member.hex() for member in members],
+                "private": [member.hex() for member in private],
+                "author": members[-1].hex(),
+                "order": [member.hex() for member in tree.order],
+                "children": [[child.hex() for child in tree.children(member)] for member in tree.order],
+            }
+        )
+    return rows
+
+
 def call_rows() -> list[Row]:
     signed = statements.Announcement(RUN, 300, KEY.public, DIGEST, 60_000).sign(KEY)
     calls = {
         "Announce": (wire.AnnounceRequest(announcements=[signed]), wire.AnnounceReply()),
         "Since": (
             wire.SinceRequest(round=300, have=b"\x05\x80", wanted=[DIGEST, bytes(32)]),
-            wire.SinceReply(announcements=[signed], held=[DIGEST]),
+            wire.SinceReply(
+                announcements=[signed], held=[DIGEST], partial=[wire.Holding(digest=bytes(32), pieces=b"\x0f\x02")]
+            ),
         ),
         "GetManifest": (
-            wire.ManifestRequest(digest=DIGEST),
+            wire.ManifestRequest(digest=DIGEST, first=service.MAX_PIECES_PER_MANIFEST),
             wire.Manifest(length=PIECE + 1, pieces=DIGEST + bytes(32)),
         ),
-        "Fetch": (wire.FetchRequest(digest=DIGEST, first=2, count=16), None),
+        "Fetch": (wire.FetchRequest(digest=DIGEST, first=2, count=16, kind=wire.MODEL), None),
+        "Have": (wire.HaveRequest(digests=[DIGEST]), wire.HaveReply()),
         "DialBack": (wire.DialBackRequest(port=4002), wire.DialBackReply(observed="203.0.113.9:50000", reached=True)),
     }
     rows = []
@@ -259,6 +282,7 @@ def names() -> Row:
             "tls": certificates._PREFIX.decode(),
         },
         "blob_root_context": store._ROOT_CONTEXT,
+        "tree_context": fanout._CONTEXT,
     }
 
 
@@ -278,6 +302,11 @@ def bounds() -> Row:
         "members": messages.MAX_MEMBERS,
         "announcements_per_call": service.MAX_ANNOUNCEMENTS_PER_CALL,
         "pieces_per_fetch": service.MAX_PIECES_PER_FETCH,
+        "pieces_per_manifest": service.MAX_PIECES_PER_MANIFEST,
+        "digests_per_have": service.MAX_DIGESTS_PER_HAVE,
+        "partial_per_since": service.MAX_PARTIAL,
+        "partial_bytes_per_since": service.MAX_PARTIAL_BYTES,
+        "children_per_node": fanout.ARITY,
         "request_bytes": service.MAX_REQUEST_BYTES,
         "reply_bytes": service.MAX_MESSAGE_BYTES,
         "streams": guard.MAX_STREAMS,
@@ -336,6 +365,7 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "blobs": blob_rows,
     "tls_extension": tls_rows,
     "null_ca": null_ca_rows,
+    "trees": tree_rows,
     "calls": call_rows,
     "pushes": push_rows,
     "punches": punch_rows,
