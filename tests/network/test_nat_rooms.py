@@ -479,12 +479,11 @@ async def _nothing(*_: object) -> None:
 def test_private_members_are_leaves_of_the_trees_and_their_blobs_go_to_public_ones() -> None:
     keys = [bytes([number]) * 32 for number in range(16)]
     for author in (0, 12):
-        digest = bytes([author]) * 32
-        tree = Tree(digest, keys[author], keys, keys[10:])
+        tree = Tree(author, keys[author], keys, keys[10:])
         inner = [key for key in keys if tree.children(key)]
         assert len(inner) == 8
         assert set(inner) <= {keys[author], *keys[:10]}
-        plain = Tree(digest, keys[author], keys)
+        plain = Tree(author, keys[author], keys)
         public = [key for key in plain.order if key in keys[:10]]
         assert [key for key in tree.order if key in keys[:10]] == public, "the order is another one"
         if author == 12:
