@@ -10,6 +10,7 @@ from __future__ import annotations
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -151,6 +152,7 @@ class Links:
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
         self._far: set[tuple[bytes, str]] = set()
+        self._failures: dict[bytes, tuple[float, CallFailed]] = {}
         self._lock = threading.Lock()
 
     def call(self, peer: bytes, method: str, request: Message, reply: type[M], timeout: float) -> M:
@@ -165,7 +167,7 @@ class Links:
         self._traffic.sent(peer, len(raw))
         try:
             answer = channel.unary_unary(f"/{SERVICE}/{method}")(raw, timeout=timeout)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ValueError) as error:
             raise self._failure(peer, error) from None
         self._traffic.received(peer, len(answer))
         message = reply()
@@ -194,8 +196,8 @@ class Links:
 
         try:
             link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+        except (grpc.RpcError, ValueError) as error:
+            if isinstance(error, ValueError) or error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None
 
     def fetch(
@@ -211,7 +213,10 @@ class Links:
         raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
         link = self._link(peer, ask=True)
         self._traffic.sent(peer, len(raw))
-        call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        try:
+            call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        except ValueError as error:
+            raise self._failure(peer, error) from None
         return Stream(
             call,
             lambda error: self._failure(peer, error),
@@ -223,6 +228,7 @@ class Links:
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
             self._far = {(peer, address) for peer, address in self._far if peer in peers}
+            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in peers}
         for link in gone:
             link.channel.close()
 
@@ -235,7 +241,12 @@ class Links:
             raise CallFailed(Cause.NO_ADDRESS, "its address is not known yet")
         with self._lock:
             lock = self._locks.setdefault(peer, threading.Lock())
+        asked = time.monotonic()
         with lock:
+            failed_at, failure = self._failures.get(peer, (0.0, None))
+            if failure is not None and failed_at >= asked:
+                # Somebody else tried while this thread waited; to try again would let all wait for one another.
+                raise CallFailed(failure.cause, str(failure))
             own = self._leaf()
             hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
             basis = (record.grpc_address, record.tls_leaf, hidden, own)
@@ -246,6 +257,8 @@ class Links:
                 link.channel.close()
                 del self._links[peer]
             if hidden:
+                # A public node gets by push what a private one makes; a path is for two that are both private.
+                ask = ask and self._directory.own_private()
                 path = None if self._paths is None else self._paths.path(peer, record.tls_leaf, ask=ask)
                 if path is None:
                     raise CallFailed(Cause.PRIVATE, "it is behind NAT, and there is no path through to it")
@@ -253,11 +266,13 @@ class Links:
             else:
                 try:
                     certificate = self._identify(record)
-                except CallFailed:
+                except CallFailed as error:
+                    self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
                         # Behind a NAT that is shared by many networks; the next call goes another way.
                         self._far.add((peer, record.grpc_address))
                     raise
+                self._failures.pop(peer, None)
                 link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
             self._links[peer] = link
             return link
@@ -286,6 +301,9 @@ class Links:
         return certificate
 
     def _failure(self, peer: bytes, error: Any) -> CallFailed:
+        if isinstance(error, ValueError):
+            # What gRPC says of a channel that another thread closed in this moment, because the node's record changed.
+            return CallFailed(Cause.BUSY, "the connection to it is being made anew")
         code = error.code()
         cause = _CAUSES.get(code, Cause.BROKEN)
         return CallFailed(cause, f"{cause}: {str(error.details() or code)[:200]}")

@@ -4,6 +4,7 @@
     FOLDER/<round>/<digest hex>.*.part   one being written; removed when its writer is gone
     FOLDER/<round>/<digest hex>.part     one being put together from pieces; survives its writer, so that it can go on
     FOLDER/<round>/<digest hex>.list     the manifest of a blob of several pieces: its length and their digests
+    FOLDER/boot                          which start of the machine the blobs were last read and checked under
 
 A blob is cut into pieces of 1 MiB, the unit of transfer, verification and blame. Its digest is a BLAKE3 root over its
 length and the BLAKE3 digests of its pieces, so one digest from the chain vouches for every piece. Supervisor and
@@ -172,7 +173,8 @@ class BlobStore:
                 shutil.rmtree(self.folder / str(round), ignore_errors=True)
 
     def sweep(self) -> int:
-        """Remove what an earlier, killed process left unfinished and nobody can go on with. Returns how many files.
+        """Remove what an earlier, killed process left unfinished and nobody can go on with, and after a crash of the
+        machine what is not whole. Returns how many files.
 
         Only for the process that assembles blobs, at its start. What can be gone on with is kept within bounds.
         """
@@ -191,6 +193,27 @@ class BlobStore:
             whole = orphan.with_suffix("")
             if not whole.exists() and not whole.with_name(f"{whole.name}.part").exists():
                 orphan.unlink(missing_ok=True)
+        return removed + self._drop_what_a_crash_broke()
+
+    def _drop_what_a_crash_broke(self) -> int:
+        """Read all blobs if the machine has been started since the last time, and remove those that are not whole.
+
+        What a process wrote survives the process. It takes a power cut, or a kernel that dies, to lose bytes of a file
+        that has its name already.
+        """
+        mark, boot = self.folder / "boot", _boot_id()
+        with contextlib.suppress(OSError):
+            if boot and mark.read_text() == boot:
+                return 0
+        removed = 0
+        for path in self.folder.glob("*/*"):
+            if path.suffix or not path.parent.name.isdecimal():
+                continue
+            if Manifest.of_file(path).digest.hex() != path.name:
+                path.unlink()
+                _list_of(path).unlink(missing_ok=True)
+                removed += 1
+        mark.write_text(boot)
         return removed
 
     def _rounds(self) -> list[int]:
@@ -262,9 +285,9 @@ class Assembly:
                 return self._target
             if self._missing or not self._open:
                 raise StoreError(f"{self._target.name[:16]} is not complete: {len(self._missing)} pieces are missing")
-            os.fsync(self._descriptor)
             self._close()
-            # The folder is not synced: a name lost to a power cut is a blob to be fetched again, and nothing worse.
+            # Nothing waits for the disk here: a blob that a power cut takes is fetched again, and one that it leaves
+            # half-written is found by ``sweep``.
             os.replace(self.part, self._target)
             self._finished = True
             if len(self.manifest.pieces) <= LONG_LIST:
@@ -397,7 +420,15 @@ class Reader:
 
 def _identity(status: os.stat_result) -> tuple[int, ...]:
     """What changes when a file is written to or replaced."""
-    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns
+    return status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns
+
+
+def _boot_id() -> str:
+    """Return what is different after each start of this machine; "" where the system does not say."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
 
 
 def write_list(path: Path, manifest: Manifest) -> None:

@@ -12,6 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from psyche_node.network.store import (
+    CHECKED_SECONDS,
     PIECE_BYTES,
     BlobStore,
     Manifest,
@@ -20,6 +21,7 @@ from psyche_node.network.store import (
     blob_digest,
     blob_root,
     piece_count,
+    piece_digest,
     piece_length,
 )
 
@@ -246,6 +248,54 @@ def test_sweep_removes_unfinished_files_only(tmp_path: Path) -> None:
     assert store.sweep() == 1
     assert [entry.name for entry in (tmp_path / "2").iterdir()] == [digest.hex()]
     assembly.abandon()
+
+
+def test_what_a_power_cut_broke_is_dropped_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    store = BlobStore(tmp_path)
+    assert store.sweep() == 0
+    whole, _ = store.put(LARGE, 2)
+    broken, _ = store.put(LARGE[1:], 2)
+    path = store.path(broken)
+    assert path is not None
+    path.write_bytes(bytes(len(LARGE) - 1))
+    assert store.sweep() == 0, "the machine has not gone down since: what was written is there"
+    assert store.path(broken) is not None
+    monkeypatch.setattr("psyche_node.network.store._boot_id", lambda: "another start")
+    assert store.sweep() == 1
+    assert store.path(broken) is None
+    assert store.path(whole) is not None
+    assert store.sweep() == 0
+
+
+def test_a_piece_that_was_checked_lately_is_not_hashed_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    hashed: list[int] = []
+
+    def counted(piece: bytes) -> bytes:
+        hashed.append(len(piece))
+        return piece_digest(piece)
+
+    store = BlobStore(tmp_path)
+    reader = Reader(store, clock=lambda: now)
+    digest, _ = store.put(LARGE, 0)
+    assert reader.manifest(digest) is not None
+    monkeypatch.setattr("psyche_node.network.store.piece_digest", counted)
+    for _ in range(2):
+        assert list(reader.pieces(digest, range(4))) == [piece(LARGE, index) for index in range(4)]
+    assert hashed == []
+    now = CHECKED_SECONDS + 1
+    for _ in range(2):
+        assert list(reader.pieces(digest, [3])) == [piece(LARGE, 3)]
+    assert hashed == [17], "once, and then it has been checked again"
+    path = store.path(digest)
+    assert path is not None
+    path.write_bytes(LARGE)
+    os.utime(path, (1, 1))
+    assert list(reader.pieces(digest, [3])) == [piece(LARGE, 3)]
+    assert hashed == [17, 17], "the file is another one"
+    path.write_bytes(LARGE[:-1])
+    with pytest.raises(StoreError, match="went bad"):
+        list(reader.pieces(digest, [3]))
 
 
 def test_what_rotted_on_disk_is_not_served(tmp_path: Path) -> None:

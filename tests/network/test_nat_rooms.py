@@ -22,6 +22,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
+from psyche_node.network.fanout import Tree
 from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import dial, listening, make_host, peer_of
@@ -416,9 +417,29 @@ def test_a_path_carries_calls_and_is_made_again_when_it_broke(three: Trio) -> No
         assert three.caller.paths.punched() == set()
 
 
-def test_a_path_is_wanted_for_blobs_only(three: Trio) -> None:
+def test_a_channel_that_is_closed_in_this_moment_is_a_failed_call(three: Trio) -> None:
+    three.caller.knows(three.helper.record())
+    links, key = three.caller.links, three.helper.key.public
+    closed = links._link(key)
+    closed.channel.close()
+    for attempt in (
+        lambda: links.call(key, "Since", wire.SinceRequest(round=1), wire.SinceReply, 5.0),
+        lambda: links.fetch(key, bytes(32), 0, 1, 5.0),
+        lambda: links.push(key, iter([b""]), 5.0),
+    ):
+        with pytest.raises(CallFailed, match="made anew"):
+            attempt()
+
+
+def test_a_path_is_wanted_for_blobs_only_and_by_private_nodes(three: Trio) -> None:
     wanted: list[bytes] = []
     three.caller.paths.on_wanted(wanted.append)
+    for private in (False, True):
+        with pytest.raises(CallFailed):
+            three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 5.0)
+        assert wanted == [three.target.key.public] * private
+        three.caller.directory.add(replace(three.caller.record(private=True), seq=2), b"")
+    wanted.clear()
     with pytest.raises(CallFailed):
         since(three.caller, three.target)
     assert wanted == []
@@ -450,6 +471,46 @@ def test_a_helper_cannot_send_anybody_elsewhere(three: Trio, monkeypatch: pytest
 
 async def _nothing(*_: object) -> None:
     pass
+
+
+# What others make of it ----------------------------------------------------------------------------------------------
+
+
+def test_private_members_are_leaves_of_the_trees_and_their_blobs_go_to_public_ones() -> None:
+    keys = [bytes([number]) * 32 for number in range(16)]
+    for author in (0, 12):
+        tree = Tree(author, keys[author], keys, keys[10:])
+        inner = [key for key in keys if tree.children(key)]
+        assert len(inner) == 8
+        assert set(inner) <= {keys[author], *keys[:10]}
+        plain = Tree(author, keys[author], keys)
+        public = [key for key in plain.order if key in keys[:10]]
+        assert [key for key in tree.order if key in keys[:10]] == public, "the order is another one"
+        if author == 12:
+            assert tree.children(keys[author]) == public[:2]
+
+
+def test_who_is_reachable_depends_on_records_networks_and_paths() -> None:
+    directory = Directory(bytes([1]) * 32)
+    directory.set_members({number: bytes([number]) * 32 for number in range(1, 5)})
+    plain, private = record_of(2), record_of(3, private=True)
+    near = replace(record_of(4, private=True), observed_ip="203.0.113.9")
+    for record in (plain, private, near):
+        directory.add(record, b"")
+
+    def reachable() -> list[bool]:
+        return [directory.reachable(record.node_key) for record in (plain, private, near)]
+
+    assert reachable() == [True, False, False]
+    # Behind the same NAT.
+    directory.add(replace(record_of(1, private=True), observed_ip="203.0.113.9"), b"")
+    assert directory.own_private()
+    assert reachable() == [True, False, True]
+    directory.on_paths(lambda key: key == private.node_key)
+    assert reachable() == [True, True, True]
+    assert not directory.reachable(bytes(32))
+    assert directory.private() == {bytes([number]) * 32 for number in (1, 3, 4)}
+    assert directory.public(directory.others().values()) == [plain.node_key]
 
 
 # The rendezvous over libp2p ------------------------------------------------------------------------------------------
