@@ -120,7 +120,7 @@ class NetworkNode:
             self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
-        self._dialback = DialBack(probe)
+        self._dialback = DialBack(lambda address, seconds: probe(address, seconds, self._leaf))
         self._receiver = PushReceiver(
             self._store,
             self._reader,
