@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import os
+import signal
+import socket
 import ssl
 import time
 import urllib.request
@@ -31,6 +34,7 @@ from psyche_node.network.certificates import Leaf, issue
 from psyche_node.network.gossip import Gossip
 from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
 from psyche_node.network.messages import (
+    Configure,
     Fetched,
     FetchFailed,
     GetStats,
@@ -47,6 +51,9 @@ from psyche_node.network.messages import (
 from psyche_node.network.service import SERVICE
 from psyche_node.network.statements import split_address as split_ip
 from psyche_node.network.wire import node_pb2 as wire
+from psyche_node.node.config import NodeConfig
+from psyche_node.node.daemon import Node
+from psyche_node.node.networking import Network
 
 pytestmark = pytest.mark.timeout(120)
 STATS = Stats(
@@ -303,6 +310,40 @@ def test_metrics_without_a_network_process_say_so() -> None:
         found = scrape(port)
     assert found["psyche_network_up",] == 0
     assert not any(name[0].startswith("psyche_network_bytes") for name in found)
+
+
+def test_a_node_serves_them_also_when_its_network_process_dies(tmp_path: Path) -> None:
+    """The daemon's own part, over a real network process; what the dead one counted stays counted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = Node(NodeConfig(run="1" * 43, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path))
+    refusals = ("psyche_network_refusals_total", "call", "not-a-member")
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            node._network = network = Network(node._on_event)
+            stack.push_async_callback(network.stop)
+            node._serve_metrics(f"127.0.0.1:{port}", stack)
+            before = await asyncio.to_thread(scrape, port)
+            assert (before["psyche_network_up",], before["psyche_network_restarts_total",]) == (0, 0)
+            ready = await network.start(
+                Configure(folder=str(tmp_path), node_key_path=str(tmp_path / "node.key"), run=RUN.hex())
+            )
+            keeping = asyncio.create_task(network.keep())
+            stack.callback(keeping.cancel)
+            server = (await asyncio.to_thread(ssl.get_server_certificate, split_ip(ready.grpc_address))).encode()
+            await asyncio.to_thread(call, ready.grpc_address, server, issue(NodeKey.generate()))
+            found = await asyncio.to_thread(scrape, port)
+            assert (found["psyche_network_up",], found[refusals]) == (1, 1)
+            assert network.process_id is not None
+            os.kill(network.process_id, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                while found["psyche_network_restarts_total",] < 1 or not found["psyche_network_up",]:
+                    found = await asyncio.to_thread(scrape, port)
+            assert found[refusals] == 1
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("address", ["", "9464", "localhost:9464", "127.0.0.1:", "127.0.0.1:99999", "::1:9464", "[::1"])
