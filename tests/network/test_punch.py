@@ -185,6 +185,8 @@ def test_a_helper_helps_members_with_addresses_it_has_seen_and_not_too_often(thr
             return str(error)
         return ""
 
+    asking: Rendezvous
+
     async def scenario() -> None:
         nonlocal asking
         async with contextlib.AsyncExitStack() as stack:
@@ -233,6 +235,4 @@ def test_a_helper_helps_members_with_addresses_it_has_seen_and_not_too_often(thr
             return await stream.read(100) or b""
         return b""
 
-    asking: Rendezvous
-    asking = None  # type: ignore[assignment]
     trio.run(scenario)
