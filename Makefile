@@ -6,19 +6,30 @@ BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 # The torch release that the tests run on; constraints.txt pins the same one.
 TORCH  ?= torch==2.13.0
+# How many files of tests run at once. Each may start several processes.
+JOBS   ?= 2
 
 # An independent Solana validator stand-in and the JavaScript client, for `make contract-surfpool`; it needs node and npm.
 NODE_MODULES := build/contract
 SURFPOOL := @solana/surfpool-linux-x64-gnu@1.5.0
 WEB3_JS  := @solana/web3.js@1.99.0
 
-.PHONY: demo test nightly contract-surfpool setup lint program proto docs bench clean
+.PHONY: demo test nat-tools nightly contract-surfpool setup lint program proto docs bench clean
 
 demo: setup
 	$(BIN)/psyche-sim $(ARGS)
 
-test: setup lint
-	$(BIN)/pytest $(ARGS)
+test: setup lint nat-tools
+	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+
+# The tests of nodes behind NAT need root, iproute2 and nftables. Without them they are skipped.
+nat-tools:
+	@for tool in ip:iproute2 nft:nftables; do \
+	  command -v $${tool%%:*} >/dev/null && continue; \
+	  package=$${tool##*:}; \
+	  { [ "$$(id -u)" = 0 ] && { apt-get install -qq -y $$package || { apt-get update -qq && apt-get install -qq -y $$package; }; } >/dev/null 2>&1; } \
+	    || echo "skipped: the tests of nodes behind NAT, since $$package cannot be installed (apt-get install $$package, as root)"; \
+	done
 
 setup: $(STAMP)
 
@@ -56,7 +67,7 @@ nightly: setup
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
 	$(BIN)/python tests/coordinator/program/program_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/schedules.py 10000
-	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py -k for_long --timeout 1800
+	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py tests/optimizer/test_engines.py -k 'for_long or many_rounds' --timeout 1800
 	$(BIN)/python tests/coordinator/ledger/kill_ledger.py 50
 
 # The contract of Solana's RPC over psyche-ledger and over Surfpool (Linux, x86-64).

@@ -15,6 +15,8 @@ from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
+keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
+app.add_typer(keys, name="keys")
 log = logging.getLogger(__name__)
 
 
@@ -39,6 +41,8 @@ def run(
     listen: Annotated[str | None, typer.Option(help="Address to listen on (0.0.0.0 for the world).")] = None,
     p2p_port: Annotated[int | None, typer.Option(help="TCP port of libp2p; 0 picks one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="TCP port that updates are fetched from; 0 picks one.")] = None,
+    mdns: Annotated[bool | None, typer.Option(help="Find members on the local network.")] = None,
+    metrics: Annotated[str | None, typer.Option(help="IP:port to serve Prometheus metrics on; off by default.")] = None,
     announce_p2p: Annotated[str | None, typer.Option(help="IP:PORT that is forwarded to the libp2p port.")] = None,
     announce_grpc: Annotated[str | None, typer.Option(help="IP:PORT that is forwarded to the gRPC port.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
@@ -69,6 +73,8 @@ def run(
         "listen": listen,
         "p2p_port": p2p_port,
         "grpc_port": grpc_port,
+        "mdns": mdns,
+        "metrics": metrics,
         "announce_p2p": announce_p2p,
         "announce_grpc": announce_grpc,
         "device": device,
@@ -90,6 +96,26 @@ def run(
     except KeyboardInterrupt:  # before the handler below was there
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
+
+
+@keys.command()
+def rotate(
+    folder: Annotated[Path, typer.Option(help="The node's folder.")],
+) -> None:
+    """Make a new node key. The node takes it on chain when it is started next; the old key is refused from then on."""
+    from psyche_node.identity import IdentityError, rotate_node_key
+
+    logs.configure("keys")
+    path = folder / "node.key"
+    try:
+        old, new = rotate_node_key(path)
+    except (IdentityError, OSError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(exit_for(error)) from None
+    if old is not None:
+        typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
+    typer.echo(f"new node key  {new.node_id}  ({path})")
+    typer.echo("Restart the node: it joins again with the new key, and keeps its slot, share and credit.")
 
 
 async def _run(settings: NodeConfig) -> int:

@@ -52,8 +52,8 @@ class Exit(ExitCode):
     NODE_KEY = (
         12,
         "The node key cannot be used: not a key, or readable by others.",
-        "Run `chmod 600` on it, or restore it from your backup. A new key needs a new membership: the old one is on "
-        "chain.",
+        "Run `chmod 600` on it, or restore it from your backup. Without one, remove it: the node makes a new key and "
+        "goes on under that one.",
     )
     FILES = (
         13,
@@ -79,7 +79,7 @@ class Exit(ExitCode):
     JOIN_REFUSED = (
         23,
         "The run does not take this node now.",
-        "Join while the run waits for members. A wallet that joined before must come with the same node key.",
+        "Join while the run waits for members. One wallet is one node: a second one with a new key ends the first.",
     )
     STATE_UNREADABLE = (
         24,
@@ -157,13 +157,14 @@ class Exit(ExitCode):
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
     "coordinator.wallet.WalletError": Exit.WALLET,
+    "psyche_node.metrics.MetricsUnavailable": Exit.CONFIG,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
-    "psyche_node.network.node.NetworkError": Exit.NETWORK,
+    "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,

@@ -116,10 +116,29 @@ def load_or_create_node_key(path: Path) -> NodeKey:
         seed = file.read(SEED_BYTES + 1)
     if len(seed) != SEED_BYTES:
         raise IdentityError(
-            f"{path} is not a node key: it must hold {SEED_BYTES} bytes. Restore it from a backup, or remove it to "
-            "get a new identity (which has to join anew)"
+            f"{path} is not a node key: it must hold {SEED_BYTES} bytes. Restore it from a backup, or remove it: the "
+            "node then makes a new key, and goes on as the same member under that one"
         )
     return NodeKey(seed)
+
+
+def rotate_node_key(path: Path) -> tuple[NodeKey | None, NodeKey]:
+    """Put a new node key at ``path`` and the old one beside it (``.old``); return (old, new).
+
+    Raises IdentityError when there is a ``.old`` file already, or the old key cannot be used.
+    """
+    kept = path.with_name(f"{path.name}.old")
+    if not path.exists():
+        return None, _create(path)
+    old = load_or_create_node_key(path)
+    try:
+        os.link(path, kept)
+    except FileExistsError:
+        raise IdentityError(
+            f"{kept} exists: an earlier key is kept there. Remove it, or move it away, and try again"
+        ) from None
+    os.unlink(path)
+    return old, _create(path)
 
 
 def _create(path: Path) -> NodeKey:

@@ -15,7 +15,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -59,6 +59,13 @@ class Failure(Message):
 
 
 M = TypeVar("M", bound=Message)
+
+
+class Caller(Protocol):
+    """Whom requests are put to: the endpoint of one child process, or of whichever one is alive."""
+
+    async def call(self, message: Message, expect: type[M]) -> M:
+        """Send a request and wait for its reply. Raises RemoteFailure (it said no) or IpcError (gone, or silent)."""
 
 
 def encode_frame(request_id: int, message: Message) -> bytes:
@@ -234,6 +241,7 @@ def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> Non
 
 __all__ = [
     "BlockingChannel",
+    "Caller",
     "Endpoint",
     "Failure",
     "IpcError",

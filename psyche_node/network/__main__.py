@@ -8,9 +8,9 @@ import signal
 
 def main() -> None:
     # Before anything is imported, which takes a second: Ctrl-C in a terminal reaches the whole process group, and when
-    # to end is the supervisor's decision; and gRPC's C core would print what this process says in its own log.
+    # to end is the supervisor's decision; and what gRPC's C core says about TLS handshakes is wanted (corelog).
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+    os.environ["GRPC_VERBOSITY"] = "INFO"
     from psyche_node.network.process import main as run
 
     run()

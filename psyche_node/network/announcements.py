@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from enum import Enum, auto
 
 from psyche_node.network.directory import Directory
+from psyche_node.network.messages import Why
 from psyche_node.network.statements import Announcement, Malformed
 
 ROUNDS_AHEAD = 8
@@ -29,6 +30,8 @@ class Outcome:
     announcement: Announcement | None = None
     slot: int | None = None
     reason: str = ""
+    why: Why = Why.OTHER
+    """The class of ``reason``, of a REFUSED one."""
 
 
 class Announcements:
@@ -38,6 +41,8 @@ class Announcements:
         self._run, self._directory = run, directory
         self._lock = threading.Lock()
         self._raw: dict[int, dict[bytes, bytes]] = {}
+        # What was taken before need not be verified again: most of what arrives has come another way already.
+        self._taken: dict[bytes, Announcement] = {}
         self.first = 0
         self._current = 0
 
@@ -55,7 +60,8 @@ class Announcements:
             self.first = max(self.first, before_round)
             self._current = max(self._current, self.first)
             for round in [round for round in self._raw if round < self.first]:
-                del self._raw[round]
+                for raw in self._raw.pop(round).values():
+                    self._taken.pop(raw, None)
 
     def offer(self, raw: bytes) -> Outcome:
         """Take the wire form of an announcement if it is well-formed, a member's, in the window and the first there.
@@ -64,24 +70,37 @@ class Announcements:
         otherwise whoever passed it on.
         """
         try:
-            announcement = Announcement.parse(raw, self._run)
+            announcement = self._taken.get(raw) or Announcement.parse(raw, self._run)
         except Malformed as error:
-            return Outcome(Verdict.REFUSED, reason=str(error))
+            return Outcome(Verdict.REFUSED, reason=str(error), why=Why.MALFORMED)
         slot = self._directory.slot(announcement.node_key)
         if slot is None:
-            return Outcome(Verdict.REFUSED, announcement, None, "its author is not a member of the run")
+            return Outcome(
+                Verdict.REFUSED, announcement, None, "its author is not a member of the run", Why.NOT_A_MEMBER
+            )
         with self._lock:
             if not self.first <= announcement.round <= self._current + ROUNDS_AHEAD:
                 return Outcome(Verdict.OUTSIDE, announcement, slot)
             known = self._raw.setdefault(announcement.round, {})
             if announcement.node_key not in known:
                 known[announcement.node_key] = raw
+                self._taken[raw] = announcement
                 return Outcome(Verdict.NEW, announcement, slot)
             if known[announcement.node_key] == raw:
                 return Outcome(Verdict.KNOWN, announcement, slot)
         return Outcome(
-            Verdict.REFUSED, announcement, slot, f"a second, different announcement for round {announcement.round}"
+            Verdict.REFUSED,
+            announcement,
+            slot,
+            f"a second, different announcement for round {announcement.round}",
+            Why.CONTRADICTION,
         )
+
+    def of(self, round: int, author: bytes) -> Announcement | None:
+        """Return what the node with key ``author`` has announced for ``round``, or None."""
+        with self._lock:
+            raw = self._raw.get(round, {}).get(author)
+        return None if raw is None else Announcement.parse(raw, self._run)
 
     def bitmap(self, round: int) -> bytes:
         """Return the member slots whose announcement of ``round`` is known: bit i of byte i/8."""

@@ -39,10 +39,22 @@ _DER_KEY = bytes.fromhex("3068" + "0424") + _KEY_PROTOBUF
 _DER_SIGNATURE = bytes.fromhex("0440")
 _SKEW = datetime.timedelta(hours=1)
 _MAX_PEM = 8192
+# What the parser raises; of its own errors only some are ValueErrors.
+_UNREADABLE = (
+    ValueError,
+    UnsupportedAlgorithm,
+    x509.DuplicateExtension,
+    x509.InvalidVersion,
+    x509.UnsupportedGeneralNameType,
+)
 
 
 class BadCertificate(Exception):
     """A certificate gives no identity; the message says why."""
+
+
+class ExpiredCertificate(BadCertificate):
+    """It names a node, and its time is over or has not come."""
 
 
 @dataclass(frozen=True)
@@ -92,11 +104,16 @@ def null_ca_pem() -> bytes:
     return _null_ca()[1].public_bytes(Encoding.PEM)
 
 
+def extension_value(key: NodeKey, spki: bytes) -> bytes:
+    """Return the libp2p extension's value for a TLS key, given as DER SubjectPublicKeyInfo."""
+    return _DER_KEY + key.public + _DER_SIGNATURE + key.sign(_PREFIX + spki)
+
+
 def issue(key: NodeKey, lifetime: float = LIFETIME_SECONDS, now: float | None = None) -> Leaf:
     """Make a fresh TLS key and a leaf for it that carries the identity ``key``, valid for ``lifetime`` seconds."""
     tls_key = ec.generate_private_key(ec.SECP256R1())
     spki = tls_key.public_key().public_bytes(Encoding.DER, PublicFormat.SubjectPublicKeyInfo)
-    extension = _DER_KEY + key.public + _DER_SIGNATURE + key.sign(_PREFIX + spki)
+    extension = extension_value(key, spki)
     start = datetime.datetime.fromtimestamp(time.time() if now is None else now, datetime.UTC)
     expires = start + datetime.timedelta(seconds=lifetime)
     # Unique per certificate: with equal subjects BoringSSL may pick the wrong root of a client's list.
@@ -128,7 +145,7 @@ def identify(pem: bytes) -> PeerCertificate:
     """Return whose certificate this is. Raises BadCertificate unless the node key it names signed it."""
     peer = _parse(pem)
     if peer.expires < time.time():
-        raise BadCertificate("the certificate has expired; the peer's clock or ours may be wrong")
+        raise ExpiredCertificate("the certificate has expired; the peer's clock or ours may be wrong")
     return peer
 
 
@@ -143,11 +160,11 @@ def _parse(pem: bytes) -> PeerCertificate:
         names = certificate.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
     except x509.ExtensionNotFound:
         raise BadCertificate("the certificate has no libp2p extension, so it names no node") from None
-    except (ValueError, UnsupportedAlgorithm, x509.DuplicateExtension) as error:
+    except _UNREADABLE as error:
         raise BadCertificate(f"the certificate does not parse: {error}") from None
     now = datetime.datetime.now(datetime.UTC)
     if certificate.not_valid_before_utc > now:
-        raise BadCertificate("the certificate is not valid yet; the peer's clock or ours is wrong")
+        raise ExpiredCertificate("the certificate is not valid yet; the peer's clock or ours is wrong")
     if not isinstance(public, ec.EllipticCurvePublicKey) or not isinstance(extension, x509.UnrecognizedExtension):
         raise BadCertificate("the certificate's key is not an elliptic curve one")
     value = extension.value

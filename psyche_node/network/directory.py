@@ -35,6 +35,7 @@ class Directory:
         self._keys: dict[int, bytes] = {}
         self._records: dict[bytes, Known] = {}
         self._banned: set[bytes] = set()
+        self._remembered: frozenset[bytes] = frozenset()
 
     def set_members(self, members: Mapping[int, bytes]) -> None:
         """Replace the member list (slot to node key)."""
@@ -68,11 +69,33 @@ class Directory:
                 return False
             self._records.pop(record.node_key, None)
             if record.node_key != self.own_key and record.node_key not in self._slots:
-                strangers = [key for key in self._records if key not in self._slots and key != self.own_key]
+                kept = {self.own_key, *self._remembered} if not self._slots else {self.own_key}
+                strangers = [key for key in self._records if key not in self._slots and key not in kept]
                 for key in strangers[: max(0, len(strangers) - MAX_CANDIDATES + 1)]:
                     del self._records[key]
             self._records[record.node_key] = Known(record, raw)
             return True
+
+    def remember(self, known: Iterable[Known]) -> None:
+        """Take the records that an earlier life of this node kept; they count as members' until the list says more."""
+        kept = {one.record.node_key: one for one in known if one.record.node_key != self.own_key}
+        with self._lock:
+            self._remembered = frozenset(kept)
+            self._records = {**kept, **self._records}
+
+    def lasting(self, also: Iterable[bytes]) -> list[bytes]:
+        """Return the wire forms of the records worth keeping for the next life: those of members and of ``also``."""
+        with self._lock:
+            wanted = {*(self._slots or self._remembered), *also} - {self.own_key}
+            return [known.raw for key, known in self._records.items() if key in wanted]
+
+    def holds(self, raw: bytes) -> bool:
+        """Return whether this very record is the one known of its node."""
+        with self._lock:
+            return any(known.raw == raw for known in self._records.values())
+
+    def known(self, key: bytes) -> Known | None:
+        return self._records.get(key)
 
     def record(self, key: bytes) -> NodeRecord | None:
         known = self._records.get(key)
@@ -106,3 +129,22 @@ class Directory:
             for key in keys
             if key in self._slots and key in self._records and key not in self._banned and key != self.own_key
         ]
+
+    def public(self, keys: Iterable[bytes]) -> list[bytes]:
+        """Return those of ``sources`` that do not say that they are private."""
+        return [key for key in self.sources(keys) if not self._records[key].record.is_private]
+
+    def private(self) -> set[bytes]:
+        """Return the nodes that say that they are private, this one included."""
+        return {key for key, known in list(self._records.items()) if known.record.is_private}
+
+    def own_private(self) -> bool:
+        """Return whether this node's own record says that it is private: then nobody else will connect to it."""
+        own = self._records.get(self.own_key)
+        return own is not None and own.record.is_private
+
+    def hidden(self, record: NodeRecord) -> bool:
+        """Return whether connecting to the node's addresses is in vain: it is private, and not in this network."""
+        own = self._records.get(self.own_key)
+        near = own is not None and own.record.observed_ip != "" and own.record.observed_ip == record.observed_ip
+        return record.is_private and not near

@@ -30,11 +30,10 @@ from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 256 * 1024
-# A run is what a source is expected to bring in this time, so that a slow one has little that others wait for.
+# Beside others, a source gets runs that take it about this time, so that a slow one has little that others wait for.
+# They begin with what is known of it, and double or halve. An update has one source, which gets as much as it may.
 RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
-# Besides the run that comes another one is asked for, or a long line would be idle for a round trip after each.
-MAX_OPEN_RUNS = 3
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
 
 
@@ -67,8 +66,9 @@ class Tools:
 class _Run:
     stream: Stream
     pieces: range
-    asked: float
     arrived: int = 0
+    began: float = 0.0
+    """When its first piece came."""
 
 
 class Download:
@@ -78,10 +78,11 @@ class Download:
         self._tools, self._want, self._choice = tools, want, choice
         self._source = choice.source
         self._open: deque[_Run] = deque()
+        expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
+        alone = want.kind is Kind.UPDATE
+        self._limit = MAX_PIECES_PER_FETCH if alone else min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
-        self._limit = SMALLEST_RUN
-        self._dry = False
         self._started = self._moved = math.inf
         self._arrived = 0
 
@@ -113,18 +114,16 @@ class Download:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return
-        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
-        self._limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
-        plan = None
         try:
-            self._first_run()
             plan, partial = self._planned()
-            self._claim_first_run(plan)
+        except BaseException:
+            self.cancel()
+            raise
+        try:
             self._bring(plan, partial)
         finally:
             for run in self._open:
-                if plan is not None:
-                    plan.give_back(self._source, run.pieces)
+                plan.give_back(self._source, run.pieces)
             self.cancel()
         if not plan.left:
             finish(self._tools, self._want, partial)
@@ -156,29 +155,17 @@ class Download:
         with want.lock:
             if want.plan is not None and want.partial is not None:
                 return want.plan, want.partial
-        manifest = self._manifest()
-        return open_plan(self._tools, want, manifest)
-
-    def _first_run(self) -> None:
-        """Ask for an update's first pieces before their hashes are here: that is a round trip less for each."""
-        want = self._want
-        if want.kind is not Kind.UPDATE:
-            return
-        with want.lock:
-            first = want.plan is None and not want.asked and self._choice.held is None
-            want.asked = True
-        if first:
-            self._fetch(range(min(self._limit, piece_count(want.length))))
-
-    def _claim_first_run(self, plan: Plan) -> None:
-        """Take what has been asked for, unless some of it is here or another source brings it."""
-        if self._open:
-            wanted = self._open[0].pieces
-            taken = plan.take(self._source, len(wanted))
-            if taken != wanted:
-                plan.give_back(self._source, taken)
-                with self._lock:
-                    self._open.popleft().stream.cancel()
+        # The first pieces are on their way while the list is: without them, each step down a tree would cost a round
+        # trip more.
+        early = None if self._choice.held else self._fetch(range(min(self._limit, piece_count(want.length))))
+        plan, partial = open_plan(self._tools, want, self._manifest())
+        if early is not None and (taken := plan.take(self._source, len(early.pieces))) != early.pieces:
+            # Another source has begun in the meantime.
+            plan.give_back(self._source, taken)
+            early.stream.cancel()
+            with self._lock:
+                self._open.clear()
+        return plan, partial
 
     def _manifest(self) -> Manifest:
         want, count = self._want, piece_count(self._want.length)
@@ -202,7 +189,8 @@ class Download:
         return manifest
 
     def _bring(self, plan: Plan, partial: Partial) -> None:
-        self._ahead(plan)
+        if not self._open:
+            self._ahead(plan)
         while self._open:
             run = self._open[0]
             for piece in run.stream:
@@ -212,46 +200,39 @@ class Download:
                 plan.arrived(run.pieces[run.arrived])
                 run.arrived += 1
                 self._note(len(piece))
+                run.began = run.began or self._moved
                 if self._arrived == len(piece):
                     self._tools.begun(self._want)
                 if not plan.left or plan.has(run.pieces[run.arrived :]):
                     run.stream.cancel()
                     break
-                self._ahead(plan)
+                # The next run is asked for while this one still comes, so that the line is never idle.
+                if len(self._open) == 1 and 2 * (len(run.pieces) - run.arrived) <= len(run.pieces):
+                    self._ahead(plan)
             with self._lock:
                 self._open.popleft()
+            self._adapt(self._moved - run.began)
             rest = run.pieces[run.arrived :]
             plan.give_back(self._source, rest)
-            if not run.arrived and (self._dry or not self._arrived):
+            if not run.arrived:
                 raise NothingYet("it ended the stream without a piece")
-            # A source that receives the blob itself may not have got to a run that was asked for early: ask once more.
-            self._dry = not run.arrived
-            if not rest and self._alone and time.monotonic() - run.asked < RUN_SECONDS:
-                self._limit = min(2 * self._limit, MAX_PIECES_PER_FETCH)
-            if plan.left:
+            if not self._open and plan.left:
                 self._ahead(plan)
 
+    def _adapt(self, seconds: float) -> None:
+        if seconds < RUN_SECONDS:
+            self._limit = min(2 * self._limit, MAX_PIECES_PER_FETCH)
+        elif seconds > 2 * RUN_SECONDS:
+            self._limit = max(self._limit // 2, SMALLEST_RUN)
+
     def _ahead(self, plan: Plan) -> None:
-        """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
-        while len(self._open) < MAX_OPEN_RUNS and self._coming() <= (self._limit if self._alone else self._limit // 2):
-            # What another source is bringing is worth it only when there is nothing else to do.
-            again = not self._open and self._others_slow()
-            pieces = plan.take(self._source, self._limit, self._choice.held, again=again)
-            if not pieces:
-                return
+        pieces = plan.take(self._source, self._limit, self._choice.held, again=self._others_slow())
+        if pieces:
             try:
                 self._fetch(pieces)
             except BaseException:
                 plan.give_back(self._source, pieces)
                 raise
-
-    @property
-    def _alone(self) -> bool:
-        """Whether this is the want's only source just now."""
-        return len(self._want.running) <= 1
-
-    def _coming(self) -> int:
-        return sum(len(run.pieces) - run.arrived for run in self._open)
 
     def _fetch(self, pieces: range) -> _Run:
         want = self._want
@@ -260,7 +241,7 @@ class Download:
         deadline = CALL_SECONDS + math.ceil(size / MIN_BYTES_PER_SECOND)
         kind = _WIRE_KINDS[want.kind]
         stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
-        run = _Run(stream, pieces, time.monotonic())
+        run = _Run(stream, pieces)
         with self._lock:
             if self._cancelled:
                 stream.cancel()

@@ -1,30 +1,37 @@
-"""Who passes an update on to whom: one tree per blob, which every node works out for itself.
+"""Who passes an update on to whom: one tree per author and round, which every node works out for itself.
 
-The author is the root. The other members follow in the order of a hash of the blob's digest and their node keys, and
-each takes the blob from its parent in the heap of that order. So nobody sends a blob more than ``ARITY`` times, a blob
-reaches N members in log N steps, and since every blob has another order, the work is spread evenly.
+The members of a round stand in a circle, in the order of a hash of the round and their node keys. An author's tree is
+the heap of that circle from the author on: the author is the root, and everybody takes the update from its parent. So
+nobody sends an update more than ``ARITY`` times, and it reaches N members in log N steps. When all members publish,
+each has every place once: they upload exactly the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import struct
+from collections.abc import Container, Iterable
 
 from blake3 import blake3
 
 ARITY = 2
-_CONTEXT = "psyche-node 2026-11 order of passing on: digest of the blob, node key"
+_CONTEXT = "psyche-node 2026-11 order of passing on: u64 round, node key"
 
 
 class Tree:
-    """The tree of one blob over a member list. All nodes with the same list have the same tree."""
+    """The tree of one author's update of a round. All nodes with the same member list have the same tree."""
 
-    def __init__(self, digest: bytes, author: bytes | None, members: Iterable[bytes]) -> None:
-        """``members`` are node keys; the ``author`` becomes the root, or the first in the order when there is none."""
-        others = sorted(
-            (key for key in set(members) if key != author),
-            key=lambda key: blake3(digest + key, derive_key_context=_CONTEXT).digest(),
-        )
-        self.order: tuple[bytes, ...] = (*([] if author is None else [author]), *others)
+    def __init__(
+        self, round: int, author: bytes | None, members: Iterable[bytes], private: Container[bytes] = ()
+    ) -> None:
+        """``members`` are node keys. Without an author, or with one who is no member, the first is the root.
+
+        ``private`` members cannot be called, and come last: they take, and pass on only when there are many of them.
+        """
+        prefix = struct.pack("<Q", round)
+        circle = sorted(set(members), key=lambda key: blake3(prefix + key, derive_key_context=_CONTEXT).digest())
+        start = circle.index(author) if author in circle else 0
+        order = [*circle[start:], *circle[:start]]
+        self.order: tuple[bytes, ...] = (*order[:1], *sorted(order[1:], key=lambda key: key in private))
         self._at = {key: index for index, key in enumerate(self.order)}
 
     def ancestors(self, key: bytes) -> list[bytes]:

@@ -20,7 +20,7 @@ from psyche_node.network.download import CALL_SECONDS, BadBytes, Download, Nothi
 from psyche_node.network.fanout import Tree
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
-from psyche_node.network.messages import Fetched, FetchFailed, Kind
+from psyche_node.network.messages import Fetched, FetchFailed, Kind, Why
 from psyche_node.network.notices import EarlyOffers, Notices
 from psyche_node.network.pieces import unpack
 from psyche_node.network.quality import Quality
@@ -40,6 +40,7 @@ MAX_EMPTY = 20
 EMPTY_SECONDS = 0.25
 ASK_EVERY = 1.0
 ASK_PEERS = 3
+MAX_ASKED = 8
 _PEERS_FAULT = (Cause.UNREACHABLE, Cause.IDENTITY, Cause.SLOW, Cause.BROKEN)
 
 
@@ -68,8 +69,10 @@ class Fetcher:
         # Cancelled downloads leave their slot before their thread has ended.
         self._threads = trio.CapacityLimiter(2 * MAX_DOWNLOADS)
         self._looking = trio.CapacityLimiter(4)
-        self._asking = trio.CapacityLimiter(2 * ASK_PEERS)
+        self._asking = trio.CapacityLimiter(2 * MAX_ASKED)
         self._chooser = Chooser(directory, quality, self._busy)
+        self.tree: type[Tree] = Tree
+        """The shape in which updates are passed on; all nodes have the same."""
         self._nursery: trio.Nursery | None = None
         self._ask_now = trio.Event()
 
@@ -97,7 +100,7 @@ class Fetcher:
         if (round, digest) in self._wants or self._nursery is None:
             return
         self._holdings.know(digest, kind, round)
-        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(digest, member))
+        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(round, member))
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
         self._wants[round, digest] = want
@@ -137,23 +140,46 @@ class Fetcher:
             want.retry_at.pop(holder, None)
             want.news.set()
 
+    def wanted(self, round: int, digest: bytes) -> int | None:
+        """Return the length in bytes of a blob with an open want, or None. Any thread."""
+        want = self._wants.get((round, digest))
+        return None if want is None else want.length
+
+    def arrived(self, digest: bytes, sender: bytes) -> None:
+        """A blob was pushed into the store."""
+        for want in self._wants.values():
+            if want.digest == digest:
+                want.pushed_by = sender
+                want.news.set()
+
+    def reachable(self, peer: bytes) -> None:
+        """There is a way to a peer that could not be reached."""
+        for want in self._wants.values():
+            want.retry_at.pop(peer, None)
+            want.news.set()
+
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
-            want.tree = self._tree(want.digest, want.member)
+            want.tree = self._tree(want.round, want.member)
             want.news.set()
 
     def published(self, digest: bytes, kind: Kind, round: int) -> None:
         """This node offers a blob of its own; an update goes to its children in the tree."""
         self._holdings.know(digest, kind, round)
         if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
-            self._notices.tell(self._nursery, digest, self._tree(digest, own))
+            self._notices.tell(self._nursery, digest, self._tree(round, own))
 
-    def _tree(self, digest: bytes, member: int) -> Tree:
+    def children(self, round: int) -> list[bytes]:
+        """Return who takes this node's own update of a round from here."""
+        own = self._directory.own_slot
+        return [] if own is None else self._tree(round, own).children(self._directory.own_key)
+
+    def _tree(self, round: int, member: int) -> Tree:
         members = {**self._directory.others()}
         if (own := self._directory.own_slot) is not None:
             members[own] = self._directory.own_key
-        return Tree(digest, self._directory.key(member), members.values())
+        return self.tree(round, self._directory.key(member), members.values(), self._directory.private())
 
     async def _pursue(self, want: Want) -> None:
         try:
@@ -184,7 +210,7 @@ class Fetcher:
         async with trio.open_nursery() as attempts:
             while not found:
                 if await self._is_here(want):
-                    found.append(self._directory.own_key)
+                    found.append(want.pushed_by or self._directory.own_key)
                     break
                 want.news = trio.Event()
                 now = trio.current_time()
@@ -270,7 +296,7 @@ class Fetcher:
         reason = f"{error} ({want.name}); it is banned as a source of blobs for the rest of the run"
         self._directory.ban(source)
         want.broken.add(source)
-        self._reporter.rejected(error.what, source, reason, always=True)
+        self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
 
     def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:
@@ -318,10 +344,15 @@ class Fetcher:
     # Anti-entropy ----------------------------------------------------------------------------------------------------
 
     def _ask_around(self, nursery: trio.Nursery) -> None:
-        """Ask a few random members what they know about the rounds with open wants."""
+        """Ask a few random members, and parents that said nothing, what they know about the rounds with open wants."""
         peers = self._directory.sources(self._directory.others().values())
+        now, backlog = trio.current_time(), self._backlog()
         for round in {want.round for want in self._wants.values()}:
-            for peer in random.sample(peers, min(ASK_PEERS, len(peers))):
+            asked = set(random.sample(peers, min(ASK_PEERS, len(peers))))
+            for want in self._wants.values():
+                if want.round == round and len(asked) < MAX_ASKED and self._chooser.impatient(want, now, backlog):
+                    asked.update(self._chooser.parent(want))
+            for peer in asked:
                 nursery.start_soon(self._ask, peer, round)
 
     async def _ask(self, peer: bytes, round: int) -> None:

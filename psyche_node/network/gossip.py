@@ -6,20 +6,29 @@ import contextlib
 from collections.abc import AsyncIterator, Callable
 
 import trio
+from blake3 import blake3
 from libp2p.abc import IHost
 from libp2p.peer.id import ID
 from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
 from libp2p.pubsub.pb import rpc_pb2
-from libp2p.pubsub.pubsub import Pubsub
-from libp2p.tools.anyio_service import background_trio_service
+from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
+from psyche_node.network.members_only import MembersPubsub
 
 
 class Gossip:
     """Two topics of one run. What arrives goes to the handlers, which say whether it is passed on."""
 
-    def __init__(self, host: IHost, run: bytes, own_key: bytes, handlers: Handlers) -> None:
+    def __init__(
+        self,
+        host: IHost,
+        run: bytes,
+        own_key: bytes,
+        handlers: Handlers,
+        admits: Callable[[ID], bool] = lambda peer: True,
+    ) -> None:
+        """``admits``: to whom messages are sent."""
         prefix = f"/psyche/1/{run.hex()[:32]}"
         self._announcements, self._records = f"{prefix}/announcements", f"{prefix}/records"
         self._own_key, self._handlers = own_key, handlers
@@ -33,15 +42,19 @@ class Gossip:
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
         )
-        self._pubsub = Pubsub(
+        self._pubsub = MembersPubsub(
             host,
             self._router,
-            msg_id_constructor=lambda message: message.data,  # a signed statement has exactly one encoding
+            admits=admits,
+            allows=lambda peer: handlers.allows(key_of(peer) or str(peer)),
+            msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
             max_subscriptions_per_peer=8,
             allowed_topics={self._announcements, self._records},
+            strict_signing=False,  # what travels is signed by its author; py-libp2p's own signature costs as much again
         )
+        self.services: dict[str, Service] = {"pubsub": self._pubsub, "gossip router": self._router}
         for topic, take in (
             (self._announcements, handlers.gossip_announcement),
             (self._records, handlers.gossip_record),
@@ -86,3 +99,12 @@ class Gossip:
         subscription = await self._pubsub.subscribe(topic)
         async for _ in subscription:
             pass
+
+
+def _message_id(message: rpc_pb2.Message) -> bytes:
+    # A signed statement has exactly one encoding. With the topic in it, a statement that was refused because somebody
+    # sent it on the wrong topic does not count as seen on its own. ASCII, because ids travel as protobuf strings.
+    digest = blake3(message.data)
+    for topic in message.topicIDs:
+        digest.update(b"\0" + topic.encode())
+    return digest.hexdigest().encode()

@@ -1,21 +1,23 @@
 """The gate of the gRPC server: who is calling, is it a member now, does it ask too often or for too much at once.
 
 Asked on every call: is this TLS 1.3, whose certificate is it, is that node a member now, does the call have a deadline,
-has this peer not called too often. What a stranger can cost is a TLS handshake.
+has this peer not called too often. What a stranger can cost is a TLS handshake. Every refusal is logged and counted;
+docs/decisions/0023-hostile-peers.md has the limits and what each is for.
 """
 
 from __future__ import annotations
 
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import grpc  # type: ignore[import-untyped]
 
-from psyche_node.network.certificates import BadCertificate, identify
+from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, identify
 from psyche_node.network.directory import Directory
+from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter
 
 MAX_STREAMS = 32
@@ -23,6 +25,9 @@ MAX_STREAMS_PER_PEER = 8
 MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
+MAX_PACED = 4096
+# In which a stream sends a piece: 1 MiB over a line of 2 Mbit/s takes 4 s.
+STREAM_SECONDS = 9.0
 
 Context = Any  # grpc.ServicerContext; grpcio has no types
 
@@ -40,6 +45,10 @@ class Pace:
     def allows(self, peer: bytes) -> bool:
         now = self._clock()
         with self._lock:
+            if len(self._buckets) >= MAX_PACED and peer not in self._buckets:
+                # The oldest ones; whoever is forgotten starts anew with a full bucket.
+                for other in list(self._buckets)[: MAX_PACED // 4]:
+                    del self._buckets[other]
             left, since = self._buckets.get(peer, (self._burst, now))
             left = min(self._burst, left + (now - since) * self._rate)
             self._buckets[peer] = (left - 1 if left >= 1 else left, now)
@@ -62,6 +71,10 @@ class Guard:
             return grpc.unary_stream_rpc_method_handler(
                 self._guarded(handler.unary_stream), handler.request_deserializer, handler.response_serializer
             )
+        if handler.stream_unary is not None:
+            return grpc.stream_unary_rpc_method_handler(
+                self._guarded(handler.stream_unary), handler.request_deserializer, handler.response_serializer
+            )
         return grpc.unary_unary_rpc_method_handler(
             self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
         )
@@ -71,50 +84,96 @@ class Guard:
         auth = context.auth_context()
         where = str(context.peer())
         if auth.get("ssl_tls_version") != [b"TLSv1.3"]:
-            self._refuse(context, where, f"it spoke {auth.get('ssl_tls_version')}, not TLS 1.3")
+            self._refuse(context, where, f"it spoke {auth.get('ssl_tls_version')}, not TLS 1.3", Why.PROTOCOL)
         chain = auth.get("x509_pem_cert") or [b""]
         try:
             key = identify(chain[0]).node_key
+        except ExpiredCertificate as error:
+            self._refuse(context, where, str(error), Why.EXPIRED)
         except BadCertificate as error:
-            self._refuse(context, where, str(error))
+            self._refuse(context, where, str(error), Why.IDENTITY)
         if self._directory.slot(key) is None:
-            self._refuse(context, key, f"its key is not that of a member of the run (it called from {where})")
+            reason = f"its key is not that of a member of the run (it called from {where})"
+            self._refuse(context, key, reason, Why.NOT_A_MEMBER)
         remaining = context.time_remaining()
         if remaining is None or remaining > MAX_DEADLINE_SECONDS:
-            context.abort(grpc.StatusCode.INVALID_ARGUMENT, f"set a deadline of at most {MAX_DEADLINE_SECONDS:.0f} s")
+            reason = f"set a deadline of at most {MAX_DEADLINE_SECONDS:.0f} s"
+            self._refuse(context, key, reason, Why.PROTOCOL, grpc.StatusCode.INVALID_ARGUMENT)
         if not self._pace.allows(key):
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, f"more than {CALLS_PER_SECOND:.0f} calls a second")
+            reason = f"more than {CALLS_PER_SECOND:.0f} calls a second"
+            self._refuse(context, key, reason, Why.TOO_MANY, grpc.StatusCode.RESOURCE_EXHAUSTED)
         return key
 
-    def _guarded(self, behaviour: Callable[[bytes, bytes, Context], Any]) -> Callable[[bytes, Context], Any]:
-        def guarded(request: bytes, context: Context) -> Any:
+    def _guarded(self, behaviour: Callable[[bytes, Any, Context], Any]) -> Callable[[Any, Context], Any]:
+        def guarded(request: Any, context: Context) -> Any:
             return behaviour(self.caller(context), request, context)
 
         return guarded
 
-    def _refuse(self, context: Context, peer: bytes | str, reason: str) -> NoReturn:
-        self._reporter.rejected("call", peer, reason)
-        context.abort(grpc.StatusCode.PERMISSION_DENIED, "only members of the run, by their node key over TLS 1.3")
+    def _refuse(
+        self,
+        context: Context,
+        peer: bytes | str,
+        reason: str,
+        why: Why,
+        code: grpc.StatusCode = grpc.StatusCode.PERMISSION_DENIED,
+    ) -> NoReturn:
+        self._reporter.rejected("call", peer, reason, why)
+        # Strangers are not told more; a member is told what it did wrong.
+        denied = code is grpc.StatusCode.PERMISSION_DENIED
+        context.abort(code, "only members of the run, by their node key over TLS 1.3" if denied else reason)
         raise AssertionError("abort returned")
 
 
-class Streams:
-    """Caps on open uploads, in all and per peer."""
+@dataclass(eq=False, slots=True)
+class Place:
+    """A stream's place among the open ones. ``end`` ends its call; it is overdue from ``due`` on (seconds)."""
 
-    def __init__(self, total: int = MAX_STREAMS, per_peer: int = MAX_STREAMS_PER_PEER) -> None:
-        self._total, self._per_peer = total, per_peer
-        self._open: Counter[bytes] = Counter()
+    peer: bytes
+    due: float
+    end: Callable[[], object]
+
+
+class Streams:
+    """Caps on open uploads, in all and per peer.
+
+    A stream has a time in which even a slow link takes a piece. One that has not got on for so long is ended as soon as
+    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set.
+    """
+
+    def __init__(
+        self,
+        total: int = MAX_STREAMS,
+        per_peer: int = MAX_STREAMS_PER_PEER,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._total, self._per_peer, self._clock = total, per_peer, clock
+        self._open: list[Place] = []
         self._lock = threading.Lock()
 
-    def enter(self, peer: bytes) -> bool:
+    def enter(self, peer: bytes, end: Callable[[], object]) -> Place | None:
+        """Take a place for a stream, whose call ``end`` ends; None: there is no free one."""
+        now = self._clock()
+        place = Place(peer, now + STREAM_SECONDS, end)
+        overdue: list[Place] = []
         with self._lock:
-            if self._open.total() >= self._total or self._open[peer] >= self._per_peer:
-                return False
-            self._open[peer] += 1
-            return True
+            if not self._free(peer):
+                overdue = [late for late in self._open if late.due <= now]
+                self._open = [other for other in self._open if other.due > now]
+            if free := self._free(peer):
+                self._open.append(place)
+        for late in overdue:
+            late.end()
+        return place if free else None
 
-    def leave(self, peer: bytes) -> None:
+    def moves(self, place: Place) -> None:
+        """The stream got on: its next piece is about to be sent."""
+        place.due = self._clock() + STREAM_SECONDS
+
+    def leave(self, place: Place) -> None:
         with self._lock:
-            self._open[peer] -= 1
-            if not self._open[peer]:
-                del self._open[peer]
+            if place in self._open:
+                self._open.remove(place)
+
+    def _free(self, peer: bytes) -> bool:
+        return len(self._open) < self._total and sum(place.peer == peer for place in self._open) < self._per_peer

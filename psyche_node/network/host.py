@@ -7,6 +7,8 @@ defaults each have a reason beside them.
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Protocol
 
@@ -28,13 +30,21 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from psyche_node.identity import IdentityError, NodeKey, node_id, public_key
+from psyche_node.network.gate import Gate
+from psyche_node.network.messages import Why
 from psyche_node.network.statements import join_multiaddr, split_multiaddr
 
+log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
+# Of a peer that dials: a machine that trains is slow.
+HANDSHAKE_SECONDS = 20.0
 
 
 class Handlers(Protocol):
     """What the libp2p side tells the node."""
+
+    def allows(self, peer: bytes | str) -> bool:
+        """Count a statement that ``peer`` sent; return False when it has sent too many to look at this one."""
 
     def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
         """Take an announcement from gossip; return whether to pass it on."""
@@ -51,15 +61,19 @@ class Handlers(Protocol):
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
         """Count bytes that went over libp2p."""
 
+    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
+        """Something of a peer (its node key, or an address) was refused."""
 
-def make_host(key: NodeKey) -> IHost:
+
+def make_host(key: NodeKey, gate: Gate | None = None) -> IHost:
+    """Make a host that does not listen yet. ``gate`` decides who may connect; without one everybody may."""
     pair = create_identity_from_seed(key.seed)
     noise = Noise(pair, noise_privkey=create_noise_key().private_key)
-    return new_host(
+    host = new_host(
         key_pair=pair,
         sec_opt={NOISE: noise},
         muxer_opt={TProtocol(YAMUX): Yamux},
-        transports=[TCP()],
+        transports=[TCP() if gate is None else gate.transport()],
         negotiate_timeout=10,
         disable_identify_address_discovery=True,
         connection_config=ConnectionConfig(
@@ -68,6 +82,7 @@ def make_host(key: NodeKey) -> IHost:
             low_watermark=0,
             high_watermark=MAX_CONNECTIONS,
             max_connections_per_peer=2,
+            inbound_upgrade_timeout=HANDSHAKE_SECONDS,
         ),
         # Its extras are off: one of them refuses every connection for a minute after five failures, another one when
         # the machine (which is busy training) is short of memory.
@@ -80,6 +95,24 @@ def make_host(key: NodeKey) -> IHost:
             enable_graceful_degradation=False,
         ),
     )
+    network = network_of(host)
+    network.set_stream_handler(_contained(network.common_stream_handler))
+    if gate is not None:
+        gate.watch(network)
+    return host
+
+
+def _contained(handler: Callable[[INetStream], Awaitable[None]]) -> Callable[[INetStream], Awaitable[None]]:
+    """Let a stream that breaks its protocol's handler end that stream; otherwise it would end the whole host."""
+
+    async def handle(stream: INetStream) -> None:
+        try:
+            await handler(stream)
+        except Exception as error:
+            log.debug("a stream of %s broke: %r", stream.muxed_conn.peer_id, error)
+            await reset(stream)
+
+    return handle
 
 
 @contextlib.asynccontextmanager
@@ -137,10 +170,12 @@ class Notifee(INotifee):
         pass
 
 
+@functools.lru_cache(4096)
 def peer_of(key: bytes) -> ID:
     return ID.from_base58(node_id(key))
 
 
+@functools.lru_cache(4096)
 def key_of(peer: ID) -> bytes | None:
     """Return the node key of a peer; None for one that has another kind of key, which no node of this network has."""
     try:

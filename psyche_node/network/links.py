@@ -13,13 +13,14 @@ import threading
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message
 
-from psyche_node.network.certificates import BadCertificate, Leaf, PeerCertificate, identify
+from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf, PeerCertificate, identify
 from psyche_node.network.directory import Directory
+from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
@@ -34,10 +35,12 @@ class Cause(StrEnum):
 
     NO_ADDRESS = "no address"
     UNREACHABLE = "unreachable"
+    PRIVATE = "behind NAT"
     IDENTITY = "wrong identity"
     REFUSED = "refused"
     BUSY = "busy"
     MISSING = "not there"
+    UNWANTED = "not wanted there"
     SLOW = "too slow"
     BROKEN = "broken"
 
@@ -55,6 +58,7 @@ _CAUSES = {
     grpc.StatusCode.PERMISSION_DENIED: Cause.REFUSED,
     grpc.StatusCode.RESOURCE_EXHAUSTED: Cause.BUSY,
     grpc.StatusCode.NOT_FOUND: Cause.MISSING,
+    grpc.StatusCode.FAILED_PRECONDITION: Cause.UNWANTED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Cause.SLOW,
     grpc.StatusCode.CANCELLED: Cause.SLOW,
 }
@@ -81,12 +85,35 @@ def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
     return identify(ssl.DER_cert_to_PEM_cert(der).encode())
 
 
+class Path(Protocol):
+    """A connection to a private node that was made in another way, for one channel."""
+
+    @property
+    def certificate(self) -> PeerCertificate:
+        """Whose it must be."""
+
+    @property
+    def target(self) -> str:
+        """What gRPC dials."""
+
+    @property
+    def alive(self) -> bool: ...
+
+
+class Paths(Protocol):
+    """Where paths to private nodes come from."""
+
+    def path(self, peer: bytes, tls_leaf: bytes, *, ask: bool) -> Path | None:
+        """Return a path, or None; if ``ask``, one is then made if it can be, which takes a while."""
+
+
 @dataclass(frozen=True, slots=True)
 class _Link:
     channel: Any
-    address: str
-    tls_leaf: bytes
-    own: Leaf
+    certificate: PeerCertificate
+    # What it was made for; another one is made when this changes.
+    basis: tuple[str, bytes, bool, Leaf]
+    path: Path | None
 
 
 class Stream:
@@ -110,19 +137,34 @@ class Stream:
 class Links:
     """One channel per peer, made when first used and remade when its record changes. Any thread."""
 
-    def __init__(self, leaf: Callable[[], Leaf], directory: Directory, reporter: Reporter, traffic: Traffic) -> None:
+    def __init__(
+        self,
+        leaf: Callable[[], Leaf],
+        directory: Directory,
+        reporter: Reporter,
+        traffic: Traffic,
+        paths: Paths | None = None,
+    ) -> None:
+        """``paths`` leads to private nodes; without it they cannot be called."""
         self._leaf, self._directory, self._reporter, self._traffic = leaf, directory, reporter, traffic
+        self._paths = paths
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
+        self._far: set[tuple[bytes, str]] = set()
         self._lock = threading.Lock()
 
     def call(self, peer: bytes, method: str, request: Message, reply: type[M], timeout: float) -> M:
         """Make a call to the node with key ``peer`` and return its reply. Raises CallFailed."""
+        # A path through NATs is worth making for a blob.
+        link = self._link(peer, ask=method == "GetManifest")
+        return self.call_over(link.channel, peer, method, request, reply, timeout)
+
+    def call_over(self, channel: Any, peer: bytes, method: str, request: Message, reply: type[M], timeout: float) -> M:
+        """As ``call``, over a channel of ``open``."""
         raw = request.SerializeToString()
-        link = self._link(peer)
         self._traffic.sent(peer, len(raw))
         try:
-            answer = link.channel.unary_unary(f"/{SERVICE}/{method}")(raw, timeout=timeout)
+            answer = channel.unary_unary(f"/{SERVICE}/{method}")(raw, timeout=timeout)
         except grpc.RpcError as error:
             raise self._failure(peer, error) from None
         self._traffic.received(peer, len(answer))
@@ -132,6 +174,29 @@ class Links:
         except DecodeError as error:
             raise CallFailed(Cause.BROKEN, f"its reply to {method} does not parse: {error}") from None
         return message
+
+    def open(self, peer: bytes, target: str) -> Any:
+        """Return a channel to ``peer``, whose certificate is checked first, over another way: gRPC dials ``target``.
+
+        The caller closes it. Raises CallFailed.
+        """
+        link = self._link(peer)
+        return _open(target, link.certificate, link.basis[-1])
+
+    def push(self, peer: bytes, parts: Iterator[bytes], timeout: float) -> None:
+        """Send a blob to ``peer`` as Push wants it. Raises CallFailed."""
+        link = self._link(peer)
+
+        def counted() -> Iterator[bytes]:
+            for part in parts:
+                self._traffic.sent(peer, len(part), blob=True)
+                yield part
+
+        try:
+            link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
+        except grpc.RpcError as error:
+            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+                raise self._failure(peer, error) from None
 
     def fetch(
         self,
@@ -144,7 +209,7 @@ class Links:
     ) -> Stream:
         """Start to fetch pieces. What comes has not been checked. Raises CallFailed, here and while reading."""
         raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
-        link = self._link(peer)
+        link = self._link(peer, ask=True)
         self._traffic.sent(peer, len(raw))
         call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
         return Stream(
@@ -157,13 +222,14 @@ class Links:
         """Close the channels to all other nodes."""
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
+            self._far = {(peer, address) for peer, address in self._far if peer in peers}
         for link in gone:
             link.channel.close()
 
     def close(self) -> None:
         self.retain(())
 
-    def _link(self, peer: bytes) -> _Link:
+    def _link(self, peer: bytes, *, ask: bool = False) -> _Link:
         record = self._directory.record(peer)
         if record is None:
             raise CallFailed(Cause.NO_ADDRESS, "its address is not known yet")
@@ -171,46 +237,74 @@ class Links:
             lock = self._locks.setdefault(peer, threading.Lock())
         with lock:
             own = self._leaf()
+            hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
+            basis = (record.grpc_address, record.tls_leaf, hidden, own)
             link = self._links.get(peer)
             if link is not None:
-                if (link.address, link.tls_leaf, link.own) == (record.grpc_address, record.tls_leaf, own):
+                if link.basis == basis and (link.path is None or link.path.alive):
                     return link
                 link.channel.close()
-            self._links[peer] = link = self._connect(record, own)
+                del self._links[peer]
+            if hidden:
+                path = None if self._paths is None else self._paths.path(peer, record.tls_leaf, ask=ask)
+                if path is None:
+                    raise CallFailed(Cause.PRIVATE, "it is behind NAT, and there is no path through to it")
+                link = _Link(_open(path.target, path.certificate, own), path.certificate, basis, path)
+            else:
+                try:
+                    certificate = self._identify(record)
+                except CallFailed:
+                    if record.is_private:
+                        # Behind a NAT that is shared by many networks; the next call goes another way.
+                        self._far.add((peer, record.grpc_address))
+                    raise
+                link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
+            self._links[peer] = link
             return link
 
-    def _connect(self, record: NodeRecord, own: Leaf) -> _Link:
+    def _identify(self, record: NodeRecord) -> PeerCertificate:
+        """Return the certificate that the node shows at its address, if it is the one in its record."""
         address = record.grpc_address
         try:
             certificate = probe(address)
         except (OSError, BadCertificate) as error:
+            if isinstance(error, BadCertificate):
+                why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY
+                self._reporter.rejected("certificate", record.node_key, f"at {address}: {error}", why)
             cause = Cause.IDENTITY if isinstance(error, BadCertificate) else Cause.UNREACHABLE
             raise CallFailed(cause, f"the probe of {address} failed: {error}") from None
         if certificate.node_key != record.node_key:
             self._reporter.rejected(
-                "certificate", certificate.node_key, f"it answers at {address}, which {record.node_id} announced"
+                "certificate",
+                certificate.node_key,
+                f"it answers at {address}, which {record.node_id} announced",
+                Why.IDENTITY,
             )
             raise CallFailed(Cause.IDENTITY, f"another node answers at {address}")
         if certificate.der_hash != record.tls_leaf:
             raise CallFailed(Cause.IDENTITY, f"the certificate at {address} is not the one in the node's record")
-        channel = grpc.secure_channel(
-            address,
-            grpc.ssl_channel_credentials(certificate.pem, own.key, own.certificate),
-            options=[
-                ("grpc.ssl_target_name_override", certificate.name),
-                # A shared pool would let a channel reuse another identity's connection.
-                ("grpc.use_local_subchannel_pool", 1),
-                ("grpc.enable_http_proxy", 0),
-                ("grpc.enable_retries", 0),
-                ("grpc.initial_reconnect_backoff_ms", 200),
-                ("grpc.max_reconnect_backoff_ms", 2000),
-                ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
-                ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
-            ],
-        )
-        return _Link(channel, address, record.tls_leaf, own)
+        return certificate
 
     def _failure(self, peer: bytes, error: Any) -> CallFailed:
         code = error.code()
         cause = _CAUSES.get(code, Cause.BROKEN)
         return CallFailed(cause, f"{cause}: {str(error.details() or code)[:200]}")
+
+
+def _open(target: str, certificate: PeerCertificate, own: Leaf) -> Any:
+    """Return a channel that talks to the holder of ``certificate`` and to nobody else."""
+    return grpc.secure_channel(
+        target,
+        grpc.ssl_channel_credentials(certificate.pem, own.key, own.certificate),
+        options=[
+            ("grpc.ssl_target_name_override", certificate.name),
+            # A shared pool would let a channel reuse another identity's connection.
+            ("grpc.use_local_subchannel_pool", 1),
+            ("grpc.enable_http_proxy", 0),
+            ("grpc.enable_retries", 0),
+            ("grpc.initial_reconnect_backoff_ms", 200),
+            ("grpc.max_reconnect_backoff_ms", 2000),
+            ("grpc.max_receive_message_length", MAX_MESSAGE_BYTES),
+            ("grpc.max_send_message_length", MAX_MESSAGE_BYTES),
+        ],
+    )

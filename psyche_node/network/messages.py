@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import StrEnum
+from typing import Literal
 
 from pydantic import Field
 
@@ -41,8 +42,12 @@ class Configure(Message):
     """The same for the libp2p port."""
     bootstrap: list[str] = Field(default_factory=list)
     """libp2p addresses (``/ip4/.../tcp/.../p2p/...``) of nodes that are already there. Empty: this one is the first."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to this node. ``auto`` asks some members to try."""
     run: str
     """The run account's address: 32 bytes in hex, or in base58 as Solana prints it."""
+    mdns: bool = False
+    """Announce this node on the local network, and look for other members there."""
     faults: list[str] = Field(default_factory=list)
 
 
@@ -52,6 +57,9 @@ class Ready(Message):
     node_id: str
     multiaddrs: list[str]
     grpc_address: str
+    p2p_port: int
+    """The TCP ports on which it listens."""
+    grpc_port: int
 
 
 class MemberEntry(Message):
@@ -96,6 +104,24 @@ class Forget(Message):
     before_round: int = Field(ge=0, le=MAX_ROUND)
 
 
+class Why(StrEnum):
+    """The class of a refusal's reason, for counting; the reason itself is in the log and in ``Rejected``."""
+
+    NOT_A_MEMBER = "not-a-member"
+    IDENTITY = "identity"
+    """It does not prove the node key it names, or names none, or another one than was meant."""
+    EXPIRED = "expired"
+    PROTOCOL = "protocol"
+    """Not TLS 1.3, no deadline, a handshake that does not end."""
+    MALFORMED = "malformed"
+    CONTRADICTION = "contradiction"
+    """A second, different word on what was said before."""
+    WRONG_BYTES = "wrong-bytes"
+    TOO_MANY = "too-many"
+    """More at once, or within a second, than one peer, one address or all together may have."""
+    OTHER = "other"
+
+
 class GetStats(Message):
     """Ask for ``Stats``."""
 
@@ -109,6 +135,16 @@ class PeerStats(Message):
     bytes_sent: int
     bytes_received: int
     banned: bool
+    punched: bool = False
+    """There is a path to it through two NATs."""
+
+
+class RefusalCount(Message):
+    """How often something of this kind was refused for this class of reasons, since the process began."""
+
+    what: str
+    why: Why
+    count: int
 
 
 class Stats(Message):
@@ -121,9 +157,13 @@ class Stats(Message):
     blob_bytes_received: int
     peers: int
     """Peers with a libp2p connection, members or not."""
+    private: bool | None = None
+    """Nobody can open a connection to this node. None: not known yet."""
     connected: list[int]
     """Slots of the members with a libp2p connection that answers pings."""
     per_peer: list[PeerStats]
+    refusals: list[RefusalCount] = Field(default_factory=list)
+    """Every refusal, those that the log left out included."""
 
 
 class NetworkShutdown(Message):
@@ -163,12 +203,16 @@ class FetchFailed(Message):
 
 
 class Rejected(Message):
-    """Something from a peer was refused. ``what``: piece, manifest, announcement, record or call."""
+    """Something from a peer was refused.
+
+    ``what``: piece, manifest, announcement, record, call, certificate, handshake, connection or flood.
+    """
 
     what: str
     peer: str
     member: int | None
     reason: str
+    why: Why = Why.OTHER
 
 
 class PeerUp(Message):
@@ -183,6 +227,14 @@ class PeerDown(Message):
     slot: int
 
 
+class NetworkRestarted(Message):
+    """The network process ended and a new one has taken its place. The supervisor says this to itself."""
+
+    restarts: int
+    """How many there have been since the node started."""
+    reason: str
+
+
 __all__ = [
     "MAX_BLOB_BYTES",
     "MAX_MEMBERS",
@@ -195,16 +247,19 @@ __all__ = [
     "GetStats",
     "Kind",
     "MemberEntry",
+    "NetworkRestarted",
     "NetworkShutdown",
     "PeerDown",
     "PeerStats",
     "PeerUp",
     "Publish",
     "Ready",
+    "RefusalCount",
     "Rejected",
     "SetMembers",
     "Shutdown",
     "Stats",
     "Want",
     "WantEntry",
+    "Why",
 ]

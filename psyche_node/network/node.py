@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import ipaddress
 import logging
-import socket
+import random
 import time
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import base58
 import trio
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import Message, Ok
+from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
 from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
@@ -24,7 +24,8 @@ from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
-from psyche_node.network.links import CallFailed, Links
+from psyche_node.network.lan import LocalNetwork
+from psyche_node.network.links import Links, probe
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -40,33 +41,37 @@ from psyche_node.network.messages import (
     SetMembers,
     Stats,
     Want,
+    Why,
 )
+from psyche_node.network.nat.dialback import DialBack
+from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
+from psyche_node.network.nat.puncher import Puncher
+from psyche_node.network.nat.reachability import Reachability
+from psyche_node.network.nat.sockets import SocketFolder
+from psyche_node.network.peerstore import Peerstore
+from psyche_node.network.push import PushReceiver
+from psyche_node.network.pusher import Pusher
 from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
+from psyche_node.network.spread import Spreader
 from psyche_node.network.statements import (
-    RUN_BYTES,
     Announcement,
     Malformed,
     NodeRecord,
-    join_address,
     join_multiaddr,
     split_address,
 )
 from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.swarm import Swarm
 from psyche_node.network.threads import in_thread
-from psyche_node.network.wire import node_pb2 as wire
+from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
-MAX_PUSHED = 64
-PUSH_SECONDS = 5.0
 RENEW_EVERY = 3600.0
-
-
-class NetworkError(Exception):
-    """The network process cannot do what it was asked; the message says why and what to do."""
+SAVE_EVERY = 2.0
+MAX_REMEMBERED = 16
 
 
 class NetworkNode:
@@ -85,6 +90,15 @@ class NetworkNode:
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
         self._traffic = Traffic()
+        self._sockets = SocketFolder(Path(configure.folder) / "sockets")
+        self._paths = Paths(self._sockets)
+        self._throttle = Throttle()
+        self._peerstore = Peerstore(Path(configure.folder) / "peers", self._run)
+        remembered = self._peerstore.load()
+        self._directory.remember(remembered)
+        # Some of them stand in for bootstrap nodes that are gone, until the members are known.
+        for known in random.sample(remembered, min(MAX_REMEMBERED, len(remembered))):
+            self._bootstrap += [(known.record.node_key, address) for address in known.record.p2p_addresses]
         self._store = BlobStore(Path(configure.folder) / "blobs")
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
@@ -92,7 +106,7 @@ class NetworkNode:
         self._holdings = Holdings(self._reader)
         self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
-        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic)
+        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
@@ -102,14 +116,34 @@ class NetworkNode:
             self._announcements,
             self._quality,
             self._reporter,
-            self._take_announcement,
+            self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
+        self._dialback = DialBack(probe)
+        self._receiver = PushReceiver(
+            self._store,
+            self._reader,
+            self._directory,
+            self._announcements,
+            self._fetcher,
+            self._reporter,
+            self._traffic,
+            self._pushed_from_thread,
+        )
+        self._reachability = Reachability(
+            configure.reachable, self._host, self._links, self._directory, self._standing_changed
+        )
+        self._pusher = Pusher(
+            self._links, self._directory, self._reader, lambda: self._reachability.private, self._fetcher.children
+        )
+        self._puncher = Puncher(
+            self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
+        )
         self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
+        self._spreader = Spreader(self._directory, self._links, self._swarm)
         self._up: set[int] = set()
         self._token: trio.lowlevel.TrioToken | None = None
         self._nursery: trio.Nursery | None = None
-        self._pushing = trio.CapacityLimiter(8)
         self.stopping = trio.Event()
 
     @contextlib.asynccontextmanager
@@ -127,25 +161,43 @@ class NetworkNode:
             self._take_offer,
             self._quality.heard,
         )
-        server = Server(configure.listen_host, configure.grpc_port, lambda: self._leaf, guard, service)
+        server = Server(
+            configure.listen_host,
+            configure.grpc_port,
+            lambda: self._leaf,
+            guard,
+            service,
+            more=[self._dialback.handlers(), self._receiver.handlers()],
+            unix_path=self._sockets.path(SERVER_SOCKET),
+        )
         try:
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._grpc_address = configure.announce_grpc or join_address(self._host, server.port)
-                p2p = split_address(configure.announce_p2p) if configure.announce_p2p else None
-                self._p2p_address = join_multiaddr(*(p2p or (self._host, self._swarm.port)))
+                self._addresses = Addresses(
+                    self._host, self._swarm.port, server.port, configure.announce_p2p, configure.announce_grpc
+                )
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
+                nursery.start_soon(self._keep_peers)
+                if configure.mdns:
+                    nursery.start_soon(self._keep_local)
+                nursery.start_soon(self._paths.run)
+                nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
+                nursery.start_soon(self._pusher.run)
+                nursery.start_soon(self._reachability.run, split_address(self._addresses.grpc())[1])
                 yield Ready(
                     node_id=self._key.node_id,
-                    multiaddrs=[f"{self._p2p_address}/p2p/{self._key.node_id}"],
-                    grpc_address=self._grpc_address,
+                    multiaddrs=[f"{address}/p2p/{self._key.node_id}" for address in self._addresses.p2p()],
+                    grpc_address=self._addresses.grpc(),
+                    p2p_port=self._swarm.port,
+                    grpc_port=server.port,
                 )
                 self._nursery = None
         finally:
             self._links.close()
             server.stop()
+            self._sockets.close()
 
     async def handle(self, message: Message) -> Message:
         """Do what the supervisor asks and return the reply. Raises NetworkError, which reaches it as a Failure."""
@@ -157,6 +209,7 @@ class NetworkNode:
             case Want():
                 if message.kind is Kind.UPDATE:
                     self._announcements.reached(message.round)
+                self._receiver.asked([bytes.fromhex(want.digest) for want in message.wants])
                 for want in message.wants:
                     self._fetcher.want(
                         message.round, want.member, bytes.fromhex(want.digest), want.length, message.kind
@@ -164,6 +217,8 @@ class NetworkNode:
             case Forget():
                 self._fetcher.forget(message.before_round)
                 self._announcements.forget(message.before_round)
+                self._receiver.forget(message.before_round)
+                self._pusher.forget(message.before_round)
                 await in_thread(partial(self._store.forget, message.before_round))
             case GetStats():
                 return self._stats()
@@ -181,6 +236,7 @@ class NetworkNode:
             raise NetworkError("two entries of the member list share a slot or a node key")
         self._directory.set_members(members)
         self._links.retain(set(members.values()))
+        self._paths.retain(set(members.values()))
         self._report_connections()
         self._fetcher.sources_changed()
         self._swarm.wake()
@@ -199,33 +255,21 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        await self._swarm.gossip.announcement(raw)
-        # Gossip loses messages when it is busy; everybody who can be reached hears it directly, too. Those that are
-        # known to be up come first, so that they do not wait for the deadlines of the others.
-        connected = self._swarm.connected()
-        reachable = self._directory.sources(self._directory.others().values())
-        for key in sorted(reachable, key=lambda key: key not in connected)[:MAX_PUSHED]:
-            if self._nursery is not None:
-                self._nursery.start_soon(self._push, key, raw)
-
-    async def _push(self, key: bytes, raw: bytes) -> None:
-        request = wire.AnnounceRequest(announcements=[raw])
-        try:
-            await in_thread(
-                partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS), self._pushing
-            )
-        except CallFailed as error:
-            log.debug("announcing to %s failed: %s", node_id(key), error)
+        self._pusher.published(message.round, digest, message.length)
+        if self._nursery is not None:
+            self._nursery.start_soon(self._spreader.spread, raw)
 
     def _stats(self) -> Stats:
         per_peer = self._traffic.per_peer()
         connected = self._swarm.connected()
+        punched = self._paths.punched()
         return Stats(
             bytes_sent=sum(sent for sent, _ in per_peer.values()),
             bytes_received=sum(received for _, received in per_peer.values()),
             blob_bytes_sent=self._traffic.blob_sent,
             blob_bytes_received=self._traffic.blob_received,
             peers=len(connected),
+            private=self._reachability.standing.private,
             connected=sorted(self._up),
             per_peer=[
                 PeerStats(
@@ -235,17 +279,37 @@ class NetworkNode:
                     bytes_sent=sent,
                     bytes_received=received,
                     banned=self._directory.banned(key),
+                    punched=key in punched,
                 )
                 for key, (sent, received) in sorted(per_peer.items())
             ],
+            refusals=self._reporter.refusals(),
         )
 
     # What comes in ---------------------------------------------------------------------------------------------------
 
     def _take_from_thread(self, raw: bytes, sender: bytes) -> None:
         assert self._token is not None
+        if not self.allows(sender):
+            return
         # The caller waits, so that a peer cannot queue more than it has calls open.
         trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
+
+    def _pushed_from_thread(self, digest: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._fetcher.arrived, digest, sender)
+
+    def _take_asked(self, raw: bytes, sender: bytes) -> None:
+        if self.allows(sender):
+            self._take_announcement(raw, sender)
+
+    def allows(self, peer: bytes | str) -> bool:
+        allowed = self._throttle.allows(peer)
+        if not allowed:
+            reason = "it sends more statements than are looked at; the rest is dropped"
+            self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
+        return allowed
 
     def _take_offer(self, digest: bytes, holder: bytes) -> None:
         assert self._token is not None
@@ -255,9 +319,10 @@ class NetworkNode:
         outcome = self._announcements.offer(raw)
         said = outcome.announcement
         if outcome.verdict is Verdict.REFUSED:
+            self._throttle.refused(sender)
             blamed = sender if said is None else said.node_key
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
-            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}")
+            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
         elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:
             self._reporter.emit(
                 Announced(round=said.round, member=outcome.slot, digest=said.digest.hex(), length=said.length)
@@ -272,13 +337,17 @@ class NetworkNode:
         return self._take_record(raw, forwarder)
 
     def records_received(self, raw: list[bytes], sender: bytes) -> list[bytes]:
-        return [one for one in raw if self._take_record(one, sender)]
+        fresh = [one for one in raw if not self._directory.holds(one)]
+        return [one for one in fresh if self.allows(sender) and self._take_record(one, sender)]
 
     def _take_record(self, raw: bytes, sender: bytes | str) -> bool:
+        if self._directory.holds(raw):
+            return False
         try:
             record = NodeRecord.parse(raw, self._run)
         except Malformed as error:
-            self._reporter.rejected("record", sender, str(error))
+            self._throttle.refused(sender)
+            self._reporter.rejected("record", sender, str(error), Why.MALFORMED)
             return False
         # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
         if sender != record.node_key and not self._vouches(sender) and not self._vouches(record.node_key):
@@ -303,6 +372,13 @@ class NetworkNode:
         self._traffic.sent(peer, sent)
         self._traffic.received(peer, received)
 
+    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
+        self._reporter.rejected(what, peer, reason, why)
+
+    def handshake_refused(self, reason: str, why: Why) -> None:
+        """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""
+        self._reporter.rejected("handshake", "at the gRPC port", reason, why)
+
     def _report_connections(self) -> None:
         connected = self._swarm.connected()
         up = {slot for slot, key in self._directory.others().items() if key in connected}
@@ -311,6 +387,44 @@ class NetworkNode:
         for slot in sorted(self._up - up):
             self._reporter.emit(PeerDown(slot=slot))
         self._up = up
+
+    # What outlives this process --------------------------------------------------------------------------------------
+
+    async def _keep_peers(self) -> None:
+        try:
+            while True:
+                await trio.sleep(SAVE_EVERY)
+                await in_thread(partial(self._peerstore.save, self._lasting()))
+        finally:
+            self._peerstore.save(self._lasting())
+
+    def _lasting(self) -> list[bytes]:
+        return self._directory.lasting(parse_bootstrap(address)[0] for address in self._configure.bootstrap)
+
+    # The local network -----------------------------------------------------------------------------------------------
+
+    async def _keep_local(self) -> None:
+        token = trio.lowlevel.current_trio_token()
+
+        def found(key: bytes, address: str) -> None:
+            with contextlib.suppress(trio.RunFinishedError):
+                token.run_sync_soon(self._swarm.hint, key, address)
+
+        listen = self._configure.listen_host
+        start = partial(
+            LocalNetwork, self._run, self._key.node_id, join_multiaddr(self._host, self._swarm.port), listen, found
+        )
+        try:
+            local = await in_thread(start)
+        except OSError as error:
+            log.warning("mDNS cannot be used on %s: %s; set mdns = false if it is not wanted", listen, error)
+            return
+        try:
+            await in_thread(local.announce)
+            await trio.sleep_forever()
+        finally:
+            with trio.CancelScope(shield=True):
+                await in_thread(local.close)
 
     # This node's own record ------------------------------------------------------------------------------------------
 
@@ -321,52 +435,30 @@ class NetworkNode:
                 self._leaf = issue(self._key)
                 await self._renew_record()
 
+    async def _standing_changed(self) -> None:
+        await self._renew_record()
+        self._pusher.wake()
+        self._fetcher.sources_changed()
+        self._swarm.wake()
+
     async def _renew_record(self) -> None:
+        standing = self._reachability.standing
+        # A public node behind a NAT that forwards its ports is reached where others see it.
+        outside = "" if standing.private else standing.ip
         record = NodeRecord(
             self._run,
             self._key.public,
             int(time.time() * 1000),  # larger than those of earlier lives of this node
-            (self._p2p_address,),
-            self._grpc_address,
+            self._addresses.p2p(outside),
+            self._addresses.grpc(outside),
             self._leaf.der_hash,
             self._leaf.expires,
+            self._reachability.private,
+            standing.ip if standing.private else "",
         )
+        known = self._directory.record(self._key.public)
+        if known is not None and replace(known, seq=record.seq) == record:
+            return
         raw = record.sign(self._key)
         self._directory.add(record, raw)
         await self._swarm.gossip.record(raw)
-
-
-def parse_run(text: str) -> bytes:
-    """Return the 32 bytes of a run account's address, given in hex or base58. Raises NetworkError."""
-    try:
-        run = bytes.fromhex(text) if len(text) == 2 * RUN_BYTES else base58.b58decode(text[:64])
-    except ValueError:
-        run = b""
-    if len(run) != RUN_BYTES:
-        raise NetworkError(f"{text[:80]!r} is not a run's address: give its 32 bytes in hex or base58")
-    return run
-
-
-def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
-    """Return the IP address to announce: ``listen_host``, or for 0.0.0.0 the interface towards the bootstrap node.
-
-    Raises NetworkError when ``listen_host`` is no IP address.
-    """
-    try:
-        ip = ipaddress.ip_address(listen_host)
-    except ValueError:
-        raise NetworkError(f"listen_host is {listen_host!r}; give an IP address of this machine, or 0.0.0.0") from None
-    if not ip.is_unspecified:
-        return str(ip)
-    family, target = (socket.AF_INET, "192.0.2.1") if ip.version == 4 else (socket.AF_INET6, "2001:db8::1")
-    for _, address in bootstrap:
-        towards = address.split("/")[2]
-        if ipaddress.ip_address(towards).version == ip.version:
-            target = towards
-    with socket.socket(family, socket.SOCK_DGRAM) as probe:
-        try:
-            # Connecting a datagram socket sends nothing; it only chooses the interface.
-            probe.connect((target, 9))
-        except OSError:
-            return "127.0.0.1" if ip.version == 4 else "::1"
-        return str(probe.getsockname()[0])

@@ -23,7 +23,8 @@ MAX_NOTICES = 16
 # Offers of blobs that this node does not want yet: it may see the commitment on chain later than its parent.
 MAX_EARLY_PER_HOLDER = 512
 MAX_EARLY_HOLDERS = 512
-_GONE = (Cause.NO_ADDRESS, Cause.UNREACHABLE, Cause.IDENTITY, Cause.SLOW)
+_DEAD = (Cause.UNREACHABLE, Cause.IDENTITY, Cause.SLOW)
+_GONE = (*_DEAD, Cause.NO_ADDRESS, Cause.PRIVATE)
 
 
 class EarlyOffers:
@@ -77,6 +78,6 @@ class Notices:
         except CallFailed as error:
             log.debug("telling %s about %s failed: %s", node_id(child), digest.hex()[:16], error)
             if error.cause in _GONE:
-                if error.cause is not Cause.NO_ADDRESS:
+                if error.cause in _DEAD:
                     self._quality.failed(child, f"it could not be told of a blob: {error}")
                 self._tell(nursery, digest, tree, tree.children(child))

@@ -17,9 +17,12 @@ import trio
 from psyche_node.identity import IdentityError
 from psyche_node.ipc import BlockingChannel, Failure, IpcError, Message, serve
 from psyche_node.log import configure as configure_log
+from psyche_node.network.addresses import NetworkError
+from psyche_node.network.corelog import CoreLog
+from psyche_node.network.health import PartDied
 from psyche_node.network.memory import keep_freed_pieces
 from psyche_node.network.messages import Configure
-from psyche_node.network.node import NetworkError, NetworkNode
+from psyche_node.network.node import NetworkNode
 from psyche_node.network.server import ServerUnavailable
 from psyche_node.network.statements import Malformed
 
@@ -29,11 +32,16 @@ _REFUSED = (IdentityError, Malformed, NetworkError, ServerUnavailable, ValueErro
 
 
 def main() -> None:
-    """Run until the supervisor is gone or says so. Exits with 2 when it cannot be configured, with 1 when it breaks."""
+    """Run until the supervisor is gone or says so.
+
+    Exits with 2 when it cannot be configured, with 3 when a part of libp2p has died (only a new process cures that),
+    and with 1 when it breaks in another way.
+    """
     parser = argparse.ArgumentParser(prog="python -m psyche_node.network", description="A node's network process.")
     parser.add_argument("--fd", type=int, required=True, help="inherited socket to the supervisor")
     parser.add_argument("--log-level", default="INFO")
     arguments = parser.parse_args()
+    core = CoreLog()
     keep_freed_pieces()
     configure_log("network", "WARNING")
     logging.getLogger("psyche_node").setLevel(arguments.log_level)
@@ -51,20 +59,25 @@ def main() -> None:
     if not isinstance(message, Configure):
         process.refuse(f"the first message must be Configure, not {type(message).__name__}")
     try:
-        trio.run(process.run, NetworkNode(message, process.emit))
+        node = NetworkNode(message, process.emit)
+        core.refused = node.handshake_refused
+        trio.run(process.run, node)
     except (Exception, BaseExceptionGroup) as error:
-        refusal = _refusal(error)
+        if (died := _find(error, PartDied)) is not None:
+            log.critical("%s; this process ends, for libp2p cannot be started again within one", died)
+            sys.exit(3)
+        refusal = _find(error, *_REFUSED)
         if process.ready or refusal is None:
             log.critical("the network process failed", exc_info=True)
             sys.exit(1)
         process.refuse(str(refusal))
 
 
-def _refusal(error: BaseException) -> BaseException | None:
-    """Return the foreseen error in ``error``, which trio may have wrapped in groups, or None."""
+def _find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
+    """Return ``error`` if it is of one of these kinds, without the groups that trio may have put around it, or None."""
     while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
         error = error.exceptions[0]
-    return error if isinstance(error, _REFUSED) else None
+    return error if isinstance(error, kinds) else None
 
 
 def _silence_libraries() -> None:

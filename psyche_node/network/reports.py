@@ -1,16 +1,16 @@
-"""What the network process tells its supervisor: events, refusals (limited in number), and byte counts."""
+"""What the network process tells its supervisor: events, refusals (said now and then, counted always), byte counts."""
 
 from __future__ import annotations
 
 import logging
 import threading
 import time
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable
 
 from psyche_node.identity import node_id
 from psyche_node.ipc import Message
-from psyche_node.network.messages import Rejected
+from psyche_node.network.messages import RefusalCount, Rejected, Why
 
 log = logging.getLogger(__name__)
 REPEAT_SECONDS = 10.0
@@ -18,7 +18,10 @@ _MAX_TRACKED = 4096
 
 
 class Reporter:
-    """Sends events; says each refusal at most once per peer, kind and ten seconds, and then how many it left out."""
+    """Sends events; says a refusal once per peer, kind, class and ten seconds, and then how many it left out.
+
+    Every refusal is counted, said or not.
+    """
 
     def __init__(
         self,
@@ -29,29 +32,43 @@ class Reporter:
         self.emit = emit
         self._slot, self._clock = slot, clock
         self._lock = threading.Lock()
-        self._said: dict[tuple[str, str], tuple[float, int]] = {}
+        self._said: dict[tuple[str, str, Why], tuple[float, int]] = {}
+        self._refusals: Counter[tuple[str, Why]] = Counter()
 
-    def rejected(self, what: str, peer: bytes | str, reason: str, *, always: bool = False) -> None:
-        """Log and report a refusal. ``peer`` is a node key, or an address when there is no key. Any thread."""
+    def rejected(
+        self, what: str, peer: bytes | str, reason: str, why: Why = Why.OTHER, *, always: bool = False
+    ) -> None:
+        """Count, log and report a refusal. ``peer`` is a node key, or an address when there is no key. Any thread.
+
+        ``why`` is the class of reasons that it is counted under.
+        """
+        with self._lock:
+            self._refusals[what, why] += 1
         name = peer if isinstance(peer, str) else node_id(peer)
         member = None if isinstance(peer, str) else self._slot(peer)
         left_out = 0
         if not always:
-            now = self._clock()
+            now, key = self._clock(), (what, name, why)
             with self._lock:
-                since, count = self._said.get((what, name), (-REPEAT_SECONDS, 0))
+                since, count = self._said.get(key, (-REPEAT_SECONDS, 0))
                 if now - since < REPEAT_SECONDS:
-                    self._said[what, name] = (since, count + 1)
+                    self._said[key] = (since, count + 1)
                     return
                 left_out = count
                 if len(self._said) >= _MAX_TRACKED:
                     self._said.pop(next(iter(self._said)))
-                self._said[what, name] = (now, 0)
+                self._said[key] = (now, 0)
         if left_out:
             reason = f"{reason} ({left_out} more like it since the last report)"
         whose = "a peer that is not a member" if member is None else f"member {member}"
         log.warning("rejected a %s of %s, %s: %s", what, whose, name, reason)
-        self.emit(Rejected(what=what, peer=name, member=member, reason=reason))
+        self.emit(Rejected(what=what, peer=name, member=member, reason=reason, why=why))
+
+    def refusals(self) -> list[RefusalCount]:
+        """Return how many refusals of each kind and class there were."""
+        with self._lock:
+            counted = sorted(self._refusals.items())
+        return [RefusalCount(what=what, why=why, count=count) for (what, why), count in counted]
 
 
 class Traffic:

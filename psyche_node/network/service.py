@@ -130,7 +130,7 @@ class NodeService:
         request = wire.FetchRequest()
         self._parse(request, caller, raw, context)
         self._check_digest(request.digest, context)
-        upload = self._uploads.enter(caller, self._rank(request))
+        upload = self._uploads.enter(caller, self._rank(request), context.cancel)
         if upload is None:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams; ask another holder, or try again")
         assert upload is not None

@@ -76,6 +76,10 @@ class NodeRecord:
     grpc_address: str
     tls_leaf: bytes
     tls_expires: int
+    is_private: bool = False
+    """Nobody outside its own network can open a connection to it."""
+    observed_ip: str = ""
+    """Of a private node: the IP address that others see its connections come from."""
 
     @property
     def node_id(self) -> str:
@@ -91,6 +95,8 @@ class NodeRecord:
             grpc_address=self.grpc_address,
             tls_leaf=self.tls_leaf,
             tls_expires=self.tls_expires,
+            is_private=self.is_private,
+            observed_ip=self.observed_ip,
         ).SerializeToString(deterministic=True)
 
     def sign(self, key: NodeKey) -> bytes:
@@ -110,8 +116,22 @@ class NodeRecord:
         for address in addresses:
             split_multiaddr(address)
         split_address(body.grpc_address)
+        if body.observed_ip:
+            _require(body.is_private, "it names an observed address, and only a private node does")
+            same = split_address(join_address(body.observed_ip, 1))[0] == body.observed_ip
+            _require(same, f"{body.observed_ip[:64]!r} is not an IP address as it is written")
         _check_signature(signed, _RECORD_CONTEXT, body.node_key)
-        record = cls(body.run, body.node_key, body.seq, addresses, body.grpc_address, body.tls_leaf, body.tls_expires)
+        record = cls(
+            body.run,
+            body.node_key,
+            body.seq,
+            addresses,
+            body.grpc_address,
+            body.tls_leaf,
+            body.tls_expires,
+            body.is_private,
+            body.observed_ip,
+        )
         _require(record.body() == signed.body, "its body is not in the one canonical encoding")
         return record
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from psyche_node.network.guard import Streams
+from psyche_node.network.guard import Place, Streams
 from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.turns import Rank, Turns
 
@@ -38,7 +39,7 @@ class Allowances:
 class Upload:
     """One open stream of pieces."""
 
-    peer: bytes
+    place: Place
     number: int
 
 
@@ -50,16 +51,15 @@ class Uploads:
         self._turns = Turns()
         self._allowances = Allowances()
 
-    def enter(self, peer: bytes, rank: Rank) -> Upload | None:
-        """Open an upload, or return None when this peer, or all together, have too many."""
-        if not self._streams.enter(peer):
-            return None
-        return Upload(peer, self._turns.enter(rank))
+    def enter(self, peer: bytes, rank: Rank, end: Callable[[], object]) -> Upload | None:
+        """Open an upload whose call ``end`` ends; None: this peer, or all, have too many."""
+        place = self._streams.enter(peer, end)
+        return None if place is None else Upload(place, self._turns.enter(rank))
 
     def leave(self, upload: Upload) -> None:
-        """End it; once per upload."""
+        """End it."""
         self._turns.leave(upload.number)
-        self._streams.leave(upload.peer)
+        self._streams.leave(upload.place)
 
     def next_piece(self, upload: Upload, digest: bytes, length: int, count: int) -> bool:
         """Wait until it is this upload's turn to send ``count`` bytes of a blob of ``length`` bytes.
@@ -67,4 +67,5 @@ class Uploads:
         That is when nothing more urgent is being sent, or a second later. Returns False when the peer has had enough.
         """
         self._turns.wait(upload.number)
-        return self._allowances.allows(upload.peer, digest, length, count)
+        self._streams.moves(upload.place)
+        return self._allowances.allows(upload.place.peer, digest, length, count)

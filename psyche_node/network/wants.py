@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(eq=False)
 class Want:
-    """One open want. On trio, but for ``lock`` and what it guards: ``asked``, ``partial`` and ``plan``."""
+    """One open want. On trio, but for ``lock`` and what it guards: ``partial`` and ``plan``."""
 
     round: int
     member: int
@@ -85,6 +85,8 @@ class Want:
     """How often a source that has the blob, or receives it, had nothing to bring."""
     broken: set[bytes] = field(default_factory=set)
     """Sources that failed for another reason than that they do not have it, or are busy."""
+    pushed_by: bytes | None = None
+    """Who pushed it into the store, if that is how it came."""
     told: set[str] = field(default_factory=set)
     running: dict[bytes, Running] = field(default_factory=dict)
     news: trio.Event = field(default_factory=trio.Event)
@@ -92,8 +94,6 @@ class Want:
     dropped: bool = False
     passed_on: bool = False
     """Whether the children in the tree have been told that the first piece is here."""
-    asked: bool = False
-    """Whether a source has been asked for the first pieces, which can be done without a plan by one alone."""
     partial: Partial | None = None
     plan: Plan | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -145,9 +145,16 @@ class Chooser:
         """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
         if want.kind is not Kind.UPDATE or want.failures or want.broken:
             return True
+        if self._directory.own_private() and not want.running:
+            # Its parent may have no way to tell it.
+            return True
         if want.running:
             return all(running.slow(self._quality.usual()) for running in want.running.values())
         return now - want.opened >= self.patience(want, backlog)
+
+    def parent(self, want: Want) -> list[bytes]:
+        """Return from whom an update should come: one, or none when there is nobody to wait for."""
+        return self._effective(want)[:1] if want.kind is Kind.UPDATE else []
 
     def next_at(self, want: Want, now: float) -> float:
         """Return when to look again, if nothing happens before."""
@@ -165,7 +172,7 @@ class Chooser:
         return want.kind is not Kind.UPDATE and want.plan is not None and want.plan.untaken()
 
     def _holders(self, want: Want) -> Iterable[Choice]:
-        parents = self._effective(want)[:1]
+        parents = self.parent(want)
         root = want.tree.order[:1]
         for key, held in want.offers.items():
             # The author has enough to do with those that are to take it from there.

@@ -49,6 +49,15 @@ class NodeConfig(BaseModel):
     """TCP port of libp2p. 0 picks a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
     """TCP port that updates are fetched from. 0 picks a free one."""
+    mdns: bool = False
+    """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
+    would answer strangers on UDP port 5353."""
+    reachable: Literal["auto", "yes", "no"] = "auto"
+    """Whether others can open connections to both ports. `auto` asks some members to try. A node that says `no`
+    fetches over its own connections, and pushes its updates to public nodes."""
+    metrics: str | None = None
+    """IP:port to serve Prometheus metrics on, `127.0.0.1:9464` for example. Keep it off the internet; unset, there are
+    none."""
     announce_p2p: str = ""
     """`IP:PORT` at which others reach the libp2p port, if it is not where the node listens: a port that a router
     forwards."""
@@ -91,6 +100,19 @@ class NodeConfig(BaseModel):
     def _known_faults(cls, names: tuple[str, ...]) -> tuple[str, ...]:
         Faults.parse(names)
         return names
+
+    @field_validator("metrics")
+    @classmethod
+    def _usable_address(cls, address: str | None) -> str | None:
+        if address is not None:
+            # Imported late: who serves no metrics need not wait for their library.
+            from psyche_node.metrics import split_address
+
+            try:
+                split_address(address)
+            except ValueError as error:
+                raise ValueError(f"{error}; write IP:port, for example 127.0.0.1:9464") from error
+        return address
 
     @property
     def wallet_path(self) -> Path:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 
 from solders.keypair import Keypair
@@ -18,14 +18,26 @@ from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
 from psyche_node.faults import Fault, Faults
-from psyche_node.identity import NodeKey, load_or_create_node_key
+from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import IpcError, Message, Ok
-from psyche_node.network.messages import Configure, GetStats, MemberEntry, PeerDown, PeerUp, Ready, SetMembers, Stats
+from psyche_node.metrics import ASK_SECONDS, NodeMetrics
+from psyche_node.network.messages import (
+    Configure,
+    GetStats,
+    MemberEntry,
+    PeerDown,
+    PeerUp,
+    Rejected,
+    SetMembers,
+    Stats,
+    Why,
+)
 from psyche_node.network.store import BlobStore
 from psyche_node.node.changes import Changes
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
+from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.processes import Child
 from psyche_node.node.roundloop import Cadence, RoundLoop, TermsChanged
@@ -39,7 +51,10 @@ from psyche_node.training.messages import Load, Loaded, Weights, WeightsAre
 log = logging.getLogger(__name__)
 MEET_SECONDS = 10.0
 LINGER_SECONDS = 30.0
-NETWORK_PATIENCE = 120.0
+# The member table is read again when a peer is refused that is not in it, but not sooner than after this pause; and
+# after this time anyway.
+MEMBERS_PAUSE_SECONDS = 2.0
+MEMBERS_SECONDS = 120.0
 
 
 class JoinRefused(Exception):
@@ -53,7 +68,7 @@ class _Parts:
     chain: CoordinatorClient
     view: ChainView
     trainer: Child
-    network: Child
+    network: Network
     exchange: UpdateExchange
     store: BlobStore
     journal: Journal
@@ -74,7 +89,10 @@ class Node:
         self._member: int | None = None
         self._connected: set[int] = set()
         self._peers = Changes()
+        self._unknown_peer = asyncio.Event()
         self._exchange: UpdateExchange | None = None
+        self._network: Network | None = None
+        self._metrics: NodeMetrics | None = None
 
     async def run(self) -> None:
         """Take part until the run is finished. Cancel to stop early; child processes end with this call."""
@@ -83,7 +101,7 @@ class Node:
                 tasks.create_task(parts.view.follow(self._tick_delay)),
                 tasks.create_task(keep_ticking(parts.chain, parts.view, self._tick_delay)),
                 tasks.create_task(_died(parts.trainer)),
-                tasks.create_task(_died(parts.network)),
+                tasks.create_task(parts.network.keep()),
             ]
             await self._take_part(parts, tasks, background)
             for task in background:
@@ -94,7 +112,7 @@ class Node:
         self._check_terms(run, parts.loaded)
         if Fault.OUTSIDER in self._faults:
             background.append(tasks.create_task(self._follow_members(parts)))
-            await intrude(parts.chain, parts.view, parts.network.endpoint, parts.store)
+            await intrude(parts.chain, parts.view, parts.network, parts.store)
             return
         if run.checkpoint_root != run.terms.model_root:
             raise JoinRefused(
@@ -112,7 +130,7 @@ class Node:
             witness=witness,
             exchange=parts.exchange,
             trainer=parts.trainer.endpoint,
-            network=parts.network.endpoint,
+            network=parts.network,
             store=parts.store,
             journal=parts.journal,
             faults=self._faults,
@@ -144,21 +162,22 @@ class Node:
             stack.push_async_callback(chain.close)
             trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
             stack.push_async_callback(trainer.stop)
-            network = await Child.start("network", "psyche_node.network", self._on_event, NETWORK_PATIENCE)
+            network = Network(self._on_event)
             stack.push_async_callback(network.stop)
+            self._network = network
+            if config.metrics is not None:
+                self._serve_metrics(config.metrics, stack)
             run = (await chain.pulse()).run
             loaded, ready = await asyncio.gather(
                 trainer.endpoint.call(self._load_message(run), Loaded),
-                network.endpoint.call(self._configure_message(str(chain.addresses.run)), Ready),
+                network.start(self._configure_message(str(chain.addresses.run))),
             )
             for reason in loaded.reasons:
                 log.info("%s", reason)
             log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
             layout = Layout.build([(name, tuple(shape)) for name, shape in loaded.shapes], run.terms.topk)
             store = BlobStore(config.folder / "blobs")
-            exchange = self._exchange = UpdateExchange(
-                network.endpoint, store, layout, bytes(chain.addresses.run), journal
-            )
+            exchange = self._exchange = UpdateExchange(network, store, layout, bytes(chain.addresses.run), journal)
             stack.push_async_callback(exchange.close)
             journal.write(
                 "started",
@@ -168,6 +187,23 @@ class Node:
                 device=loaded.device,
             )
             yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, run, loaded)
+
+    def _serve_metrics(self, address: str, stack: contextlib.AsyncExitStack) -> None:
+        loop = asyncio.get_running_loop()
+
+        def ask() -> Stats:
+            network = self._network
+            if network is None or network.process_id is None:
+                raise IpcError("the network process is not running")
+            asked = asyncio.run_coroutine_threadsafe(network.call(GetStats(), Stats), loop)
+            try:
+                return asked.result(ASK_SECONDS)
+            finally:
+                asked.cancel()
+
+        self._metrics = NodeMetrics(ask)
+        stack.enter_context(self._metrics.served(address))
+        log.info("metrics are served on http://%s/metrics", address)
 
     def _load_message(self, run: Run) -> Load:
         config = self._config
@@ -192,6 +228,8 @@ class Node:
             announce_p2p=config.announce_p2p,
             announce_grpc=config.announce_grpc,
             bootstrap=list(config.bootstrap),
+            mdns=config.mdns,
+            reachable=config.reachable,
             run=run,
             faults=list(config.faults),
         )
@@ -232,12 +270,30 @@ class Node:
             if mine is None:
                 raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
         elif mine.node_key != self._node_key.public:
-            raise JoinRefused(
-                f"this wallet is a member already, with another node key; use {self._config.node_key_path} of that node"
-            )
+            mine = await self._go_on_under_new_key(parts, mine)
         log.info("member %d of run %s", mine.slot, parts.view.pulse.run.run_id)
         parts.journal.write("joined", member=mine.slot)
         return mine.slot
+
+    async def _go_on_under_new_key(self, parts: _Parts, mine: Member) -> Member:
+        """Join again: the program lets a member go on in its slot under another node key, until the run is finished."""
+        old, new = node_id(mine.node_key), self._node_key.node_id
+        phase = parts.view.pulse.run.phase
+        if phase is Phase.FINISHED:
+            raise JoinRefused(
+                f"this wallet is member {mine.slot} under the node key {old}, and a finished run takes no other key "
+                f"({new}). Start the node with {self._config.node_key_path} of that node"
+            )
+        log.warning("member %d of this wallet goes on under a new node key: %s instead of %s", mine.slot, new, old)
+        await parts.chain.join(self._node_key.keypair, self._config.share or mine.next_share, mine.grant)
+        parts.journal.write("rotated", member=mine.slot, old=old, new=new)
+        again = await self._my_record(parts.chain)
+        if again is None or again.node_key != self._node_key.public:
+            raise JoinRefused(
+                f"the chain still lists another node key for member {mine.slot}. Does another node with this wallet "
+                "run, too? Stop it, and start this one again"
+            )
+        return again
 
     async def _my_record(self, chain: CoordinatorClient) -> Member | None:
         wallet = self._wallet.pubkey()
@@ -272,21 +328,47 @@ class Node:
         while True:
             seen = parts.view.pulse
             admitted = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED, MemberStatus.DROPPED)
-            members = [
-                MemberEntry(slot=m.slot, node_key=m.node_key.hex())
-                for m in await parts.view.read(parts.chain.members)
-                if m.status in admitted
-            ]
+            table = await parts.view.read(parts.chain.members)
+            self._check_still_mine(table)
+            members = [MemberEntry(slot=m.slot, node_key=m.node_key.hex()) for m in table if m.status in admitted]
             if members != known:
-                await parts.network.endpoint.call(SetMembers(members=members), Ok)
+                await parts.network.call(SetMembers(members=members), Ok)
                 known = members
-            await _membership_changes(parts.view, _membership(seen))
+            await self._members_may_have_changed(parts.view, _membership(seen))
+
+    async def _members_may_have_changed(self, view: ChainView, seen: tuple[object, ...]) -> None:
+        """Wait for a reason to read the member table again. That a member's node key changed shows in that table only:
+        so it is read when somebody is refused for not being in it, and from time to time."""
+        self._unknown_peer.clear()
+
+        async def hinted() -> None:
+            await asyncio.sleep(MEMBERS_PAUSE_SECONDS)
+            await self._unknown_peer.wait()
+
+        waiting = {asyncio.ensure_future(hinted()), asyncio.ensure_future(_membership_changes(view, seen))}
+        try:
+            done, _ = await asyncio.wait(waiting, timeout=MEMBERS_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                task.result()
+        finally:
+            for task in waiting:
+                task.cancel()
+
+    def _check_still_mine(self, table: Sequence[Member]) -> None:
+        """Raise JoinRefused once this node's slot goes on under another node key: another host has taken over."""
+        mine = next((m for m in table if m.slot == self._member and m.wallet == self._wallet.pubkey()), None)
+        if mine is not None and mine.node_key != self._node_key.public:
+            raise JoinRefused(
+                f"member {mine.slot} goes on under another node key, {node_id(mine.node_key)}: a node with this wallet "
+                "was started elsewhere. The others refuse this one from now on; if that was not you, use `psyche-admin "
+                "member leave`, and a new wallet"
+            )
 
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run
         weights = await parts.trainer.endpoint.call(Weights(), WeightsAre)
         await loop.evaluate(run.final_rounds - 1)
-        stats = await parts.network.endpoint.call(GetStats(), Stats)
+        stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
             "finished",
             member=member,
@@ -302,14 +384,18 @@ class Node:
         await asyncio.sleep(LINGER_SECONDS)
 
     def _on_event(self, message: Message) -> None:
+        if self._metrics is not None:
+            self._metrics.on_event(message)
         if isinstance(message, PeerUp):
             self._connected.add(message.slot)
             self._peers.fire()
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
             self._peers.fire()
-        elif self._exchange is not None:
+        if self._exchange is not None:
             self._exchange.on_event(message)
+        if isinstance(message, Rejected) and message.why is Why.NOT_A_MEMBER:
+            self._unknown_peer.set()
 
     def _tick_delay(self, pulse: Pulse) -> int:
         return tick_delay(self._member, pulse.run.round, pulse.header.members)

@@ -16,13 +16,25 @@ from coordinator.state import Commitment
 from optimizer.codec import Header, validate
 from optimizer.errors import MalformedUpdate
 from optimizer.layout import Layout
-from psyche_node.ipc import Endpoint, Message, Ok
-from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want, WantEntry
+from psyche_node.ipc import Caller, Message, Ok
+from psyche_node.network.messages import (
+    Fetched,
+    FetchFailed,
+    Forget,
+    NetworkRestarted,
+    PeerDown,
+    PeerUp,
+    Publish,
+    Rejected,
+    Want,
+    WantEntry,
+)
 from psyche_node.network.store import BlobStore
 from psyche_node.node.changes import Changes
 from psyche_node.node.journal import Journal
 
 log = logging.getLogger(__name__)
+ALONE_SECONDS = 3600.0
 
 
 @dataclass(slots=True)
@@ -43,10 +55,12 @@ class UpdateMissing(Exception):
 class UpdateExchange:
     """Follows the commitments of each round until the updates behind them are validated or refused."""
 
-    def __init__(self, network: Endpoint, store: BlobStore, layout: Layout, run: bytes, journal: Journal) -> None:
+    def __init__(self, network: Caller, store: BlobStore, layout: Layout, run: bytes, journal: Journal) -> None:
         self._network, self._store, self._layout, self._run, self._journal = network, store, layout, run, journal
         self._entries: dict[tuple[int, int], _Entry] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._connected: set[int] = set()
+        self._alone = False
         self.changes = Changes()
 
     def on_event(self, message: Message) -> None:
@@ -57,10 +71,30 @@ class UpdateExchange:
             log.info(
                 "update of member %d, round %d: %s; looking further", message.member, message.round, message.reason
             )
+        elif isinstance(message, PeerUp | PeerDown):
+            self._follow_connections(message)
         elif isinstance(message, Rejected):
             self._journal.write(
                 "rejected", what=message.what, peer=message.peer, member=message.member, reason=message.reason
             )
+        elif isinstance(message, NetworkRestarted):
+            self._journal.write("network restarted", restarts=message.restarts, reason=message.reason)
+
+    def _follow_connections(self, message: PeerUp | PeerDown) -> None:
+        if isinstance(message, PeerUp):
+            self._connected.add(message.slot)
+        else:
+            self._connected.discard(message.slot)
+        # A node that has never had a connection is not waiting for them to come back.
+        alone = isinstance(message, PeerDown) and not self._connected
+        if alone != self._alone:
+            log.warning(
+                "no other member is connected any more; waiting for the network to come back"
+                if alone
+                else "connected to another member again"
+            )
+            self._alone = alone
+            self.changes.fire()
 
     async def follow(self, round_number: int, commitments: Iterable[Commitment]) -> None:
         """Want every committed update of the round that is not here yet."""
@@ -105,14 +139,19 @@ class UpdateExchange:
     async def obtain(self, round_number: int, members: Iterable[int], timeout: float) -> list[Path]:
         """Return the files of these members' updates, in member order, waiting for those that are still on their way.
 
-        Raises UpdateMissing after ``timeout`` seconds, or at once for an update that was refused.
+        Raises UpdateMissing after ``timeout`` seconds, or at once for an update that was refused. Time in which this
+        node has lost the connections to all others does not count, an hour of it at most.
         """
         wanted = sorted(members)
+        patience = {False: timeout, True: ALONE_SECONDS}
+        loop = asyncio.get_running_loop()
         try:
-            async with asyncio.timeout(timeout):
-                while not self.held(round_number).issuperset(wanted):
-                    self._check_refusals(round_number, wanted)
+            while not self.held(round_number).issuperset(wanted):
+                self._check_refusals(round_number, wanted)
+                alone, since = self._alone, loop.time()
+                async with asyncio.timeout(patience[alone]):
                     await self.changes.beyond(self.changes.version)
+                patience[alone] -= loop.time() - since
         except TimeoutError:
             missing = [member for member in wanted if member not in self.held(round_number)]
             raise UpdateMissing(

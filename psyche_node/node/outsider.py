@@ -7,7 +7,7 @@ import secrets
 
 from coordinator.client import CoordinatorClient, Pulse
 from coordinator.state import Phase
-from psyche_node.ipc import Endpoint, Ok
+from psyche_node.ipc import Caller, Ok
 from psyche_node.network.messages import Publish, Want, WantEntry
 from psyche_node.network.store import BlobStore
 from psyche_node.node.view import ChainView
@@ -15,7 +15,7 @@ from psyche_node.node.view import ChainView
 log = logging.getLogger(__name__)
 
 
-async def intrude(chain: CoordinatorClient, view: ChainView, network: Endpoint, store: BlobStore) -> None:
+async def intrude(chain: CoordinatorClient, view: ChainView, network: Caller, store: BlobStore) -> None:
     """Every round, claim to be member 0 with made-up bytes, and ask for all updates, until the run is finished."""
     seen = -1
     while True:

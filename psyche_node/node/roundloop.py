@@ -17,7 +17,7 @@ from pathlib import Path
 from coordinator.client import ChainError, CoordinatorClient, ProgramError, Pulse
 from coordinator.state import InclusionSet, MemberStatus, Phase, Run
 from psyche_node.faults import Faults
-from psyche_node.ipc import Endpoint, Ok, RemoteFailure
+from psyche_node.ipc import Caller, Endpoint, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
@@ -82,7 +82,7 @@ class RoundLoop:
         witness: Witness,
         exchange: UpdateExchange,
         trainer: Endpoint,
-        network: Endpoint,
+        network: Caller,
         store: BlobStore,
         journal: Journal,
         faults: Faults,

@@ -162,9 +162,9 @@ def introduce(made: list[ExchangeNode]) -> None:
             node.directory.add(record, b"")
 
 
-def tree_of(made: list[ExchangeNode], digest: bytes, author: int = 0) -> Tree:
-    """Return the tree that they all use for a blob."""
-    return Tree(digest, made[author].key.public, [node.key.public for node in made])
+def tree_of(made: list[ExchangeNode], round: int, author: int = 0) -> Tree:
+    """Return the tree that they all use for an author's update of a round."""
+    return Tree(round, made[author].key.public, [node.key.public for node in made])
 
 
 def in_trio(test: Callable[..., object]) -> Callable[..., None]:

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import subprocess
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,14 +18,15 @@ from psyche_node.network.store import BlobStore
 
 RUN = bytes(range(32))
 M = TypeVar("M", bound=Message)
-PATIENCE = 20.0
+PATIENCE = 60.0  # seconds; a loaded machine needs some of them
 
 
 class Process:
     """One network process, its endpoint, and the events it sent."""
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, prefix: Sequence[str] = ()) -> None:
+        """``prefix`` is a command to run the process with, as ``ip netns exec NAME`` is."""
+        self.folder, self.prefix = folder, prefix
         self.key: NodeKey = load_or_create_node_key(folder / "node.key")
         self.store = BlobStore(folder / "blobs")
         self.events: list[Message] = []
@@ -36,7 +37,16 @@ class Process:
         ours, theirs = socket.socketpair()
         self.log = (self.folder / "network.log").open("wb")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "psyche_node.network", "--fd", str(theirs.fileno()), "--log-level", "DEBUG"],
+            [
+                *self.prefix,
+                sys.executable,
+                "-m",
+                "psyche_node.network",
+                "--fd",
+                str(theirs.fileno()),
+                "--log-level",
+                "DEBUG",
+            ],
             pass_fds=[theirs.fileno()],
             stdin=subprocess.DEVNULL,
             stderr=self.log,
@@ -44,7 +54,7 @@ class Process:
         theirs.close()
         self.endpoint = await Endpoint.over("network", ours, self._on_event)
 
-    async def start(self, bootstrap: list[str], faults: list[str] | None = None) -> Process:
+    async def start(self, bootstrap: list[str], faults: list[str] | None = None, **settings: Any) -> Process:
         """Start the process and configure it."""
         await self.launch()
         self.ready = await self.endpoint.call(
@@ -54,6 +64,7 @@ class Process:
                 bootstrap=bootstrap,
                 run=RUN.hex(),
                 faults=faults or [],
+                **settings,
             ),
             Ready,
         )

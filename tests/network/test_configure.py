@@ -10,8 +10,9 @@ import trio
 
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
+from psyche_node.network.addresses import NetworkError, announced_host, parse_run
 from psyche_node.network.messages import Configure, MemberEntry, NetworkShutdown, Rejected, SetMembers, Shutdown
-from psyche_node.network.node import NetworkError, NetworkNode, announced_host, parse_run
+from psyche_node.network.node import NetworkNode
 from psyche_node.network.reports import REPEAT_SECONDS, Reporter, Traffic
 
 PEER = NodeKey(bytes(32)).node_id

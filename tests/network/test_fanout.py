@@ -30,13 +30,13 @@ def members_of(count: int) -> list[bytes]:
 
 
 @settings(max_examples=40, deadline=None)
-@given(st.integers(1, 256), st.binary(min_size=32, max_size=32), st.randoms())
-def test_every_member_reaches_the_author_and_nobody_has_more_than_two_children(count, digest, random) -> None:  # type: ignore[no-untyped-def]
+@given(st.integers(1, 256), st.integers(0, 2**63 - 1), st.randoms())
+def test_every_member_reaches_the_author_and_nobody_has_more_than_two_children(count, round, random) -> None:  # type: ignore[no-untyped-def]
     members = members_of(count)
     author = random.choice(members)
     shuffled = random.sample(members, count)
-    tree = Tree(digest, author, members)
-    assert tree.order == Tree(digest, author, shuffled).order, "it depends on the order of the member list"
+    tree = Tree(round, author, members)
+    assert tree.order == Tree(round, author, shuffled).order, "it depends on the order of the member list"
     assert tree.order[0] == author
     assert set(tree.order) == set(members)
     for member in members:
@@ -49,27 +49,43 @@ def test_every_member_reaches_the_author_and_nobody_has_more_than_two_children(c
     assert sorted(child for member in members for child in tree.children(member)) == sorted(set(members) - {author})
 
 
-def test_the_work_is_spread_evenly_over_many_blobs() -> None:
-    """Each of 32 members publishes once a round; over 30 rounds, nobody sends a third more than the average."""
-    members = members_of(32)
+@settings(deadline=None)
+@given(st.integers(1, 64), st.integers(0, 2**63 - 1))
+def test_when_all_publish_all_send_the_same(count: int, round: int) -> None:
+    members = members_of(count)
     sent: Counter[bytes] = Counter()
-    for round in range(30):
+    for author in members:
+        tree = Tree(round, author, members)
+        sent.update({member: len(tree.children(member)) for member in members})
+    assert set(sent.values()) == {count - 1}
+
+
+def test_each_round_has_another_order() -> None:
+    members = members_of(8)
+    orders = {Tree(round, members[0], members).order for round in range(20)}
+    assert len(orders) == 20
+
+
+def test_private_members_are_leaves_as_long_as_there_is_room() -> None:
+    members = members_of(15)
+    private = set(members[:7])
+    for round in range(10):
         for author in members:
-            tree = Tree(blake3(author + bytes([round])).digest(), author, members)
-            sent.update({member: len(tree.children(member)) for member in members})
-    average = sum(sent.values()) / len(members)
-    assert average == 30 * 31
-    assert max(sent.values()) < average * 4 / 3
-    assert min(sent.values()) > average * 2 / 3
+            tree = Tree(round, author, members, private)
+            assert tree.order[0] == author
+            passing_on = {member for member in members if tree.children(member)}
+            assert passing_on - {author} == passing_on - private - {author}
+    assert {len(Tree(0, author, members, set(members)).order) for author in members} == {15}
 
 
 def test_trees_without_an_author_or_without_this_node() -> None:
     members = members_of(5)
-    tree = Tree(bytes(32), None, members)
+    tree = Tree(3, None, members)
     assert set(tree.order) == set(members)
+    assert Tree(3, b"who has left", members).order == tree.order
     assert tree.ancestors(b"a stranger") == [tree.order[0]]
     assert tree.children(b"a stranger") == []
-    assert Tree(bytes(32), None, []).ancestors(members[0]) == []
+    assert Tree(3, None, []).ancestors(members[0]) == []
 
 
 # Pieces --------------------------------------------------------------------------------------------------------------

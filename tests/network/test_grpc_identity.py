@@ -32,12 +32,20 @@ from psyche_node.network import certificates
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import MAX_STREAMS, MAX_STREAMS_PER_PEER, Guard, Pace, Streams
+from psyche_node.network.guard import (
+    MAX_STREAMS,
+    MAX_STREAMS_PER_PEER,
+    STREAM_SECONDS,
+    Guard,
+    Pace,
+    Place,
+    Streams,
+)
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import Server
+from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
 from psyche_node.network.store import BlobStore, Reader
@@ -59,6 +67,7 @@ class Node:
     folder: Path
     key: NodeKey = field(default_factory=NodeKey.generate)
     events: list[Message] = field(default_factory=list)
+    limits: Limits = DEFAULT_LIMITS
 
     def __post_init__(self) -> None:
         self.leaf = issue(self.key)
@@ -67,7 +76,7 @@ class Node:
         self.store = BlobStore(self.folder)
         self.taken: list[bytes] = []
         self.offers: list[tuple[bytes, bytes]] = []
-        service = NodeService(
+        self.service = service = NodeService(
             Announcements(RUN, self.directory),
             lambda raw, _: self.taken.append(raw),
             Holdings(Reader(self.store)),
@@ -77,7 +86,7 @@ class Node:
             lambda _: None,
         )
         self.guard = Guard(self.directory, self.reporter)
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service)
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service, self.limits)
         self.address = f"127.0.0.1:{self.server.port}"
         self.links = Links(lambda: self.leaf, self.directory, self.reporter, Traffic())
 
@@ -371,12 +380,39 @@ def test_hostile_requests_end_with_a_status_and_the_server_lives(
 def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     streams = Streams()
     peers = [bytes([number]) for number in range(MAX_STREAMS)]
-    assert [streams.enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)] == [True] * MAX_STREAMS_PER_PEER + [False]
-    opened = sum(streams.enter(peer) for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
+
+    def enter(peer: bytes) -> Place | None:
+        return streams.enter(peer, lambda: pytest.fail("it is not overdue"))
+
+    first = [enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)]
+    assert [place is not None for place in first] == [True] * MAX_STREAMS_PER_PEER + [False]
+    opened = sum(enter(peer) is not None for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
     assert opened == MAX_STREAMS - MAX_STREAMS_PER_PEER
-    assert not streams.enter(b"another")
-    streams.leave(peers[0])
-    assert streams.enter(b"another")
+    assert enter(b"another") is None
+    assert first[0] is not None
+    streams.leave(first[0])
+    assert enter(b"another") is not None
+
+
+def test_a_stream_that_does_not_get_on_makes_room_when_its_place_is_wanted() -> None:
+    now = 50.0
+    streams = Streams(total=2, per_peer=1, clock=lambda: now)
+    ended: list[str] = []
+    slow = streams.enter(b"slow", lambda: ended.append("slow"))
+    other = streams.enter(b"other", lambda: ended.append("other"))
+    assert slow is not None
+    assert other is not None
+    now += STREAM_SECONDS - 0.1
+    assert streams.enter(b"third", lambda: None) is None
+    streams.moves(other)
+    now += 0.2
+    third = streams.enter(b"third", lambda: None)
+    assert third is not None
+    assert ended == ["slow"]
+    streams.leave(slow)  # its call ends, too late to give a place back
+    assert streams.enter(b"fourth", lambda: None) is None
+    streams.leave(third)
+    assert streams.enter(b"slow", lambda: None) is not None
 
 
 def test_calls_are_paced_per_peer() -> None:

@@ -145,6 +145,11 @@ def test_announcements_that_are_signed_and_still_wrong(raw: bytes, reason: str) 
         ({"p2p_addresses": ("/ip6/127.0.0.1/tcp/1",)}, "not TCP"),
         ({"p2p_addresses": ("/ip4/224.0.0.1/tcp/1",)}, "nobody"),
         ({"tls_leaf": b"short"}, "TLS leaf"),
+        ({"observed_ip": "192.0.2.1"}, "only a private node"),
+        ({"is_private": True, "observed_ip": "example.org"}, "not IP"),
+        ({"is_private": True, "observed_ip": "0.0.0.0"}, "nobody"),
+        ({"is_private": True, "observed_ip": "2001:db8:0::1"}, "as it is written"),
+        ({"is_private": True, "observed_ip": "1" * 1000}, "address of"),
         ({"run": bytes(32)}, "another run"),
     ],
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -14,7 +15,7 @@ from node_values import commitment
 from optimizer.codec import Update, encode
 from optimizer.layout import HEADER_BYTES, Layout
 from psyche_node.ipc import Message, Ok
-from psyche_node.network.messages import Fetched, FetchFailed, Forget, Publish, Rejected, Want
+from psyche_node.network.messages import Fetched, FetchFailed, Forget, PeerDown, PeerUp, Publish, Rejected, Want
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange, UpdateMissing
 from psyche_node.node.journal import Journal, JournalReader
@@ -213,6 +214,32 @@ def test_obtain_gives_up_and_names_what_is_missing(tmp_path: Path) -> None:
             await it.exchange.follow(3, [commitment(2, bytes(32), LAYOUT.update_bytes)])
             with pytest.raises(UpdateMissing, match=r"round 3: no peer served the update of member\(s\) \[2\]"):
                 await it.exchange.obtain(3, {1, 2}, 0.01)
+
+    run_async(test())
+
+
+def test_time_without_any_connection_does_not_count(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.exchange.follow(3, [commitment(2, bytes(32), LAYOUT.update_bytes)])
+            it.exchange.on_event(PeerUp(slot=2))
+            it.exchange.on_event(PeerUp(slot=5))
+            it.exchange.on_event(PeerDown(slot=2))
+            with pytest.raises(UpdateMissing):
+                await it.exchange.obtain(3, {2}, 0.0)
+            it.exchange.on_event(PeerDown(slot=5))
+            # Not even time to look: yet it waits, until somebody is back, and then looks no longer.
+            waiting = asyncio.create_task(it.exchange.obtain(3, {2}, 0.0))
+            await it.arrives(update())
+            assert not waiting.done()
+            it.exchange.on_event(PeerUp(slot=5))
+            with pytest.raises(UpdateMissing):
+                await waiting
+            # What comes in that time is taken.
+            it.exchange.on_event(PeerDown(slot=5))
+            waiting = asyncio.create_task(it.exchange.obtain(4, {2}, 0.0))
+            await it.arrives(update(round=4, member=2), round=4, member=2)
+            assert len(await waiting) == 1
 
     run_async(test())
 

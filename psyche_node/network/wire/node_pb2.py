@@ -24,45 +24,55 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nnode.proto\x12\x0epsyche.node.v1\")\n\x06Signed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\\\n\x0c\x41nnouncement\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x10\n\x08node_key\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\x8c\x01\n\nNodeRecord\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x10\n\x08node_key\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x15\n\rp2p_addresses\x18\x04 \x03(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08tls_leaf\x18\x06 \x01(\x0c\x12\x13\n\x0btls_expires\x18\x07 \x01(\x04\"\x1a\n\x07Records\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"(\n\x0f\x41nnounceRequest\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"\x0f\n\rAnnounceReply\";\n\x0cSinceRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04have\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x03(\x0c\"[\n\nSinceReply\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\x12\x0c\n\x04held\x18\x02 \x03(\x0c\x12(\n\x07partial\x18\x03 \x03(\x0b\x32\x17.psyche.node.v1.Holding\"0\n\x0fManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\"*\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"`\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\"\n\x04kind\x18\x04 \x01(\x0e\x32\x14.psyche.node.v1.Kind\")\n\x07Holding\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"\x1e\n\x0bHaveRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"\x0b\n\tHaveReply\"\x07\n\x05Piece*-\n\x04Kind\x12\n\n\x06UPDATE\x10\x00\x12\x0e\n\nCHECKPOINT\x10\x01\x12\t\n\x05MODEL\x10\x02\x32\xdf\x02\n\x04Node\x12J\n\x08\x41nnounce\x12\x1f.psyche.node.v1.AnnounceRequest\x1a\x1d.psyche.node.v1.AnnounceReply\x12\x41\n\x05Since\x12\x1c.psyche.node.v1.SinceRequest\x1a\x1a.psyche.node.v1.SinceReply\x12H\n\x0bGetManifest\x12\x1f.psyche.node.v1.ManifestRequest\x1a\x18.psyche.node.v1.Manifest\x12>\n\x05\x46\x65tch\x12\x1c.psyche.node.v1.FetchRequest\x1a\x15.psyche.node.v1.Piece0\x01\x12>\n\x04Have\x12\x1b.psyche.node.v1.HaveRequest\x1a\x19.psyche.node.v1.HaveReplyb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\nnode.proto\x12\x0epsyche.node.v1\")\n\x06Signed\x12\x0c\n\x04\x62ody\x18\x01 \x01(\x0c\x12\x11\n\tsignature\x18\x02 \x01(\x0c\"\\\n\x0c\x41nnouncement\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\r\n\x05round\x18\x02 \x01(\x04\x12\x10\n\x08node_key\x18\x03 \x01(\x0c\x12\x0e\n\x06\x64igest\x18\x04 \x01(\x0c\x12\x0e\n\x06length\x18\x05 \x01(\x04\"\xb5\x01\n\nNodeRecord\x12\x0b\n\x03run\x18\x01 \x01(\x0c\x12\x10\n\x08node_key\x18\x02 \x01(\x0c\x12\x0b\n\x03seq\x18\x03 \x01(\x04\x12\x15\n\rp2p_addresses\x18\x04 \x03(\t\x12\x14\n\x0cgrpc_address\x18\x05 \x01(\t\x12\x10\n\x08tls_leaf\x18\x06 \x01(\x0c\x12\x13\n\x0btls_expires\x18\x07 \x01(\x04\x12\x12\n\nis_private\x18\x08 \x01(\x08\x12\x13\n\x0bobserved_ip\x18\t \x01(\t\"\x1a\n\x07Records\x12\x0f\n\x07records\x18\x01 \x03(\x0c\"(\n\x0f\x41nnounceRequest\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\"\x0f\n\rAnnounceReply\";\n\x0cSinceRequest\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0c\n\x04have\x18\x02 \x01(\x0c\x12\x0e\n\x06wanted\x18\x03 \x03(\x0c\"[\n\nSinceReply\x12\x15\n\rannouncements\x18\x01 \x03(\x0c\x12\x0c\n\x04held\x18\x02 \x03(\x0c\x12(\n\x07partial\x18\x03 \x03(\x0b\x32\x17.psyche.node.v1.Holding\"0\n\x0fManifestRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\"*\n\x08Manifest\x12\x0e\n\x06length\x18\x01 \x01(\x04\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"`\n\x0c\x46\x65tchRequest\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\r\n\x05\x66irst\x18\x02 \x01(\r\x12\r\n\x05\x63ount\x18\x03 \x01(\r\x12\"\n\x04kind\x18\x04 \x01(\x0e\x32\x14.psyche.node.v1.Kind\")\n\x07Holding\x12\x0e\n\x06\x64igest\x18\x01 \x01(\x0c\x12\x0e\n\x06pieces\x18\x02 \x01(\x0c\"\x1e\n\x0bHaveRequest\x12\x0f\n\x07\x64igests\x18\x01 \x03(\x0c\"\x0b\n\tHaveReply\"\x07\n\x05Piece\"\x1f\n\x0f\x44ialBackRequest\x12\x0c\n\x04port\x18\x01 \x01(\r\"2\n\rDialBackReply\x12\x10\n\x08observed\x18\x01 \x01(\t\x12\x0f\n\x07reached\x18\x02 \x01(\x08\";\n\nPushHeader\x12\r\n\x05round\x18\x01 \x01(\x04\x12\x0e\n\x06\x64igest\x18\x02 \x01(\x0c\x12\x0e\n\x06length\x18\x03 \x01(\x04\"\x0b\n\tPushReply\"L\n\x05Punch\x12\x0c\n\x04peer\x18\x01 \x01(\x0c\x12\x0f\n\x07\x61\x64\x64ress\x18\x02 \x01(\t\x12\x13\n\x0b\x63\x65rtificate\x18\x03 \x01(\x0c\x12\x0f\n\x07refusal\x18\x04 \x01(\t*-\n\x04Kind\x12\n\n\x06UPDATE\x10\x00\x12\x0e\n\nCHECKPOINT\x10\x01\x12\t\n\x05MODEL\x10\x02\x32\xec\x03\n\x04Node\x12J\n\x08\x41nnounce\x12\x1f.psyche.node.v1.AnnounceRequest\x1a\x1d.psyche.node.v1.AnnounceReply\x12\x41\n\x05Since\x12\x1c.psyche.node.v1.SinceRequest\x1a\x1a.psyche.node.v1.SinceReply\x12H\n\x0bGetManifest\x12\x1f.psyche.node.v1.ManifestRequest\x1a\x18.psyche.node.v1.Manifest\x12>\n\x05\x46\x65tch\x12\x1c.psyche.node.v1.FetchRequest\x1a\x15.psyche.node.v1.Piece0\x01\x12>\n\x04Have\x12\x1b.psyche.node.v1.HaveRequest\x1a\x19.psyche.node.v1.HaveReply\x12J\n\x08\x44ialBack\x12\x1f.psyche.node.v1.DialBackRequest\x1a\x1d.psyche.node.v1.DialBackReply\x12?\n\x04Push\x12\x1a.psyche.node.v1.PushHeader\x1a\x19.psyche.node.v1.PushReply(\x01\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'node_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_KIND']._serialized_start=840
-  _globals['_KIND']._serialized_end=885
+  _globals['_KIND']._serialized_start=1118
+  _globals['_KIND']._serialized_end=1163
   _globals['_SIGNED']._serialized_start=30
   _globals['_SIGNED']._serialized_end=71
   _globals['_ANNOUNCEMENT']._serialized_start=73
   _globals['_ANNOUNCEMENT']._serialized_end=165
   _globals['_NODERECORD']._serialized_start=168
-  _globals['_NODERECORD']._serialized_end=308
-  _globals['_RECORDS']._serialized_start=310
-  _globals['_RECORDS']._serialized_end=336
-  _globals['_ANNOUNCEREQUEST']._serialized_start=338
-  _globals['_ANNOUNCEREQUEST']._serialized_end=378
-  _globals['_ANNOUNCEREPLY']._serialized_start=380
-  _globals['_ANNOUNCEREPLY']._serialized_end=395
-  _globals['_SINCEREQUEST']._serialized_start=397
-  _globals['_SINCEREQUEST']._serialized_end=456
-  _globals['_SINCEREPLY']._serialized_start=458
-  _globals['_SINCEREPLY']._serialized_end=549
-  _globals['_MANIFESTREQUEST']._serialized_start=551
-  _globals['_MANIFESTREQUEST']._serialized_end=599
-  _globals['_MANIFEST']._serialized_start=601
-  _globals['_MANIFEST']._serialized_end=643
-  _globals['_FETCHREQUEST']._serialized_start=645
-  _globals['_FETCHREQUEST']._serialized_end=741
-  _globals['_HOLDING']._serialized_start=743
-  _globals['_HOLDING']._serialized_end=784
-  _globals['_HAVEREQUEST']._serialized_start=786
-  _globals['_HAVEREQUEST']._serialized_end=816
-  _globals['_HAVEREPLY']._serialized_start=818
-  _globals['_HAVEREPLY']._serialized_end=829
-  _globals['_PIECE']._serialized_start=831
-  _globals['_PIECE']._serialized_end=838
-  _globals['_NODE']._serialized_start=888
-  _globals['_NODE']._serialized_end=1239
+  _globals['_NODERECORD']._serialized_end=349
+  _globals['_RECORDS']._serialized_start=351
+  _globals['_RECORDS']._serialized_end=377
+  _globals['_ANNOUNCEREQUEST']._serialized_start=379
+  _globals['_ANNOUNCEREQUEST']._serialized_end=419
+  _globals['_ANNOUNCEREPLY']._serialized_start=421
+  _globals['_ANNOUNCEREPLY']._serialized_end=436
+  _globals['_SINCEREQUEST']._serialized_start=438
+  _globals['_SINCEREQUEST']._serialized_end=497
+  _globals['_SINCEREPLY']._serialized_start=499
+  _globals['_SINCEREPLY']._serialized_end=590
+  _globals['_MANIFESTREQUEST']._serialized_start=592
+  _globals['_MANIFESTREQUEST']._serialized_end=640
+  _globals['_MANIFEST']._serialized_start=642
+  _globals['_MANIFEST']._serialized_end=684
+  _globals['_FETCHREQUEST']._serialized_start=686
+  _globals['_FETCHREQUEST']._serialized_end=782
+  _globals['_HOLDING']._serialized_start=784
+  _globals['_HOLDING']._serialized_end=825
+  _globals['_HAVEREQUEST']._serialized_start=827
+  _globals['_HAVEREQUEST']._serialized_end=857
+  _globals['_HAVEREPLY']._serialized_start=859
+  _globals['_HAVEREPLY']._serialized_end=870
+  _globals['_PIECE']._serialized_start=872
+  _globals['_PIECE']._serialized_end=879
+  _globals['_DIALBACKREQUEST']._serialized_start=881
+  _globals['_DIALBACKREQUEST']._serialized_end=912
+  _globals['_DIALBACKREPLY']._serialized_start=914
+  _globals['_DIALBACKREPLY']._serialized_end=964
+  _globals['_PUSHHEADER']._serialized_start=966
+  _globals['_PUSHHEADER']._serialized_end=1025
+  _globals['_PUSHREPLY']._serialized_start=1027
+  _globals['_PUSHREPLY']._serialized_end=1038
+  _globals['_PUNCH']._serialized_start=1040
+  _globals['_PUNCH']._serialized_end=1116
+  _globals['_NODE']._serialized_start=1166
+  _globals['_NODE']._serialized_end=1658
 # @@protoc_insertion_point(module_scope)

@@ -120,6 +120,8 @@ class NodeRecord(_message.Message):
     GRPC_ADDRESS_FIELD_NUMBER: _builtins.int
     TLS_LEAF_FIELD_NUMBER: _builtins.int
     TLS_EXPIRES_FIELD_NUMBER: _builtins.int
+    IS_PRIVATE_FIELD_NUMBER: _builtins.int
+    OBSERVED_IP_FIELD_NUMBER: _builtins.int
     run: _builtins.bytes
     node_key: _builtins.bytes
     seq: _builtins.int
@@ -130,6 +132,10 @@ class NodeRecord(_message.Message):
     """32 bytes: SHA-256 of the DER of the TLS certificate that the gRPC server shows"""
     tls_expires: _builtins.int
     """seconds since 1970"""
+    is_private: _builtins.bool
+    """nobody outside its own network can open a connection to it"""
+    observed_ip: _builtins.str
+    """of a private node: where its connections come from, as others see it; or empty"""
     @_builtins.property
     def p2p_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """libp2p multiaddrs without the /p2p part, at most 8"""
@@ -144,10 +150,12 @@ class NodeRecord(_message.Message):
         grpc_address: _builtins.str = ...,
         tls_leaf: _builtins.bytes = ...,
         tls_expires: _builtins.int = ...,
+        is_private: _builtins.bool = ...,
+        observed_ip: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "node_key", b"node_key", "p2p_addresses", b"p2p_addresses", "run", b"run", "seq", b"seq", "tls_expires", b"tls_expires", "tls_leaf", b"tls_leaf"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "is_private", b"is_private", "node_key", b"node_key", "observed_ip", b"observed_ip", "p2p_addresses", b"p2p_addresses", "run", b"run", "seq", b"seq", "tls_expires", b"tls_expires", "tls_leaf", b"tls_leaf"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
@@ -433,3 +441,124 @@ class Piece(_message.Message):
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
 Global___Piece: _TypeAlias = Piece  # noqa: Y015
+
+@_typing.final
+class DialBackRequest(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PORT_FIELD_NUMBER: _builtins.int
+    port: _builtins.int
+    """of the caller's gRPC server; 0: only tell where the call comes from"""
+    def __init__(
+        self,
+        *,
+        port: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["port", b"port"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DialBackRequest: _TypeAlias = DialBackRequest  # noqa: Y015
+
+@_typing.final
+class DialBackReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    OBSERVED_FIELD_NUMBER: _builtins.int
+    REACHED_FIELD_NUMBER: _builtins.int
+    observed: _builtins.str
+    """IP:port that the call came from"""
+    reached: _builtins.bool
+    """at that IP and the port asked for, the caller's node key answered"""
+    def __init__(
+        self,
+        *,
+        observed: _builtins.str = ...,
+        reached: _builtins.bool = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["observed", b"observed", "reached", b"reached"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___DialBackReply: _TypeAlias = DialBackReply  # noqa: Y015
+
+@_typing.final
+class PushHeader(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    ROUND_FIELD_NUMBER: _builtins.int
+    DIGEST_FIELD_NUMBER: _builtins.int
+    LENGTH_FIELD_NUMBER: _builtins.int
+    round: _builtins.int
+    digest: _builtins.bytes
+    length: _builtins.int
+    """bytes"""
+    def __init__(
+        self,
+        *,
+        round: _builtins.int = ...,
+        digest: _builtins.bytes = ...,
+        length: _builtins.int = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["digest", b"digest", "length", b"length", "round", b"round"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushHeader: _TypeAlias = PushHeader  # noqa: Y015
+
+@_typing.final
+class PushReply(_message.Message):
+    DESCRIPTOR: _descriptor.Descriptor
+
+    def __init__(
+        self,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___PushReply: _TypeAlias = PushReply  # noqa: Y015
+
+@_typing.final
+class Punch(_message.Message):
+    """libp2p protocols /psyche/punch/1 (caller to helper) and /psyche/punched/1 (helper to target): a 4-byte length and a
+    Punch each way.
+    """
+
+    DESCRIPTOR: _descriptor.Descriptor
+
+    PEER_FIELD_NUMBER: _builtins.int
+    ADDRESS_FIELD_NUMBER: _builtins.int
+    CERTIFICATE_FIELD_NUMBER: _builtins.int
+    REFUSAL_FIELD_NUMBER: _builtins.int
+    peer: _builtins.bytes
+    """in a request: who is to be reached; in an invitation: who asks"""
+    address: _builtins.str
+    """IP:port that the helper sees the sender at (in a reply: sees the target at)"""
+    certificate: _builtins.bytes
+    """in a reply: the PEM certificate that the target's gRPC server shows"""
+    refusal: _builtins.str
+    """in a reply: why not; the rest is empty then"""
+    def __init__(
+        self,
+        *,
+        peer: _builtins.bytes = ...,
+        address: _builtins.str = ...,
+        certificate: _builtins.bytes = ...,
+        refusal: _builtins.str = ...,
+    ) -> None: ...
+    _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
+    def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["address", b"address", "certificate", b"certificate", "peer", b"peer", "refusal", b"refusal"]  # noqa: Y015
+    def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
+    def WhichOneof(self, oneof_group: _Never) -> None: ...
+
+Global___Punch: _TypeAlias = Punch  # noqa: Y015

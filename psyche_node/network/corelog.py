@@ -1,0 +1,69 @@
+"""What gRPC's C core writes to standard error, as refusals and log lines of this process.
+
+A client whose certificate BoringSSL refuses (expired, not issued by the null CA, without its key, none at all) never
+reaches a call, and Python's gRPC has no hook that would tell: the core only writes a line. So file descriptor 2 becomes
+a pipe that a thread reads, and Python's own output goes to where descriptor 2 led before. The pipe never blocks who
+writes: lines beyond what it holds are lost.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import re
+import sys
+import threading
+from collections.abc import Callable
+
+from psyche_node.network.messages import Why
+
+log = logging.getLogger(__name__)
+# absl's format: severity and date, time, thread, file:line] text.
+_LINE = re.compile(rb"^([IWEF])\d{4} [0-9:.]+ +\d+ ([\w./-]+:\d+)\] (.*)$")
+_HANDSHAKE = b"Handshake failed with error"
+_MAX_LINE = 4096
+_EXPIRED = ("certificate has expired", "certificate is not yet valid")
+_PROOF = ("CERTIFICATE", "SIGNATURE", "certificate")
+
+
+def classify(text: str) -> Why:
+    """Return the class of a failed TLS handshake from what BoringSSL said."""
+    if any(words in text for words in _EXPIRED):
+        return Why.EXPIRED
+    return Why.IDENTITY if any(words in text for words in _PROOF) else Why.PROTOCOL
+
+
+class CoreLog:
+    """The reader of descriptor 2. ``refused(reason, why)`` is told of every TLS handshake that failed."""
+
+    def __init__(self) -> None:
+        self.refused: Callable[[str, Why], None] = lambda reason, why: None
+        self._outside = os.dup(2)
+        reading, writing = os.pipe()
+        os.set_blocking(writing, False)
+        os.dup2(writing, 2)
+        os.close(writing)
+        # Line by line, as standard error is; and not through the pipe, which ends with this process.
+        sys.stderr = os.fdopen(self._outside, "w", buffering=1, errors="backslashreplace", closefd=False)
+        threading.Thread(target=self._read, args=(reading,), name="corelog", daemon=True).start()
+
+    def _read(self, reading: int) -> None:
+        left = b""
+        while chunk := os.read(reading, 65536):
+            *lines, left = (left + chunk).split(b"\n")
+            for line in lines:
+                self._take(line)
+            left = left[-_MAX_LINE:]
+
+    def _take(self, line: bytes) -> None:
+        found = _LINE.match(line)
+        if found is None:
+            # Not the core's: of the interpreter itself, or of a library. It belongs where it would have gone.
+            os.write(self._outside, line + b"\n")
+            return
+        severity, where, text = found[1], found[2].decode(), found[3].decode(errors="backslashreplace")
+        if text.encode(errors="replace").startswith(_HANDSHAKE):
+            reason = text[len(_HANDSHAKE) :].strip()
+            self.refused(f"its TLS handshake failed: {reason[:300]}", classify(reason))
+        else:
+            log.log(logging.WARNING if severity in b"EF" else logging.DEBUG, "gRPC, %s: %s", where, text[:500])

@@ -1,0 +1,14 @@
+"""How the tests are spread when several run at once (`make test`): file by file, so that fixtures are made once each.
+
+Those that start a whole network run one after the other: two networks at once would starve each other.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        group = "e2e" if item.path.parent.name == "e2e" else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(group))

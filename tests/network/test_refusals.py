@@ -1,0 +1,305 @@
+"""Whoever does not prove the node key of a member is refused on both transports, with a log line and a metric."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ssl
+import time
+import urllib.request
+from dataclasses import replace
+from pathlib import Path
+
+import grpc
+import pytest
+import trio
+from cryptography import x509
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+from libp2p import new_host
+from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1
+from network_driver import RUN, Process
+from prometheus_client.parser import text_string_to_metric_families
+from test_grpc_identity import extension_of, forge
+
+from psyche_node.identity import NodeKey
+from psyche_node.ipc import IpcError
+from psyche_node.metrics import MetricsUnavailable, NodeMetrics, split_address
+from psyche_node.network.certificates import Leaf, issue
+from psyche_node.network.gossip import Gossip
+from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
+from psyche_node.network.messages import (
+    Fetched,
+    FetchFailed,
+    GetStats,
+    MemberEntry,
+    NetworkRestarted,
+    PeerStats,
+    Publish,
+    RefusalCount,
+    Rejected,
+    SetMembers,
+    Stats,
+    Why,
+)
+from psyche_node.network.service import SERVICE
+from psyche_node.network.statements import split_address as split_ip
+from psyche_node.network.wire import node_pb2 as wire
+
+pytestmark = pytest.mark.timeout(120)
+STATS = Stats(
+    bytes_sent=30,
+    bytes_received=20,
+    blob_bytes_sent=10,
+    blob_bytes_received=5,
+    peers=3,
+    connected=[1, 2],
+    per_peer=[PeerStats(node_id="x", slot=1, connected=True, bytes_sent=1, bytes_received=1, banned=True)],
+    refusals=[RefusalCount(what="call", why=Why.NOT_A_MEMBER, count=7)],
+)
+
+
+def scrape(port: int) -> dict[tuple[str, ...], float]:
+    """Return the samples by (name, label values...)."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as reply:
+        text = reply.read().decode()
+    return {
+        (sample.name, *sample.labels.values()): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def call(address: str, server: bytes, leaf: Leaf | None) -> grpc.StatusCode:
+    """Call Since with this client certificate, trusting the server's certificate; return the status."""
+    pair = (leaf.key, leaf.certificate) if leaf else (None, None)
+    name = x509.load_pem_x509_certificate(server).subject.get_attributes_for_oid(NameOID.COMMON_NAME)[0].value
+    options = [("grpc.ssl_target_name_override", str(name)), ("grpc.use_local_subchannel_pool", 1)]
+    with grpc.secure_channel(address, grpc.ssl_channel_credentials(server, *pair), options=options) as channel:
+        try:
+            channel.unary_unary(f"/{SERVICE}/Since")(wire.SinceRequest().SerializeToString(), timeout=10)
+        except grpc.RpcError as error:
+            return error.code()
+        return grpc.StatusCode.OK
+
+
+async def members(process: Process, *keys: NodeKey) -> None:
+    """Make these keys the members, in slot order."""
+    entries = [MemberEntry(slot=slot, node_key=key.public.hex()) for slot, key in enumerate(keys)]
+    await process.ask(SetMembers(members=entries))
+
+
+def grpc_intruders(address: str, member: NodeKey) -> dict[str, grpc.StatusCode]:
+    server = ssl.get_server_certificate(split_ip(address), timeout=10).encode()
+    own = issue(member)
+    key = ec.generate_private_key(ec.SECP256R1())
+    attempts = {
+        "a member": own,
+        "none": None,
+        "expired": issue(member, lifetime=60, now=time.time() - 3600),
+        "of the future": issue(member, now=time.time() + 86400),
+        "self-signed": forge(extension=extension_of(own), key=key, issuer_key=key),
+        "of another key": forge(extension=extension_of(own)),
+        "without its key": replace(own, key=issue(member).key),
+        "without an extension": forge(extension=None),
+        "a stranger": issue(NodeKey.generate()),
+    }
+    return {name: call(address, server, leaf) for name, leaf in attempts.items()}
+
+
+async def libp2p_intruders(victim: bytes, address: str) -> None:
+    """A peer with another kind of key, and bytes that are no handshake: both are closed."""
+    odd = new_host(key_pair=create_secp256k1())
+    async with listening(odd, "127.0.0.1", 0):
+        await dial(odd, victim, address, 20.0)
+        with trio.fail_after(20):
+            while odd.get_network().get_connections(peer_of(victim)):
+                await trio.sleep(0.02)
+    _, _, ip, _, port = address.split("/")
+    rubbish = await trio.open_tcp_stream(ip, int(port))
+    async with rubbish:
+        await rubbish.send_all(b"GET / HTTP/1.1\r\n\r\n" * 100)
+        with trio.fail_after(20), contextlib.suppress(trio.BrokenResourceError):
+            while await rubbish.receive_some():
+                pass
+
+
+def test_every_kind_of_intruder_is_refused_logged_and_counted(tmp_path: Path) -> None:
+    async def scenario() -> None:
+        process = await Process(tmp_path).start([])
+        member = NodeKey.generate()
+        metrics = NodeMetrics(lambda: asyncio.run_coroutine_threadsafe(stats(), loop).result(10))
+        loop = asyncio.get_running_loop()
+
+        async def stats() -> Stats:
+            return await process.endpoint.call(GetStats(), Stats)
+
+        try:
+            await members(process, process.key, member)
+            codes = await asyncio.to_thread(grpc_intruders, process.ready.grpc_address, member)
+            denied, closed = grpc.StatusCode.PERMISSION_DENIED, grpc.StatusCode.UNAVAILABLE
+            assert codes == {
+                "a member": grpc.StatusCode.OK,
+                "none": closed,
+                "expired": closed,
+                "of the future": closed,
+                "self-signed": closed,
+                "of another key": denied,
+                "without its key": codes["without its key"],
+                "without an extension": denied,
+                "a stranger": denied,
+            }
+            assert codes["without its key"] is not grpc.StatusCode.OK
+            victim, address = parse_bootstrap(process.ready.multiaddrs[0])
+            await asyncio.to_thread(trio.run, libp2p_intruders, victim, address)
+            for what, why in (
+                ("handshake", Why.EXPIRED),
+                ("call", Why.IDENTITY),
+                ("call", Why.NOT_A_MEMBER),
+                ("connection", Why.IDENTITY),
+                ("handshake", Why.PROTOCOL),
+            ):
+                async with asyncio.timeout(20):
+                    while not any((refusal.what, refusal.why) == (what, why) for refusal in (await stats()).refusals):
+                        await asyncio.sleep(0.05)
+            with metrics.served("127.0.0.1:0") as port:
+                found = await asyncio.to_thread(scrape, port)
+            name = "psyche_network_refusals_total"
+            assert found[name, "handshake", "expired"] == 2
+            assert found[name, "handshake", "identity"] >= 2
+            assert found[name, "call", "identity"] == 2
+            assert found[name, "call", "not-a-member"] == 1
+            assert found[name, "connection", "identity"] == 1
+            assert found["psyche_network_up",] == 1
+            lines = [line for line in process.log_text().splitlines() if "rejected a" in line]
+            for words in ("certificate has expired", "no libp2p extension", "not that of a member", "no Ed25519 key"):
+                assert any(words in line and '"WARNING"' in line for line in lines), words
+            assert {"handshake", "call", "connection"} <= {event.what for event in process.seen(Rejected)}
+            assert "Traceback" not in process.log_text()
+        finally:
+            assert await process.stop() == 0
+
+    asyncio.run(scenario())
+
+
+def test_a_strangers_gossip_and_what_it_hears(tmp_path: Path) -> None:
+    """It may subscribe; announcements and records go to members alone, and it hears them once it is one."""
+    stranger = NodeKey.generate()
+    heard: list[bytes] = []
+
+    class Listener:
+        def allows(self, peer: bytes | str) -> bool:
+            return True
+
+        def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
+            heard.append(raw)
+            return True
+
+        def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
+            heard.append(raw)
+            return True
+
+        def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
+            pass
+
+    async def listen(victim: bytes, address: str, published: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+        host = make_host(stranger)
+        gossip = Gossip(host, RUN, stranger.public, Listener())
+        async with listening(host, "127.0.0.1", 0), gossip.running():
+            await dial(host, victim, address, 20.0)
+            with trio.fail_after(60):
+                for topic in (gossip._announcements, gossip._records):
+                    await gossip._pubsub.wait_for_subscription(peer_of(victim), topic, timeout=30)
+                loop.call_soon_threadsafe(subscribed.set)
+                while not heard:
+                    await trio.sleep(0.05)
+
+    subscribed = asyncio.Event()
+
+    async def scenario() -> None:
+        process = await Process(tmp_path).start([])
+        loop = asyncio.get_running_loop()
+
+        async def announce(round: int) -> None:
+            digest, length = process.store.put(round.to_bytes(8), round)
+            await process.ask(Publish(round=round, member=0, digest=digest.hex(), length=length))
+
+        try:
+            await members(process, process.key)
+            victim, address = parse_bootstrap(process.ready.multiaddrs[0])
+            listening_ = asyncio.create_task(asyncio.to_thread(trio.run, listen, victim, address, subscribed, loop))
+            await asyncio.wait([listening_, asyncio.create_task(subscribed.wait())], return_when="FIRST_COMPLETED")
+            # The victim has subscribed the stranger, too, once its record has come by the stranger's topic: announce
+            # until a member would have heard it for sure (several heartbeats of a second).
+            for round in range(6):
+                await announce(round)
+                await asyncio.sleep(0.5)
+            assert heard == []
+            await members(process, process.key, stranger)
+            for round in range(6, 60):
+                if listening_.done():
+                    break
+                await announce(round)
+                await asyncio.sleep(0.5)
+            await listening_
+            assert heard
+        finally:
+            assert await process.stop() == 0
+
+    asyncio.run(scenario())
+
+
+# The numbers that a node serves --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def metrics() -> NodeMetrics:
+    return NodeMetrics(lambda: STATS)
+
+
+def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
+    fetched = {"round": 1, "member": 0, "digest": "00", "length": 1}
+    metrics.on_event(Fetched(**fetched, source="x"))
+    metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="slow"))
+    metrics.on_event(FetchFailed(round=1, member=0, digest="00", reason="gone"))
+    metrics.on_event(NetworkRestarted(restarts=1, reason="killed"))
+    with metrics.served("127.0.0.1:0") as port:
+        assert scrape(port) == {
+            ("psyche_network_up",): 1,
+            ("psyche_network_restarts_total",): 1,
+            ("psyche_blobs_total", "fetched"): 1,
+            ("psyche_blobs_total", "failed"): 2,
+            ("psyche_network_bytes_total", "sent", "blob"): 10,
+            ("psyche_network_bytes_total", "sent", "other"): 20,
+            ("psyche_network_bytes_total", "received", "blob"): 5,
+            ("psyche_network_bytes_total", "received", "other"): 15,
+            ("psyche_network_peers",): 3,
+            ("psyche_network_members",): 2,
+            ("psyche_network_private",): 0,
+            ("psyche_network_paths",): 0,
+            ("psyche_network_banned",): 1,
+            ("psyche_network_refusals_total", "call", "not-a-member"): 7,
+        }
+        with pytest.raises(MetricsUnavailable, match="Choose another"), metrics.served(f"127.0.0.1:{port}"):
+            pass
+
+
+def test_metrics_without_a_network_process_say_so() -> None:
+    def gone() -> Stats:
+        raise IpcError("the network process is gone")
+
+    with NodeMetrics(gone).served("127.0.0.1:0") as port:
+        found = scrape(port)
+    assert found["psyche_network_up",] == 0
+    assert not any(name[0].startswith("psyche_network_bytes") for name in found)
+
+
+@pytest.mark.parametrize("address", ["", "9464", "localhost:9464", "127.0.0.1:", "127.0.0.1:99999", "::1:9464", "[::1"])
+def test_what_is_no_address_to_serve_on(address: str) -> None:
+    with pytest.raises(ValueError, match="IP"):
+        split_address(address)
+
+
+def test_addresses_to_serve_on() -> None:
+    assert split_address("127.0.0.1:9464") == ("127.0.0.1", 9464)
+    assert split_address("[::1]:0") == ("::1", 0)
