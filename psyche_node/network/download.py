@@ -85,6 +85,8 @@ class Download:
         self._lock = threading.Lock()
         self._cancelled = False
         self._dry = False
+        self._most_open = MAX_OPEN_RUNS
+        self._refused = 0
         self._started = self._moved = math.inf
         self._arrived = 0
 
@@ -116,8 +118,6 @@ class Download:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return
-        limit = int(self._tools.quality.speed(self._source) * RUN_SECONDS / PIECE_BYTES)
-        self._limit = min(max(limit, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         plan = None
         try:
             self._first_run()
@@ -208,31 +208,42 @@ class Download:
         self._ahead(plan)
         while self._open:
             run = self._open[0]
-            for piece in run.stream:
-                if run.arrived == len(run.pieces) or not partial.write(run.pieces[run.arrived], piece):
-                    at = run.pieces.start + run.arrived
-                    raise BadBytes("piece", f"its piece {at} is not the one committed to")
-                plan.arrived(run.pieces[run.arrived])
-                run.arrived += 1
-                self._note(len(piece))
-                run.began = run.began or self._moved
-                if self._arrived == len(piece):
-                    self._tools.begun(self._want)
-                if not plan.left or plan.has(run.pieces[run.arrived :]):
-                    run.stream.cancel()
-                    break
-                self._ahead(plan)
+            try:
+                self._read(run, plan, partial)
+                self._refused = 0
+            except CallFailed as error:
+                # It serves as many calls of this node as it may: no more runs beside the one that comes.
+                self._most_open = 1
+                self._refused += 1
+                if error.cause is not Cause.BUSY or run.arrived or not self._arrived or self._refused > MAX_OPEN_RUNS:
+                    raise
             with self._lock:
                 self._open.popleft()
             self._adapt(self._moved - run.began)
             rest = run.pieces[run.arrived :]
             plan.give_back(self._source, rest)
-            if not run.arrived and (self._dry or not self._arrived):
-                raise NothingYet("it ended the stream without a piece")
-            # A source that receives the blob itself may not have got to a run that was asked for early: ask once more.
-            self._dry = not run.arrived
+            if not self._refused:
+                if not run.arrived and (self._dry or not self._arrived):
+                    raise NothingYet("it ended the stream without a piece")
+                # One that receives the blob itself may not have got to a run that was asked for early: ask once more.
+                self._dry = not run.arrived
             if plan.left:
                 self._ahead(plan)
+
+    def _read(self, run: _Run, plan: Plan, partial: Partial) -> None:
+        for piece in run.stream:
+            if run.arrived == len(run.pieces) or not partial.write(run.pieces[run.arrived], piece):
+                raise BadBytes("piece", f"its piece {run.pieces.start + run.arrived} is not the one committed to")
+            plan.arrived(run.pieces[run.arrived])
+            run.arrived += 1
+            self._note(len(piece))
+            run.began = run.began or self._moved
+            if self._arrived == len(piece):
+                self._tools.begun(self._want)
+            if not plan.left or plan.has(run.pieces[run.arrived :]):
+                run.stream.cancel()
+                return
+            self._ahead(plan)
 
     def _adapt(self, seconds: float) -> None:
         if seconds < RUN_SECONDS:
@@ -242,7 +253,8 @@ class Download:
 
     def _ahead(self, plan: Plan) -> None:
         """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
-        while len(self._open) < MAX_OPEN_RUNS and self._coming() <= (self._limit if self._alone else self._limit // 2):
+        enough = self._limit if self._alone else self._limit // 2
+        while len(self._open) < self._most_open and self._coming() <= enough:
             # What another source is bringing is worth it only when there is nothing else to do.
             again = not self._open and self._others_slow()
             pieces = plan.take(self._source, self._limit, self._choice.held, again=again)

@@ -145,7 +145,8 @@ class Chooser:
 
     def impatient(self, want: Want, now: float, backlog: float) -> bool:
         """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
-        if want.kind is not Kind.UPDATE or want.failures or want.broken:
+        if want.kind is not Kind.UPDATE or want.failures or want.broken or self._directory.own_private():
+            # A node behind NAT cannot be told, so it has to ask.
             return True
         if self._directory.own_private() and not want.running:
             # Its parent may have no way to tell it.
