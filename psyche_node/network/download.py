@@ -330,6 +330,6 @@ def open_plan(tools: Tools, want: Want, manifest: Manifest) -> tuple[Plan, Parti
 def finish(tools: Tools, want: Want, partial: Partial) -> None:
     """Give a blob of which nothing is missing its name. Any thread. Raises StoreError or OSError."""
     with want.lock:
-        tools.reader.remember(want.digest, partial.manifest)
+        tools.reader.remember(want.digest, partial.manifest, partial.checked)
         partial.finish()
     tools.holdings.end(partial)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,10 +15,10 @@ from psyche_node.network.pieces import pack
 from psyche_node.network.store import (
     PIECE_BYTES,
     Assembly,
+    Checked,
     Manifest,
     Reader,
     StoreError,
-    piece_digest,
     piece_length,
 )
 
@@ -33,6 +34,7 @@ class Partial:
     def __init__(self, assembly: Assembly) -> None:
         self._assembly = assembly
         self.manifest: Manifest = assembly.manifest
+        self.checked = Checked(assembly.manifest)
         self._held = bytearray(b"\1") * len(self.manifest.pieces)
         for index in assembly.missing():
             self._held[index] = 0
@@ -43,6 +45,7 @@ class Partial:
         """Verify a piece and keep it. Returns False when it is not the piece committed to."""
         if not self._assembly.write(index, piece):
             return False
+        self.checked.mark(index, time.monotonic())
         with self._changed:
             self._held[index] = 1
             self._changed.notify_all()
@@ -145,7 +148,7 @@ class Holdings:
             if not partial.holds(index) and not self._comes(partial, index):
                 return
             piece = os.pread(descriptor, piece_length(manifest.length, index), index * PIECE_BYTES)
-            if piece_digest(piece) != manifest.pieces[index]:
+            if not partial.checked.is_right(index, piece, time.monotonic()):
                 raise StoreError(
                     f"piece {index} of {manifest.digest.hex()[:16]} went bad on disk while it was received"
                 )

@@ -7,6 +7,7 @@ whose only root is this very leaf. If somebody else answers later, the handshake
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
@@ -65,9 +66,10 @@ _CAUSES = {
 }
 
 
-def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
+def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None) -> PeerCertificate:
     """Return the verified certificate of the gRPC server at ``address`` (IP:port).
 
+    ``own`` is shown to a server that asks: to one that gets none, a probe looks like a stranger that is to be refused.
     Raises OSError when nobody answers TLS 1.3 there, and BadCertificate when the certificate names no node.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -76,6 +78,8 @@ def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
+    if own is not None:
+        _show(context, own)
     with (
         socket.create_connection(split_address(address), timeout=timeout) as raw,
         context.wrap_socket(raw) as connection,
@@ -84,6 +88,16 @@ def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
     if der is None:
         raise BadCertificate("the server shows no certificate")
     return identify(ssl.DER_cert_to_PEM_cert(der).encode())
+
+
+def _show(context: ssl.SSLContext, own: Leaf) -> None:
+    # ssl reads keys from files only; this one is in memory, and gone when it is closed.
+    descriptor = os.memfd_create("leaf")
+    try:
+        os.write(descriptor, own.certificate + own.key)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 class Path(Protocol):
@@ -265,7 +279,7 @@ class Links:
                 link = _Link(_open(path.target, path.certificate, own), path.certificate, basis, path)
             else:
                 try:
-                    certificate = self._identify(record)
+                    certificate = self._identify(record, own)
                 except CallFailed as error:
                     self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
@@ -277,11 +291,11 @@ class Links:
             self._links[peer] = link
             return link
 
-    def _identify(self, record: NodeRecord) -> PeerCertificate:
+    def _identify(self, record: NodeRecord, own: Leaf) -> PeerCertificate:
         """Return the certificate that the node shows at its address, if it is the one in its record."""
         address = record.grpc_address
         try:
-            certificate = probe(address)
+            certificate = probe(address, own=own)
         except (OSError, BadCertificate) as error:
             if isinstance(error, BadCertificate):
                 why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY

@@ -114,7 +114,7 @@ class NetworkNode:
             self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
-        self._dialback = DialBack(probe)
+        self._dialback = DialBack(lambda address, seconds: probe(address, seconds, self._leaf))
         self._receiver = PushReceiver(
             self._store,
             self._reader,
@@ -375,6 +375,10 @@ class NetworkNode:
 
     def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
         self._reporter.rejected(what, peer, reason, why)
+
+    def probed(self) -> None:
+        """Somebody looked whether this node is there, or at its certificate, and showed none. Any thread."""
+        self._reporter.count("probe", Why.OTHER)
 
     def handshake_refused(self, reason: str, why: Why) -> None:
         """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""

@@ -308,10 +308,10 @@ class Assembly:
         os.close(self._descriptor)
 
 
-class _Held:
+class Checked:
     """What is known of one blob's file: its manifest, and when each piece was last seen to be right."""
 
-    def __init__(self, manifest: Manifest, file: tuple[int, ...] | None, checked: float) -> None:
+    def __init__(self, manifest: Manifest, file: tuple[int, ...] | None = None, checked: float = -math.inf) -> None:
         self.manifest, self._file = manifest, file
         self._checked = [checked] * len(manifest.pieces)
 
@@ -322,7 +322,12 @@ class _Held:
         elif self._file != file:
             self._file, self._checked = file, [-math.inf] * len(self._checked)
 
+    def mark(self, index: int, now: float) -> None:
+        """The piece has just been seen to be right."""
+        self._checked[index] = now
+
     def is_right(self, index: int, piece: bytes, now: float) -> bool:
+        """Return whether this is the piece. It is hashed unless it was right lately."""
         if now - self._checked[index] > CHECKED_SECONDS:
             if piece_digest(piece) != self.manifest.pieces[index]:
                 return False
@@ -339,14 +344,17 @@ class Reader:
 
     def __init__(self, store: BlobStore, capacity: int = 512, clock: Callable[[], float] = time.monotonic) -> None:
         self._store, self._capacity, self._clock = store, capacity, clock
-        self._held: dict[bytes, _Held] = {}
+        self._held: dict[bytes, Checked] = {}
         self._pieces = 0
         self._lock = threading.Lock()
         self._reading: dict[bytes, threading.Lock] = {}
 
-    def remember(self, digest: bytes, manifest: Manifest) -> None:
-        """Keep a manifest whose pieces have just been checked, so that the file need not be read again."""
-        self._keep(digest, _Held(manifest, None, self._clock()))
+    def remember(self, digest: bytes, manifest: Manifest, checked: Checked | None = None) -> None:
+        """Keep a manifest that is known to be right, so that its file need not be read again.
+
+        ``checked`` says when each piece was last seen to be right; without it that was just now.
+        """
+        self._keep(digest, checked or Checked(manifest, None, self._clock()))
 
     def holds(self, digest: bytes) -> bool:
         """Return whether the blob is in the store, complete."""
@@ -371,14 +379,14 @@ class Reader:
                     raise StoreError(f"piece {index} of {path} went bad on disk; removed. Check this machine's disk")
                 yield piece
 
-    def _known(self, digest: bytes) -> _Held | None:
+    def _known(self, digest: bytes) -> Checked | None:
         path = self._store.path(digest)
         if path is None:
             return None
         if (held := self._held.get(digest)) is not None:
             return held
         if (manifest := read_list(_list_of(path), digest)) is not None:
-            return self._keep(digest, _Held(manifest, None, -math.inf))
+            return self._keep(digest, Checked(manifest))
         with self._lock:
             reading = self._reading.setdefault(digest, threading.Lock())
         # One at a time: ten peers that ask for the same large blob must not have it read ten times.
@@ -389,7 +397,7 @@ class Reader:
                 with self._lock:
                     self._reading.pop(digest, None)
 
-    def _read(self, digest: bytes, path: Path) -> _Held | None:
+    def _read(self, digest: bytes, path: Path) -> Checked | None:
         now = self._clock()
         try:
             file = _identity(path.stat())
@@ -401,9 +409,9 @@ class Reader:
             raise StoreError(f"{path} does not hold what its name says; removed. Check this machine's disk and memory")
         if len(manifest.pieces) > LONG_LIST:
             write_list(_list_of(path), manifest)
-        return self._keep(digest, _Held(manifest, file, now))
+        return self._keep(digest, Checked(manifest, file, now))
 
-    def _keep(self, digest: bytes, held: _Held) -> _Held:
+    def _keep(self, digest: bytes, held: Checked) -> Checked:
         count = len(held.manifest.pieces)
         with self._lock:
             self._forget(digest)
@@ -478,6 +486,7 @@ __all__ = [
     "PIECE_BYTES",
     "Assembly",
     "BlobStore",
+    "Checked",
     "Manifest",
     "Reader",
     "StoreError",

@@ -76,7 +76,7 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self.host = self._host = make_host(key, Gate(self._is_member, handlers.refused))
+        self.host = self._host = make_host(key, Gate(self._is_member, handlers.refused, handlers.probed))
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
         self.gossip = Gossip(self._host, run, key.public, handlers, self._is_member)
