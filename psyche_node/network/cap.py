@@ -20,6 +20,10 @@ class Cap:
             self._open[peer] += 1
             return True
 
+    def count(self, peer: bytes) -> int:
+        """Return how many places ``peer`` has."""
+        return self._open[peer]
+
     def leave(self, peer: bytes) -> None:
         with self._lock:
             self._open[peer] -= 1

@@ -21,6 +21,7 @@ log = logging.getLogger(__name__)
 # absl's format: severity and date, time, thread, file:line] text.
 _LINE = re.compile(rb"^([IWEF])\d{4} [0-9:.]+ +\d+ ([\w./-]+:\d+)\] (.*)$")
 _HANDSHAKE = b"Handshake failed with error"
+_PROBE = "PEER_DID_NOT_RETURN_A_CERTIFICATE"
 _MAX_LINE = 4096
 _EXPIRED = ("certificate has expired", "certificate is not yet valid")
 _PROOF = ("CERTIFICATE", "SIGNATURE", "certificate")
@@ -34,10 +35,15 @@ def classify(text: str) -> Why:
 
 
 class CoreLog:
-    """The reader of descriptor 2. ``refused(reason, why)`` is told of every TLS handshake that failed."""
+    """The reader of descriptor 2.
+
+    ``refused(reason, why)`` is told of every TLS handshake that failed, and ``probed`` of those without a certificate:
+    that is how nodes look up each other's, before each of their first calls.
+    """
 
     def __init__(self) -> None:
         self.refused: Callable[[str, Why], None] = lambda reason, why: None
+        self.probed: Callable[[], None] = lambda: None
         self._outside = os.dup(2)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -64,6 +70,9 @@ class CoreLog:
         severity, where, text = found[1], found[2].decode(), found[3].decode(errors="backslashreplace")
         if text.encode(errors="replace").startswith(_HANDSHAKE):
             reason = text[len(_HANDSHAKE) :].strip()
+            if _PROBE in reason:
+                self.probed()
+                return
             self.refused(f"its TLS handshake failed: {reason[:300]}", classify(reason))
         else:
             log.log(logging.WARNING if severity in b"EF" else logging.DEBUG, "gRPC, %s: %s", where, text[:500])

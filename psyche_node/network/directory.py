@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from psyche_node.network.statements import NodeRecord
@@ -35,6 +35,7 @@ class Directory:
         self._keys: dict[int, bytes] = {}
         self._records: dict[bytes, Known] = {}
         self._banned: set[bytes] = set()
+        self._has_path: Callable[[bytes], bool] = lambda key: False
         self._remembered: frozenset[bytes] = frozenset()
 
     def set_members(self, members: Mapping[int, bytes]) -> None:
@@ -135,8 +136,18 @@ class Directory:
         return [key for key in self.sources(keys) if not self._records[key].record.is_private]
 
     def private(self) -> set[bytes]:
-        """Return the nodes that say that they are private, this one included."""
-        return {key for key, known in list(self._records.items()) if known.record.is_private}
+        """Return the members that say that they are private, this node among them if it does."""
+        with self._lock:
+            return {key for key, known in self._records.items() if known.record.is_private and key in self._slots}
+
+    def on_paths(self, has_path: Callable[[bytes], bool]) -> None:
+        """Have ``has_path(key)`` asked whether there is another way to a private node."""
+        self._has_path = has_path
+
+    def reachable(self, key: bytes) -> bool:
+        """Return whether there is a way to a node: an address to connect to, or a path through its NAT."""
+        record = self.record(key)
+        return record is not None and (not self.hidden(record) or self._has_path(key))
 
     def own_private(self) -> bool:
         """Return whether this node's own record says that it is private: then nobody else will connect to it."""

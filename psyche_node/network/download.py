@@ -30,10 +30,12 @@ from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 256 * 1024
-# Beside others, a source gets runs that take it about this time, so that a slow one has little that others wait for.
-# They begin with what is known of it, and double or halve. An update has one source, which gets as much as it may.
+# A run is what a source brings in about this time, so that a slow one has little that others wait for. It begins with
+# what is known of the source, and doubles or halves.
 RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
+# Besides the run that comes another one is asked for, or a long line would be idle for a round trip after each.
+MAX_OPEN_RUNS = 3
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
 
 
@@ -79,10 +81,12 @@ class Download:
         self._source = choice.source
         self._open: deque[_Run] = deque()
         expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
-        alone = want.kind is Kind.UPDATE
-        self._limit = MAX_PIECES_PER_FETCH if alone else min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
+        self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
+        self._dry = False
+        self._most_open = MAX_OPEN_RUNS
+        self._refused = 0
         self._started = self._moved = math.inf
         self._arrived = 0
 
@@ -114,16 +118,16 @@ class Download:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return
+        plan = None
         try:
+            self._first_run()
             plan, partial = self._planned()
-        except BaseException:
-            self.cancel()
-            raise
-        try:
+            self._claim_first_run(plan)
             self._bring(plan, partial)
         finally:
             for run in self._open:
-                plan.give_back(self._source, run.pieces)
+                if plan is not None:
+                    plan.give_back(self._source, run.pieces)
             self.cancel()
         if not plan.left:
             finish(self._tools, self._want, partial)
@@ -155,17 +159,29 @@ class Download:
         with want.lock:
             if want.plan is not None and want.partial is not None:
                 return want.plan, want.partial
-        # The first pieces are on their way while the list is: without them, each step down a tree would cost a round
-        # trip more.
-        early = None if self._choice.held else self._fetch(range(min(self._limit, piece_count(want.length))))
-        plan, partial = open_plan(self._tools, want, self._manifest())
-        if early is not None and (taken := plan.take(self._source, len(early.pieces))) != early.pieces:
-            # Another source has begun in the meantime.
-            plan.give_back(self._source, taken)
-            early.stream.cancel()
-            with self._lock:
-                self._open.clear()
-        return plan, partial
+        manifest = self._manifest()
+        return open_plan(self._tools, want, manifest)
+
+    def _first_run(self) -> None:
+        """Ask for an update's first pieces before their hashes are here: that is a round trip less for each."""
+        want = self._want
+        if want.kind is not Kind.UPDATE:
+            return
+        with want.lock:
+            first = want.plan is None and not want.asked and self._choice.held is None
+            want.asked = True
+        if first:
+            self._fetch(range(min(self._limit, piece_count(want.length))))
+
+    def _claim_first_run(self, plan: Plan) -> None:
+        """Take what has been asked for, unless some of it is here or another source brings it."""
+        if self._open:
+            wanted = self._open[0].pieces
+            taken = plan.take(self._source, len(wanted))
+            if taken != wanted:
+                plan.give_back(self._source, taken)
+                with self._lock:
+                    self._open.popleft().stream.cancel()
 
     def _manifest(self) -> Manifest:
         want, count = self._want, piece_count(self._want.length)
@@ -189,35 +205,45 @@ class Download:
         return manifest
 
     def _bring(self, plan: Plan, partial: Partial) -> None:
-        if not self._open:
-            self._ahead(plan)
+        self._ahead(plan)
         while self._open:
             run = self._open[0]
-            for piece in run.stream:
-                if run.arrived == len(run.pieces) or not partial.write(run.pieces[run.arrived], piece):
-                    at = run.pieces.start + run.arrived
-                    raise BadBytes("piece", f"its piece {at} is not the one committed to")
-                plan.arrived(run.pieces[run.arrived])
-                run.arrived += 1
-                self._note(len(piece))
-                run.began = run.began or self._moved
-                if self._arrived == len(piece):
-                    self._tools.begun(self._want)
-                if not plan.left or plan.has(run.pieces[run.arrived :]):
-                    run.stream.cancel()
-                    break
-                # The next run is asked for while this one still comes, so that the line is never idle.
-                if len(self._open) == 1 and 2 * (len(run.pieces) - run.arrived) <= len(run.pieces):
-                    self._ahead(plan)
+            try:
+                self._read(run, plan, partial)
+                self._refused = 0
+            except CallFailed as error:
+                # It serves as many calls of this node as it may: no more runs beside the one that comes.
+                self._most_open = 1
+                self._refused += 1
+                if error.cause is not Cause.BUSY or run.arrived or not self._arrived or self._refused > MAX_OPEN_RUNS:
+                    raise
             with self._lock:
                 self._open.popleft()
             self._adapt(self._moved - run.began)
             rest = run.pieces[run.arrived :]
             plan.give_back(self._source, rest)
-            if not run.arrived:
-                raise NothingYet("it ended the stream without a piece")
-            if not self._open and plan.left:
+            if not self._refused:
+                if not run.arrived and (self._dry or not self._arrived):
+                    raise NothingYet("it ended the stream without a piece")
+                # One that receives the blob itself may not have got to a run that was asked for early: ask once more.
+                self._dry = not run.arrived
+            if plan.left:
                 self._ahead(plan)
+
+    def _read(self, run: _Run, plan: Plan, partial: Partial) -> None:
+        for piece in run.stream:
+            if run.arrived == len(run.pieces) or not partial.write(run.pieces[run.arrived], piece):
+                raise BadBytes("piece", f"its piece {run.pieces.start + run.arrived} is not the one committed to")
+            plan.arrived(run.pieces[run.arrived])
+            run.arrived += 1
+            self._note(len(piece))
+            run.began = run.began or self._moved
+            if self._arrived == len(piece):
+                self._tools.begun(self._want)
+            if not plan.left or plan.has(run.pieces[run.arrived :]):
+                run.stream.cancel()
+                return
+            self._ahead(plan)
 
     def _adapt(self, seconds: float) -> None:
         if seconds < RUN_SECONDS:
@@ -226,19 +252,34 @@ class Download:
             self._limit = max(self._limit // 2, SMALLEST_RUN)
 
     def _ahead(self, plan: Plan) -> None:
-        pieces = plan.take(self._source, self._limit, self._choice.held, again=self._others_slow())
-        if pieces:
+        """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
+        enough = self._limit if self._alone else self._limit // 2
+        while len(self._open) < self._most_open and self._coming() <= enough:
+            # What another source is bringing is worth it only when there is nothing else to do.
+            again = not self._open and self._others_slow()
+            pieces = plan.take(self._source, self._limit, self._choice.held, again=again)
+            if not pieces:
+                return
             try:
                 self._fetch(pieces)
             except BaseException:
                 plan.give_back(self._source, pieces)
                 raise
 
+    @property
+    def _alone(self) -> bool:
+        """Whether this is the want's only source just now."""
+        return len(self._want.running) <= 1
+
+    def _coming(self) -> int:
+        return sum(len(run.pieces) - run.arrived for run in self._open)
+
     def _fetch(self, pieces: range) -> _Run:
         want = self._want
         size = sum(piece_length(want.length, index) for index in (pieces[0], pieces[-1]))
         size += max(0, len(pieces) - 2) * PIECE_BYTES
-        deadline = CALL_SECONDS + math.ceil(size / MIN_BYTES_PER_SECOND)
+        # What was asked for before comes before it.
+        deadline = CALL_SECONDS + math.ceil((size + self._coming() * PIECE_BYTES) / MIN_BYTES_PER_SECOND)
         kind = _WIRE_KINDS[want.kind]
         stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
         run = _Run(stream, pieces)

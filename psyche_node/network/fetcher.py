@@ -156,6 +156,7 @@ class Fetcher:
         """There is a way to a peer that could not be reached."""
         for want in self._wants.values():
             want.retry_at.pop(peer, None)
+            want.broken.discard(peer)
             want.news.set()
 
     def sources_changed(self) -> None:
@@ -170,10 +171,10 @@ class Fetcher:
         if kind is Kind.UPDATE and self._nursery is not None and (own := self._directory.own_slot) is not None:
             self._notices.tell(self._nursery, digest, self._tree(round, own))
 
-    def children(self, round: int) -> list[bytes]:
-        """Return who takes this node's own update of a round from here."""
+    def spread_to(self, round: int) -> list[bytes]:
+        """Return to whom to push this node's own update of a round, the best first: it goes on down the tree."""
         own = self._directory.own_slot
-        return [] if own is None else self._tree(round, own).children(self._directory.own_key)
+        return [] if own is None else self._directory.public(self._tree(round, own).order)
 
     def _tree(self, round: int, member: int) -> Tree:
         members = {**self._directory.others()}
@@ -345,7 +346,8 @@ class Fetcher:
 
     def _ask_around(self, nursery: trio.Nursery) -> None:
         """Ask a few random members, and parents that said nothing, what they know about the rounds with open wants."""
-        peers = self._directory.sources(self._directory.others().values())
+        others = self._directory.sources(self._directory.others().values())
+        peers = [key for key in others if self._directory.reachable(key)]
         now, backlog = trio.current_time(), self._backlog()
         for round in {want.round for want in self._wants.values()}:
             asked = set(random.sample(peers, min(ASK_PEERS, len(peers))))

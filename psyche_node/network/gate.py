@@ -19,6 +19,8 @@ from libp2p.io.abc import ReadWriteCloser
 from libp2p.io.trio import TrioTCPStream
 from libp2p.network.swarm import Swarm as Network
 from libp2p.peer.id import ID
+from libp2p.protocol_muxer.exceptions import MultiselectCommunicatorError, MultiselectError
+from libp2p.security.noise.exceptions import InvalidSignature, PeerIDMismatchesPubkey
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from libp2p.transport.tcp.tcp import TCP, TCPListener
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
@@ -35,6 +37,8 @@ CONNECTIONS_AT_ONCE = 300.0
 MAX_STREAMS = 512
 MAX_UNREAD_OF_MEMBER = 16 << 20
 MAX_UNREAD_OF_STRANGER = 2 << 20
+_NOT_BEGUN = (MultiselectError, MultiselectCommunicatorError)
+_NO_PROOF = (InvalidSignature, PeerIDMismatchesPubkey)
 
 
 class Refused(Protocol):
@@ -50,9 +54,10 @@ class Exceeded(trio.TooSlowError):
 class Gate:
     """Counts of one host. Everything runs on its trio thread."""
 
-    def __init__(self, is_member: Callable[[ID], bool], refused: Refused, pace: Pace | None = None) -> None:
-        self._is_member, self._refused = is_member, refused
-        self._pace = pace or Pace(CONNECTIONS_PER_SECOND, CONNECTIONS_AT_ONCE)
+    def __init__(self, is_member: Callable[[ID], bool], refused: Refused, probed: Callable[[], None]) -> None:
+        """``probed`` is told of connections that ended before they proved anything."""
+        self._is_member, self._refused, self._probed = is_member, refused, probed
+        self._pace = Pace(CONNECTIONS_PER_SECOND, CONNECTIONS_AT_ONCE)
         self._handshakes: Counter[str] = Counter()
 
     def transport(self) -> TCP:
@@ -69,8 +74,7 @@ class Gate:
                 return await upgrade_inbound(raw_conn, maddr)
             except Exception as error:
                 if isinstance(stream, _Watched):
-                    reason = f"its libp2p handshake failed: {str(error)[:200]}"
-                    self._refused("handshake", stream.host, reason, Why.PROTOCOL)
+                    self._failed(stream.host, error)
                 raise
             finally:
                 if isinstance(stream, _Watched):
@@ -109,6 +113,19 @@ class Gate:
             self._handshakes[stream.host] -= 1
             if not self._handshakes[stream.host]:
                 del self._handshakes[stream.host]
+
+    def _failed(self, host: str, error: BaseException) -> None:
+        """Tell of a handshake that failed. One that ended before Noise began is not worth a word: somebody looked
+        whether anybody is there, as this node does with itself, or spoke another protocol."""
+        causes: list[BaseException] = [error]
+        while (cause := causes[-1].__cause__) is not None and len(causes) < 10:
+            causes.append(cause)
+        if any(isinstance(one, _NOT_BEGUN) for one in causes):
+            self._probed()
+            return
+        why = Why.IDENTITY if any(isinstance(one, _NO_PROOF) for one in causes) else Why.PROTOCOL
+        reason = ": ".join(str(one)[:100] or type(one).__name__ for one in causes)
+        self._refused("handshake", host, f"its libp2p handshake failed: {reason[:300]}", why)
 
     def _bound(self, connection: Yamux, peer: ID) -> None:
         read = connection._read_data_body

@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import grpc  # type: ignore[import-untyped]
 
+from psyche_node.network.cap import Cap
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, identify
 from psyche_node.network.directory import Directory
 from psyche_node.network.messages import Why
@@ -26,6 +27,8 @@ MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
 MAX_PACED = 4096
+MAX_CALLS = 1024
+MAX_CALLS_PER_PEER = 32
 # In which a stream sends a piece: 1 MiB over a line of 2 Mbit/s takes 4 s.
 STREAM_SECONDS = 9.0
 
@@ -61,6 +64,7 @@ class Guard:
     def __init__(self, directory: Directory, reporter: Reporter) -> None:
         self._directory, self._reporter = directory, reporter
         self._pace = Pace()
+        self._open = Cap(MAX_CALLS, MAX_CALLS_PER_PEER)
 
     def intercept_service(self, continuation: Callable[[Any], Any], details: Any) -> Any:
         """Put the guard in front of a method (gRPC calls this for every call)."""
@@ -106,7 +110,14 @@ class Guard:
 
     def _guarded(self, behaviour: Callable[[bytes, Any, Context], Any]) -> Callable[[Any, Context], Any]:
         def guarded(request: Any, context: Context) -> Any:
-            return behaviour(self.caller(context), request, context)
+            key = self.caller(context)
+            # Until its answer has been read, not only until it has been given: an answer that nobody reads is memory.
+            if not self._open.enter(key):
+                reason = f"more than {MAX_CALLS_PER_PEER} calls at a time"
+                self._refuse(context, key, reason, Why.TOO_MANY, grpc.StatusCode.RESOURCE_EXHAUSTED)
+            if not context.add_callback(lambda: self._open.leave(key)):
+                self._open.leave(key)
+            return behaviour(key, request, context)
 
         return guarded
 

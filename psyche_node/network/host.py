@@ -61,6 +61,9 @@ class Handlers(Protocol):
     def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
         """Count bytes that went over libp2p."""
 
+    def probed(self) -> None:
+        """Somebody connected, proved nothing and was gone."""
+
     def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
         """Something of a peer (its node key, or an address) was refused."""
 

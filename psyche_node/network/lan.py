@@ -6,19 +6,46 @@ its TXT record has ``dnsaddr=/ip4/.../tcp/.../p2p/ID``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
+from functools import partial
 
+import trio
 from zeroconf import Error, InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from psyche_node.identity import IdentityError
 from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.statements import MAX_ADDRESS, MAX_ADDRESSES, Malformed, split_multiaddr
+from psyche_node.network.threads import in_thread
 
 log = logging.getLogger(__name__)
 ANSWER_MS = 1500
 MAX_SERVICES = 256
 _ID_BYTES = 80
+
+
+async def look_around(
+    run: bytes, node_id: str, address: str, listen_host: str, found: Callable[[bytes, str], None]
+) -> None:
+    """Take part in mDNS until cancelled; ``found`` is called on trio. Ends with a log line where it cannot be used."""
+    token = trio.lowlevel.current_trio_token()
+
+    def tell(key: bytes, where: str) -> None:
+        with contextlib.suppress(trio.RunFinishedError):
+            token.run_sync_soon(found, key, where)
+
+    try:
+        local = await in_thread(partial(LocalNetwork, run, node_id, address, listen_host, tell))
+    except OSError as error:
+        log.warning("mDNS cannot be used on %s: %s; set mdns = false if it is not wanted", listen_host, error)
+        return
+    try:
+        await in_thread(local.announce)
+        await trio.sleep_forever()
+    finally:
+        with trio.CancelScope(shield=True):
+            await in_thread(local.close)
 
 
 class LocalNetwork:

@@ -7,9 +7,11 @@ whose only root is this very leaf. If somebody else answers later, the handshake
 
 from __future__ import annotations
 
+import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
@@ -64,9 +66,10 @@ _CAUSES = {
 }
 
 
-def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
+def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None) -> PeerCertificate:
     """Return the verified certificate of the gRPC server at ``address`` (IP:port).
 
+    ``own`` is shown to a server that asks: to one that gets none, a probe looks like a stranger that is to be refused.
     Raises OSError when nobody answers TLS 1.3 there, and BadCertificate when the certificate names no node.
     """
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
@@ -75,6 +78,8 @@ def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
     context.verify_mode = ssl.CERT_NONE
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
+    if own is not None:
+        _show(context, own)
     with (
         socket.create_connection(split_address(address), timeout=timeout) as raw,
         context.wrap_socket(raw) as connection,
@@ -83,6 +88,16 @@ def probe(address: str, timeout: float = PROBE_SECONDS) -> PeerCertificate:
     if der is None:
         raise BadCertificate("the server shows no certificate")
     return identify(ssl.DER_cert_to_PEM_cert(der).encode())
+
+
+def _show(context: ssl.SSLContext, own: Leaf) -> None:
+    # ssl reads keys from files only; this one is in memory, and gone when it is closed.
+    descriptor = os.memfd_create("leaf")
+    try:
+        os.write(descriptor, own.certificate + own.key)
+        context.load_cert_chain(f"/proc/self/fd/{descriptor}")
+    finally:
+        os.close(descriptor)
 
 
 class Path(Protocol):
@@ -151,6 +166,7 @@ class Links:
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
         self._far: set[tuple[bytes, str]] = set()
+        self._failures: dict[bytes, tuple[float, CallFailed]] = {}
         self._lock = threading.Lock()
 
     def call(self, peer: bytes, method: str, request: Message, reply: type[M], timeout: float) -> M:
@@ -165,7 +181,7 @@ class Links:
         self._traffic.sent(peer, len(raw))
         try:
             answer = channel.unary_unary(f"/{SERVICE}/{method}")(raw, timeout=timeout)
-        except grpc.RpcError as error:
+        except (grpc.RpcError, ValueError) as error:
             raise self._failure(peer, error) from None
         self._traffic.received(peer, len(answer))
         message = reply()
@@ -194,8 +210,8 @@ class Links:
 
         try:
             link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
-        except grpc.RpcError as error:
-            if error.code() is not grpc.StatusCode.ALREADY_EXISTS:
+        except (grpc.RpcError, ValueError) as error:
+            if isinstance(error, ValueError) or error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None
 
     def fetch(
@@ -211,7 +227,10 @@ class Links:
         raw = wire.FetchRequest(digest=digest, first=first, count=count, kind=kind).SerializeToString()
         link = self._link(peer, ask=True)
         self._traffic.sent(peer, len(raw))
-        call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        try:
+            call = link.channel.unary_stream(f"/{SERVICE}/Fetch")(raw, timeout=timeout)
+        except ValueError as error:
+            raise self._failure(peer, error) from None
         return Stream(
             call,
             lambda error: self._failure(peer, error),
@@ -223,6 +242,7 @@ class Links:
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
             self._far = {(peer, address) for peer, address in self._far if peer in peers}
+            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in peers}
         for link in gone:
             link.channel.close()
 
@@ -235,7 +255,12 @@ class Links:
             raise CallFailed(Cause.NO_ADDRESS, "its address is not known yet")
         with self._lock:
             lock = self._locks.setdefault(peer, threading.Lock())
+        asked = time.monotonic()
         with lock:
+            failed_at, failure = self._failures.get(peer, (0.0, None))
+            if failure is not None and failed_at >= asked:
+                # Somebody else tried while this thread waited; to try again would let all wait for one another.
+                raise CallFailed(failure.cause, str(failure))
             own = self._leaf()
             hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
             basis = (record.grpc_address, record.tls_leaf, hidden, own)
@@ -246,27 +271,31 @@ class Links:
                 link.channel.close()
                 del self._links[peer]
             if hidden:
+                # A public node gets by push what a private one makes; a path is for two that are both private.
+                ask = ask and self._directory.own_private()
                 path = None if self._paths is None else self._paths.path(peer, record.tls_leaf, ask=ask)
                 if path is None:
                     raise CallFailed(Cause.PRIVATE, "it is behind NAT, and there is no path through to it")
                 link = _Link(_open(path.target, path.certificate, own), path.certificate, basis, path)
             else:
                 try:
-                    certificate = self._identify(record)
-                except CallFailed:
+                    certificate = self._identify(record, own)
+                except CallFailed as error:
+                    self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
                         # Behind a NAT that is shared by many networks; the next call goes another way.
                         self._far.add((peer, record.grpc_address))
                     raise
+                self._failures.pop(peer, None)
                 link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
             self._links[peer] = link
             return link
 
-    def _identify(self, record: NodeRecord) -> PeerCertificate:
+    def _identify(self, record: NodeRecord, own: Leaf) -> PeerCertificate:
         """Return the certificate that the node shows at its address, if it is the one in its record."""
         address = record.grpc_address
         try:
-            certificate = probe(address)
+            certificate = probe(address, own=own)
         except (OSError, BadCertificate) as error:
             if isinstance(error, BadCertificate):
                 why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY
@@ -286,6 +315,9 @@ class Links:
         return certificate
 
     def _failure(self, peer: bytes, error: Any) -> CallFailed:
+        if isinstance(error, ValueError):
+            # What gRPC says of a channel that another thread closed in this moment, because the node's record changed.
+            return CallFailed(Cause.BUSY, "the connection to it is being made anew")
         code = error.code()
         cause = _CAUSES.get(code, Cause.BROKEN)
         return CallFailed(cause, f"{cause}: {str(error.details() or code)[:200]}")

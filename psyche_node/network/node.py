@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import replace
@@ -16,6 +15,7 @@ import trio
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import Message, Ok
+from psyche_node.network.acquaintances import Acquaintances
 from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
 from psyche_node.network.announcements import Announcements, Outcome, Verdict
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
@@ -24,7 +24,7 @@ from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.host import parse_bootstrap
-from psyche_node.network.lan import LocalNetwork
+from psyche_node.network.lan import look_around
 from psyche_node.network.links import Links, probe
 from psyche_node.network.messages import (
     Announced,
@@ -48,7 +48,6 @@ from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
 from psyche_node.network.nat.puncher import Puncher
 from psyche_node.network.nat.reachability import Reachability
 from psyche_node.network.nat.sockets import SocketFolder
-from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.push import PushReceiver
 from psyche_node.network.pusher import Pusher
 from psyche_node.network.quality import Quality
@@ -70,8 +69,6 @@ from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
 RENEW_EVERY = 3600.0
-SAVE_EVERY = 2.0
-MAX_REMEMBERED = 16
 
 
 class NetworkNode:
@@ -92,13 +89,11 @@ class NetworkNode:
         self._traffic = Traffic()
         self._sockets = SocketFolder(Path(configure.folder) / "sockets")
         self._paths = Paths(self._sockets)
+        self._directory.on_paths(self._paths.has)
         self._throttle = Throttle()
-        self._peerstore = Peerstore(Path(configure.folder) / "peers", self._run)
-        remembered = self._peerstore.load()
-        self._directory.remember(remembered)
-        # Some of them stand in for bootstrap nodes that are gone, until the members are known.
-        for known in random.sample(remembered, min(MAX_REMEMBERED, len(remembered))):
-            self._bootstrap += [(known.record.node_key, address) for address in known.record.p2p_addresses]
+        path = Path(configure.folder) / "peers"
+        self._acquaintances = Acquaintances(path, self._run, self._directory, self._bootstrap)
+        self._bootstrap = self._acquaintances.bootstrap
         self._store = BlobStore(Path(configure.folder) / "blobs")
         if swept := self._store.sweep():
             log.info("removed %d unfinished downloads of an earlier process", swept)
@@ -119,7 +114,7 @@ class NetworkNode:
             self._take_asked,
         )
         self._faults = Faults.parse(configure.faults)
-        self._dialback = DialBack(probe)
+        self._dialback = DialBack(lambda address, seconds: probe(address, seconds, self._leaf))
         self._receiver = PushReceiver(
             self._store,
             self._reader,
@@ -130,12 +125,16 @@ class NetworkNode:
             self._traffic,
             self._pushed_from_thread,
         )
+        # Who says at which address it is reached knows that it is.
+        reachable = "yes" if configure.announce_grpc and configure.reachable == "auto" else configure.reachable
         self._reachability = Reachability(
-            configure.reachable, self._host, self._links, self._directory, self._standing_changed
+            reachable,
+            self._host,
+            self._links,
+            self._directory,
+            self._standing_changed,
         )
-        self._pusher = Pusher(
-            self._links, self._directory, self._reader, lambda: self._reachability.private, self._fetcher.children
-        )
+        self._pusher = Pusher(self._links, self._fetcher.spread_to, self._reader, lambda: self._reachability.private)
         self._puncher = Puncher(
             self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
         )
@@ -179,9 +178,11 @@ class NetworkNode:
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
                 nursery.start_soon(self._keep_leaf)
-                nursery.start_soon(self._keep_peers)
+                nursery.start_soon(self._acquaintances.keep)
+                nursery.start_soon(self._spreader.meet)
                 if configure.mdns:
-                    nursery.start_soon(self._keep_local)
+                    address, listen = join_multiaddr(self._host, self._swarm.port), configure.listen_host
+                    nursery.start_soon(look_around, self._run, self._key.node_id, address, listen, self._swarm.hint)
                 nursery.start_soon(self._paths.run)
                 nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
                 nursery.start_soon(self._pusher.run)
@@ -255,7 +256,7 @@ class NetworkNode:
         announcement = Announcement(self._run, message.round, self._key.public, digest, message.length)
         raw = announcement.sign(self._key)
         self._announcements.offer(raw)
-        self._pusher.published(message.round, digest, message.length)
+        self._pusher.published(message.round, digest, message.length, raw)
         if self._nursery is not None:
             self._nursery.start_soon(self._spreader.spread, raw)
 
@@ -375,6 +376,10 @@ class NetworkNode:
     def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
         self._reporter.rejected(what, peer, reason, why)
 
+    def probed(self) -> None:
+        """Somebody looked whether this node is there, or at its certificate, and showed none. Any thread."""
+        self._reporter.count("probe", Why.OTHER)
+
     def handshake_refused(self, reason: str, why: Why) -> None:
         """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""
         self._reporter.rejected("handshake", "at the gRPC port", reason, why)
@@ -387,44 +392,6 @@ class NetworkNode:
         for slot in sorted(self._up - up):
             self._reporter.emit(PeerDown(slot=slot))
         self._up = up
-
-    # What outlives this process --------------------------------------------------------------------------------------
-
-    async def _keep_peers(self) -> None:
-        try:
-            while True:
-                await trio.sleep(SAVE_EVERY)
-                await in_thread(partial(self._peerstore.save, self._lasting()))
-        finally:
-            self._peerstore.save(self._lasting())
-
-    def _lasting(self) -> list[bytes]:
-        return self._directory.lasting(parse_bootstrap(address)[0] for address in self._configure.bootstrap)
-
-    # The local network -----------------------------------------------------------------------------------------------
-
-    async def _keep_local(self) -> None:
-        token = trio.lowlevel.current_trio_token()
-
-        def found(key: bytes, address: str) -> None:
-            with contextlib.suppress(trio.RunFinishedError):
-                token.run_sync_soon(self._swarm.hint, key, address)
-
-        listen = self._configure.listen_host
-        start = partial(
-            LocalNetwork, self._run, self._key.node_id, join_multiaddr(self._host, self._swarm.port), listen, found
-        )
-        try:
-            local = await in_thread(start)
-        except OSError as error:
-            log.warning("mDNS cannot be used on %s: %s; set mdns = false if it is not wanted", listen, error)
-            return
-        try:
-            await in_thread(local.announce)
-            await trio.sleep_forever()
-        finally:
-            with trio.CancelScope(shield=True):
-                await in_thread(local.close)
 
     # This node's own record ------------------------------------------------------------------------------------------
 

@@ -58,13 +58,14 @@ class Notices:
         self._calling = trio.CapacityLimiter(MAX_NOTICES)
 
     def tell(self, nursery: trio.Nursery, digest: bytes, tree: Tree) -> None:
-        """Tell this node's children in ``tree``, in tasks of ``nursery``."""
-        self._tell(nursery, digest, tree, tree.children(self._directory.own_key))
+        """Tell this node's children in ``tree``, in tasks of ``nursery``; nobody, if they cannot take it from here."""
+        if not self._directory.own_private():
+            self._tell(nursery, digest, tree, tree.children(self._directory.own_key))
 
     def _tell(self, nursery: trio.Nursery, digest: bytes, tree: Tree, children: Iterable[bytes]) -> None:
         for child in children:
-            if self._quality.avoided(child):
-                # It failed a moment ago. Should it be up again, it will ask on its own.
+            if self._quality.avoided(child) or not self._directory.reachable(child):
+                # It failed a moment ago, or is behind NAT: it will ask on its own.
                 self._tell(nursery, digest, tree, tree.children(child))
             else:
                 nursery.start_soon(self._call, nursery, digest, tree, child)

@@ -60,7 +60,7 @@ def main() -> None:
         process.refuse(f"the first message must be Configure, not {type(message).__name__}")
     try:
         node = NetworkNode(message, process.emit)
-        core.refused = node.handshake_refused
+        core.refused, core.probed = node.handshake_refused, node.probed
         trio.run(process.run, node)
     except (Exception, BaseExceptionGroup) as error:
         if (died := _find(error, PartDied)) is not None:

@@ -20,6 +20,7 @@ from psyche_node.network.announcements import Announcements
 from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import MAX_DEADLINE_SECONDS, Context
+from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import SERVICE
 from psyche_node.network.store import (
@@ -202,7 +203,8 @@ class PushReceiver:
     def _ban(self, caller: bytes, header: wire.PushHeader, what: str, context: Context) -> NoReturn:
         self._directory.ban(caller)
         reason = f"it pushed another {what} than was committed to (round {header.round}, {header.digest.hex()[:16]})"
-        self._reporter.rejected(what, caller, f"{reason}; it is banned for the rest of the run", always=True)
+        text = f"{reason}; it is banned for the rest of the run"
+        self._reporter.rejected(what, caller, text, Why.WRONG_BYTES, always=True)
         _bad(context, f"not the {what} of that blob")
 
 

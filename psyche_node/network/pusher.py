@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import random
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -11,16 +10,17 @@ from functools import partial
 import trio
 
 from psyche_node.identity import node_id
-from psyche_node.network.directory import Directory
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.push import parts_of, push_seconds
 from psyche_node.network.store import Reader
 from psyche_node.network.threads import in_thread
+from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
 # Public members that each blob goes to: the others get it from them.
 COPIES = 2
 MAX_AT_ONCE = 4
+ANNOUNCE_SECONDS = 5.0
 RETRY_SECONDS = 0.5
 LONGEST_RETRY_SECONDS = 10.0
 
@@ -30,6 +30,7 @@ class _Blob:
     round: int
     digest: bytes
     length: int
+    announcement: bytes
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     started: bool = False
 
@@ -40,14 +41,12 @@ class Pusher:
     def __init__(
         self,
         links: Links,
-        directory: Directory,
+        targets: Callable[[int], list[bytes]],
         reader: Reader,
         private: Callable[[], bool],
-        children: Callable[[int], list[bytes]],
     ) -> None:
-        """``private`` says whether this node has to push; ``children`` who should have its update of a round first."""
-        self._links, self._directory, self._reader = links, directory, reader
-        self._private, self._children = private, children
+        """``targets(round)`` returns the public members, the best first. ``private``: does this node have to push?"""
+        self._links, self._targets, self._reader, self._private = links, targets, reader, private
         self._blobs: dict[bytes, _Blob] = {}
         self._places = trio.CapacityLimiter(MAX_AT_ONCE)
         self._nursery: trio.Nursery | None = None
@@ -58,9 +57,9 @@ class Pusher:
             self.wake()
             await trio.sleep_forever()
 
-    def published(self, round: int, digest: bytes, length: int) -> None:
-        """This node serves a blob of its own from now on."""
-        self._blobs.setdefault(digest, _Blob(round, digest, length))
+    def published(self, round: int, digest: bytes, length: int, announcement: bytes) -> None:
+        """This node serves a blob of its own from now on. ``announcement`` is the signed one."""
+        self._blobs.setdefault(digest, _Blob(round, digest, length, announcement))
         self.wake()
 
     def forget(self, before_round: int) -> None:
@@ -84,7 +83,7 @@ class Pusher:
         failures: dict[bytes, int] = {}
         with blob.scope:
             while len(holders) < COPIES and self._private():
-                public = self._directory.public(self._directory.others().values())
+                public = self._targets(blob.round)
                 if public and holders.issuperset(public):
                     break
                 now = trio.current_time()
@@ -92,8 +91,7 @@ class Pusher:
                 if not due:
                     await trio.sleep(RETRY_SECONDS / 2)
                     continue
-                first = [key for key in self._children(blob.round) if key in due]
-                target = random.choice(first or due)
+                target = due[0]
                 try:
                     await self._push(blob, target)
                     holders.add(target)
@@ -108,5 +106,9 @@ class Pusher:
             blob.started = False
 
     async def _push(self, blob: _Blob, target: bytes) -> None:
+        # Without it the blob is not taken by whoever does not look for it yet.
+        request = wire.AnnounceRequest(announcements=[blob.announcement])
+        announce = partial(self._links.call, target, "Announce", request, wire.AnnounceReply, ANNOUNCE_SECONDS)
+        await in_thread(announce, self._places)
         parts = parts_of(blob.round, blob.digest, self._reader)
         await in_thread(partial(self._links.push, target, parts, push_seconds(blob.length)), self._places)

@@ -42,8 +42,7 @@ class Reporter:
 
         ``why`` is the class of reasons that it is counted under.
         """
-        with self._lock:
-            self._refusals[what, why] += 1
+        self.count(what, why)
         name = peer if isinstance(peer, str) else node_id(peer)
         member = None if isinstance(peer, str) else self._slot(peer)
         left_out = 0
@@ -63,6 +62,11 @@ class Reporter:
         whose = "a peer that is not a member" if member is None else f"member {member}"
         log.warning("rejected a %s of %s, %s: %s", what, whose, name, reason)
         self.emit(Rejected(what=what, peer=name, member=member, reason=reason, why=why))
+
+    def count(self, what: str, why: Why) -> None:
+        """Count a refusal that is not worth a word. Any thread."""
+        with self._lock:
+            self._refusals[what, why] += 1
 
     def refusals(self) -> list[RefusalCount]:
         """Return how many refusals of each kind and class there were."""

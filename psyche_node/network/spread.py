@@ -27,6 +27,7 @@ MAX_PUSHED = 64
 PUSH_SECONDS = 5.0
 PUSHES_AT_ONCE = 8
 TELLS_AT_ONCE = 8
+MEET_EVERY = 1.0
 # Gossip starts this long after the direct calls have ended, at random in between: when many nodes have to, not at once.
 GOSSIP_AFTER = (0.5, 1.5)
 # A member that was missed this many times in a row is taken for dead; gossip is made for its sake now and then only.
@@ -42,12 +43,30 @@ class Spreader:
         self._pushing = trio.CapacityLimiter(PUSHES_AT_ONCE)
         self._telling = trio.CapacityLimiter(TELLS_AT_ONCE)
         self._missed: Counter[bytes] = Counter()
+        self.met: dict[bytes, bytes] = {}
+        """The members that were called once, and with which certificate."""
+
+    async def meet(self) -> None:
+        """Call each member once before there is anything to say, one after another, until cancelled.
+
+        The first call to a peer costs both sides ten times as much as the others: handshakes, certificates. At the end
+        of the first round all of them together would take seconds.
+        """
+        while True:
+            connected = self._swarm.connected()
+            for key in self._directory.others().values():
+                record = self._directory.record(key)
+                if record is not None and key in connected and self.met.get(key) != record.tls_leaf:
+                    self.met[key] = record.tls_leaf
+                    await self._push(key)
+            await trio.sleep(MEET_EVERY)
 
     async def spread(self, raw: bytes) -> None:
         """Bring an announcement to every member that can be reached. Takes as long as the slowest of them."""
         members = set(self._directory.others().values())
-        for gone in self._missed.keys() - members:
-            del self._missed[gone]
+        for gone in (self._missed.keys() | self.met.keys()) - members:
+            self._missed.pop(gone, None)
+            self.met.pop(gone, None)
         connected = self._swarm.connected()
         # In an order of its own, or all nodes would begin with the same one; those known to be up before the others,
         # which may cost a deadline each.
@@ -69,15 +88,14 @@ class Spreader:
         if await self._push(key, raw) or await self._tell(key, raw):
             reached.add(key)
 
-    async def _push(self, key: bytes, raw: bytes) -> bool:
+    async def _push(self, key: bytes, *announcements: bytes) -> bool:
         if self._directory.record(key) is None:
             return False
-        request = wire.AnnounceRequest(announcements=[raw])
+        request = wire.AnnounceRequest(announcements=announcements)
         call = partial(self._links.call, key, "Announce", request, wire.AnnounceReply, PUSH_SECONDS)
         try:
             await in_thread(call, self._pushing)
-        except (CallFailed, ValueError) as error:
-            # ValueError: the channel was closed just then, because the node's record changed.
+        except CallFailed as error:
             log.debug("announcing to %s failed: %s", node_id(key), error)
             return False
         return True

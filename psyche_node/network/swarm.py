@@ -76,10 +76,10 @@ class Swarm:
     ) -> None:
         """``bootstrap``: (node key, multiaddr without /p2p) of nodes to start from."""
         self._own_key, self._directory, self._handlers, self._bootstrap = key.public, directory, handlers, bootstrap
-        self.host = self._host = make_host(key, Gate(self._is_trusted, handlers.refused))
+        self.host = self._host = make_host(key, Gate(self._is_member, handlers.refused, handlers.probed))
         self._network = network_of(self._host)
         self._network.register_notifee(Notifee(self._connected, self._disconnected))
-        self.gossip = Gossip(self._host, run, key.public, handlers, self._is_trusted)
+        self.gossip = Gossip(self._host, run, key.public, handlers, self._is_member)
         self.direct = DirectAnnouncements(self._host, directory, handlers)
         self._records = RecordExchange(self._host, directory, handlers, self.gossip.record)
         self.kademlia = Kademlia(self._host, run, directory, handlers)
@@ -158,9 +158,10 @@ class Swarm:
     def _is_ours(self, key: bytes) -> bool:
         return self._directory.slot(key) is not None or any(key == known for known, _ in self._bootstrap)
 
-    def _is_trusted(self, peer: ID) -> bool:
+    def _is_member(self, peer: ID) -> bool:
+        # Not a bootstrap node's key, nor one of an earlier life: it may be the one that a member has replaced.
         key = key_of(peer)
-        return key is not None and self._is_ours(key)
+        return key is not None and self._directory.slot(key) is not None
 
     def _targets(self, connected: set[bytes]) -> dict[bytes, list[str]]:
         """Return whom to dial, and where."""

@@ -66,7 +66,7 @@ class Choice:
 
 @dataclass(eq=False)
 class Want:
-    """One open want. On trio, but for ``lock`` and what it guards: ``partial`` and ``plan``."""
+    """One open want. On trio, but for ``lock`` and what it guards: ``asked``, ``partial`` and ``plan``."""
 
     round: int
     member: int
@@ -94,6 +94,8 @@ class Want:
     dropped: bool = False
     passed_on: bool = False
     """Whether the children in the tree have been told that the first piece is here."""
+    asked: bool = False
+    """Whether a source has been asked for the first pieces, which can be done without a plan by one alone."""
     partial: Partial | None = None
     plan: Plan | None = None
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -143,7 +145,8 @@ class Chooser:
 
     def impatient(self, want: Want, now: float, backlog: float) -> bool:
         """Return whether to ask around who has it: nobody said so in time, or who did does not deliver."""
-        if want.kind is not Kind.UPDATE or want.failures or want.broken:
+        if want.kind is not Kind.UPDATE or want.failures or want.broken or self._directory.own_private():
+            # A node behind NAT cannot be told, so it has to ask.
             return True
         if self._directory.own_private() and not want.running:
             # Its parent may have no way to tell it.
@@ -202,7 +205,7 @@ class Chooser:
         return [
             key
             for key in self._directory.sources(want.tree.ancestors(self._directory.own_key))
-            if key not in want.broken and not self._quality.avoided(key)
+            if key not in want.broken and not self._quality.avoided(key) and self._directory.reachable(key)
         ]
 
     def _free(self, want: Want, key: bytes, now: float) -> bool:

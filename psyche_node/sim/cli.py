@@ -51,6 +51,7 @@ def simulate(
     link: Annotated[
         str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
     ] = None,
+    private: Annotated[int, typer.Option(help="So many of the nodes cannot be reached, as behind NAT.")] = 0,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -84,6 +85,7 @@ def simulate(
             kills=tuple(Kill.parse(text) for text in kill or ()),
             chain_faults=tuple(chain_fault or ()),
             link=link,
+            private=private,
             baseline=baseline is not None,
             check_every=check_every,
             evaluate_every=evaluate_every,

@@ -117,6 +117,9 @@ class SimSettings(BaseModel):
     link: str | None = None
     """What the line of each node is like, such as `100mbit/80ms/0.5%` (rate, round trip, loss). Default: this machine's
     loopback. Everything that nodes say to each other goes through it, both ways; the ledger is not behind it."""
+    private: int = Field(default=0, ge=0)
+    """So many of the honest nodes, the last ones, cannot be reached by others, as it is behind a NAT: they fetch over
+    connections of their own and push their updates to nodes that can be reached."""
     baseline: bool = False
     """Train the same model on the same tokens with AdamW in one process afterwards, and compare."""
     check_every: int = Field(default=10, ge=0)
@@ -144,6 +147,12 @@ class SimSettings(BaseModel):
     def _data_exists(self) -> Self:
         if self.data is not None and not self.data.is_file():
             raise ValueError(f"--data {self.data}: no such file; name a JSONL file of conversations")
+        return self
+
+    @model_validator(mode="after")
+    def _somebody_is_reachable(self) -> Self:
+        if self.private >= self.nodes:
+            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least has to be reachable")
         return self
 
     @model_validator(mode="after")

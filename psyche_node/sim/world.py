@@ -257,6 +257,8 @@ class World:
         if place.announced_grpc:
             arguments["--announce-p2p"] = f"{HOST}:{place.announced_p2p}"
             arguments["--announce-grpc"] = f"{HOST}:{place.announced_grpc}"
+        if settings.nodes - settings.private <= index < settings.nodes:
+            arguments["--reachable"] = "no"
         if index > 0:
             arguments["--bootstrap"] = self.bootstrap
         if fault is not None:

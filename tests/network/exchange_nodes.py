@@ -65,7 +65,7 @@ class ExchangeNode:
             self.reporter,
             lambda raw, sender: None,
         )
-        service = NodeService(
+        self.service = NodeService(
             self.announcements,
             lambda raw, sender: None,
             self.holdings,
@@ -74,7 +74,7 @@ class ExchangeNode:
             self._offered,
             self.quality.heard,
         )
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, Guard(self.directory, self.reporter), service)
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, Guard(self.directory, self.reporter), self.service)
 
     def _offered(self, digest: bytes, sender: bytes) -> None:
         trio.from_thread.run_sync(self.fetcher.invited, digest, sender, trio_token=self._token)

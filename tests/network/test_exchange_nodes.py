@@ -17,7 +17,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.network.fanout import ARITY, Tree
 from psyche_node.network.holdings import MAX_WAITING, Holdings
 from psyche_node.network.links import CallFailed, Cause
-from psyche_node.network.messages import Fetched, Kind
+from psyche_node.network.messages import Fetched, FetchFailed, Kind
 from psyche_node.network.store import (
     PIECE_BYTES,
     BlobStore,
@@ -219,8 +219,8 @@ async def test_a_model_comes_from_several_holders_at_once_each_a_different_part(
         assert made[3].store.path(digest).read_bytes() == data  # type: ignore[union-attr]
         uploaded = [node.uploaded() for node in made[:3]]
         assert all(uploaded)
-        # Only the very last pieces may have come twice.
-        assert sum(uploaded) <= len(data) + 8 * PIECE_BYTES
+        # They look slow to each other while they wait, so some of the last pieces come twice, but not all.
+        assert sum(uploaded) < 2 * len(data)
 
 
 @in_trio
@@ -279,6 +279,18 @@ async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_
         assert (await child.fetched(digest)).source in (parent.key.node_id, made[0].key.node_id)
         assert not liar.uploaded()
         assert not child.directory.banned(liar.key.public), "it may have lost it since"
+
+
+@in_trio
+async def test_a_source_that_takes_one_call_at_a_time_is_no_failure(tmp_path: Path) -> None:
+    data = os.urandom(32 * PIECE_BYTES)
+    async with nodes(tmp_path, 2) as made:
+        made[0].service._uploads._streams._per_peer = 1
+        digest = made[0].put(data, 1)
+        made[1].fetcher.want(1, 0, digest, len(data))
+        await made[1].fetched(digest)
+        assert not [event for event in made[1].events if isinstance(event, FetchFailed)]
+        assert made[0].uploaded() == len(data)
 
 
 def take(node: ExchangeNode, source: ExchangeNode, digest: bytes, first: int, count: int) -> int:

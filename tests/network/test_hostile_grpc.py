@@ -16,6 +16,7 @@ import grpc
 import h2.config
 import h2.connection
 import h2.events
+import h2.settings
 import psutil
 import pytest
 from test_grpc_identity import Node
@@ -23,7 +24,7 @@ from test_grpc_identity import Node
 from psyche_node.identity import NodeKey
 from psyche_node.network import guard
 from psyche_node.network.certificates import Leaf, issue, null_ca_pem
-from psyche_node.network.guard import MAX_STREAMS
+from psyche_node.network.guard import MAX_CALLS_PER_PEER, MAX_STREAMS
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.server import Limits
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, SERVICE
@@ -276,6 +277,41 @@ def test_calls_that_are_opened_and_reset_do_not_pile_up(attack: Attack) -> None:
             sock.sendall(client.data_to_send())
     attack.served()
     assert psutil.Process().memory_info().rss - before < 64 * MIB
+
+
+def test_answers_that_nobody_reads_are_few(attack: Attack) -> None:
+    """HTTP/2 lets a client say that it takes no bytes. Its calls stay open; beyond some, more are refused."""
+    sockets = []
+    for _ in range(5):
+        sock = attack.tls(attack.member)
+        client = h2_client(sock)
+        client.update_settings({h2.settings.SettingCodes.INITIAL_WINDOW_SIZE: 0})
+        sock.sendall(client.data_to_send())
+        while client.local_settings.initial_window_size:
+            client.receive_data(sock.recv(65536))
+        for number in range(1, 2 * 12, 2):
+            client.send_headers(number, headers("Since"))
+            client.send_data(number, bytes(5), end_stream=True)
+        sock.sendall(client.data_to_send())
+        sock.settimeout(0.2)
+        sockets.append((sock, client))
+    refused = 0
+
+    def rest_refused() -> bool:
+        nonlocal refused
+        for sock, client in sockets:
+            with contextlib.suppress(TimeoutError):
+                for event in client.receive_data(sock.recv(65536)):
+                    if isinstance(event, h2.events.ResponseReceived | h2.events.TrailersReceived):
+                        status = dict(event.headers).get("grpc-status")
+                        refused += status == str(grpc.StatusCode.RESOURCE_EXHAUSTED.value[0])
+        return refused == 5 * 12 - MAX_CALLS_PER_PEER
+
+    until(rest_refused)
+    attack.served()
+    assert attack.victim.guard._open.count(attack.member.public) == MAX_CALLS_PER_PEER
+    attack.close_all()
+    until(lambda: attack.victim.guard._open.count(attack.member.public) == 0)
 
 
 def test_a_connection_that_pings_all_the_time_is_closed(attack: Attack) -> None:

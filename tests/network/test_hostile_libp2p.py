@@ -271,11 +271,11 @@ def test_a_rotated_key_is_a_strangers(tmp_path: Path) -> None:
         async with victim.peer(old), victim.peer(new):
             await until(lambda: PeerUp(slot=0) in victim.events)
             victim.events.clear()
-            assert not victim.node._swarm._is_trusted(peer_of(new.public))
+            assert not victim.node._swarm._is_member(peer_of(new.public))
             await victim.members(new)
             await until(lambda: victim.node._up == {0})
-            assert not victim.node._swarm._is_trusted(peer_of(old.public))
-            assert victim.node._swarm._is_trusted(peer_of(new.public))
+            assert not victim.node._swarm._is_member(peer_of(old.public))
+            assert victim.node._swarm._is_member(peer_of(new.public))
         await until(lambda: PeerDown(slot=0) in victim.events)
 
     attack(tmp_path, scenario)

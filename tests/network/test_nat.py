@@ -216,7 +216,10 @@ def test_symmetric_nat_leaves_push_and_pull(tmp_path: Path, internet: Callable[[
                 assert await paths_of(process) == set()
                 # What is not the public node's came by way of it.
                 assert {event.source for event in process.seen(Fetched)} == {public.key.node_id}
-            assert {event.source for event in public.seen(Fetched)} == {first.key.node_id, second.key.node_id}
+            # What was pushed to that one is here before it looks for it, or after.
+            pushed = {event.source for event in public.seen(Fetched)}
+            assert pushed <= {process.key.node_id for process in processes}
+            assert len(public.seen(Fetched)) == 2 * ROUNDS
             for process in processes:
                 assert "Traceback" not in process.log_text()
                 assert await process.stop() == 0

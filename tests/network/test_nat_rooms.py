@@ -1,12 +1,12 @@
-"""The parts of the NAT ladder one by one, on loopback: sockets, splices, DialBack, standing, punches, rendezvous."""
+"""The parts of the NAT ladder one by one, on loopback: sockets, splices, probes, DialBack, standing."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import socket
+import ssl
 import stat
-import struct
 import threading
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -14,35 +14,20 @@ from pathlib import Path
 
 import pytest
 import trio
-from libp2p.abc import IHost
-from libp2p.exceptions import BaseLibp2pError
+from nat_nodes import Node, meet, record_of, until
 
-from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
-from psyche_node.network.announcements import Announcements
-from psyche_node.network.certificates import issue
+from psyche_node.network.certificates import identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import Guard
-from psyche_node.network.holdings import Holdings
-from psyche_node.network.host import dial, listening, make_host, peer_of
-from psyche_node.network.links import CallFailed, Cause, Links, probe
-from psyche_node.network.nat.dialback import SEEN_SECONDS, DialBack
-from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
-from psyche_node.network.nat.puncher import Puncher
+from psyche_node.network.fanout import Tree
+from psyche_node.network.links import CallFailed, Cause, probe
+from psyche_node.network.nat.dialback import SEEN_SECONDS
 from psyche_node.network.nat.reachability import Reachability, Standing
-from psyche_node.network.nat.rendezvous import MAX_BYTES, PUNCH, PUNCHED, PUNCHES_AT_ONCE, Refused, Rendezvous
 from psyche_node.network.nat.sockets import SocketFolder, connect, local_port, peer_address, punch
 from psyche_node.network.nat.splice import Door, Splice
-from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import Server
-from psyche_node.network.service import NodeService
-from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
 from psyche_node.network.wire import node_pb2 as wire
 
-RUN = bytes(32)
 pytestmark = pytest.mark.timeout(60)
-
 
 # Sockets and splices -------------------------------------------------------------------------------------------------
 
@@ -66,12 +51,6 @@ def enter(door: Door) -> socket.socket:
     client.connect(door.target.removeprefix("unix:"))
     client.settimeout(20)
     return client
-
-
-def until(true: Callable[[], bool]) -> None:
-    """Wait until a thread has done something; the test's own timeout ends it."""
-    while not true():
-        threading.Event().wait(0.005)
 
 
 def test_a_door_leads_one_client_to_the_connection_and_nobody_else_in(folder: SocketFolder) -> None:
@@ -160,65 +139,6 @@ def test_where_a_call_comes_from(said: str, address: str | None) -> None:
 # DialBack ------------------------------------------------------------------------------------------------------------
 
 
-class Node:
-    """A node's gRPC ends, with DialBack and paths, on loopback."""
-
-    def __init__(self, folder: Path) -> None:
-        self.now = 0.0
-        self.key = NodeKey.generate()
-        self.leaf = issue(self.key)
-        self.directory = Directory(self.key.public)
-        self.sockets = SocketFolder(folder / "sockets")
-        self.paths = Paths(self.sockets)
-        self.dialback = DialBack(probe, lambda: self.now)
-        reporter = Reporter(lambda event: None, self.directory.slot)
-        reader = Reader(BlobStore(folder / "blobs"))
-        announcements = Announcements(RUN, self.directory)
-        service = NodeService(
-            announcements,
-            lambda raw, sender: None,
-            Holdings(reader),
-            Traffic(),
-            Faults(),
-            lambda *_: None,
-            lambda _: None,
-        )
-        guard = Guard(self.directory, reporter)
-        self.server = Server(
-            "127.0.0.1",
-            0,
-            lambda: self.leaf,
-            guard,
-            service,
-            more=[self.dialback.handlers()],
-            unix_path=self.sockets.path(SERVER_SOCKET),
-        )
-        self.links = Links(lambda: self.leaf, self.directory, reporter, Traffic(), self.paths)
-
-    def record(self, *, private: bool = False, observed_ip: str = "") -> NodeRecord:
-        """A private one names an address where nobody answers, as it is for those outside."""
-        address = "192.0.2.1:9" if private else f"127.0.0.1:{self.server.port}"
-        where = ("/ip4/127.0.0.1/tcp/1",)
-        leaf = self.leaf
-        return NodeRecord(RUN, self.key.public, 1, where, address, leaf.der_hash, leaf.expires, private, observed_ip)
-
-    def knows(self, *records: NodeRecord) -> None:
-        keys = {self.key.public, *(record.node_key for record in records)}
-        self.directory.set_members(dict(enumerate(sorted(keys))))
-        for record in records:
-            self.directory.add(record, b"")
-
-    def ask(self, other: Node, port: int) -> wire.DialBackReply:
-        request = wire.DialBackRequest(port=port)
-        return self.links.call(other.key.public, "DialBack", request, wire.DialBackReply, 10.0)
-
-    def close(self) -> None:
-        self.paths.close()
-        self.links.close()
-        self.server.stop()
-        self.sockets.close()
-
-
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[[], Node]]:
     nodes: list[Node] = []
@@ -230,11 +150,6 @@ def make(tmp_path: Path) -> Iterator[Callable[[], Node]]:
     yield one
     for node in nodes:
         node.close()
-
-
-def meet(*nodes: Node) -> None:
-    for node in nodes:
-        node.knows(*(other.record() for other in nodes))
 
 
 def test_dialback_says_where_a_call_comes_from_and_who_answers_there(make: Callable[[], Node]) -> None:
@@ -270,6 +185,39 @@ def test_dials_are_paced_and_ports_are_ports(make: Callable[[], Node]) -> None:
             caller.ask(helper, port)
 
 
+def test_a_probe_shows_who_it_is_from(tmp_path: Path) -> None:
+    """A server that asks for a certificate and gets none counts a refused handshake."""
+    server, client = issue(NodeKey.generate()), NodeKey.generate()
+    pem = tmp_path / "server.pem"
+    pem.write_bytes(server.certificate + server.key)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(pem)
+    context.load_verify_locations(cadata=null_ca_pem().decode())
+    context.verify_mode = ssl.CERT_REQUIRED
+    context.verify_flags &= ~ssl.VERIFY_X509_STRICT
+    shown: list[bytes | None] = []
+
+    def serve(listener: socket.socket) -> None:
+        connection = listener.accept()[0]
+        try:
+            with context.wrap_socket(connection, server_side=True) as accepted:
+                shown.append(accepted.getpeercert(binary_form=True))
+        except ssl.SSLError:
+            shown.append(None)
+
+    for own in (issue(client), None):
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            serving = threading.Thread(target=serve, args=(listener,))
+            serving.start()
+            found = probe(f"127.0.0.1:{listener.getsockname()[1]}", own=own)
+            assert found.der_hash == server.der_hash
+            serving.join(20)
+    certificate, nothing = shown
+    assert certificate is not None
+    assert identify(ssl.DER_cert_to_PEM_cert(certificate).encode()).node_key == client.public
+    assert nothing is None
+
+
 # What a node makes of the answers ------------------------------------------------------------------------------------
 
 
@@ -289,11 +237,6 @@ class Answers:
         if reached is None:
             raise CallFailed(Cause.BUSY, "busy")
         return wire.DialBackReply(observed=self.observed, reached=reached)
-
-
-def record_of(number: int, *, private: bool = False) -> NodeRecord:
-    key = bytes([number]) * 32
-    return NodeRecord(RUN, key, 1, ("/ip4/192.0.2.1/tcp/1",), "192.0.2.1:2", bytes(32), 1, private)
 
 
 def standings_of(setting: str, observed: str, reached: list[bool | None]) -> list[Standing]:
@@ -346,184 +289,41 @@ def test_what_a_node_takes_itself_for(
     assert standings_of(setting, observed, reached) == standings
 
 
-# The punch -----------------------------------------------------------------------------------------------------------
+# What others make of it ----------------------------------------------------------------------------------------------
 
 
-@dataclass
-class Trio:
-    """A helper, a caller and a private target."""
-
-    helper: Node
-    caller: Node
-    target: Node
-
-    def punchers(self, made: Callable[[bytes], None]) -> tuple[Puncher, Puncher]:
-        def puncher(node: Node) -> Puncher:
-            return Puncher(node.paths, node.links, node.directory, lambda: node.leaf, made)
-
-        return puncher(self.caller), puncher(self.target)
-
-
-@pytest.fixture
-def three(make: Callable[[], Node]) -> Trio:
-    helper, caller, target = make(), make(), make()
-    meet(helper, caller)
-    hidden = target.record(private=True, observed_ip="127.0.0.1")
-    for node in (helper, caller):
-        node.knows(helper.record(), caller.record(), hidden)
-    target.knows(helper.record(), caller.record(), hidden)
-    return Trio(helper, caller, target)
+def test_private_members_are_leaves_of_the_trees_and_their_blobs_go_to_public_ones() -> None:
+    keys = [bytes([number]) * 32 for number in range(16)]
+    for author in (0, 12):
+        tree = Tree(author, keys[author], keys, keys[10:])
+        inner = [key for key in keys if tree.children(key)]
+        assert len(inner) == 8
+        assert set(inner) <= {keys[author], *keys[:10]}
+        plain = Tree(author, keys[author], keys)
+        public = [key for key in plain.order if key in keys[:10]]
+        assert [key for key in tree.order if key in keys[:10]] == public, "the order is another one"
+        if author == 12:
+            assert tree.children(keys[author]) == public[:2]
 
 
-def run_punch(three: Trio, change: Callable[[wire.Punch], wire.Punch] = lambda reply: reply) -> str:
-    """Have the caller want a path; the helper passes on what ``change`` makes of the reply. Returns why not, or ''."""
-    outcome: list[str] = []
+def test_who_is_reachable_depends_on_records_networks_and_paths() -> None:
+    directory = Directory(bytes([1]) * 32)
+    directory.set_members({number: bytes([number]) * 32 for number in range(1, 5)})
+    plain, private = record_of(2), record_of(3, private=True)
+    near = replace(record_of(4, private=True), observed_ip="203.0.113.9")
+    for record in (plain, private, near):
+        directory.add(record, b"")
 
-    async def scenario() -> None:
-        caller, target = three.punchers(lambda peer: None)
+    def reachable() -> list[bool]:
+        return [directory.reachable(record.node_key) for record in (plain, private, near)]
 
-        async def ask(helper: bytes, peer: bytes, address: str) -> wire.Punch:
-            return change(await target._invited(three.caller.key.public, address, helper))
-
-        async with trio.open_nursery() as target._nursery:
-            try:
-                await caller._through(three.helper.key.public, three.target.key.public, ask)
-                outcome.append("")
-            except (Refused, OSError) as error:
-                outcome.append(str(error))
-                target._nursery.cancel_scope.cancel()
-
-    trio.run(scenario)
-    return outcome[0]
-
-
-def since(node: Node, other: Node) -> wire.SinceReply:
-    return node.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 10.0)
-
-
-def test_a_path_carries_calls_and_is_made_again_when_it_broke(three: Trio) -> None:
-    for _ in range(2):
-        with pytest.raises(CallFailed) as failed:
-            since(three.caller, three.target)
-        assert failed.value.cause is Cause.PRIVATE
-        assert run_punch(three) == ""
-        assert three.caller.paths.punched() == {three.target.key.public}
-        assert since(three.caller, three.target) == wire.SinceReply()
-        path = three.caller.paths.path(three.target.key.public, three.target.leaf.der_hash, ask=False)
-        assert path is not None
-        three.target.paths.close()
-        until(lambda: not path.alive)  # noqa: B023
-        assert three.caller.paths.punched() == set()
-
-
-def test_a_path_is_wanted_for_blobs_only(three: Trio) -> None:
-    wanted: list[bytes] = []
-    three.caller.paths.on_wanted(wanted.append)
-    with pytest.raises(CallFailed):
-        since(three.caller, three.target)
-    assert wanted == []
-    with pytest.raises(CallFailed) as failed:
-        three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 5.0)
-    assert failed.value.cause is Cause.PRIVATE
-    assert wanted == [three.target.key.public]
-
-
-def test_a_helper_cannot_send_anybody_elsewhere(three: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
-    def elsewhere(reply: wire.Punch) -> wire.Punch:
-        return wire.Punch(address="192.0.2.66:80", certificate=reply.certificate)
-
-    def another(reply: wire.Punch) -> wire.Punch:
-        return wire.Punch(address=reply.address, certificate=three.helper.leaf.certificate)
-
-    punched: list[str] = []
-    monkeypatch.setattr(
-        "psyche_node.network.nat.puncher.punch", lambda port, address, seconds: punched.append(address) or 1 / 0
-    )
-    monkeypatch.setattr(Puncher, "_meet", _nothing)
-    assert "its record says 127.0.0.1" in run_punch(three, elsewhere)
-    assert "not the one in its record" in run_punch(three, another)
-    # Nor the target, by naming another address of the caller.
-    three.target.directory.add(replace(three.caller.record(), seq=2, grpc_address="192.0.2.66:80"), b"")
-    assert "its record says 192.0.2.66" in run_punch(three)
-    assert punched == []
-
-
-async def _nothing(*_: object) -> None:
-    pass
-
-
-# The rendezvous over libp2p ------------------------------------------------------------------------------------------
-
-
-def test_a_helper_helps_members_with_addresses_it_has_seen_and_not_too_often(three: Trio) -> None:
-    """The real protocol between three hosts; what the target answers is fixed."""
-    caller, target = three.caller, three.target
-    invitations: list[tuple[bytes, str, bytes]] = []
-    answer = wire.Punch(address="127.0.0.1:7", certificate=b"certificate")
-
-    async def invited(who: bytes, address: str, helper: bytes) -> wire.Punch:
-        invitations.append((who, address, helper))
-        return answer
-
-    async def not_invited(who: bytes, address: str, helper: bytes) -> wire.Punch:
-        raise Refused("not this one")
-
-    async def refusal(address: str) -> str:
-        try:
-            await asking.ask(three.helper.key.public, target.key.public, address)
-        except Refused as error:
-            return str(error)
-        return ""
-
-    async def scenario() -> None:
-        nonlocal asking
-        async with contextlib.AsyncExitStack() as stack:
-            hosts: dict[str, IHost] = {}
-            for name, node, answers in (
-                ("helper", three.helper, not_invited),
-                ("caller", caller, not_invited),
-                ("target", target, invited),
-            ):
-                hosts[name] = make_host(node.key)
-                rendezvous = Rendezvous(hosts[name], node.directory, node.dialback, answers)
-                if name == "caller":
-                    asking = rendezvous
-                port = await stack.enter_async_context(listening(hosts[name], "127.0.0.1", 0))
-                if name == "helper":
-                    where = f"/ip4/127.0.0.1/tcp/{port}"
-            with trio.fail_after(40):
-                await dial(hosts["caller"], three.helper.key.public, where, 10)
-                assert "no connection of yours" in await refusal("127.0.0.1:6")
-                seen = (await trio.to_thread.run_sync(caller.ask, three.helper, 0)).observed
-                assert await refusal(seen) == "not connected to it"
-                await dial(hosts["target"], three.helper.key.public, where, 10)
-                assert "its connections do not come from" in await refusal(seen)
-                assert invitations == [(caller.key.public, seen, three.helper.key.public)]
-                answer.address = (await trio.to_thread.run_sync(target.ask, three.helper, 0)).observed
-                assert await asking.ask(three.helper.key.public, target.key.public, seen) == answer
-                answer.Clear()
-                answer.refusal = "x" * 5000
-                assert set(await refusal(seen)) == {"x"}
-                for _ in range(int(PUNCHES_AT_ONCE)):
-                    last = await refusal(seen)
-                assert last == "too many punches lately"
-                # Rubbish is not answered, and what is not a member's neither.
-                for frame in (struct.pack(">I", MAX_BYTES + 1), struct.pack(">I", 3) + b"\xff" * 3):
-                    assert await answer_to(hosts["caller"], three.helper, frame) == b""
-                three.helper.directory.set_members({0: three.helper.key.public})
-                before = len(invitations)
-                with pytest.raises(BaseLibp2pError):
-                    await asking.ask(three.helper.key.public, target.key.public, seen)
-                assert len(invitations) == before
-
-    async def answer_to(host: IHost, node: Node, frame: bytes) -> bytes:
-        stream = await host.new_stream(peer_of(node.key.public), [PUNCH])
-        await stream.write(frame)
-        with contextlib.suppress(Exception):
-            return await stream.read(100) or b""
-        return b""
-
-    asking: Rendezvous
-    asking = None  # type: ignore[assignment]
-    trio.run(scenario)
-    assert PUNCHED != PUNCH
+    assert reachable() == [True, False, False]
+    # Behind the same NAT.
+    directory.add(replace(record_of(1, private=True), observed_ip="203.0.113.9"), b"")
+    assert directory.own_private()
+    assert reachable() == [True, False, True]
+    directory.on_paths(lambda key: key == private.node_key)
+    assert reachable() == [True, True, True]
+    assert not directory.reachable(bytes(32))
+    assert directory.private() == {bytes([number]) * 32 for number in (1, 3, 4)}
+    assert directory.public(directory.others().values()) == [plain.node_key]

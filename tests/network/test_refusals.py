@@ -4,9 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
+import os
+import signal
+import socket
 import ssl
 import time
 import urllib.request
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +23,10 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 from libp2p import new_host
 from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1
+from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
+from libp2p.identity_utils import create_identity_from_seed
+from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
+from libp2p.security.noise.transport import Transport as Noise
 from network_driver import RUN, Process
 from prometheus_client.parser import text_string_to_metric_families
 from test_grpc_identity import extension_of, forge
@@ -29,6 +38,7 @@ from psyche_node.network.certificates import Leaf, issue
 from psyche_node.network.gossip import Gossip
 from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
 from psyche_node.network.messages import (
+    Configure,
     Fetched,
     FetchFailed,
     GetStats,
@@ -45,6 +55,9 @@ from psyche_node.network.messages import (
 from psyche_node.network.service import SERVICE
 from psyche_node.network.statements import split_address as split_ip
 from psyche_node.network.wire import node_pb2 as wire
+from psyche_node.node.config import NodeConfig
+from psyche_node.node.daemon import Node
+from psyche_node.node.networking import Network
 
 pytestmark = pytest.mark.timeout(120)
 STATS = Stats(
@@ -108,7 +121,14 @@ def grpc_intruders(address: str, member: NodeKey) -> dict[str, grpc.StatusCode]:
 
 
 async def libp2p_intruders(victim: bytes, address: str) -> None:
-    """A peer with another kind of key, and bytes that are no handshake: both are closed."""
+    """A peer with another kind of key, one that claims a key it does not have, and bytes that are no handshake."""
+    liar = NodeKey.generate()
+    pair = create_identity_from_seed(liar.seed)
+    pair.private_key.sign = lambda data: bytes(64)  # type: ignore[method-assign]
+    claimed = new_host(key_pair=pair, sec_opt={NOISE: Noise(pair, noise_privkey=create_noise_key().private_key)})
+    async with listening(claimed, "127.0.0.1", 0):
+        with pytest.raises(Exception, match="fail"):
+            await dial(claimed, victim, address, 20.0)
     odd = new_host(key_pair=create_secp256k1())
     async with listening(odd, "127.0.0.1", 0):
         await dial(odd, victim, address, 20.0)
@@ -157,7 +177,7 @@ def test_every_kind_of_intruder_is_refused_logged_and_counted(tmp_path: Path) ->
                 ("call", Why.IDENTITY),
                 ("call", Why.NOT_A_MEMBER),
                 ("connection", Why.IDENTITY),
-                ("handshake", Why.PROTOCOL),
+                ("handshake", Why.IDENTITY),
             ):
                 async with asyncio.timeout(20):
                     while not any((refusal.what, refusal.why) == (what, why) for refusal in (await stats()).refusals):
@@ -166,13 +186,22 @@ def test_every_kind_of_intruder_is_refused_logged_and_counted(tmp_path: Path) ->
                 found = await asyncio.to_thread(scrape, port)
             name = "psyche_network_refusals_total"
             assert found[name, "handshake", "expired"] == 2
-            assert found[name, "handshake", "identity"] >= 2
+            assert found[name, "handshake", "identity"] >= 1
+            # One without a certificate, and the one that looked up the server's, as every node does: nothing to say.
+            assert found[name, "probe", "other"] >= 2
+            assert "PEER_DID_NOT_RETURN" not in process.log_text()
             assert found[name, "call", "identity"] == 2
             assert found[name, "call", "not-a-member"] == 1
             assert found[name, "connection", "identity"] == 1
             assert found["psyche_network_up",] == 1
             lines = [line for line in process.log_text().splitlines() if "rejected a" in line]
-            for words in ("certificate has expired", "no libp2p extension", "not that of a member", "no Ed25519 key"):
+            for words in (
+                "certificate has expired",
+                "no libp2p extension",
+                "not that of a member",
+                "no Ed25519 key",
+                "its libp2p handshake failed",
+            ):
                 assert any(words in line and '"WARNING"' in line for line in lines), words
             assert {"handshake", "call", "connection"} <= {event.what for event in process.seen(Rejected)}
             assert "Traceback" not in process.log_text()
@@ -182,67 +211,76 @@ def test_every_kind_of_intruder_is_refused_logged_and_counted(tmp_path: Path) ->
     asyncio.run(scenario())
 
 
-def test_a_strangers_gossip_and_what_it_hears(tmp_path: Path) -> None:
-    """It may subscribe; announcements and records go to members alone, and it hears them once it is one."""
-    stranger = NodeKey.generate()
-    heard: list[bytes] = []
+class Listener:
+    """A peer that listens to gossip and writes down what it hears."""
 
-    class Listener:
-        def allows(self, peer: bytes | str) -> bool:
-            return True
+    def __init__(self, key: NodeKey) -> None:
+        self.key, self.heard = key, list[bytes]()
+        self.subscribed = False
 
-        def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
-            heard.append(raw)
-            return True
-
-        def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
-            heard.append(raw)
-            return True
-
-        def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
-            pass
-
-    async def listen(victim: bytes, address: str, published: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
-        host = make_host(stranger)
-        gossip = Gossip(host, RUN, stranger.public, Listener())
+    async def run(self, victim: bytes, address: str, stop: trio.Event) -> None:
+        host = make_host(self.key)
+        gossip = Gossip(host, RUN, self.key.public, self)
         async with listening(host, "127.0.0.1", 0), gossip.running():
-            await dial(host, victim, address, 20.0)
-            with trio.fail_after(60):
-                for topic in (gossip._announcements, gossip._records):
-                    await gossip._pubsub.wait_for_subscription(peer_of(victim), topic, timeout=30)
-                loop.call_soon_threadsafe(subscribed.set)
-                while not heard:
-                    await trio.sleep(0.05)
+            await dial(host, victim, address, 30.0)
+            for topic in (gossip._announcements, gossip._records):
+                await gossip._pubsub.wait_for_subscription(peer_of(victim), topic, timeout=30)
+            self.subscribed = True
+            await stop.wait()
 
-    subscribed = asyncio.Event()
+    def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
+        self.heard.append(raw)
+        return True
+
+    def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
+        return self.gossip_announcement(raw, forwarder)
+
+    def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
+        pass
+
+    def allows(self, peer: bytes | str) -> bool:
+        return True
+
+
+def test_gossip_goes_to_members_and_a_stranger_hears_nothing(tmp_path: Path) -> None:
+    """Both subscribe. The stranger hears as soon as it is a member, over the connection that it has."""
+    member, stranger = Listener(NodeKey.generate()), Listener(NodeKey.generate())
+    stop = trio.Event()
+    token: list[trio.lowlevel.TrioToken] = []
+
+    async def listen(victim: bytes, address: str) -> None:
+        token.append(trio.lowlevel.current_trio_token())
+        with trio.fail_after(100):
+            async with trio.open_nursery() as nursery:
+                for one in (member, stranger):
+                    nursery.start_soon(one.run, victim, address, stop)
 
     async def scenario() -> None:
         process = await Process(tmp_path).start([])
-        loop = asyncio.get_running_loop()
+        rounds = itertools.count()
 
-        async def announce(round: int) -> None:
-            digest, length = process.store.put(round.to_bytes(8), round)
-            await process.ask(Publish(round=round, member=0, digest=digest.hex(), length=length))
+        async def announce_until(condition: Callable[[], bool]) -> None:
+            while not condition():
+                # What is published is on disk already; gossip alone can carry it to somebody without an address.
+                number = next(rounds)
+                digest, length = process.store.put(number.to_bytes(8), number)
+                await process.ask(Publish(round=number, member=0, digest=digest.hex(), length=length))
+                await asyncio.sleep(0.1)
 
         try:
-            await members(process, process.key)
+            await members(process, process.key, member.key)
             victim, address = parse_bootstrap(process.ready.multiaddrs[0])
-            listening_ = asyncio.create_task(asyncio.to_thread(trio.run, listen, victim, address, subscribed, loop))
-            await asyncio.wait([listening_, asyncio.create_task(subscribed.wait())], return_when="FIRST_COMPLETED")
-            # The victim has subscribed the stranger, too, once its record has come by the stranger's topic: announce
-            # until a member would have heard it for sure (several heartbeats of a second).
-            for round in range(6):
-                await announce(round)
-                await asyncio.sleep(0.5)
-            assert heard == []
-            await members(process, process.key, stranger)
-            for round in range(6, 60):
-                if listening_.done():
-                    break
-                await announce(round)
-                await asyncio.sleep(0.5)
-            await listening_
-            assert heard
+            attending = asyncio.create_task(asyncio.to_thread(trio.run, listen, victim, address))
+            async with asyncio.timeout(60):
+                while not (member.subscribed and stranger.subscribed) and not attending.done():
+                    await asyncio.sleep(0.05)
+                await announce_until(lambda: len(member.heard) >= 3 or attending.done())
+                assert stranger.heard == []
+                await members(process, process.key, member.key, stranger.key)
+                await announce_until(lambda: bool(stranger.heard) or attending.done())
+            token[0].run_sync_soon(stop.set)
+            await attending
+            assert stranger.heard
         finally:
             assert await process.stop() == 0
 
@@ -292,6 +330,40 @@ def test_metrics_without_a_network_process_say_so() -> None:
         found = scrape(port)
     assert found["psyche_network_up",] == 0
     assert not any(name[0].startswith("psyche_network_bytes") for name in found)
+
+
+def test_a_node_serves_them_also_when_its_network_process_dies(tmp_path: Path) -> None:
+    """The daemon's own part, over a real network process; what the dead one counted stays counted."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    node = Node(NodeConfig(run="1" * 43, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path))
+    refusals = ("psyche_network_refusals_total", "call", "not-a-member")
+
+    async def scenario() -> None:
+        async with contextlib.AsyncExitStack() as stack:
+            node._network = network = Network(node._on_event)
+            stack.push_async_callback(network.stop)
+            node._serve_metrics(f"127.0.0.1:{port}", stack)
+            before = await asyncio.to_thread(scrape, port)
+            assert (before["psyche_network_up",], before["psyche_network_restarts_total",]) == (0, 0)
+            ready = await network.start(
+                Configure(folder=str(tmp_path), node_key_path=str(tmp_path / "node.key"), run=RUN.hex())
+            )
+            keeping = asyncio.create_task(network.keep())
+            stack.callback(keeping.cancel)
+            server = (await asyncio.to_thread(ssl.get_server_certificate, split_ip(ready.grpc_address))).encode()
+            await asyncio.to_thread(call, ready.grpc_address, server, issue(NodeKey.generate()))
+            found = await asyncio.to_thread(scrape, port)
+            assert (found["psyche_network_up",], found[refusals]) == (1, 1)
+            assert network.process_id is not None
+            os.kill(network.process_id, signal.SIGKILL)
+            async with asyncio.timeout(60):
+                while found["psyche_network_restarts_total",] < 1 or not found["psyche_network_up",]:
+                    found = await asyncio.to_thread(scrape, port)
+            assert found[refusals] == 1
+
+    asyncio.run(scenario())
 
 
 @pytest.mark.parametrize("address", ["", "9464", "localhost:9464", "127.0.0.1:", "127.0.0.1:99999", "::1:9464", "[::1"])

@@ -20,7 +20,7 @@ from psyche_node.network.direct import PROTOCOL
 from psyche_node.network.directory import Directory
 from psyche_node.network.host import peer_of
 from psyche_node.network.links import CallFailed, Cause
-from psyche_node.network.messages import Announced, PeerUp, Publish, Rejected
+from psyche_node.network.messages import Announced, PeerUp, Publish, Rejected, Want, WantEntry
 from psyche_node.network.statements import Announcement
 from psyche_node.network.store import BlobStore
 from psyche_node.network.throttle import Throttle
@@ -106,6 +106,29 @@ def test_each_way_is_taken_when_the_cheaper_one_fails(tmp_path: Path, monkeypatc
                         break
             assert gossiped.raw
             assert heard in third.events
+
+    trio.run(scenario)
+
+
+def test_an_announcement_that_was_lost_is_healed_from_chain_and_peers(tmp_path: Path) -> None:
+    """It reaches one of two. The other knows from the chain that it exists, asks around and hears it."""
+
+    async def scenario() -> None:
+        async with nodes(tmp_path, 3) as (author, second, third):
+            await meet(author, second, third)
+
+            async def lose(raw: bytes) -> None:
+                second.node.gossip_announcement(raw, author.key.public)
+
+            author.node._spreader.spread = lose  # type: ignore[method-assign]
+            heard = await publish(author, 0, 4)
+            await second.hears(heard)
+            assert heard not in third.events
+            # Only the second one may be asked.
+            third.node._directory.ban(author.key.public)
+            want = WantEntry(member=0, digest=heard.digest, length=heard.length)
+            await third.node.handle(Want(round=4, wants=[want]))
+            await third.hears(heard)
 
     trio.run(scenario)
 

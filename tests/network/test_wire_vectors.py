@@ -1,4 +1,4 @@
-"""The known answers of the wire, reached a second time from docs/reference/wire.md: nothing of the network is used.
+"""The known answers of the wire, reached a second time from docs/reference/wire.md, and read by this project's readers.
 
 Messages are encoded by hand here, keys and hashes come from libraries.
 """
@@ -21,6 +21,9 @@ from libp2p.identity_utils import create_identity_from_seed
 from libp2p.peer.id import ID
 from libp2p.security.tls.certificate import decode_signed_key
 
+from psyche_node.network.directory import Directory
+from psyche_node.network.kademlia import Records
+from psyche_node.network.peerstore import Peerstore
 from psyche_node.network.statements import Announcement, Malformed, NodeRecord
 
 VECTORS: dict[str, Any] = json.loads((Path(__file__).parents[1] / "vectors" / "wire.json").read_text())
@@ -110,6 +113,32 @@ def test_gossip_message_ids(row: dict[str, Any]) -> None:
 def test_records_frames(row: dict[str, Any]) -> None:
     body = b"".join(element(1, bytes.fromhex(raw)) for raw in row["records"])
     assert (len(body).to_bytes(4, "big") + body).hex() == row["frame"]
+
+
+@pytest.mark.parametrize("row", VECTORS["announce_frames"])
+def test_announce_frames(row: dict[str, Any]) -> None:
+    body = b"".join(element(1, bytes.fromhex(raw)) for raw in row["announcements"])
+    assert row["frame"] == (len(body).to_bytes(4, "big") + body).hex()
+    assert row["answer"] == "00000000"
+
+
+@pytest.mark.parametrize("row", VECTORS["kademlia"])
+def test_kademlia(row: dict[str, str]) -> None:
+    assert row["key"] == f"/psyche-{row['run'][:32]}/{row['node_key']}"
+    run = bytes.fromhex(row["run"])
+    directory = Directory(bytes(32))
+    directory.set_members({0: bytes.fromhex(row["node_key"])})
+    Records(run, directory).validate(row["key"], bytes.fromhex(row["value"]))
+
+
+@pytest.mark.parametrize("row", VECTORS["peers_files"])
+def test_peers_files(row: dict[str, Any], tmp_path: Path) -> None:
+    body = b"".join(element(1, bytes.fromhex(raw)) for raw in row["records"])
+    raw = b"psyche-node peers 1\n" + blake3(body).digest() + body
+    assert row["file"] == raw.hex()
+    (tmp_path / "peers").write_bytes(raw)
+    known = Peerstore(tmp_path / "peers", bytes.fromhex(VECTORS["names"]["run"]), lambda: 0.0).load()
+    assert [one.raw.hex() for one in known] == row["records"]
 
 
 @pytest.mark.parametrize("row", VECTORS["blobs"], ids=lambda row: str(row["length"]))

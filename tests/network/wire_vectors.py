@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 from libp2p.host.ping import ID as PING
@@ -27,10 +28,12 @@ from psyche_node.identity import NodeKey
 from psyche_node.network import (
     announcements,
     certificates,
+    direct,
     fanout,
     gossip,
     guard,
     messages,
+    peerstore,
     push,
     records,
     service,
@@ -123,6 +126,31 @@ def frame_rows() -> list[Row]:
         body = wire.Records(records=signed).SerializeToString()
         rows.append({"records": [raw.hex() for raw in signed], "frame": (struct.pack(">I", len(body)) + body).hex()})
     return rows
+
+
+def announce_frames() -> list[Row]:
+    """What /psyche/announce/1 carries, and the answer."""
+    rows = []
+    for signed in ([], [row["signed"] for row in announcement_rows()]):
+        body = wire.AnnounceRequest(announcements=[bytes.fromhex(raw) for raw in signed]).SerializeToString()
+        frame = struct.pack(">I", len(body)) + body
+        rows.append({"announcements": signed, "frame": frame.hex(), "answer": direct._TAKEN.hex()})
+    return rows
+
+
+def kademlia_rows() -> list[Row]:
+    """Key and value of a node's record in Kademlia."""
+    name = f"/psyche-{RUN.hex()[:32]}/{KEY.public.hex()}"
+    row = record_rows()[0]
+    return [{"run": RUN.hex(), "node_key": KEY.public.hex(), "key": name, "value": row["signed"]}]
+
+
+def peers_file() -> list[Row]:
+    """The file of known peers, whole."""
+    signed = [row["signed"] for row in record_rows()[:2]]
+    body = wire.Records(records=[bytes.fromhex(raw) for raw in signed]).SerializeToString()
+    raw = peerstore._MAGIC + blake3(body).digest() + body
+    return [{"records": signed, "file": raw.hex()}]
 
 
 def blob_rows() -> list[Row]:
@@ -362,6 +390,9 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "refused": refused,
     "gossip_message_ids": message_ids,
     "records_frames": frame_rows,
+    "announce_frames": announce_frames,
+    "kademlia": kademlia_rows,
+    "peers_files": peers_file,
     "blobs": blob_rows,
     "tls_extension": tls_rows,
     "null_ca": null_ca_rows,

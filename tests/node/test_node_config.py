@@ -7,6 +7,7 @@ from typer.testing import CliRunner
 
 from psyche_node.cli import app
 from psyche_node.exits import Exit
+from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 GOOD = 'run = "{run}"\nrpc = ["http://127.0.0.1:8899"]\nfolder = "node"\nmodel = "model"\ndata = "data"\n'.format(
@@ -83,3 +84,34 @@ def test_command_ends_with_the_exit_code_of_settings_and_names_them() -> None:
     assert "threads: " in done.output
     assert "model: " in done.output
     assert "Traceback" not in done.output
+
+
+@pytest.mark.parametrize(("address", "good"), [("127.0.0.1:9464", True), ("[::1]:0", True), ("9464", False)])
+def test_metrics_are_served_on_an_ip_address_and_a_port(tmp_path: Path, address: str, good: bool) -> None:
+    text = GOOD + f'metrics = "{address}"\n'
+    if good:
+        assert load(tmp_path, text).metrics == address
+    else:
+        with pytest.raises(ConfigError, match=r"write IP:port, for example 127\.0\.0\.1:9464"):
+            load(tmp_path, text)
+
+
+def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
+    def rotate() -> tuple[int, str]:
+        done = CliRunner().invoke(app, ["keys", "rotate", "--folder", str(tmp_path)])
+        return done.exit_code, done.output
+
+    code, said = rotate()
+    first = load_or_create_node_key(tmp_path / "node.key")
+    assert (code, "old node key" in said) == (0, False)
+    assert first.node_id in said
+    code, said = rotate()
+    second = load_or_create_node_key(tmp_path / "node.key")
+    assert code == 0
+    assert first != second
+    assert first.node_id in said
+    assert second.node_id in said
+    # The old key is not written over by a third one.
+    code, said = rotate()
+    assert (code, "is kept there" in said.replace("\n", " ")) == (Exit.NODE_KEY, True)
+    assert load_or_create_node_key(tmp_path / "node.key") == second

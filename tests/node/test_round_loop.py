@@ -343,6 +343,7 @@ def test_wallet_or_endpoint_that_fails_costs_what_was_to_be_sent_only(tmp_path: 
             await it.see(Phase.COOLDOWN, 1, ["apply 0b", "root", "save 1"], sets=sets)
             await it.see(Phase.WARMUP, 1, ["root"], sets=sets, epoch=1)
             await it.see(Phase.ROUND_TRAIN, 1, ["train 1"], sets=sets, epoch=1)
+            await settle(lambda: bool(it.exchange.published))
             assert [what[0] for what in it.chain.sent[:4]] == ["commit", "checkpoint", "ready", "commit"]
             assert it.exchange.published == [1]
             assert [line["round"] for line in it.journal.read() if line["kind"] == "late"] == [0]

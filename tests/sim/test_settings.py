@@ -37,6 +37,12 @@ def test_kill_of_nobody_is_refused(kill: Kill) -> None:
         settings(nodes=4, rounds=10, kills=(kill,))
 
 
+def test_somebody_has_to_be_reachable() -> None:
+    settings(nodes=4, private=3)
+    with pytest.raises(ValidationError, match="has to be reachable"):
+        settings(nodes=4, private=4)
+
+
 def test_chain_of_ones_own_needs_a_wallet_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="funded wallet"):
         settings(rpc="http://127.0.0.1:1")

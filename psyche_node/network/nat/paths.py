@@ -107,6 +107,10 @@ class Paths:
         with self._lock:
             return sum(splice.alive for splice in self._incoming) >= MAX_PATHS
 
+    def has(self, peer: bytes) -> bool:
+        path = self._paths.get(peer)
+        return path is not None and path.alive
+
     def punched(self) -> set[bytes]:
         """Return the nodes that this node has a path to."""
         with self._lock:

@@ -31,7 +31,7 @@ CALL_SECONDS = 3 * DIAL_SECONDS + 1.0
 CHECK_PRIVATE_EVERY = 120.0
 CHECK_PUBLIC_EVERY = 600.0
 # While nobody could be asked yet, or nobody answered.
-RETRY_SECONDS = 1.0
+RETRY_SECONDS = 1.25 * DIAL_EVERY
 LONGEST_RETRY_SECONDS = 30.0
 
 Setting = Literal["auto", "yes", "no"]
