@@ -246,7 +246,9 @@ class Assembly:
         self._open = True
         self._finished = False
         if resume:
-            os.ftruncate(self._descriptor, min(os.fstat(self._descriptor).st_size, manifest.length))
+            # Not without need: ext4 flushes a file that was truncated to nothing when it is closed.
+            if os.fstat(self._descriptor).st_size > manifest.length:
+                os.ftruncate(self._descriptor, manifest.length)
             self._missing.difference_update(self._found())
 
     def missing(self) -> list[int]:

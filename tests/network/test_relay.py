@@ -267,13 +267,14 @@ def test_connections_of_a_line_share_it(echo: Echo) -> None:
 
 
 def test_a_target_that_is_not_there_is_a_connection_that_breaks() -> None:
+    def attempt(address: tuple[str, int]) -> bytes:
+        with socket.create_connection(address, timeout=30) as connection:
+            return connection.recv(1)
+
     with socket.socket() as nobody:
         nobody.bind(("127.0.0.1", 0))
-        with relayed("unlimited/0", nobody.getsockname()) as forward, socket.socket() as client:
-            client.settimeout(30)
-            client.connect(forward.address)
-            with pytest.raises(ConnectionError):
-                client.recv(1)
+        with relayed("unlimited/0", nobody.getsockname()) as forward, pytest.raises(ConnectionError):
+            attempt(forward.address)
 
 
 @pytest.mark.parametrize("moves", [False, True])
