@@ -58,6 +58,10 @@ bench: setup
 	$(BIN)/python -m benchmarks.convergence
 	$(BIN)/python -m benchmarks.ledger
 	$(BIN)/python -m benchmarks.ledger_restart
+	$(BIN)/python -m benchmarks.network
+	$(BIN)/python -m benchmarks.network_fanout
+	$(BIN)/python -m benchmarks.network_gossip
+	$(BIN)/python -m benchmarks.overlap
 
 # What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
 # and for its instructions, ten thousand schedules of a run, replicas over rank layouts for 500 rounds, and 50 kills of

@@ -6,6 +6,11 @@ Those that start a whole network run one after the other: two networks at once w
 from __future__ import annotations
 
 import pytest
+from hypothesis import settings
+
+# How long an example takes says something about the machine only.
+settings.register_profile("patient", deadline=None)
+settings.load_profile("patient")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
