@@ -197,6 +197,12 @@ def test_kademlia_is_for_members_only(tmp_path: Path) -> None:
             # As a member it may.
             await member.members(member, stranger)
             assert await dht.service.value_store._store_at_peer(host, name, mine.raw)
+            # Under that one key: a member's record under any number of names, however long, would fill the memory.
+            for other in (name.replace(b"/psyche", b"/" + b"x" * 1000 + b"/psyche"), name[::-1], name.upper()):
+                assert not await dht.service.value_store._store_at_peer(host, other, mine.raw)
+            long = name[: name.rindex(b"/")] + b"/" + b"x" * 1000 + name[name.rindex(b"/") :]
+            assert not await dht.service.value_store._store_at_peer(host, long, mine.raw)
+            assert set(member.node._swarm.kademlia.service.value_store.store) == {name}
             assert member.node._swarm.kademlia.service.provider_store.get_providers(b"x" * 32) == []
 
     trio.run(scenario)
