@@ -320,8 +320,9 @@ class NetworkNode:
         outcome = self._announcements.offer(raw)
         said = outcome.announcement
         if outcome.verdict is Verdict.REFUSED:
-            self._throttle.refused(sender)
             blamed = sender if said is None else said.node_key
+            # An honest forwarder has not seen the other one of two. A stranger's key is free: its bucket is no price.
+            self._throttle.refused(sender if outcome.slot is None else blamed)
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
             self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
         elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:

@@ -236,6 +236,30 @@ async def _answer(stream: INetStream) -> bytes:
             return b""
 
 
+def test_a_contradiction_is_charged_to_its_author_and_not_to_who_passed_it_on(tmp_path: Path) -> None:
+    author, forwarder = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario() -> None:
+        async with nodes(tmp_path, 1) as (here,):
+            node = here.node
+            node._directory.set_members({0: author.public, 1: forwarder.public})
+            for number in range(100):
+                raw = Announcement(RUN, 1, author.public, number.to_bytes(32), 1).sign(author)
+                assert node.gossip_announcement(raw, forwarder.public) == (number == 0)
+            assert node.allows(forwarder.public)
+            assert not node.allows(author.public)
+            # What nobody signed, or somebody with a key of no value, is the sender's.
+            for _ in range(50):
+                stranger = NodeKey.generate()
+                node.gossip_announcement(b"rubbish", forwarder.public)
+                node.gossip_announcement(
+                    Announcement(RUN, 1, stranger.public, bytes(32), 1).sign(stranger), forwarder.public
+                )
+            assert not node.allows(forwarder.public)
+
+    trio.run(scenario)
+
+
 def test_a_statement_that_was_taken_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
     key = NodeKey.generate()
     directory = Directory(bytes(32))
