@@ -18,6 +18,9 @@ from libp2p.custom_types import TProtocol
 from libp2p.host.exceptions import StreamFailure
 from libp2p.host.ping import ID as PING
 from libp2p.network.stream.exceptions import StreamError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from network_driver import RUN
 
@@ -26,8 +29,19 @@ from psyche_node.ipc import Message
 from psyche_node.network import gate, host, records, swarm
 from psyche_node.network.guard import Pace
 from psyche_node.network.host import dial, listening, make_host, network_of, parse_bootstrap, peer_of
-from psyche_node.network.messages import Configure, MemberEntry, PeerDown, PeerUp, SetMembers, Why
+from psyche_node.network.messages import (
+    Announced,
+    Configure,
+    GetStats,
+    MemberEntry,
+    PeerDown,
+    PeerUp,
+    SetMembers,
+    Stats,
+    Why,
+)
 from psyche_node.network.node import NetworkNode
+from psyche_node.network.statements import Announcement
 
 pytestmark = pytest.mark.timeout(120)
 PATIENCE = 60.0
@@ -243,21 +257,37 @@ def test_an_exchange_of_records_that_dribbles_is_given_up(tmp_path: Path, monkey
 
     async def scenario(victim: Victim) -> None:
         exchange = victim.node._swarm._records
-        async with victim.peer() as attacker:
+        key = NodeKey.generate()
+        async with victim.peer(key) as attacker:
             streams = []
-            while exchange._serving.borrowed_tokens < records.MAX_SERVED_AT_ONCE:
+            while exchange._serving.count(key.public) < records.MAX_SERVED_PER_PEER:
                 stream = await attacker.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
                 await stream.write(struct.pack(">I", records.MAX_BYTES))
                 streams.append(stream)
             # One more is turned away at once, and nothing of it is kept.
             assert await turned_away(attacker, victim)
             with trio.fail_after(PATIENCE), contextlib.suppress(Exception):
-                while exchange._serving.borrowed_tokens:
+                while exchange._serving.count(key.public):
                     for stream in streams:
                         await stream.write(b"\0")
                     await trio.sleep(0.1)
-            await until(lambda: exchange._serving.borrowed_tokens == 0)
+            await until(lambda: exchange._serving.count(key.public) == 0)
         await victim.answers()
+
+    attack(tmp_path, scenario)
+
+
+def test_one_peer_does_not_take_all_places_of_the_exchange_of_records(tmp_path: Path) -> None:
+    async def scenario(victim: Victim) -> None:
+        async with victim.peer() as attacker, victim.peer() as newcomer:
+            for _ in range(records.MAX_SERVED_AT_ONCE):
+                # Those that are too many are reset, at once.
+                with contextlib.suppress(StreamFailure, StreamError):
+                    stream = await attacker.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
+                    await stream.write(struct.pack(">I", records.MAX_BYTES))
+            stream = await newcomer.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
+            await stream.write(struct.pack(">I", 0))
+            assert len(await stream.read(4)) == 4
 
     attack(tmp_path, scenario)
 

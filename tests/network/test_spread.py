@@ -14,7 +14,7 @@ from network_driver import RUN
 from network_here import Here, nodes
 
 from psyche_node.identity import NodeKey
-from psyche_node.network import spread, statements, throttle
+from psyche_node.network import direct, spread, statements, throttle
 from psyche_node.network.announcements import ROUNDS_AHEAD, Announcements, Verdict
 from psyche_node.network.direct import PROTOCOL
 from psyche_node.network.directory import Directory
@@ -223,6 +223,13 @@ def test_who_is_not_a_member_tells_nothing_over_libp2p(tmp_path: Path) -> None:
                 await stream.write(frame)
                 assert await _answer(stream) == b""
             assert await tell(member.key.public, [raw])
+            # Of the places for it one peer has two.
+            for _ in range(direct.MAX_SERVED_PER_PEER):
+                stream = await host.new_stream(peer_of(member.key.public), [PROTOCOL])
+                await stream.write(b"\0")
+            places = member.node._swarm.direct._serving
+            await member.until(lambda: places.count(stranger.key.public) == direct.MAX_SERVED_PER_PEER)
+            assert not await tell(member.key.public, [raw])
 
     trio.run(scenario)
 
