@@ -292,6 +292,85 @@ def test_one_peer_does_not_take_all_places_of_the_exchange_of_records(tmp_path: 
     attack(tmp_path, scenario)
 
 
+def test_gossip_is_taken_of_members_alone_and_on_its_two_topics(tmp_path: Path) -> None:
+    """A topic too many makes a new message of an old one, and py-libp2p keeps the names of all topics."""
+    member, stranger = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member)
+        gossip = victim.node._swarm.gossip
+        raw = Announcement(RUN, 1, member.public, bytes(32), 1).sign(member)
+        topic = gossip._announcements
+        for topics in ([topic, "x"], ["x"], [topic, topic], []):
+            message = rpc_pb2.Message(data=raw, topicIDs=topics)
+            await gossip._pubsub.push_msg(peer_of(member.public), message)
+        right = rpc_pb2.Message(data=raw, topicIDs=[topic])
+        await gossip._pubsub.push_msg(peer_of(stranger.public), right)
+        assert not any(isinstance(event, Announced) for event in victim.events)
+        assert victim.refused("announcement", Why.MALFORMED) == 4
+        assert victim.refused("announcement", Why.NOT_A_MEMBER) == 1
+        await gossip._pubsub.push_msg(peer_of(member.public), right)
+        assert Announced(round=1, member=0, digest=bytes(32).hex(), length=1) in victim.events
+        assert "x" not in {*gossip._router.time_since_last_publish, *gossip._router.recent_message_deliveries}
+
+    attack(tmp_path, scenario)
+
+
+def test_what_is_written_around_a_statement_keeps_no_other_from_being_passed_on(tmp_path: Path) -> None:
+    """py-libp2p drops a message with the author and number of another one, or one that claims to be its own."""
+    member, author = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member, author)
+        gossip = victim.node._swarm.gossip
+        statements = []
+        for round, claimed in enumerate((author.public, author.public, victim.key)):
+            raw = Announcement(RUN, round, member.public, bytes(32), 1).sign(member)
+            around = {"from_id": peer_of(claimed).to_bytes(), "seqno": b"1", "key": bytes(1000)}
+            message = rpc_pb2.Message(data=raw, topicIDs=[gossip._announcements], **around)
+            await gossip._pubsub.push_msg(peer_of(member.public), message)
+            statements.append(raw)
+        passed_on = [one for one in gossip._router.mcache.msgs.values() if one.data in statements]
+        assert [one.data for one in passed_on] == statements
+        assert not any(one.key for one in passed_on)
+
+    attack(tmp_path, scenario)
+
+
+def test_strangers_have_no_place_in_the_mesh_of_gossip(tmp_path: Path) -> None:
+    keys = [NodeKey.generate().public for _ in range(10)]
+    peers = [peer_of(key) for key in keys]
+
+    async def scenario(victim: Victim) -> None:
+        gossip = victim.node._swarm.gossip
+        router, topic = gossip._router, gossip._announcements
+
+        def mesh(*members: bytes) -> set[ID]:
+            victim.node._directory.set_members(dict(enumerate(members)))
+            router.mesh_heartbeat()
+            return router.mesh[topic]
+
+        for peer in peers:
+            router.add_peer(peer, PROTOCOL_ID_V12)
+            gossip._pubsub.peer_topics.setdefault(topic, set()).add(peer)
+            await router.on_peer_subscribed(peer, topic)
+            rpc = rpc_pb2.RPC()
+            rpc.control.graft.add(topicID=topic)
+            await router.handle_rpc(rpc, peer)
+        assert mesh() == set()
+        # It has one as soon as it is known for a member, and none when it is none any more.
+        assert mesh(*keys[:4]) == set(peers[:4])
+        assert mesh(*keys[2:6]) == set(peers[2:6])
+        assert mesh(keys[9]) == {peers[9]}
+        # A member's prune of another topic is not remembered, either.
+        rpc = rpc_pb2.RPC()
+        rpc.control.prune.add(topicID="x")
+        await router.handle_rpc(rpc, peers[9])
+        assert "x" not in router.back_off
+
+    attack(tmp_path, scenario)
+
+
 def test_a_rotated_key_is_a_strangers(tmp_path: Path) -> None:
     """The slot goes on under another key: the old one's connection is no member's any more, the new one's is."""
     old, new = NodeKey.generate(), NodeKey.generate()
