@@ -371,6 +371,29 @@ def test_strangers_have_no_place_in_the_mesh_of_gossip(tmp_path: Path) -> None:
     attack(tmp_path, scenario)
 
 
+def test_the_statistics_of_a_node_do_not_grow_with_the_strangers_it_meets(tmp_path: Path) -> None:
+    member = NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member)
+        before = await victim.node.handle(GetStats())
+        for number in range(1000):
+            victim.node.gossip_bytes(number.to_bytes(32), 2, 3)
+        victim.node.gossip_bytes(member.public, 5, 7)
+        stats = await victim.node.handle(GetStats())
+        assert isinstance(stats, Stats)
+        assert isinstance(before, Stats)
+        assert [(one.slot, one.bytes_sent, one.bytes_received) for one in stats.per_peer] == [(0, 5, 7)]
+        assert (stats.bytes_sent - before.bytes_sent, stats.bytes_received - before.bytes_received) == (2005, 3007)
+        # Who has left is counted with the others.
+        await victim.members()
+        left = await victim.node.handle(GetStats())
+        assert isinstance(left, Stats)
+        assert (left.per_peer, left.bytes_sent) == ([], stats.bytes_sent)
+
+    attack(tmp_path, scenario)
+
+
 def test_a_rotated_key_is_a_strangers(tmp_path: Path) -> None:
     """The slot goes on under another key: the old one's connection is no member's any more, the new one's is."""
     old, new = NodeKey.generate(), NodeKey.generate()
