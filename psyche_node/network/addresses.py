@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import socket
 from dataclasses import dataclass
 
 import base58
+import psutil
 
 from psyche_node.network.statements import RUN_BYTES, join_address, join_multiaddr, split_address
+
+log = logging.getLogger(__name__)
 
 
 class NetworkError(Exception):
@@ -39,6 +43,7 @@ class Addresses:
 def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
     """Return the IP address to announce: ``listen_host``, or for 0.0.0.0 the interface towards the bootstrap node.
 
+    Without a route there, as in a network of its own, it is the first address of any interface that is up.
     Raises NetworkError when ``listen_host`` is no IP address.
     """
     try:
@@ -57,8 +62,22 @@ def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:
             # Connecting a datagram socket sends nothing; it only chooses the interface.
             probe.connect((target, 9))
         except OSError:
-            return "127.0.0.1" if ip.version == 4 else "::1"
+            return _any_address(family)
         return str(probe.getsockname()[0])
+
+
+def _any_address(family: socket.AddressFamily) -> str:
+    up = {name for name, state in psutil.net_if_stats().items() if state.isup}
+    for name, addresses in psutil.net_if_addrs().items():
+        for address in [one.address for one in addresses if one.family == family and name in up]:
+            # Not one that is valid on its link alone ("fe80::1%eth0"), nor the loopback interface's.
+            if "%" not in address and not ipaddress.ip_address(address).is_loopback:
+                return address
+    alone = "127.0.0.1" if family == socket.AF_INET else "::1"
+    log.warning(
+        "no interface has an address but the loopback one; %s is announced, at which nobody else gets in", alone
+    )
+    return alone
 
 
 def parse_run(text: str) -> bytes:

@@ -3,11 +3,13 @@
 A client whose certificate BoringSSL refuses (expired, not issued by the null CA, without its key, none at all) never
 reaches a call, and Python's gRPC has no hook that would tell: the core only writes a line. So file descriptor 2 becomes
 a pipe that a thread reads, and Python's own output goes to where descriptor 2 led before. The pipe never blocks who
-writes: lines beyond what it holds are lost.
+writes: lines beyond what it holds are lost, and so is what is in it when the process crashes. Where it crashed is told
+nevertheless, by Python's fault handler, past the pipe.
 """
 
 from __future__ import annotations
 
+import faulthandler
 import logging
 import os
 import re
@@ -51,6 +53,7 @@ class CoreLog:
         os.close(writing)
         # Line by line, as standard error is; and not through the pipe, which ends with this process.
         sys.stderr = os.fdopen(self._outside, "w", buffering=1, errors="backslashreplace", closefd=False)
+        faulthandler.enable(self._outside)
         threading.Thread(target=self._read, args=(reading,), name="corelog", daemon=True).start()
 
     def _read(self, reading: int) -> None:

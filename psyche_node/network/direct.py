@@ -14,6 +14,7 @@ from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.io.utils import read_exactly
 
+from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
 from psyche_node.network.host import Handlers, key_of, peer_of, reset
 from psyche_node.network.service import MAX_ANNOUNCEMENTS_PER_CALL
@@ -25,6 +26,7 @@ PROTOCOL = TProtocol("/psyche/announce/1")
 MAX_BYTES = MAX_ANNOUNCEMENTS_PER_CALL * (MAX_ANNOUNCEMENT + 8)
 SECONDS = 10.0
 MAX_SERVED_AT_ONCE = 16
+MAX_SERVED_PER_PEER = 2
 _LENGTH = struct.Struct(">I")
 _TAKEN = _LENGTH.pack(0)
 
@@ -34,7 +36,7 @@ class DirectAnnouncements:
 
     def __init__(self, host: IHost, directory: Directory, handlers: Handlers) -> None:
         self._host, self._directory, self._handlers = host, directory, handlers
-        self._serving = trio.CapacityLimiter(MAX_SERVED_AT_ONCE)
+        self._serving = Cap(MAX_SERVED_AT_ONCE, MAX_SERVED_PER_PEER)
         host.set_stream_handler(PROTOCOL, self._serve)
 
     async def tell(self, key: bytes, announcements: list[bytes]) -> bool:
@@ -56,15 +58,11 @@ class DirectAnnouncements:
 
     async def _serve(self, stream: INetStream) -> None:
         key = key_of(stream.muxed_conn.peer_id)
-        try:
-            self._serving.acquire_on_behalf_of_nowait(stream)
-        except trio.WouldBlock:
+        if key is None or self._directory.slot(key) is None or not self._serving.enter(key):
             await reset(stream)
             return
         try:
             with trio.fail_after(SECONDS):
-                if key is None or self._directory.slot(key) is None:
-                    raise Malformed("the peer is not a member")
                 (length,) = _LENGTH.unpack(await read_exactly(stream, _LENGTH.size))
                 if length > MAX_BYTES:
                     raise Malformed(f"{length} bytes of announcements; at most {MAX_BYTES} are read")
@@ -77,7 +75,7 @@ class DirectAnnouncements:
             log.debug("announcements of %s were not taken: %r", stream.muxed_conn.peer_id, error)
             await reset(stream)
         finally:
-            self._serving.release_on_behalf_of(stream)
+            self._serving.leave(key)
 
     def _take(self, body: bytes, key: bytes) -> None:
         request = wire.AnnounceRequest()

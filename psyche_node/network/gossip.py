@@ -9,12 +9,13 @@ import trio
 from blake3 import blake3
 from libp2p.abc import IHost
 from libp2p.peer.id import ID
-from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12, GossipSub
+from libp2p.pubsub.gossipsub import PROTOCOL_ID, PROTOCOL_ID_V11, PROTOCOL_ID_V12
 from libp2p.pubsub.pb import rpc_pb2
 from libp2p.tools.anyio_service import Service, background_trio_service
 
 from psyche_node.network.host import Handlers, key_of
-from psyche_node.network.members_only import MembersPubsub
+from psyche_node.network.members_only import MembersPubsub, MembersRouter
+from psyche_node.network.messages import Why
 
 
 class Gossip:
@@ -28,11 +29,11 @@ class Gossip:
         handlers: Handlers,
         admits: Callable[[ID], bool] = lambda peer: True,
     ) -> None:
-        """``admits``: to whom messages are sent."""
+        """``admits``: with whom messages are exchanged."""
         prefix = f"/psyche/1/{run.hex()[:32]}"
         self._announcements, self._records = f"{prefix}/announcements", f"{prefix}/records"
-        self._own_key, self._handlers = own_key, handlers
-        self._router = GossipSub(
+        self._own_key, self._handlers, self._admits = own_key, handlers, admits
+        self._router = MembersRouter(
             [PROTOCOL_ID_V12, PROTOCOL_ID_V11, PROTOCOL_ID],
             degree=4,
             degree_low=3,
@@ -41,12 +42,13 @@ class Gossip:
             spam_protection_enabled=False,  # it drops all but 10 messages a second and forwarder, without an error
             eclipse_protection_enabled=False,  # it wants three IP networks in the mesh; members are on a list anyway
             adaptive_gossip_enabled=False,
+            admits=admits,
         )
         self._pubsub = MembersPubsub(
             host,
             self._router,
             admits=admits,
-            allows=lambda peer: handlers.allows(key_of(peer) or str(peer)),
+            allows=self._allows,
             msg_id_constructor=_message_id,
             validation_cache_ttl=1,  # a refusal must not outlive the next list of members
             max_inbound_rpc_size=256 * 1024,
@@ -78,10 +80,25 @@ class Gossip:
         await self._publish(self._records, raw)
 
     async def _publish(self, topic: str, raw: bytes) -> None:
-        listeners = [key for peer in self._pubsub.peer_topics.get(topic, ()) if (key := key_of(peer)) is not None]
+        listening = filter(self._admits, self._pubsub.peer_topics.get(topic, ()))
+        listeners = [key for peer in listening if (key := key_of(peer)) is not None]
         await self._pubsub.publish(topic, raw)
         for key in listeners[: self._router.degree]:
             self._handlers.gossip_bytes(key, len(raw), 0)
+
+    def _allows(self, forwarder: ID, message: rpc_pb2.Message) -> bool:
+        """Return whether to look at a message; before anything of it is kept, as all its topics would be, for ever."""
+        peer = key_of(forwarder) or str(forwarder)
+        if list(message.topicIDs) not in ([self._announcements], [self._records]):
+            reason = "a gossip message is on one of this run's two topics, and on nothing else"
+            self._handlers.refused("announcement", peer, reason, Why.MALFORMED)
+            return False
+        if not self._admits(forwarder):
+            # A newcomer's own record may come this way, for nothing: it is asked for records when it connects.
+            if message.topicIDs[0] == self._announcements:
+                self._handlers.refused("announcement", peer, "it is not a member of the run", Why.NOT_A_MEMBER)
+            return False
+        return self._handlers.allows(peer)
 
     def _validator(self, take: Callable[[bytes, bytes | str], bool]) -> Callable[[ID, rpc_pb2.Message], bool]:
         def validate(forwarder: ID, message: rpc_pb2.Message) -> bool:

@@ -47,12 +47,12 @@ class Kademlia:
 
     def __init__(self, host: IHost, run: bytes, directory: Directory, handlers: Handlers) -> None:
         self._host, self._directory, self._handlers = host, directory, handlers
-        self._namespace = f"psyche-{run.hex()[:32]}"
+        self._run = run
         fence = cast(IHost, _Fence(host, directory))
         self.service = KadDHT(
             fence,
             DHTMode.SERVER,
-            validator=NamespacedValidator({self._namespace: Records(run, directory)}, strict_validation=True),
+            validator=NamespacedValidator({_namespace(run): Records(run, directory)}, strict_validation=True),
             validator_changed=True,  # or it adds two kinds of values of its own
             strict_validation=True,
         )
@@ -80,7 +80,7 @@ class Kademlia:
 
     def name(self, key: bytes) -> str:
         """Return the key under which the record of the node with this key is stored."""
-        return f"/{self._namespace}/{key.hex()}"
+        return _name(self._run, key)
 
     async def publish(self, raw: bytes) -> None:
         """Store this node's record at the members nearest to its key."""
@@ -136,6 +136,14 @@ class Kademlia:
         self._asked[key] = (failures + 1, trio.current_time() + wait)
 
 
+def _namespace(run: bytes) -> str:
+    return f"psyche-{run.hex()[:32]}"
+
+
+def _name(run: bytes, key: bytes) -> str:
+    return f"/{_namespace(run)}/{key.hex()}"
+
+
 class Records(Validator):
     """What may be stored: a member's record in its own signed words, the newest one."""
 
@@ -148,8 +156,9 @@ class Records(Validator):
             record = NodeRecord.parse(value, self._run)
         except Malformed as error:
             raise ValueError(f"not a node record of this run: {error}") from None
-        if key.rpartition("/")[2] != record.node_key.hex():
-            raise ValueError("a record under another node's key")
+        # The whole of it: whatever else passed would be kept, up to a mebibyte of name for each record.
+        if key != _name(self._run, record.node_key):
+            raise ValueError("a record under another key than its node's")
         if self._directory.slot(record.node_key) is None:
             raise ValueError("its node is not a member of the run")
 

@@ -72,7 +72,8 @@ class LocalNetwork:
             properties={"dnsaddr": f"{address}/p2p/{node_id}"},
             server=f"{node_id[-32:].lower()}.local.",
         )
-        self._seen = 0
+        self._seen: set[str] = set()
+        self._full = False
         self._browser = ServiceBrowser(self._zeroconf, self._type, handlers=[self._changed])
 
     def announce(self) -> None:
@@ -86,9 +87,17 @@ class LocalNetwork:
         self._zeroconf.close()
 
     def _changed(self, zeroconf: Zeroconf, service_type: str, name: str, state_change: ServiceStateChange) -> None:
-        if name == self._name or state_change is ServiceStateChange.Removed or self._seen >= MAX_SERVICES:
+        if name == self._name:
             return
-        self._seen += state_change is ServiceStateChange.Added
+        if state_change is ServiceStateChange.Removed:
+            self._seen.discard(name)
+            return
+        if len(self._seen) >= MAX_SERVICES and name not in self._seen:
+            if not self._full:
+                log.warning("%d nodes say by mDNS where they are; more are not listened to", MAX_SERVICES)
+            self._full = True
+            return
+        self._seen.add(name)
         info = ServiceInfo(service_type, name)
         if not info.load_from_cache(zeroconf) and not info.request(zeroconf, ANSWER_MS):
             return

@@ -86,7 +86,7 @@ class NetworkNode:
         self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
         self._reporter = Reporter(emit, self._directory.slot)
-        self._traffic = Traffic()
+        self._traffic = Traffic(self._vouches)
         self._sockets = SocketFolder(Path(configure.folder) / "sockets")
         self._paths = Paths(self._sockets)
         self._directory.on_paths(self._paths.has)
@@ -238,6 +238,7 @@ class NetworkNode:
         self._directory.set_members(members)
         self._links.retain(set(members.values()))
         self._paths.retain(set(members.values()))
+        self._traffic.retain()
         self._report_connections()
         self._fetcher.sources_changed()
         self._swarm.wake()
@@ -262,11 +263,12 @@ class NetworkNode:
 
     def _stats(self) -> Stats:
         per_peer = self._traffic.per_peer()
+        sent_in_all, received_in_all = self._traffic.totals()
         connected = self._swarm.connected()
         punched = self._paths.punched()
         return Stats(
-            bytes_sent=sum(sent for sent, _ in per_peer.values()),
-            bytes_received=sum(received for _, received in per_peer.values()),
+            bytes_sent=sent_in_all,
+            bytes_received=received_in_all,
             blob_bytes_sent=self._traffic.blob_sent,
             blob_bytes_received=self._traffic.blob_received,
             peers=len(connected),
@@ -320,8 +322,9 @@ class NetworkNode:
         outcome = self._announcements.offer(raw)
         said = outcome.announcement
         if outcome.verdict is Verdict.REFUSED:
-            self._throttle.refused(sender)
             blamed = sender if said is None else said.node_key
+            # An honest forwarder has not seen the other one of two. A stranger's key is free: its bucket is no price.
+            self._throttle.refused(sender if outcome.slot is None else blamed)
             where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
             self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
         elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:

@@ -16,6 +16,7 @@ from libp2p.abc import IHost, INetStream
 from libp2p.custom_types import TProtocol
 from libp2p.io.utils import read_exactly
 
+from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
 from psyche_node.network.host import Handlers, key_of, peer_of, reset
 from psyche_node.network.statements import Malformed
@@ -27,6 +28,7 @@ MAX_BYTES = 1 << 20
 MAX_RECORDS = 300
 SECONDS = 10.0
 MAX_SERVED_AT_ONCE = 16
+MAX_SERVED_PER_PEER = 2
 # One Yamux frame and its header then fill exactly one Noise message; larger writes cost twice the CPU.
 WRITE_BYTES = 65_507
 _LENGTH = struct.Struct(">I")
@@ -40,7 +42,7 @@ class RecordExchange:
     ) -> None:
         """``spread`` passes on, by gossip, a record that was new here."""
         self._host, self._directory, self._handlers, self._spread = host, directory, handlers, spread
-        self._serving = trio.CapacityLimiter(MAX_SERVED_AT_ONCE)
+        self._serving = Cap(MAX_SERVED_AT_ONCE, MAX_SERVED_PER_PEER)
         host.set_stream_handler(PROTOCOL, self._serve)
 
     async def ask(self, key: bytes) -> None:
@@ -57,16 +59,12 @@ class RecordExchange:
             await reset(stream)
 
     async def _serve(self, stream: INetStream) -> None:
-        try:
-            self._serving.acquire_on_behalf_of_nowait(stream)
-        except trio.WouldBlock:
+        key = key_of(stream.muxed_conn.peer_id)
+        if key is None or not self._serving.enter(key):
             await reset(stream)
             return
         try:
             with trio.fail_after(SECONDS):
-                key = key_of(stream.muxed_conn.peer_id)
-                if key is None:
-                    raise Malformed("a peer without an Ed25519 key")
                 await self._receive(stream, key)
                 await self._send(stream, key)
                 await stream.close()
@@ -74,7 +72,7 @@ class RecordExchange:
             log.debug("serving records failed: %r", error)
             await reset(stream)
         finally:
-            self._serving.release_on_behalf_of(stream)
+            self._serving.leave(key)
 
     async def _send(self, stream: INetStream, key: bytes) -> None:
         body = wire.Records(records=self._directory.raw_records(MAX_RECORDS)).SerializeToString()

@@ -5,22 +5,27 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable
 
 from psyche_node.identity import node_id
 from psyche_node.ipc import Message
 from psyche_node.network.messages import RefusalCount, Rejected, Why
+from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
 REPEAT_SECONDS = 10.0
 _MAX_TRACKED = 4096
+# Refusals of all peers together that are not members: each may come with a fresh key.
+STRANGERS_PER_SECOND = 0.5
+STRANGERS_AT_ONCE = 100.0
+_STRANGERS = "strangers"
 
 
 class Reporter:
     """Sends events; says a refusal once per peer, kind, class and ten seconds, and then how many it left out.
 
-    Every refusal is counted, said or not.
+    Of peers that are not members it says 100 at once and one in two seconds. Every refusal is counted, said or not.
     """
 
     def __init__(
@@ -34,6 +39,8 @@ class Reporter:
         self._lock = threading.Lock()
         self._said: dict[tuple[str, str, Why], tuple[float, int]] = {}
         self._refusals: Counter[tuple[str, Why]] = Counter()
+        self._of_strangers = Throttle(STRANGERS_PER_SECOND, STRANGERS_AT_ONCE, clock)
+        self._unsaid = 0
 
     def rejected(
         self, what: str, peer: bytes | str, reason: str, why: Why = Why.OTHER, *, always: bool = False
@@ -45,7 +52,7 @@ class Reporter:
         self.count(what, why)
         name = peer if isinstance(peer, str) else node_id(peer)
         member = None if isinstance(peer, str) else self._slot(peer)
-        left_out = 0
+        left_out = unsaid = 0
         if not always:
             now, key = self._clock(), (what, name, why)
             with self._lock:
@@ -53,12 +60,19 @@ class Reporter:
                 if now - since < REPEAT_SECONDS:
                     self._said[key] = (since, count + 1)
                     return
+                if member is None:
+                    if not self._of_strangers.allows(_STRANGERS):
+                        self._unsaid += 1
+                        return
+                    unsaid, self._unsaid = self._unsaid, 0
                 left_out = count
                 if len(self._said) >= _MAX_TRACKED:
                     self._said.pop(next(iter(self._said)))
                 self._said[key] = (now, 0)
         if left_out:
             reason = f"{reason} ({left_out} more like it since the last report)"
+        if unsaid:
+            reason = f"{reason} (and {unsaid} refusals of others that are not members since then)"
         whose = "a peer that is not a member" if member is None else f"member {member}"
         log.warning("rejected a %s of %s, %s: %s", what, whose, name, reason)
         self.emit(Rejected(what=what, peer=name, member=member, reason=reason, why=why))
@@ -76,26 +90,45 @@ class Reporter:
 
 
 class Traffic:
-    """Counts bytes of message bodies per peer key. Any thread."""
+    """Counts bytes of message bodies: by key of peers that ``named`` says yes to, and of all together. Any thread."""
 
-    def __init__(self) -> None:
+    def __init__(self, named: Callable[[bytes], bool] = lambda key: True) -> None:
+        self._named = named
         self._lock = threading.Lock()
-        self._sent: defaultdict[bytes, int] = defaultdict(int)
-        self._received: defaultdict[bytes, int] = defaultdict(int)
+        # Strangers have as many keys as they like: by key they would fill memory, and the reply to GetStats.
+        self._peers: dict[bytes, tuple[int, int]] = {}
+        self._sent = self._received = 0
         self.blob_sent = 0
         self.blob_received = 0
 
     def sent(self, peer: bytes, count: int, *, blob: bool = False) -> None:
         with self._lock:
-            self._sent[peer] += count
+            self._count(peer, count, 0)
             self.blob_sent += count if blob else 0
 
     def received(self, peer: bytes, count: int, *, blob: bool = False) -> None:
         with self._lock:
-            self._received[peer] += count
+            self._count(peer, 0, count)
             self.blob_received += count if blob else 0
 
-    def per_peer(self) -> dict[bytes, tuple[int, int]]:
-        """Return (sent, received) in bytes for every peer there was traffic with."""
+    def _count(self, peer: bytes, sent: int, received: int) -> None:
+        self._sent += sent
+        self._received += received
+        if self._named(peer):
+            before = self._peers.get(peer, (0, 0))
+            self._peers[peer] = (before[0] + sent, before[1] + received)
+
+    def retain(self) -> None:
+        """Forget the peers that ``named`` says no to by now; their bytes stay in the totals."""
         with self._lock:
-            return {key: (self._sent[key], self._received[key]) for key in {*self._sent, *self._received}}
+            self._peers = {key: counted for key, counted in self._peers.items() if self._named(key)}
+
+    def totals(self) -> tuple[int, int]:
+        """Return (sent, received) in bytes, of all peers together."""
+        with self._lock:
+            return self._sent, self._received
+
+    def per_peer(self) -> dict[bytes, tuple[int, int]]:
+        """Return (sent, received) in bytes for every peer that is counted by itself."""
+        with self._lock:
+            return dict(self._peers)

@@ -13,7 +13,7 @@ from psyche_node.ipc import Message
 from psyche_node.network.addresses import NetworkError, announced_host, parse_run
 from psyche_node.network.messages import Configure, MemberEntry, NetworkShutdown, Rejected, SetMembers, Shutdown
 from psyche_node.network.node import NetworkNode
-from psyche_node.network.reports import REPEAT_SECONDS, Reporter, Traffic
+from psyche_node.network.reports import REPEAT_SECONDS, STRANGERS_AT_ONCE, STRANGERS_PER_SECOND, Reporter, Traffic
 
 PEER = NodeKey(bytes(32)).node_id
 
@@ -95,3 +95,21 @@ def test_traffic_is_counted_per_peer() -> None:
     traffic.received(b"b", 7, blob=True)
     assert traffic.per_peer() == {b"a": (15, 0), b"b": (0, 7)}
     assert (traffic.blob_sent, traffic.blob_received) == (5, 7)
+
+
+def test_strangers_with_fresh_keys_are_said_now_and_then_and_members_always() -> None:
+    events: list[Message] = []
+    now = 100.0
+    reporter = Reporter(events.append, {b"k" * 32: 3}.get, clock=lambda: now)
+    for number in range(1000):
+        reporter.rejected("call", number.to_bytes(32), "no")
+    assert len(events) == STRANGERS_AT_ONCE
+    reporter.rejected("call", b"k" * 32, "no")
+    now += 1.01 / STRANGERS_PER_SECOND
+    reporter.rejected("call", b"j" * 32, "no")
+    member, stranger = events[int(STRANGERS_AT_ONCE) :]
+    assert isinstance(member, Rejected)
+    assert isinstance(stranger, Rejected)
+    assert member.reason == "no"
+    assert "900 refusals" in stranger.reason
+    assert [one.count for one in reporter.refusals()] == [1002]

@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import os
 import signal
+import socket
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
+import psutil
 import pytest
 import trio
 from network_driver import RUN, Process, network
 from network_here import Here, nodes
+from zeroconf import ServiceStateChange, Zeroconf
 
 from psyche_node.identity import NodeKey
-from psyche_node.network import health, kademlia, swarm
+from psyche_node.network import health, kademlia, lan, swarm
+from psyche_node.network.addresses import announced_host
 from psyche_node.network.directory import MAX_CANDIDATES, Directory, Known
 from psyche_node.network.health import PartDied
-from psyche_node.network.messages import Announced, MemberEntry, PeerUp, Publish, SetMembers
+from psyche_node.network.messages import Announced, MemberEntry, PeerUp, Publish, Rejected, SetMembers
 from psyche_node.network.peerstore import MAX_BYTES, MAX_RECORDS, Peerstore
 from psyche_node.network.statements import NodeRecord
 
@@ -197,6 +203,12 @@ def test_kademlia_is_for_members_only(tmp_path: Path) -> None:
             # As a member it may.
             await member.members(member, stranger)
             assert await dht.service.value_store._store_at_peer(host, name, mine.raw)
+            # Under that one key: a member's record under any number of names, however long, would fill the memory.
+            for other in (name.replace(b"/psyche", b"/" + b"x" * 1000 + b"/psyche"), name[::-1], name.upper()):
+                assert not await dht.service.value_store._store_at_peer(host, other, mine.raw)
+            long = name[: name.rindex(b"/")] + b"/" + b"x" * 1000 + name[name.rindex(b"/") :]
+            assert not await dht.service.value_store._store_at_peer(host, long, mine.raw)
+            assert set(member.node._swarm.kademlia.service.value_store.store) == {name}
             assert member.node._swarm.kademlia.service.provider_store.get_providers(b"x" * 32) == []
 
     trio.run(scenario)
@@ -222,6 +234,65 @@ def test_members_on_one_local_network_find_each_other_without_bootstrap(tmp_path
                     process.process.wait()
 
     asyncio.run(scenario())
+
+
+def test_mdns_goes_on_when_many_have_come_and_gone(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    asked: list[str] = []
+
+    class Answered(lan.ServiceInfo):
+        def load_from_cache(self, zeroconf: Zeroconf, now: float | None = None) -> bool:
+            asked.append(self.name)
+            return True
+
+    monkeypatch.setattr(lan, "ServiceInfo", Answered)
+    address = "/ip4/127.0.0.1/tcp/9"
+    local = lan.LocalNetwork(RUN, NodeKey.generate().node_id, address, "127.0.0.1", lambda key, where: None)
+
+    def says(name: str, change: ServiceStateChange) -> bool:
+        asked.clear()
+        local._changed(local._zeroconf, local._type, f"{name}.{local._type}", change)
+        return bool(asked)
+
+    added, updated, removed = ServiceStateChange.Added, ServiceStateChange.Updated, ServiceStateChange.Removed
+    try:
+        for number in range(2 * lan.MAX_SERVICES):
+            assert says(str(number), added)
+            says(str(number), removed)
+        with caplog.at_level(logging.WARNING):
+            assert [says(str(number), added) for number in range(lan.MAX_SERVICES + 2)][-3:] == [True, False, False]
+        assert caplog.text.count("more are not listened to") == 1
+        assert says("0", updated)
+        says("0", removed)
+        assert says("new", added)
+    finally:
+        local.close()
+
+
+def test_without_any_route_the_address_of_an_interface_is_announced(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def no_route(*_: object) -> None:
+        raise OSError(errno.ENETUNREACH, "Network is unreachable")
+
+    def address(text: str) -> SimpleNamespace:
+        return SimpleNamespace(family=socket.AF_INET6 if ":" in text else socket.AF_INET, address=text)
+
+    found = {
+        "lo": [address("127.0.0.1"), address("::1")],
+        "down": [address("192.0.2.7")],
+        "eth0": [address("fe80::1%eth0"), address("2001:db8::5"), address("192.168.7.5")],
+    }
+    monkeypatch.setattr(socket.socket, "connect", no_route)
+    monkeypatch.setattr(psutil, "net_if_addrs", lambda: found)
+    monkeypatch.setattr(psutil, "net_if_stats", lambda: {name: SimpleNamespace(isup=name != "down") for name in found})
+    assert announced_host("0.0.0.0", []) == "192.168.7.5"
+    assert announced_host("::", []) == "2001:db8::5"
+    assert not caplog.text
+    del found["eth0"]
+    assert announced_host("0.0.0.0", []) == "127.0.0.1"
+    assert "nobody else gets in" in caplog.text
 
 
 def test_a_hint_is_tried_for_members_only_and_bounded(tmp_path: Path) -> None:
@@ -272,6 +343,23 @@ def test_a_dead_part_of_libp2p_ends_the_process_in_its_own_way(
     died = caught.value.subgroup(PartDied)
     assert died is not None
     assert part in repr(died.exceptions)
+
+
+def test_a_node_that_looks_at_itself_does_not_refuse_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "CHECK_EVERY", 0.02)
+    monkeypatch.setattr(health, "LISTEN_EVERY", 0.02)
+
+    async def scenario() -> None:
+        async with nodes(tmp_path, 1) as (here,):
+
+            def probes() -> int:
+                return sum(one.count for one in here.node._reporter.refusals() if one.what == "probe")
+
+            await here.until(lambda: probes() >= 3)
+            assert {one.what for one in here.node._reporter.refusals()} == {"probe"}
+            assert not any(isinstance(event, Rejected) for event in here.events)
+
+    trio.run(scenario)
 
 
 # Without any connection ---------------------------------------------------------------------------------------------

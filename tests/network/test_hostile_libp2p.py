@@ -18,6 +18,9 @@ from libp2p.custom_types import TProtocol
 from libp2p.host.exceptions import StreamFailure
 from libp2p.host.ping import ID as PING
 from libp2p.network.stream.exceptions import StreamError
+from libp2p.peer.id import ID
+from libp2p.pubsub.gossipsub import PROTOCOL_ID_V12
+from libp2p.pubsub.pb import rpc_pb2
 from libp2p.stream_muxer.yamux.yamux import Yamux
 from network_driver import RUN
 
@@ -26,8 +29,19 @@ from psyche_node.ipc import Message
 from psyche_node.network import gate, host, records, swarm
 from psyche_node.network.guard import Pace
 from psyche_node.network.host import dial, listening, make_host, network_of, parse_bootstrap, peer_of
-from psyche_node.network.messages import Configure, MemberEntry, PeerDown, PeerUp, SetMembers, Why
+from psyche_node.network.messages import (
+    Announced,
+    Configure,
+    GetStats,
+    MemberEntry,
+    PeerDown,
+    PeerUp,
+    SetMembers,
+    Stats,
+    Why,
+)
 from psyche_node.network.node import NetworkNode
+from psyche_node.network.statements import Announcement
 
 pytestmark = pytest.mark.timeout(120)
 PATIENCE = 60.0
@@ -243,21 +257,139 @@ def test_an_exchange_of_records_that_dribbles_is_given_up(tmp_path: Path, monkey
 
     async def scenario(victim: Victim) -> None:
         exchange = victim.node._swarm._records
-        async with victim.peer() as attacker:
+        key = NodeKey.generate()
+        async with victim.peer(key) as attacker:
             streams = []
-            while exchange._serving.borrowed_tokens < records.MAX_SERVED_AT_ONCE:
+            while exchange._serving.count(key.public) < records.MAX_SERVED_PER_PEER:
                 stream = await attacker.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
                 await stream.write(struct.pack(">I", records.MAX_BYTES))
                 streams.append(stream)
             # One more is turned away at once, and nothing of it is kept.
             assert await turned_away(attacker, victim)
             with trio.fail_after(PATIENCE), contextlib.suppress(Exception):
-                while exchange._serving.borrowed_tokens:
+                while exchange._serving.count(key.public):
                     for stream in streams:
                         await stream.write(b"\0")
                     await trio.sleep(0.1)
-            await until(lambda: exchange._serving.borrowed_tokens == 0)
+            await until(lambda: exchange._serving.count(key.public) == 0)
         await victim.answers()
+
+    attack(tmp_path, scenario)
+
+
+def test_one_peer_does_not_take_all_places_of_the_exchange_of_records(tmp_path: Path) -> None:
+    async def scenario(victim: Victim) -> None:
+        async with victim.peer() as attacker, victim.peer() as newcomer:
+            for _ in range(records.MAX_SERVED_AT_ONCE):
+                # Those that are too many are reset, at once.
+                with contextlib.suppress(StreamFailure, StreamError):
+                    stream = await attacker.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
+                    await stream.write(struct.pack(">I", records.MAX_BYTES))
+            stream = await newcomer.new_stream(peer_of(victim.key), [TProtocol(records.PROTOCOL)])
+            await stream.write(struct.pack(">I", 0))
+            assert len(await stream.read(4)) == 4
+
+    attack(tmp_path, scenario)
+
+
+def test_gossip_is_taken_of_members_alone_and_on_its_two_topics(tmp_path: Path) -> None:
+    """A topic too many makes a new message of an old one, and py-libp2p keeps the names of all topics."""
+    member, stranger = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member)
+        gossip = victim.node._swarm.gossip
+        raw = Announcement(RUN, 1, member.public, bytes(32), 1).sign(member)
+        topic = gossip._announcements
+        for topics in ([topic, "x"], ["x"], [topic, topic], []):
+            message = rpc_pb2.Message(data=raw, topicIDs=topics)
+            await gossip._pubsub.push_msg(peer_of(member.public), message)
+        right = rpc_pb2.Message(data=raw, topicIDs=[topic])
+        await gossip._pubsub.push_msg(peer_of(stranger.public), right)
+        assert not any(isinstance(event, Announced) for event in victim.events)
+        assert victim.refused("announcement", Why.MALFORMED) == 4
+        assert victim.refused("announcement", Why.NOT_A_MEMBER) == 1
+        await gossip._pubsub.push_msg(peer_of(member.public), right)
+        assert Announced(round=1, member=0, digest=bytes(32).hex(), length=1) in victim.events
+        assert "x" not in {*gossip._router.time_since_last_publish, *gossip._router.recent_message_deliveries}
+
+    attack(tmp_path, scenario)
+
+
+def test_what_is_written_around_a_statement_keeps_no_other_from_being_passed_on(tmp_path: Path) -> None:
+    """py-libp2p drops a message with the author and number of another one, or one that claims to be its own."""
+    member, author = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member, author)
+        gossip = victim.node._swarm.gossip
+        statements = []
+        for round, claimed in enumerate((author.public, author.public, victim.key)):
+            raw = Announcement(RUN, round, member.public, bytes(32), 1).sign(member)
+            around = {"from_id": peer_of(claimed).to_bytes(), "seqno": b"1", "key": bytes(1000)}
+            message = rpc_pb2.Message(data=raw, topicIDs=[gossip._announcements], **around)
+            await gossip._pubsub.push_msg(peer_of(member.public), message)
+            statements.append(raw)
+        passed_on = [one for one in gossip._router.mcache.msgs.values() if one.data in statements]
+        assert [one.data for one in passed_on] == statements
+        assert not any(one.key for one in passed_on)
+
+    attack(tmp_path, scenario)
+
+
+def test_strangers_have_no_place_in_the_mesh_of_gossip(tmp_path: Path) -> None:
+    keys = [NodeKey.generate().public for _ in range(10)]
+    peers = [peer_of(key) for key in keys]
+
+    async def scenario(victim: Victim) -> None:
+        gossip = victim.node._swarm.gossip
+        router, topic = gossip._router, gossip._announcements
+
+        def mesh(*members: bytes) -> set[ID]:
+            victim.node._directory.set_members(dict(enumerate(members)))
+            router.mesh_heartbeat()
+            return router.mesh[topic]
+
+        for peer in peers:
+            router.add_peer(peer, PROTOCOL_ID_V12)
+            gossip._pubsub.peer_topics.setdefault(topic, set()).add(peer)
+            await router.on_peer_subscribed(peer, topic)
+            rpc = rpc_pb2.RPC()
+            rpc.control.graft.add(topicID=topic)
+            await router.handle_rpc(rpc, peer)
+        assert mesh() == set()
+        # It has one as soon as it is known for a member, and none when it is none any more.
+        assert mesh(*keys[:4]) == set(peers[:4])
+        assert mesh(*keys[2:6]) == set(peers[2:6])
+        assert mesh(keys[9]) == {peers[9]}
+        # A member's prune of another topic is not remembered, either.
+        rpc = rpc_pb2.RPC()
+        rpc.control.prune.add(topicID="x")
+        await router.handle_rpc(rpc, peers[9])
+        assert "x" not in router.back_off
+
+    attack(tmp_path, scenario)
+
+
+def test_the_statistics_of_a_node_do_not_grow_with_the_strangers_it_meets(tmp_path: Path) -> None:
+    member = NodeKey.generate()
+
+    async def scenario(victim: Victim) -> None:
+        await victim.members(member)
+        before = await victim.node.handle(GetStats())
+        for number in range(1000):
+            victim.node.gossip_bytes(number.to_bytes(32), 2, 3)
+        victim.node.gossip_bytes(member.public, 5, 7)
+        stats = await victim.node.handle(GetStats())
+        assert isinstance(stats, Stats)
+        assert isinstance(before, Stats)
+        assert [(one.slot, one.bytes_sent, one.bytes_received) for one in stats.per_peer] == [(0, 5, 7)]
+        assert (stats.bytes_sent - before.bytes_sent, stats.bytes_received - before.bytes_received) == (2005, 3007)
+        # Who has left is counted with the others.
+        await victim.members()
+        left = await victim.node.handle(GetStats())
+        assert isinstance(left, Stats)
+        assert (left.per_peer, left.bytes_sent) == ([], stats.bytes_sent)
 
     attack(tmp_path, scenario)
 

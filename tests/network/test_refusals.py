@@ -9,6 +9,8 @@ import os
 import signal
 import socket
 import ssl
+import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable
@@ -285,6 +287,13 @@ def test_gossip_goes_to_members_and_a_stranger_hears_nothing(tmp_path: Path) -> 
             assert await process.stop() == 0
 
     asyncio.run(scenario())
+
+
+def test_where_a_process_crashed_is_told_although_its_standard_error_is_its_own() -> None:
+    code = "import os; from psyche_node.network.corelog import CoreLog; CoreLog(); os.abort()"
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
+    assert ended.returncode == -signal.SIGABRT
+    assert b"Fatal Python error: Aborted" in ended.stderr
 
 
 # The numbers that a node serves --------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from network_driver import RUN
 from network_here import Here, nodes
 
 from psyche_node.identity import NodeKey
-from psyche_node.network import spread, statements, throttle
+from psyche_node.network import direct, spread, statements, throttle
 from psyche_node.network.announcements import ROUNDS_AHEAD, Announcements, Verdict
 from psyche_node.network.direct import PROTOCOL
 from psyche_node.network.directory import Directory
@@ -223,6 +223,13 @@ def test_who_is_not_a_member_tells_nothing_over_libp2p(tmp_path: Path) -> None:
                 await stream.write(frame)
                 assert await _answer(stream) == b""
             assert await tell(member.key.public, [raw])
+            # Of the places for it one peer has two.
+            for _ in range(direct.MAX_SERVED_PER_PEER):
+                stream = await host.new_stream(peer_of(member.key.public), [PROTOCOL])
+                await stream.write(b"\0")
+            places = member.node._swarm.direct._serving
+            await member.until(lambda: places.count(stranger.key.public) == direct.MAX_SERVED_PER_PEER)
+            assert not await tell(member.key.public, [raw])
 
     trio.run(scenario)
 
@@ -234,6 +241,30 @@ async def _answer(stream: INetStream) -> bytes:
             return await stream.read(4)
         except (MuxedStreamError, IOException):
             return b""
+
+
+def test_a_contradiction_is_charged_to_its_author_and_not_to_who_passed_it_on(tmp_path: Path) -> None:
+    author, forwarder = NodeKey.generate(), NodeKey.generate()
+
+    async def scenario() -> None:
+        async with nodes(tmp_path, 1) as (here,):
+            node = here.node
+            node._directory.set_members({0: author.public, 1: forwarder.public})
+            for number in range(100):
+                raw = Announcement(RUN, 1, author.public, number.to_bytes(32), 1).sign(author)
+                assert node.gossip_announcement(raw, forwarder.public) == (number == 0)
+            assert node.allows(forwarder.public)
+            assert not node.allows(author.public)
+            # What nobody signed, or somebody with a key of no value, is the sender's.
+            for _ in range(50):
+                stranger = NodeKey.generate()
+                node.gossip_announcement(b"rubbish", forwarder.public)
+                node.gossip_announcement(
+                    Announcement(RUN, 1, stranger.public, bytes(32), 1).sign(stranger), forwarder.public
+                )
+            assert not node.allows(forwarder.public)
+
+    trio.run(scenario)
 
 
 def test_a_statement_that_was_taken_is_not_verified_again(monkeypatch: pytest.MonkeyPatch) -> None:
