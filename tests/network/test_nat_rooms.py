@@ -120,6 +120,14 @@ def test_two_ports_punch_through_to_each_other() -> None:
             end.close()
 
 
+def test_an_address_without_a_route_is_no_path() -> None:
+    """Connecting fails at once there, and the socket that was not connected looks like one that is."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = local_port(server)
+    with pytest.raises(OSError, match="unreachable"):
+        punch(port, "255.255.255.255:9", 0.2)
+
+
 @pytest.mark.parametrize(
     ("said", "address"),
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import itertools
 import os
@@ -80,10 +81,11 @@ def punch(port: int, address: str, seconds: float) -> socket.socket:
         try:
             while (now := time.monotonic()) < deadline:
                 if calling is None and now >= retry_at:
-                    calling = _bound(address, port)
-                    calling.setblocking(False)
-                    calling.connect_ex(split_address(address))
-                    waiting.register(calling, select.POLLOUT)
+                    try:
+                        calling = _begun(address, port)
+                        waiting.register(calling, select.POLLOUT)
+                    except OSError as error:
+                        reason, retry_at = error, now + _RETRY_SECONDS
                 until = deadline if calling is not None else min(deadline, retry_at)
                 for descriptor, _ in waiting.poll(max(1, int(1000 * (until - now)))):
                     if descriptor == listener.fileno():
@@ -101,6 +103,18 @@ def punch(port: int, address: str, seconds: float) -> socket.socket:
         finally:
             if calling is not None:
                 calling.close()
+
+
+def _begun(address: str, port: int) -> socket.socket:
+    """Return a socket that connects to ``address``. Raises OSError when that fails at once: nothing is on its way."""
+    calling = _bound(address, port)
+    calling.setblocking(False)
+    code = calling.connect_ex(split_address(address))
+    if code not in (0, errno.EINPROGRESS):
+        # The socket itself would say neither so nor why, as without a route.
+        calling.close()
+        raise OSError(code, os.strerror(code))
+    return calling
 
 
 def _accept(listener: socket.socket, address: str) -> socket.socket | None:
