@@ -21,6 +21,7 @@ from psyche_node.network.certificates import identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import Tree
 from psyche_node.network.links import CallFailed, Cause, probe
+from psyche_node.network.nat import sockets
 from psyche_node.network.nat.dialback import SEEN_SECONDS
 from psyche_node.network.nat.reachability import Reachability, Standing
 from psyche_node.network.nat.sockets import SocketFolder, connect, local_port, peer_address, punch
@@ -118,6 +119,19 @@ def test_two_ports_punch_through_to_each_other() -> None:
             punch(ports[0], "127.0.0.1:9", 0.2)
         for end in [*ends, *made]:
             end.close()
+
+
+def test_a_punch_that_is_refused_is_repeated_only_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has others punch at a stranger does not flood it with that."""
+    begun: list[str] = []
+    begin = sockets._begun
+    monkeypatch.setattr(sockets, "_RETRY_SECONDS", (0.001,) * 3)
+    monkeypatch.setattr(sockets, "_begun", lambda address, port: begun.append(address) or begin(address, port))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = local_port(server)
+    with pytest.raises(OSError, match="refused"):
+        punch(port, "127.0.0.1:9", 1.0)
+    assert len(begun) == 4
 
 
 def test_an_address_without_a_route_is_no_path() -> None:
