@@ -29,6 +29,10 @@ from psyche_node.network.statements import NodeRecord, split_address
 from psyche_node.network.wire import node_pb2 as wire
 
 PROBE_SECONDS = 3.0
+# A private node in what looks like this node's own network did not answer there: so long it is taken to be in another
+# one, behind the same NAT, and twice as long each time.
+FAR_SECONDS = 60.0
+LONGEST_FAR_SECONDS = 3600.0
 M = TypeVar("M", bound=Message)
 
 
@@ -131,6 +135,16 @@ class _Link:
     path: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Far:
+    """A private node that was not found by these words of its record; its network is not tried before ``due``."""
+
+    address: str
+    tls_leaf: bytes
+    seconds: float
+    due: float
+
+
 class Stream:
     """The pieces of one Fetch call. ``cancel`` may be called from any thread."""
 
@@ -159,13 +173,14 @@ class Links:
         reporter: Reporter,
         traffic: Traffic,
         paths: Paths | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``paths`` leads to private nodes; without it they cannot be called."""
         self._leaf, self._directory, self._reporter, self._traffic = leaf, directory, reporter, traffic
-        self._paths = paths
+        self._paths, self._clock = paths, clock
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
-        self._far: set[tuple[bytes, str]] = set()
+        self._far: dict[bytes, _Far] = {}
         self._failures: dict[bytes, tuple[float, CallFailed]] = {}
         self._lock = threading.Lock()
 
@@ -241,8 +256,8 @@ class Links:
         """Close the channels to all other nodes."""
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
-            self._far = {(peer, address) for peer, address in self._far if peer in peers}
-            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in peers}
+            self._far = {peer: far for peer, far in list(self._far.items()) if peer in peers}
+            self._failures = {peer: failure for peer, failure in list(self._failures.items()) if peer in peers}
         for link in gone:
             link.channel.close()
 
@@ -262,9 +277,9 @@ class Links:
                 # Somebody else tried while this thread waited; to try again would let all wait for one another.
                 raise CallFailed(failure.cause, str(failure))
             own = self._leaf()
-            hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
-            basis = (record.grpc_address, record.tls_leaf, hidden, own)
             link = self._links.get(peer)
+            hidden = self._directory.hidden(record) or self._is_far(record, link)
+            basis = (record.grpc_address, record.tls_leaf, hidden, own)
             if link is not None:
                 if link.basis == basis and (link.path is None or link.path.alive):
                     return link
@@ -283,13 +298,28 @@ class Links:
                 except CallFailed as error:
                     self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
-                        # Behind a NAT that is shared by many networks; the next call goes another way.
-                        self._far.add((peer, record.grpc_address))
+                        # Behind a NAT that is shared by many networks, or just started anew: another way for a while.
+                        self._found_far(record)
                     raise
                 self._failures.pop(peer, None)
+                self._far.pop(peer, None)
                 link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
             self._links[peer] = link
             return link
+
+    def _is_far(self, record: NodeRecord, link: _Link | None) -> bool:
+        far = self._far.get(record.node_key)
+        if far is None or (far.address, far.tls_leaf) != (record.grpc_address, record.tls_leaf):
+            return False
+        # A path that works is not given up for a try.
+        on_path = link is not None and link.path is not None and link.path.alive
+        return on_path or self._clock() < far.due
+
+    def _found_far(self, record: NodeRecord) -> None:
+        far, seconds = self._far.get(record.node_key), FAR_SECONDS
+        if far is not None and (far.address, far.tls_leaf) == (record.grpc_address, record.tls_leaf):
+            seconds = min(2 * far.seconds, LONGEST_FAR_SECONDS)
+        self._far[record.node_key] = _Far(record.grpc_address, record.tls_leaf, seconds, self._clock() + seconds)
 
     def _identify(self, record: NodeRecord, own: Leaf) -> PeerCertificate:
         """Return the certificate that the node shows at its address, if it is the one in its record."""
