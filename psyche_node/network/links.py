@@ -66,7 +66,8 @@ _CAUSES = {
     grpc.StatusCode.NOT_FOUND: Cause.MISSING,
     grpc.StatusCode.FAILED_PRECONDITION: Cause.UNWANTED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Cause.SLOW,
-    grpc.StatusCode.CANCELLED: Cause.SLOW,
+    # The channel was closed to be made anew, or the server gave the place to somebody else.
+    grpc.StatusCode.CANCELLED: Cause.BUSY,
 }
 
 
@@ -150,6 +151,7 @@ class Stream:
 
     def __init__(self, call: Any, failed: Callable[[Any], CallFailed], received: Callable[[int], None]) -> None:
         self._call, self._failed, self._received = call, failed, received
+        self._cancelled = False
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -157,9 +159,12 @@ class Stream:
                 self._received(len(piece))
                 yield piece
         except grpc.RpcError as error:
+            if self._cancelled and error.code() is grpc.StatusCode.CANCELLED:
+                raise CallFailed(Cause.SLOW, "nothing came for too long") from None
             raise self._failed(error) from None
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._call.cancel()
 
 

@@ -42,7 +42,7 @@ from psyche_node.network.guard import (
     Streams,
 )
 from psyche_node.network.holdings import Holdings
-from psyche_node.network.links import CallFailed, Cause, Links, probe
+from psyche_node.network.links import CallFailed, Cause, Links, Stream, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
@@ -459,6 +459,26 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     while (cause := failure_of(a, b, digest)) is not None:
         assert cause is Cause.BUSY
         assert time.monotonic() < deadline, "the streams were not given back"
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [(lambda links, stream: links.close(), Cause.BUSY), (lambda links, stream: stream.cancel(), Cause.SLOW)],
+)
+def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
+    make: Callable[[], Node], end: Callable[[Links, Stream], None], cause: Cause
+) -> None:
+    a, b = make(), make()
+    a.knows(b)
+    b.knows(a)
+    digest, _ = b.store.put(os.urandom(32 << 20), 0)
+    stream = a.links.fetch(b.key.public, digest, 0, 32, 30.0)
+    pieces = iter(stream)
+    next(pieces)
+    end(a.links, stream)
+    with pytest.raises(CallFailed) as failure:
+        list(pieces)
+    assert failure.value.cause is cause
 
 
 def failure_of(client: Node, server: Node, digest: bytes) -> Cause | None:
