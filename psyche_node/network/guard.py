@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -149,7 +150,8 @@ class Streams:
     """Caps on open uploads, in all and per peer.
 
     A stream has a time in which even a slow link takes a piece. One that has not got on for so long is ended as soon as
-    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set.
+    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set. And
+    one that reads just fast enough does not keep others out: who has no place takes one of whoever has most.
     """
 
     def __init__(
@@ -166,15 +168,18 @@ class Streams:
         """Take a place for a stream, whose call ``end`` ends; None: there is no free one."""
         now = self._clock()
         place = Place(peer, now + STREAM_SECONDS, end)
-        overdue: list[Place] = []
+        ended: list[Place] = []
         with self._lock:
             if not self._free(peer):
-                overdue = [late for late in self._open if late.due <= now]
+                ended = [late for late in self._open if late.due <= now]
                 self._open = [other for other in self._open if other.due > now]
+            if not self._free(peer) and (spare := self._spare(peer)) is not None:
+                ended.append(spare)
+                self._open.remove(spare)
             if free := self._free(peer):
                 self._open.append(place)
-        for late in overdue:
-            late.end()
+        for other in ended:
+            other.end()
         return place if free else None
 
     def moves(self, place: Place) -> None:
@@ -185,6 +190,14 @@ class Streams:
         with self._lock:
             if place in self._open:
                 self._open.remove(place)
+
+    def _spare(self, peer: bytes) -> Place | None:
+        """Return the place that a peer without one may take: of the peer with most, the one that moved least lately."""
+        counts = Counter(place.peer for place in self._open)
+        most, count = counts.most_common(1)[0]
+        if counts[peer] or count == 1:
+            return None
+        return min((place for place in self._open if place.peer == most), key=lambda place: place.due)
 
     def _free(self, peer: bytes) -> bool:
         return len(self._open) < self._total and sum(place.peer == peer for place in self._open) < self._per_peer

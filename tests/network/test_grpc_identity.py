@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -379,19 +380,41 @@ def test_hostile_requests_end_with_a_status_and_the_server_lives(
 
 def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     streams = Streams()
-    peers = [bytes([number]) for number in range(MAX_STREAMS)]
 
-    def enter(peer: bytes) -> Place | None:
-        return streams.enter(peer, lambda: pytest.fail("it is not overdue"))
+    def enter(peer: int) -> Place | None:
+        return streams.enter(bytes([peer]), lambda: pytest.fail("it is not overdue"))
 
-    first = [enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)]
+    first = [enter(0) for _ in range(MAX_STREAMS_PER_PEER + 1)]
     assert [place is not None for place in first] == [True] * MAX_STREAMS_PER_PEER + [False]
-    opened = sum(enter(peer) is not None for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
-    assert opened == MAX_STREAMS - MAX_STREAMS_PER_PEER
-    assert enter(b"another") is None
+    for place in first[1:-1]:
+        assert place is not None
+        streams.leave(place)
+    assert sum(enter(peer) is not None for peer in range(1, 2 * MAX_STREAMS)) == MAX_STREAMS - 1
     assert first[0] is not None
     streams.leave(first[0])
-    assert enter(b"another") is not None
+    assert enter(255) is not None
+
+
+def test_who_has_no_stream_takes_the_place_of_one_of_those_who_has_most() -> None:
+    """Four members that read a piece just before it is late would otherwise have all places, for ever."""
+    now = 50.0
+    streams = Streams(total=5, per_peer=3, clock=lambda: now)
+    ended: list[int] = []
+    places = [
+        streams.enter(peer, partial(ended.append, number)) for number, peer in enumerate([b"a", b"a", b"a", b"b"])
+    ]
+    streams.enter(b"c", lambda: None)
+    now += 1
+    for number in (0, 2):
+        place = places[number]
+        assert place is not None
+        streams.moves(place)
+    assert streams.enter(b"b", lambda: None) is None, "it has a place"
+    assert streams.enter(b"d", lambda: None) is not None
+    assert ended == [1]
+    assert streams.enter(b"e", lambda: None) is not None
+    assert ended == [1, 0]
+    assert streams.enter(b"f", lambda: None) is None, "all have one"
 
 
 def test_a_stream_that_does_not_get_on_makes_room_when_its_place_is_wanted() -> None:
