@@ -27,6 +27,10 @@ MAX_STREAMS_PER_PEER = 8
 MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
+# A call counts once, and once more for each of these: some 16 digests to look for, or as much of a reply as is read,
+# copied and encrypted in about the time of a call.
+REQUEST_BYTES_PER_CALL = 512
+REPLY_BYTES_PER_CALL = 64 * 1024
 MAX_PACED = 4096
 MAX_CALLS = 1024
 MAX_CALLS_PER_PEER = 32
@@ -37,7 +41,10 @@ Context = Any  # grpc.ServicerContext; grpcio has no types
 
 
 class Pace:
-    """Calls per second and peer: a bucket that holds ``burst`` calls and refills at ``rate`` calls a second."""
+    """Calls per second and peer: a bucket that holds ``burst`` calls and refills at ``rate`` calls a second.
+
+    A call that costs as much as several is charged afterwards, when that is known; a peer may owe one bucket.
+    """
 
     def __init__(
         self, rate: float = CALLS_PER_SECOND, burst: float = CALLS_AT_ONCE, clock: Callable[[], float] = time.monotonic
@@ -47,16 +54,26 @@ class Pace:
         self._lock = threading.Lock()
 
     def allows(self, peer: bytes) -> bool:
-        now = self._clock()
+        """Count a call of ``peer``, if its bucket holds one."""
         with self._lock:
-            if len(self._buckets) >= MAX_PACED and peer not in self._buckets:
-                # The oldest ones; whoever is forgotten starts anew with a full bucket.
-                for other in list(self._buckets)[: MAX_PACED // 4]:
-                    del self._buckets[other]
-            left, since = self._buckets.get(peer, (self._burst, now))
-            left = min(self._burst, left + (now - since) * self._rate)
+            left, now = self._level(peer)
             self._buckets[peer] = (left - 1 if left >= 1 else left, now)
             return left >= 1
+
+    def charge(self, peer: bytes, calls: int) -> None:
+        """Count as many calls more, whether the bucket holds them or not."""
+        with self._lock:
+            left, now = self._level(peer)
+            self._buckets[peer] = (max(left - calls, -self._burst), now)
+
+    def _level(self, peer: bytes) -> tuple[float, float]:
+        now = self._clock()
+        if len(self._buckets) >= MAX_PACED and peer not in self._buckets:
+            # The oldest ones; whoever is forgotten starts anew with a full bucket.
+            for other in list(self._buckets)[: MAX_PACED // 4]:
+                del self._buckets[other]
+        left, since = self._buckets.get(peer, (self._burst, now))
+        return min(self._burst, left + (now - since) * self._rate), now
 
 
 class Guard:
@@ -81,7 +98,7 @@ class Guard:
                 self._guarded(handler.stream_unary), handler.request_deserializer, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            self._guarded(self._priced(handler.unary_unary)), handler.request_deserializer, handler.response_serializer
         )
 
     def caller(self, context: Context) -> bytes:
@@ -121,6 +138,15 @@ class Guard:
             return behaviour(key, request, context)
 
         return guarded
+
+    def _priced(self, behaviour: Callable[[bytes, bytes, Context], bytes]) -> Callable[[bytes, bytes, Context], bytes]:
+        def priced(key: bytes, request: bytes, context: Context) -> bytes:
+            self._pace.charge(key, len(request) // REQUEST_BYTES_PER_CALL)
+            reply = behaviour(key, request, context)
+            self._pace.charge(key, len(reply) // REPLY_BYTES_PER_CALL)
+            return reply
+
+        return priced
 
     def _refuse(
         self,

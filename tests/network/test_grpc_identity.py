@@ -49,7 +49,7 @@ from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, BlobStore, Manifest, Reader
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
@@ -445,6 +445,36 @@ def test_calls_are_paced_per_peer() -> None:
     assert pace.allows(b"b")
     now += 1.0
     assert [pace.allows(b"a") for _ in range(3)] == [True, True, False]
+    # What a call costs beyond its one is owed, and at most a bucket of it.
+    pace.charge(b"a", 100)
+    now += 2.0
+    assert not pace.allows(b"a")
+    now += 0.5
+    assert pace.allows(b"a")
+
+
+def test_a_call_that_costs_more_counts_for_more(make: Callable[[], Node]) -> None:
+    """Digests to look for, and a reply that is long; what nobody can help but ask counts once."""
+    a, b = make(), make()
+    a.knows(b)
+    b.knows(a)
+    pace = Pace(rate=0.0, burst=100.0, clock=lambda: 0.0)
+    b.guard._pace = pace
+
+    def left() -> float:
+        return pace._buckets[a.key.public][0]
+
+    a.ask(b)
+    assert left() == 99
+    request = wire.SinceRequest(wanted=[bytes([number]) * DIGEST_BYTES for number in range(256)])
+    a.links.call(b.key.public, "Since", request, wire.SinceReply, 5.0)
+    assert left() == 98 - request.ByteSize() // 512 == 98 - 17
+    pieces = tuple(os.urandom(DIGEST_BYTES) for _ in range(8192))
+    manifest = Manifest(8192 * PIECE_BYTES, pieces)
+    held = b.service._holdings.begin(b.store.begin(manifest, 0))
+    a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 5.0)
+    assert left() == 80 - 4
+    b.service._holdings.end(held)
 
 
 def test_a_peer_that_calls_too_often_is_told_so(make: Callable[[], Node]) -> None:
