@@ -271,14 +271,16 @@ def test_a_sender_that_stops_loses_its_place(
         stopped.set()
         over.wait(30)
 
-    monkeypatch.setattr(push, "push_seconds", lambda length: 1.0)
+    monkeypatch.setattr(push, "HEADER_SECONDS", 1.0)
+    monkeypatch.setattr(push, "STREAM_SECONDS", 1.0)
     causes: list[Cause | None] = []
     pushing = threading.Thread(target=lambda: causes.append(sender.push(half(), 30.0)))
     pushing.start()
     assert stopped.wait(10)
     # One at a time of each sender.
     assert sender.push(parts) is Cause.BUSY
-    pushing.join(20)
+    # Long before the time for all of it is over.
+    pushing.join(15)
     assert causes == [Cause.BUSY]
     over.set()
     monkeypatch.undo()
@@ -287,6 +289,42 @@ def test_a_sender_that_stops_loses_its_place(
     while (cause := sender.push(parts)) is Cause.BUSY:
         time.sleep(0.01)
     assert cause is None
+
+
+def test_what_nobody_looks_for_does_not_keep_out_what_is_looked_for(
+    tmp_path: Path, receiver: Receiver, sender: Sender
+) -> None:
+    """Members that announce large blobs and push them as slowly as they may."""
+    others = [Sender(tmp_path / str(number), receiver) for number in range(push.MAX_UNASKED_PUSHES)]
+    members = [receiver.key.public, *(one.key.public for one in (sender, *others))]
+    receiver.directory.set_members(dict(enumerate(members)))
+    begun, over = threading.Semaphore(0), threading.Event()
+
+    def half(parts: list[bytes]) -> Iterator[bytes]:
+        yield from parts[:3]
+        begun.release()
+        over.wait(30)
+
+    pushing = []
+    for number, one in enumerate(others):
+        digest = one.blob(DATA + bytes([number]))
+        one.announce(digest, len(DATA) + 1)
+        pushing.append(threading.Thread(target=one.push, args=(half(one.parts(digest)), 30.0)))
+        pushing[-1].start()
+        assert begun.acquire(timeout=20)
+    until_taken = time.monotonic() + 20
+    while len(receiver.files()) < len(others):
+        assert time.monotonic() < until_taken
+        time.sleep(0.01)
+    digest = sender.blob()
+    sender.announce(digest, len(DATA))
+    assert sender.push(sender.parts(digest)) is Cause.BUSY
+    receiver.wants[ROUND, digest] = len(DATA)
+    assert sender.push(sender.parts(digest)) is None
+    over.set()
+    for one, thread in zip(others, pushing, strict=True):
+        one.links.close()
+        thread.join()
 
 
 def test_a_push_needs_a_member(receiver: Receiver, sender: Sender) -> None:
