@@ -7,6 +7,7 @@ whose only root is this very leaf. If somebody else answers later, the handshake
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -26,6 +27,7 @@ from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
+from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 PROBE_SECONDS = 3.0
@@ -33,6 +35,8 @@ PROBE_SECONDS = 3.0
 # one, behind the same NAT, and twice as long each time.
 FAR_SECONDS = 60.0
 LONGEST_FAR_SECONDS = 3600.0
+# A push of which the receiver takes less than a piece in so long is given up; it would not take less than that itself.
+PUSH_STALL_SECONDS = 10.0
 M = TypeVar("M", bound=Message)
 
 
@@ -220,16 +224,27 @@ class Links:
         return _open(target, link.certificate, link.basis[-1])
 
     def push(self, peer: bytes, parts: Iterator[bytes], timeout: float) -> None:
-        """Send a blob to ``peer`` as Push wants it. Raises CallFailed."""
+        """Send a blob to ``peer`` as Push wants it. Raises CallFailed, too, when it is not taken for some time."""
         link = self._link(peer)
+        left, moved = PIECE_BYTES, time.monotonic()
 
         def counted() -> Iterator[bytes]:
+            nonlocal left, moved
             for part in parts:
                 self._traffic.sent(peer, len(part), blob=True)
                 yield part
+                left -= len(part)
+                if left <= 0:
+                    left, moved = PIECE_BYTES, time.monotonic()
 
         try:
-            link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
+            call = link.channel.stream_unary(f"/{SERVICE}/Push").future(counted(), timeout=timeout)
+            while (wait := moved + PUSH_STALL_SECONDS - time.monotonic()) > 0:
+                with contextlib.suppress(grpc.FutureTimeoutError):
+                    call.result(wait)
+                    return
+            call.cancel()
+            raise CallFailed(Cause.SLOW, f"it took nothing for {PUSH_STALL_SECONDS:.0f} s")
         except (grpc.RpcError, ValueError) as error:
             if isinstance(error, ValueError) or error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None

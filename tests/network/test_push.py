@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
-from psyche_node.network import push
+from psyche_node.network import links, push
 from psyche_node.network.announcements import Announcements, Verdict
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
@@ -21,6 +23,7 @@ from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Rejected
 from psyche_node.network.push import PART_BYTES, PushReceiver, parts_of
+from psyche_node.network.pusher import Pusher, _Copies
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -84,7 +87,7 @@ class Sender:
         self.key = NodeKey.generate()
         leaf = issue(self.key)
         self.receiver = receiver
-        directory = Directory(self.key.public)
+        self.directory = directory = Directory(self.key.public)
         members = {0: receiver.key.public, 1: self.key.public}
         for one in (directory, receiver.directory):
             one.set_members(members)
@@ -289,6 +292,78 @@ def test_a_sender_that_stops_loses_its_place(
     while (cause := sender.push(parts)) is Cause.BUSY:
         time.sleep(0.01)
     assert cause is None
+
+
+@pytest.mark.parametrize(("stall_seconds", "copies"), [(30.0, 1), (1.0, 2)])
+def test_a_receiver_that_takes_nothing_does_not_keep_a_blob_from_the_others(
+    tmp_path: Path, sender: Sender, monkeypatch: pytest.MonkeyPatch, stall_seconds: float, copies: int
+) -> None:
+    """Two copies go out at once, and the next member is asked when one of them does not get on."""
+    monkeypatch.setattr(links, "PUSH_STALL_SECONDS", stall_seconds)
+    digest, over = sender.blob(), threading.Event()
+    receivers = [Receiver(tmp_path / f"receiver {number}") for number in range(3)]
+    stuck, *others = receivers
+    begin = stuck.store.begin
+    stuck.store.begin = lambda *args: over.wait(30) and begin(*args)  # type: ignore[assignment, return-value]
+    members = dict(enumerate([sender.key.public, *(one.key.public for one in receivers)]))
+    sender.directory.set_members(members)
+    for one in receivers:
+        one.directory.set_members(members)
+        one.wants[ROUND, digest] = len(DATA)
+        sender.directory.add(one.record(), b"")
+
+    async def scenario() -> None:
+        keys = [one.key.public for one in receivers]
+        pusher = Pusher(sender.links, lambda round: keys, sender.reader, lambda: True)
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pusher.run)
+                pusher.published(ROUND, digest, len(DATA), b"")
+                while any(one.store.path(digest) is None for one in others[:copies]):
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(scenario)
+    finally:
+        over.set()
+        for one in receivers:
+            one.server.stop()
+
+
+def test_a_node_that_is_public_for_a_while_pushes_again_afterwards(sender: Sender) -> None:
+    private, digest = True, sender.blob()
+
+    async def scenario() -> None:
+        nonlocal private
+        pusher = Pusher(sender.links, lambda round: [], sender.reader, lambda: private)
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pusher.run)
+                pusher.published(ROUND, digest, len(DATA), b"")
+                await trio.testing.wait_all_tasks_blocked()
+                private = False
+                while pusher._blobs[digest].started:
+                    await trio.sleep(0.01)
+                private = True
+                pusher.wake()
+                await trio.testing.wait_all_tasks_blocked()
+                assert pusher._blobs[digest].started
+                nursery.cancel_scope.cancel()
+
+    trio.run(scenario)
+
+
+def test_a_line_that_is_too_slow_for_two_copies_at_once_gets_one() -> None:
+    copies, (a, b, c) = _Copies(), (b"a", b"b", b"c")
+    assert copies.next([a, b, c], 0.0) == a
+    copies.running.add(a)
+    assert copies.next([a, b, c], 0.0) == b
+    copies.failed(b, Cause.SLOW, 0.0)
+    assert copies.next([a, b, c], 0.0) is None
+    copies.running.discard(a)
+    copies.holders.add(a)
+    assert copies.next([a, b, c], 0.0) == c
 
 
 def test_what_nobody_looks_for_does_not_keep_out_what_is_looked_for(
