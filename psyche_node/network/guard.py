@@ -27,9 +27,9 @@ MAX_STREAMS_PER_PEER = 8
 MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
-# A call counts once, and once more for each of these: some 16 digests to look for, or as much of a reply as is read,
+# A call counts once, and once more for each of these: some 30 digests to look for, or as much of a reply as is read,
 # copied and encrypted in about the time of a call.
-REQUEST_BYTES_PER_CALL = 512
+REQUEST_BYTES_PER_CALL = 1024
 REPLY_BYTES_PER_CALL = 64 * 1024
 MAX_PACED = 4096
 MAX_CALLS = 1024

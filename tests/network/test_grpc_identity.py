@@ -468,12 +468,12 @@ def test_a_call_that_costs_more_counts_for_more(make: Callable[[], Node]) -> Non
     assert left() == 99
     request = wire.SinceRequest(wanted=[bytes([number]) * DIGEST_BYTES for number in range(256)])
     a.links.call(b.key.public, "Since", request, wire.SinceReply, 5.0)
-    assert left() == 98 - request.ByteSize() // 512 == 98 - 17
+    assert left() == 98 - request.ByteSize() // 1024 == 98 - 8
     pieces = tuple(os.urandom(DIGEST_BYTES) for _ in range(8192))
     manifest = Manifest(8192 * PIECE_BYTES, pieces)
     held = b.service._holdings.begin(b.store.begin(manifest, 0))
     a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 5.0)
-    assert left() == 80 - 4
+    assert left() == 89 - 4
     b.service._holdings.end(held)
 
 
