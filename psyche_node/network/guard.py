@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NoReturn
@@ -26,6 +27,10 @@ MAX_STREAMS_PER_PEER = 8
 MAX_DEADLINE_SECONDS = 600.0
 CALLS_PER_SECOND = 100.0
 CALLS_AT_ONCE = 600.0
+# A call counts once, and once more for each of these: some 30 digests to look for, or as much of a reply as is read,
+# copied and encrypted in about the time of a call.
+REQUEST_BYTES_PER_CALL = 1024
+REPLY_BYTES_PER_CALL = 64 * 1024
 MAX_PACED = 4096
 MAX_CALLS = 1024
 MAX_CALLS_PER_PEER = 32
@@ -36,7 +41,10 @@ Context = Any  # grpc.ServicerContext; grpcio has no types
 
 
 class Pace:
-    """Calls per second and peer: a bucket that holds ``burst`` calls and refills at ``rate`` calls a second."""
+    """Calls per second and peer: a bucket that holds ``burst`` calls and refills at ``rate`` calls a second.
+
+    A call that costs as much as several is charged afterwards, when that is known; a peer may owe one bucket.
+    """
 
     def __init__(
         self, rate: float = CALLS_PER_SECOND, burst: float = CALLS_AT_ONCE, clock: Callable[[], float] = time.monotonic
@@ -46,16 +54,26 @@ class Pace:
         self._lock = threading.Lock()
 
     def allows(self, peer: bytes) -> bool:
-        now = self._clock()
+        """Count a call of ``peer``, if its bucket holds one."""
         with self._lock:
-            if len(self._buckets) >= MAX_PACED and peer not in self._buckets:
-                # The oldest ones; whoever is forgotten starts anew with a full bucket.
-                for other in list(self._buckets)[: MAX_PACED // 4]:
-                    del self._buckets[other]
-            left, since = self._buckets.get(peer, (self._burst, now))
-            left = min(self._burst, left + (now - since) * self._rate)
+            left, now = self._level(peer)
             self._buckets[peer] = (left - 1 if left >= 1 else left, now)
             return left >= 1
+
+    def charge(self, peer: bytes, calls: int) -> None:
+        """Count as many calls more, whether the bucket holds them or not."""
+        with self._lock:
+            left, now = self._level(peer)
+            self._buckets[peer] = (max(left - calls, -self._burst), now)
+
+    def _level(self, peer: bytes) -> tuple[float, float]:
+        now = self._clock()
+        if len(self._buckets) >= MAX_PACED and peer not in self._buckets:
+            # The oldest ones; whoever is forgotten starts anew with a full bucket.
+            for other in list(self._buckets)[: MAX_PACED // 4]:
+                del self._buckets[other]
+        left, since = self._buckets.get(peer, (self._burst, now))
+        return min(self._burst, left + (now - since) * self._rate), now
 
 
 class Guard:
@@ -80,7 +98,7 @@ class Guard:
                 self._guarded(handler.stream_unary), handler.request_deserializer, handler.response_serializer
             )
         return grpc.unary_unary_rpc_method_handler(
-            self._guarded(handler.unary_unary), handler.request_deserializer, handler.response_serializer
+            self._guarded(self._priced(handler.unary_unary)), handler.request_deserializer, handler.response_serializer
         )
 
     def caller(self, context: Context) -> bytes:
@@ -121,6 +139,15 @@ class Guard:
 
         return guarded
 
+    def _priced(self, behaviour: Callable[[bytes, bytes, Context], bytes]) -> Callable[[bytes, bytes, Context], bytes]:
+        def priced(key: bytes, request: bytes, context: Context) -> bytes:
+            self._pace.charge(key, len(request) // REQUEST_BYTES_PER_CALL)
+            reply = behaviour(key, request, context)
+            self._pace.charge(key, len(reply) // REPLY_BYTES_PER_CALL)
+            return reply
+
+        return priced
+
     def _refuse(
         self,
         context: Context,
@@ -149,7 +176,8 @@ class Streams:
     """Caps on open uploads, in all and per peer.
 
     A stream has a time in which even a slow link takes a piece. One that has not got on for so long is ended as soon as
-    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set.
+    another call wants its place: a peer that does not read holds a place for that long, whatever deadline it set. And
+    one that reads just fast enough does not keep others out: who has no place takes one of whoever has most.
     """
 
     def __init__(
@@ -166,15 +194,18 @@ class Streams:
         """Take a place for a stream, whose call ``end`` ends; None: there is no free one."""
         now = self._clock()
         place = Place(peer, now + STREAM_SECONDS, end)
-        overdue: list[Place] = []
+        ended: list[Place] = []
         with self._lock:
             if not self._free(peer):
-                overdue = [late for late in self._open if late.due <= now]
+                ended = [late for late in self._open if late.due <= now]
                 self._open = [other for other in self._open if other.due > now]
+            if not self._free(peer) and (spare := self._spare(peer)) is not None:
+                ended.append(spare)
+                self._open.remove(spare)
             if free := self._free(peer):
                 self._open.append(place)
-        for late in overdue:
-            late.end()
+        for other in ended:
+            other.end()
         return place if free else None
 
     def moves(self, place: Place) -> None:
@@ -185,6 +216,14 @@ class Streams:
         with self._lock:
             if place in self._open:
                 self._open.remove(place)
+
+    def _spare(self, peer: bytes) -> Place | None:
+        """Return the place that a peer without one may take: of the peer with most, the one that moved least lately."""
+        counts = Counter(place.peer for place in self._open)
+        most, count = counts.most_common(1)[0]
+        if counts[peer] or count == 1:
+            return None
+        return min((place for place in self._open if place.peer == most), key=lambda place: place.due)
 
     def _free(self, peer: bytes) -> bool:
         return len(self._open) < self._total and sum(place.peer == peer for place in self._open) < self._per_peer

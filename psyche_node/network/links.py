@@ -7,6 +7,7 @@ whose only root is this very leaf. If somebody else answers later, the handshake
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import ssl
@@ -26,9 +27,16 @@ from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
+from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 PROBE_SECONDS = 3.0
+# A private node in what looks like this node's own network did not answer there: so long it is taken to be in another
+# one, behind the same NAT, and twice as long each time.
+FAR_SECONDS = 60.0
+LONGEST_FAR_SECONDS = 3600.0
+# A push of which the receiver takes less than a piece in so long is given up; it would not take less than that itself.
+PUSH_STALL_SECONDS = 10.0
 M = TypeVar("M", bound=Message)
 
 
@@ -62,7 +70,8 @@ _CAUSES = {
     grpc.StatusCode.NOT_FOUND: Cause.MISSING,
     grpc.StatusCode.FAILED_PRECONDITION: Cause.UNWANTED,
     grpc.StatusCode.DEADLINE_EXCEEDED: Cause.SLOW,
-    grpc.StatusCode.CANCELLED: Cause.SLOW,
+    # The channel was closed to be made anew, or the server gave the place to somebody else.
+    grpc.StatusCode.CANCELLED: Cause.BUSY,
 }
 
 
@@ -131,11 +140,22 @@ class _Link:
     path: Path | None
 
 
+@dataclass(frozen=True, slots=True)
+class _Far:
+    """A private node that was not found by these words of its record; its network is not tried before ``due``."""
+
+    address: str
+    tls_leaf: bytes
+    seconds: float
+    due: float
+
+
 class Stream:
     """The pieces of one Fetch call. ``cancel`` may be called from any thread."""
 
     def __init__(self, call: Any, failed: Callable[[Any], CallFailed], received: Callable[[int], None]) -> None:
         self._call, self._failed, self._received = call, failed, received
+        self._cancelled = False
 
     def __iter__(self) -> Iterator[bytes]:
         try:
@@ -143,9 +163,12 @@ class Stream:
                 self._received(len(piece))
                 yield piece
         except grpc.RpcError as error:
+            if self._cancelled and error.code() is grpc.StatusCode.CANCELLED:
+                raise CallFailed(Cause.SLOW, "nothing came for too long") from None
             raise self._failed(error) from None
 
     def cancel(self) -> None:
+        self._cancelled = True
         self._call.cancel()
 
 
@@ -159,13 +182,14 @@ class Links:
         reporter: Reporter,
         traffic: Traffic,
         paths: Paths | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """``paths`` leads to private nodes; without it they cannot be called."""
         self._leaf, self._directory, self._reporter, self._traffic = leaf, directory, reporter, traffic
-        self._paths = paths
+        self._paths, self._clock = paths, clock
         self._links: dict[bytes, _Link] = {}
         self._locks: dict[bytes, threading.Lock] = {}
-        self._far: set[tuple[bytes, str]] = set()
+        self._far: dict[bytes, _Far] = {}
         self._failures: dict[bytes, tuple[float, CallFailed]] = {}
         self._lock = threading.Lock()
 
@@ -200,16 +224,27 @@ class Links:
         return _open(target, link.certificate, link.basis[-1])
 
     def push(self, peer: bytes, parts: Iterator[bytes], timeout: float) -> None:
-        """Send a blob to ``peer`` as Push wants it. Raises CallFailed."""
+        """Send a blob to ``peer`` as Push wants it. Raises CallFailed, too, when it is not taken for some time."""
         link = self._link(peer)
+        left, moved = PIECE_BYTES, time.monotonic()
 
         def counted() -> Iterator[bytes]:
+            nonlocal left, moved
             for part in parts:
                 self._traffic.sent(peer, len(part), blob=True)
                 yield part
+                left -= len(part)
+                if left <= 0:
+                    left, moved = PIECE_BYTES, time.monotonic()
 
         try:
-            link.channel.stream_unary(f"/{SERVICE}/Push")(counted(), timeout=timeout)
+            call = link.channel.stream_unary(f"/{SERVICE}/Push").future(counted(), timeout=timeout)
+            while (wait := moved + PUSH_STALL_SECONDS - time.monotonic()) > 0:
+                with contextlib.suppress(grpc.FutureTimeoutError):
+                    call.result(wait)
+                    return
+            call.cancel()
+            raise CallFailed(Cause.SLOW, f"it took nothing for {PUSH_STALL_SECONDS:.0f} s")
         except (grpc.RpcError, ValueError) as error:
             if isinstance(error, ValueError) or error.code() is not grpc.StatusCode.ALREADY_EXISTS:
                 raise self._failure(peer, error) from None
@@ -241,8 +276,8 @@ class Links:
         """Close the channels to all other nodes."""
         with self._lock:
             gone = [self._links.pop(peer) for peer in list(self._links) if peer not in peers]
-            self._far = {(peer, address) for peer, address in self._far if peer in peers}
-            self._failures = {peer: failure for peer, failure in self._failures.items() if peer in peers}
+            self._far = {peer: far for peer, far in list(self._far.items()) if peer in peers}
+            self._failures = {peer: failure for peer, failure in list(self._failures.items()) if peer in peers}
         for link in gone:
             link.channel.close()
 
@@ -262,9 +297,9 @@ class Links:
                 # Somebody else tried while this thread waited; to try again would let all wait for one another.
                 raise CallFailed(failure.cause, str(failure))
             own = self._leaf()
-            hidden = self._directory.hidden(record) or (peer, record.grpc_address) in self._far
-            basis = (record.grpc_address, record.tls_leaf, hidden, own)
             link = self._links.get(peer)
+            hidden = self._directory.hidden(record) or self._is_far(record, link)
+            basis = (record.grpc_address, record.tls_leaf, hidden, own)
             if link is not None:
                 if link.basis == basis and (link.path is None or link.path.alive):
                     return link
@@ -283,13 +318,28 @@ class Links:
                 except CallFailed as error:
                     self._failures[peer] = (time.monotonic(), error)
                     if record.is_private:
-                        # Behind a NAT that is shared by many networks; the next call goes another way.
-                        self._far.add((peer, record.grpc_address))
+                        # Behind a NAT that is shared by many networks, or just started anew: another way for a while.
+                        self._found_far(record)
                     raise
                 self._failures.pop(peer, None)
+                self._far.pop(peer, None)
                 link = _Link(_open(record.grpc_address, certificate, own), certificate, basis, None)
             self._links[peer] = link
             return link
+
+    def _is_far(self, record: NodeRecord, link: _Link | None) -> bool:
+        far = self._far.get(record.node_key)
+        if far is None or (far.address, far.tls_leaf) != (record.grpc_address, record.tls_leaf):
+            return False
+        # A path that works is not given up for a try.
+        on_path = link is not None and link.path is not None and link.path.alive
+        return on_path or self._clock() < far.due
+
+    def _found_far(self, record: NodeRecord) -> None:
+        far, seconds = self._far.get(record.node_key), FAR_SECONDS
+        if far is not None and (far.address, far.tls_leaf) == (record.grpc_address, record.tls_leaf):
+            seconds = min(2 * far.seconds, LONGEST_FAR_SECONDS)
+        self._far[record.node_key] = _Far(record.grpc_address, record.tls_leaf, seconds, self._clock() + seconds)
 
     def _identify(self, record: NodeRecord, own: Leaf) -> PeerCertificate:
         """Return the certificate that the node shows at its address, if it is the one in its record."""

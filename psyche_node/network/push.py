@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn, Protocol
 
@@ -19,12 +20,13 @@ from google.protobuf.message import DecodeError
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.cap import Cap
 from psyche_node.network.directory import Directory
-from psyche_node.network.guard import MAX_DEADLINE_SECONDS, Context
+from psyche_node.network.guard import MAX_DEADLINE_SECONDS, STREAM_SECONDS, Context
 from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import SERVICE
 from psyche_node.network.store import (
     DIGEST_BYTES,
+    PIECE_BYTES,
     Assembly,
     BlobStore,
     Manifest,
@@ -39,7 +41,9 @@ from psyche_node.network.wire import node_pb2 as wire
 log = logging.getLogger(__name__)
 # Below the largest request that a server takes.
 PART_BYTES = 60 * 1024
-MAX_PUSHES = 4
+MAX_PUSHES = 8
+# Of them, those of blobs that nobody asked this node for yet: these must not keep out what it waits for.
+MAX_UNASKED_PUSHES = 2
 MAX_HEADER_BYTES = 128
 HEADER_SECONDS = 5.0
 MIN_BYTES_PER_SECOND = 128 * 1024
@@ -96,6 +100,7 @@ class PushReceiver:
         self._announcements, self._wants = announcements, wants
         self._reporter, self._traffic, self._arrived = reporter, traffic, arrived
         self._places = Cap(MAX_PUSHES, 1)
+        self._unasked_places = Cap(MAX_UNASKED_PUSHES, 1)
         self._lock = threading.Lock()
         self._unasked: dict[bytes, tuple[int, int]] = {}
 
@@ -120,10 +125,10 @@ class PushReceiver:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many pushes at the same time; ask another node")
         incoming = _Incoming(parts, context, lambda count: self._traffic.received(caller, count, blob=True))
         header = wire.PushHeader()
-        taken = False
+        unasked = False
         try:
             header = self._header(incoming, context)
-            taken = self._admit(caller, header, context)
+            unasked = self._admit(caller, header, context)
             incoming.expect(push_seconds(header.length))
             self._take(caller, header, incoming, context)
         except StoreError as error:
@@ -132,9 +137,11 @@ class PushReceiver:
         finally:
             incoming.done()
             self._places.leave(caller)
-            if taken and not self._reader.holds(header.digest):
-                with self._lock:
-                    self._unasked.pop(header.digest, None)
+            if unasked:
+                self._unasked_places.leave(caller)
+                if not self._reader.holds(header.digest):
+                    with self._lock:
+                        self._unasked.pop(header.digest, None)
         self._arrived(header.digest, caller)
         return wire.PushReply().SerializeToString()
 
@@ -166,7 +173,7 @@ class PushReceiver:
         with self._lock:
             total = sum(length for _, length in self._unasked.values())
             room = header.length <= MAX_UNASKED_BYTES and total + header.length <= MAX_UNASKED_TOTAL
-            if room:
+            if room := room and self._unasked_places.enter(caller):
                 self._unasked[header.digest] = (header.round, header.length)
         if not room:
             context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too much that this node does not look for yet")
@@ -209,20 +216,26 @@ class PushReceiver:
 
 
 class _Incoming:
-    """The messages of one push as a stream of bytes, with a time limit that ends the call."""
+    """The messages of one push as a stream of bytes, with time limits that end the call: in all, and for each MiB."""
 
     def __init__(self, parts: Iterator[bytes], context: Context, received: Callable[[int], None]) -> None:
         self._parts, self._context, self._received = parts, context, received
         self._left = b""
-        self._timer = self._limit(HEADER_SECONDS)
+        self._moved = 0
+        self._end = self._due = time.monotonic() + HEADER_SECONDS
+        self._lock = threading.Lock()
+        self._over = False
+        self._watch()
 
     def expect(self, seconds: float) -> None:
         """Give the rest this long."""
-        self._timer.cancel()
-        self._timer = self._limit(seconds)
+        self._end = time.monotonic() + seconds
+        self._moves()
 
     def done(self) -> None:
-        self._timer.cancel()
+        with self._lock:
+            self._over = True
+            self._timer.cancel()
 
     def message(self) -> bytes:
         """Return the next message. Ends the call when there is none."""
@@ -231,6 +244,9 @@ class _Incoming:
             _bad(self._context, "the stream ended early")
         assert part is not None
         self._received(len(part))
+        self._moved += len(part)
+        if self._moved >= PIECE_BYTES:
+            self._moves()
         return part
 
     def read(self, count: int) -> bytes:
@@ -248,12 +264,22 @@ class _Incoming:
         """Return whether nothing is left. Waits for the sender's word."""
         return not self._left and next(self._parts, None) is None
 
-    def _limit(self, seconds: float) -> threading.Timer:
+    def _moves(self) -> None:
+        self._moved = 0
+        self._due = min(self._end, time.monotonic() + STREAM_SECONDS)
+
+    def _watch(self) -> None:
+        """End the call when it is overdue, and otherwise look again when it would be."""
         # A sender that stops would otherwise hold one of the few places until its own deadline.
-        timer = threading.Timer(seconds, self._context.cancel)
-        timer.daemon = True
-        timer.start()
-        return timer
+        left = self._due - time.monotonic()
+        if left <= 0:
+            self._context.cancel()
+            return
+        with self._lock:
+            if not self._over:
+                self._timer = threading.Timer(left, self._watch)
+                self._timer.daemon = True
+                self._timer.start()
 
 
 def _bad(context: Context, reason: str) -> NoReturn:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -33,6 +34,32 @@ class _Blob:
     announcement: bytes
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
     started: bool = False
+
+
+@dataclass(slots=True)
+class _Copies:
+    """Where one blob is, where it is being brought to, and who is to be tried again when."""
+
+    holders: set[bytes] = field(default_factory=set)
+    running: set[bytes] = field(default_factory=set)
+    failures: Counter[bytes] = field(default_factory=Counter)
+    retry_at: dict[bytes, float] = field(default_factory=dict)
+    slow: bool = False
+    """One did not get on. This node's own line may be the reason, so there is one at a time from then on."""
+
+    def next(self, public: list[bytes], now: float) -> bytes | None:
+        """Return the first member of ``public`` that may be tried now, if there is one."""
+        if self.slow and self.running:
+            return None
+        done = self.holders | self.running
+        return next((key for key in public if key not in done and self.retry_at.get(key, 0.0) <= now), None)
+
+    def failed(self, target: bytes, cause: Cause, now: float) -> None:
+        self.failures[target] += 1
+        self.slow |= cause is Cause.SLOW
+        # It may not have heard yet that the blob is committed to.
+        longest = RETRY_SECONDS if cause in (Cause.BUSY, Cause.UNWANTED) else LONGEST_RETRY_SECONDS
+        self.retry_at[target] = now + min(longest, RETRY_SECONDS * 2.0 ** min(self.failures[target] - 1, 8))
 
 
 class Pusher:
@@ -74,36 +101,41 @@ class Pusher:
             return
         for blob in self._blobs.values():
             if not blob.started:
-                blob.started = True
+                blob.started, blob.scope = True, trio.CancelScope()
                 self._nursery.start_soon(self._spread, blob)
 
     async def _spread(self, blob: _Blob) -> None:
-        holders: set[bytes] = set()
-        retry_at: dict[bytes, float] = {}
-        failures: dict[bytes, int] = {}
+        copies = _Copies()
+        # At once: one receiver that is slow, or wants to be, must not keep the blob from all others.
         with blob.scope:
-            while len(holders) < COPIES and self._private():
-                public = self._targets(blob.round)
-                if public and holders.issuperset(public):
-                    break
-                now = trio.current_time()
-                due = [key for key in public if key not in holders and retry_at.get(key, 0.0) <= now]
-                if not due:
-                    await trio.sleep(RETRY_SECONDS / 2)
-                    continue
-                target = due[0]
-                try:
-                    await self._push(blob, target)
-                    holders.add(target)
-                except CallFailed as error:
-                    log.debug("pushing %s to %s failed: %s", blob.digest.hex()[:16], node_id(target), error)
-                    count = failures[target] = failures.get(target, 0) + 1
-                    # It may not have heard yet that the blob is committed to.
-                    longest = RETRY_SECONDS if error.cause in (Cause.BUSY, Cause.UNWANTED) else LONGEST_RETRY_SECONDS
-                    retry_at[target] = trio.current_time() + min(longest, RETRY_SECONDS * 2.0 ** min(count - 1, 8))
-            log.debug("%s is at %s", blob.digest.hex()[:16], ", ".join(map(node_id, holders)) or "nobody else yet")
+            async with trio.open_nursery() as nursery:
+                for _ in range(COPIES):
+                    nursery.start_soon(self._copy, blob, copies)
+            holders = ", ".join(map(node_id, copies.holders))
+            log.debug("%s is at %s", blob.digest.hex()[:16], holders or "nobody else yet")
         if not self._private():
             blob.started = False
+
+    async def _copy(self, blob: _Blob, copies: _Copies) -> None:
+        """Bring the blob to one member that nobody else brings it to."""
+        while self._private():
+            public = self._targets(blob.round)
+            if public and copies.holders.issuperset(public):
+                break
+            target = copies.next(public, trio.current_time())
+            if target is None:
+                await trio.sleep(RETRY_SECONDS / 2)
+                continue
+            copies.running.add(target)
+            try:
+                await self._push(blob, target)
+                copies.holders.add(target)
+                break
+            except CallFailed as error:
+                log.debug("pushing %s to %s failed: %s", blob.digest.hex()[:16], node_id(target), error)
+                copies.failed(target, error.cause, trio.current_time())
+            finally:
+                copies.running.discard(target)
 
     async def _push(self, blob: _Blob, target: bytes) -> None:
         # Without it the blob is not taken by whoever does not look for it yet.

@@ -133,11 +133,12 @@ class BlobStore:
 
     def path(self, digest: bytes) -> Path | None:
         """Return the file of a complete blob, or None."""
+        # Asked for each of up to 256 digests of a call, so with strings: paths take twice as long.
         name = digest.hex()
         for round in self._rounds():
-            candidate = self.folder / str(round) / name
-            if candidate.is_file():
-                return candidate
+            candidate = f"{self.folder}/{round}/{name}"
+            if os.path.isfile(candidate):
+                return Path(candidate)
         return None
 
     def begin(self, manifest: Manifest, round: int) -> Assembly:
@@ -176,10 +177,16 @@ class BlobStore:
         """Remove what an earlier, killed process left unfinished and nobody can go on with, and after a crash of the
         machine what is not whole. Returns how many files.
 
-        Only for the process that assembles blobs, at its start. What can be gone on with is kept within bounds.
+        Only for the process that assembles blobs, at its start. What can be gone on with is kept within bounds, and
+        what another process that lives is writing is left alone.
         """
         kept, room, removed = 0, MAX_KEPT_BYTES, 0
-        parts = [(part.stat(), part) for part in self.folder.glob("*/*.part")]
+        parts = []
+        for part in self.folder.glob("*/*.part"):
+            # It may get its name at any moment.
+            with contextlib.suppress(FileNotFoundError):
+                if not _is_being_written(part):
+                    parts.append((part.stat(), part))
         for stat, part in sorted(parts, key=lambda entry: entry[0].st_mtime_ns, reverse=True):
             whole = part.with_suffix("")
             if _list_of(whole).exists() and kept < MAX_KEPT and stat.st_size <= room:
@@ -209,10 +216,11 @@ class BlobStore:
         for path in self.folder.glob("*/*"):
             if path.suffix or not path.parent.name.isdecimal():
                 continue
-            if Manifest.of_file(path).digest.hex() != path.name:
-                path.unlink()
-                _list_of(path).unlink(missing_ok=True)
-                removed += 1
+            with contextlib.suppress(FileNotFoundError):
+                if Manifest.of_file(path).digest.hex() != path.name:
+                    path.unlink()
+                    _list_of(path).unlink(missing_ok=True)
+                    removed += 1
         mark.write_text(boot)
         return removed
 
@@ -459,6 +467,20 @@ def read_list(path: Path, digest: bytes) -> Manifest | None:
     pieces = tuple(raw[at : at + DIGEST_BYTES] for at in range(8, len(raw), DIGEST_BYTES))
     manifest = Manifest(struct.unpack("<Q", raw[:8])[0], pieces)
     return manifest if len(pieces) == piece_count(manifest.length) and manifest.digest == digest else None
+
+
+def _is_being_written(part: Path) -> bool:
+    """Return whether another process that lives has this unfinished file; its name says which."""
+    writer = part.suffixes[-2].removeprefix(".").partition("-")[0] if len(part.suffixes) > 1 else ""
+    if not writer.isdecimal() or int(writer) == os.getpid():
+        return False
+    try:
+        os.kill(int(writer), 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _list_of(target: Path) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import subprocess
 import threading
 from pathlib import Path
 
@@ -248,6 +249,24 @@ def test_sweep_removes_unfinished_files_only(tmp_path: Path) -> None:
     assert store.sweep() == 1
     assert [entry.name for entry in (tmp_path / "2").iterdir()] == [digest.hex()]
     assembly.abandon()
+
+
+def test_sweep_leaves_alone_what_a_living_process_is_writing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The supervisor goes on putting blobs into the store while the network process starts anew."""
+    store = BlobStore(tmp_path)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as writer:
+        monkeypatch.setattr(os, "getpid", lambda: writer.pid)
+        assembly = store.begin(manifest_of(b"one piece"), 2)
+        monkeypatch.undo()
+        assert store.sweep() == 0
+        assert assembly.write(0, b"one piece")
+        assert assembly.finish().read_bytes() == b"one piece"
+        monkeypatch.setattr(os, "getpid", lambda: writer.pid)
+        store.begin(manifest_of(LARGE), 2)
+        monkeypatch.undo()
+    # One that got its name, or went, after the folder was listed is no more there than what this leads to.
+    (tmp_path / "2" / "gone.part").symlink_to("nowhere")
+    assert store.sweep() == 1
 
 
 def test_what_a_power_cut_broke_is_dropped_at_the_next_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import grpc
@@ -42,13 +43,13 @@ from psyche_node.network.guard import (
     Streams,
 )
 from psyche_node.network.holdings import Holdings
-from psyche_node.network.links import CallFailed, Cause, Links, probe
+from psyche_node.network.links import CallFailed, Cause, Links, Stream, probe
 from psyche_node.network.messages import Rejected
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, BlobStore, Manifest, Reader
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
@@ -379,19 +380,41 @@ def test_hostile_requests_end_with_a_status_and_the_server_lives(
 
 def test_open_streams_are_capped_per_peer_and_in_all() -> None:
     streams = Streams()
-    peers = [bytes([number]) for number in range(MAX_STREAMS)]
 
-    def enter(peer: bytes) -> Place | None:
-        return streams.enter(peer, lambda: pytest.fail("it is not overdue"))
+    def enter(peer: int) -> Place | None:
+        return streams.enter(bytes([peer]), lambda: pytest.fail("it is not overdue"))
 
-    first = [enter(peers[0]) for _ in range(MAX_STREAMS_PER_PEER + 1)]
+    first = [enter(0) for _ in range(MAX_STREAMS_PER_PEER + 1)]
     assert [place is not None for place in first] == [True] * MAX_STREAMS_PER_PEER + [False]
-    opened = sum(enter(peer) is not None for peer in peers[1:] for _ in range(MAX_STREAMS_PER_PEER))
-    assert opened == MAX_STREAMS - MAX_STREAMS_PER_PEER
-    assert enter(b"another") is None
+    for place in first[1:-1]:
+        assert place is not None
+        streams.leave(place)
+    assert sum(enter(peer) is not None for peer in range(1, 2 * MAX_STREAMS)) == MAX_STREAMS - 1
     assert first[0] is not None
     streams.leave(first[0])
-    assert enter(b"another") is not None
+    assert enter(255) is not None
+
+
+def test_who_has_no_stream_takes_the_place_of_one_of_those_who_has_most() -> None:
+    """Four members that read a piece just before it is late would otherwise have all places, for ever."""
+    now = 50.0
+    streams = Streams(total=5, per_peer=3, clock=lambda: now)
+    ended: list[int] = []
+    places = [
+        streams.enter(peer, partial(ended.append, number)) for number, peer in enumerate([b"a", b"a", b"a", b"b"])
+    ]
+    streams.enter(b"c", lambda: None)
+    now += 1
+    for number in (0, 2):
+        place = places[number]
+        assert place is not None
+        streams.moves(place)
+    assert streams.enter(b"b", lambda: None) is None, "it has a place"
+    assert streams.enter(b"d", lambda: None) is not None
+    assert ended == [1]
+    assert streams.enter(b"e", lambda: None) is not None
+    assert ended == [1, 0]
+    assert streams.enter(b"f", lambda: None) is None, "all have one"
 
 
 def test_a_stream_that_does_not_get_on_makes_room_when_its_place_is_wanted() -> None:
@@ -422,6 +445,36 @@ def test_calls_are_paced_per_peer() -> None:
     assert pace.allows(b"b")
     now += 1.0
     assert [pace.allows(b"a") for _ in range(3)] == [True, True, False]
+    # What a call costs beyond its one is owed, and at most a bucket of it.
+    pace.charge(b"a", 100)
+    now += 2.0
+    assert not pace.allows(b"a")
+    now += 0.5
+    assert pace.allows(b"a")
+
+
+def test_a_call_that_costs_more_counts_for_more(make: Callable[[], Node]) -> None:
+    """Digests to look for, and a reply that is long; what nobody can help but ask counts once."""
+    a, b = make(), make()
+    a.knows(b)
+    b.knows(a)
+    pace = Pace(rate=0.0, burst=100.0, clock=lambda: 0.0)
+    b.guard._pace = pace
+
+    def left() -> float:
+        return pace._buckets[a.key.public][0]
+
+    a.ask(b)
+    assert left() == 99
+    request = wire.SinceRequest(wanted=[bytes([number]) * DIGEST_BYTES for number in range(256)])
+    a.links.call(b.key.public, "Since", request, wire.SinceReply, 5.0)
+    assert left() == 98 - request.ByteSize() // 1024 == 98 - 8
+    pieces = tuple(os.urandom(DIGEST_BYTES) for _ in range(8192))
+    manifest = Manifest(8192 * PIECE_BYTES, pieces)
+    held = b.service._holdings.begin(b.store.begin(manifest, 0))
+    a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 5.0)
+    assert left() == 89 - 4
+    b.service._holdings.end(held)
 
 
 def test_a_peer_that_calls_too_often_is_told_so(make: Callable[[], Node]) -> None:
@@ -459,6 +512,26 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     while (cause := failure_of(a, b, digest)) is not None:
         assert cause is Cause.BUSY
         assert time.monotonic() < deadline, "the streams were not given back"
+
+
+@pytest.mark.parametrize(
+    ("end", "cause"),
+    [(lambda links, stream: links.close(), Cause.BUSY), (lambda links, stream: stream.cancel(), Cause.SLOW)],
+)
+def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
+    make: Callable[[], Node], end: Callable[[Links, Stream], None], cause: Cause
+) -> None:
+    a, b = make(), make()
+    a.knows(b)
+    b.knows(a)
+    digest, _ = b.store.put(os.urandom(32 << 20), 0)
+    stream = a.links.fetch(b.key.public, digest, 0, 32, 30.0)
+    pieces = iter(stream)
+    next(pieces)
+    end(a.links, stream)
+    with pytest.raises(CallFailed) as failure:
+        list(pieces)
+    assert failure.value.cause is cause
 
 
 def failure_of(client: Node, server: Node, digest: bytes) -> Cause | None:

@@ -20,7 +20,8 @@ from psyche_node.identity import NodeKey
 from psyche_node.network.certificates import identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import Tree
-from psyche_node.network.links import CallFailed, Cause, probe
+from psyche_node.network.links import FAR_SECONDS, CallFailed, Cause, probe
+from psyche_node.network.nat import sockets
 from psyche_node.network.nat.dialback import SEEN_SECONDS
 from psyche_node.network.nat.reachability import Reachability, Standing
 from psyche_node.network.nat.sockets import SocketFolder, connect, local_port, peer_address, punch
@@ -118,6 +119,57 @@ def test_two_ports_punch_through_to_each_other() -> None:
             punch(ports[0], "127.0.0.1:9", 0.2)
         for end in [*ends, *made]:
             end.close()
+
+
+def test_a_punch_that_is_refused_is_repeated_only_a_few_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever has others punch at a stranger does not flood it with that."""
+    begun: list[str] = []
+    begin = sockets._begun
+    monkeypatch.setattr(sockets, "_RETRY_SECONDS", (0.001,) * 3)
+    monkeypatch.setattr(sockets, "_begun", lambda address, port: begun.append(address) or begin(address, port))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = local_port(server)
+    with pytest.raises(OSError, match="refused"):
+        punch(port, "127.0.0.1:9", 1.0)
+    assert len(begun) == 4
+
+
+def test_an_address_without_a_route_is_no_path() -> None:
+    """Connecting fails at once there, and the socket that was not connected looks like one that is."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = local_port(server)
+    with pytest.raises(OSError, match="unreachable"):
+        punch(port, "255.255.255.255:9", 0.2)
+
+
+def test_a_near_node_that_did_not_answer_is_tried_again_later(make: Callable[[], Node]) -> None:
+    """It may only have been starting anew; that it is in another network is a guess that is made for a while."""
+    caller, near = make(), make()
+    now = 0.0
+    caller.links._clock = lambda: now
+    silent = near.record(private=True, observed_ip="192.0.2.1")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        silent = replace(silent, grpc_address=f"127.0.0.1:{local_port(server)}")
+    caller.knows(caller.record(private=True, observed_ip="192.0.2.1"), silent)
+
+    def cause() -> Cause | None:
+        try:
+            caller.ask(near, 0)
+        except CallFailed as error:
+            return error.cause
+        return None
+
+    assert [cause(), cause()] == [Cause.UNREACHABLE, Cause.PRIVATE]
+    now += FAR_SECONDS
+    assert [cause(), cause()] == [Cause.UNREACHABLE, Cause.PRIVATE]
+    now += FAR_SECONDS
+    assert cause() is Cause.PRIVATE
+    now += FAR_SECONDS
+    # It is there after all, and nothing is held against it.
+    near.knows(caller.record())
+    answering = replace(silent, seq=2, grpc_address=f"127.0.0.1:{near.server.port}")
+    caller.directory.add(answering, b"")
+    assert cause() is None
 
 
 @pytest.mark.parametrize(

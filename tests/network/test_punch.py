@@ -158,6 +158,14 @@ def test_a_helper_cannot_send_anybody_elsewhere(three: Trio, monkeypatch: pytest
     assert punched == []
 
 
+def test_nobody_is_punched_at_within_this_machine(three: Trio, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A member may sign any IP address as its own, such as that of a loopback interface."""
+    monkeypatch.setattr(Puncher, "_meet", _nothing)
+    elsewhere = replace(three.target.record(private=True, observed_ip="192.0.2.9"), seq=2)
+    three.target.directory.add(elsewhere, b"")
+    assert "127.0.0.1 is no address of another machine" in run_punch(three)
+
+
 async def _nothing(*_: object) -> None:
     pass
 

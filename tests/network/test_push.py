@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import trio
+import trio.testing
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
-from psyche_node.network import push
+from psyche_node.network import links, push
 from psyche_node.network.announcements import Announcements, Verdict
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
@@ -21,6 +23,7 @@ from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Rejected
 from psyche_node.network.push import PART_BYTES, PushReceiver, parts_of
+from psyche_node.network.pusher import Pusher, _Copies
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -84,7 +87,7 @@ class Sender:
         self.key = NodeKey.generate()
         leaf = issue(self.key)
         self.receiver = receiver
-        directory = Directory(self.key.public)
+        self.directory = directory = Directory(self.key.public)
         members = {0: receiver.key.public, 1: self.key.public}
         for one in (directory, receiver.directory):
             one.set_members(members)
@@ -271,15 +274,17 @@ def test_a_sender_that_stops_loses_its_place(
         stopped.set()
         over.wait(30)
 
-    monkeypatch.setattr(push, "push_seconds", lambda length: 1.0)
+    monkeypatch.setattr(push, "HEADER_SECONDS", 1.0)
+    monkeypatch.setattr(push, "STREAM_SECONDS", 1.0)
     causes: list[Cause | None] = []
     pushing = threading.Thread(target=lambda: causes.append(sender.push(half(), 30.0)))
     pushing.start()
     assert stopped.wait(10)
     # One at a time of each sender.
     assert sender.push(parts) is Cause.BUSY
-    pushing.join(20)
-    assert causes == [Cause.SLOW]
+    # Long before the time for all of it is over.
+    pushing.join(15)
+    assert causes == [Cause.BUSY]
     over.set()
     monkeypatch.undo()
     while receiver.files():
@@ -287,6 +292,114 @@ def test_a_sender_that_stops_loses_its_place(
     while (cause := sender.push(parts)) is Cause.BUSY:
         time.sleep(0.01)
     assert cause is None
+
+
+@pytest.mark.parametrize(("stall_seconds", "copies"), [(30.0, 1), (1.0, 2)])
+def test_a_receiver_that_takes_nothing_does_not_keep_a_blob_from_the_others(
+    tmp_path: Path, sender: Sender, monkeypatch: pytest.MonkeyPatch, stall_seconds: float, copies: int
+) -> None:
+    """Two copies go out at once, and the next member is asked when one of them does not get on."""
+    monkeypatch.setattr(links, "PUSH_STALL_SECONDS", stall_seconds)
+    digest, over = sender.blob(), threading.Event()
+    receivers = [Receiver(tmp_path / f"receiver {number}") for number in range(3)]
+    stuck, *others = receivers
+    begin = stuck.store.begin
+    stuck.store.begin = lambda *args: over.wait(30) and begin(*args)  # type: ignore[assignment, return-value]
+    members = dict(enumerate([sender.key.public, *(one.key.public for one in receivers)]))
+    sender.directory.set_members(members)
+    for one in receivers:
+        one.directory.set_members(members)
+        one.wants[ROUND, digest] = len(DATA)
+        sender.directory.add(one.record(), b"")
+
+    async def scenario() -> None:
+        keys = [one.key.public for one in receivers]
+        pusher = Pusher(sender.links, lambda round: keys, sender.reader, lambda: True)
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pusher.run)
+                pusher.published(ROUND, digest, len(DATA), b"")
+                while any(one.store.path(digest) is None for one in others[:copies]):
+                    await trio.sleep(0.01)
+                nursery.cancel_scope.cancel()
+
+    try:
+        trio.run(scenario)
+    finally:
+        over.set()
+        for one in receivers:
+            one.server.stop()
+
+
+def test_a_node_that_is_public_for_a_while_pushes_again_afterwards(sender: Sender) -> None:
+    private, digest = True, sender.blob()
+
+    async def scenario() -> None:
+        nonlocal private
+        pusher = Pusher(sender.links, lambda round: [], sender.reader, lambda: private)
+        with trio.fail_after(15):
+            async with trio.open_nursery() as nursery:
+                nursery.start_soon(pusher.run)
+                pusher.published(ROUND, digest, len(DATA), b"")
+                await trio.testing.wait_all_tasks_blocked()
+                private = False
+                while pusher._blobs[digest].started:
+                    await trio.sleep(0.01)
+                private = True
+                pusher.wake()
+                await trio.testing.wait_all_tasks_blocked()
+                assert pusher._blobs[digest].started
+                nursery.cancel_scope.cancel()
+
+    trio.run(scenario)
+
+
+def test_a_line_that_is_too_slow_for_two_copies_at_once_gets_one() -> None:
+    copies, (a, b, c) = _Copies(), (b"a", b"b", b"c")
+    assert copies.next([a, b, c], 0.0) == a
+    copies.running.add(a)
+    assert copies.next([a, b, c], 0.0) == b
+    copies.failed(b, Cause.SLOW, 0.0)
+    assert copies.next([a, b, c], 0.0) is None
+    copies.running.discard(a)
+    copies.holders.add(a)
+    assert copies.next([a, b, c], 0.0) == c
+
+
+def test_what_nobody_looks_for_does_not_keep_out_what_is_looked_for(
+    tmp_path: Path, receiver: Receiver, sender: Sender
+) -> None:
+    """Members that announce large blobs and push them as slowly as they may."""
+    others = [Sender(tmp_path / str(number), receiver) for number in range(push.MAX_UNASKED_PUSHES)]
+    members = [receiver.key.public, *(one.key.public for one in (sender, *others))]
+    receiver.directory.set_members(dict(enumerate(members)))
+    begun, over = threading.Semaphore(0), threading.Event()
+
+    def half(parts: list[bytes]) -> Iterator[bytes]:
+        yield from parts[:3]
+        begun.release()
+        over.wait(30)
+
+    pushing = []
+    for number, one in enumerate(others):
+        digest = one.blob(DATA + bytes([number]))
+        one.announce(digest, len(DATA) + 1)
+        pushing.append(threading.Thread(target=one.push, args=(half(one.parts(digest)), 30.0)))
+        pushing[-1].start()
+        assert begun.acquire(timeout=20)
+    until_taken = time.monotonic() + 20
+    while len(receiver.files()) < len(others):
+        assert time.monotonic() < until_taken
+        time.sleep(0.01)
+    digest = sender.blob()
+    sender.announce(digest, len(DATA))
+    assert sender.push(sender.parts(digest)) is Cause.BUSY
+    receiver.wants[ROUND, digest] = len(DATA)
+    assert sender.push(sender.parts(digest)) is None
+    over.set()
+    for one, thread in zip(others, pushing, strict=True):
+        one.links.close()
+        thread.join()
 
 
 def test_a_push_needs_a_member(receiver: Receiver, sender: Sender) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ipaddress
 import logging
 import random
 from collections.abc import Awaitable, Callable
@@ -136,7 +137,7 @@ class Puncher:
             record = self._directory.record(peer)
             if record is None or (certificate.node_key, certificate.der_hash) != (peer, record.tls_leaf):
                 raise Refused("the certificate it sent is not the one in its record")
-            _check_address(record, reply.address)
+            self._check_address(record, reply.address)
             connection = await in_thread(partial(punch, observed.port, reply.address, PUNCH_SECONDS))
         finally:
             observed.close()
@@ -151,7 +152,7 @@ class Puncher:
         if self._paths.full_of_incoming() or self._answering.available_tokens < 1:
             raise Refused(f"at most {MAX_AT_ONCE} punches at the same time, and {MAX_PATHS} paths")
         try:
-            _check_address(record, address)
+            self._check_address(record, address)
             observed = await in_thread(partial(self._observe, helper))
         except (CallFailed, Malformed, OSError) as error:
             raise Refused(f"it cannot: {error}") from None
@@ -199,10 +200,27 @@ class Puncher:
 
         return _Observed(port, reply.observed, close)
 
+    def _check_address(self, record: NodeRecord, address: str) -> None:
+        """Raise Refused unless ``address`` is at the IP address that the node itself has signed, and on no own network.
 
-def _check_address(record: NodeRecord, address: str) -> None:
-    """Raise Refused unless ``address`` is at the IP address that the node itself has signed."""
-    ip, _ = split_address(address)
-    signed = record.observed_ip if record.is_private else split_address(record.grpc_address)[0]
-    if ip != signed:
-        raise Refused(f"it is said to be at {ip}, and its record says {signed or 'nothing'}")
+        Those of a machine's own are for nodes that are there themselves, as in a test.
+        """
+        ip, _ = split_address(address)
+        signed = _signed_ip(record)
+        if ip != signed:
+            raise Refused(f"it is said to be at {ip}, and its record says {signed or 'nothing'}")
+        own = self._directory.record(self._directory.own_key)
+        here = "" if own is None else _signed_ip(own)
+        if _of_one_machine(ip) and not (here and _of_one_machine(here)):
+            raise Refused(f"{ip} is no address of another machine")
+
+
+def _signed_ip(record: NodeRecord) -> str:
+    """Return the IP address that others see a node at, by its own word; "" when it says nothing."""
+    return record.observed_ip if record.is_private else split_address(record.grpc_address)[0]
+
+
+def _of_one_machine(ip: str) -> bool:
+    """Return whether an IP address means something else to each machine or cable: no other node's is seen as such."""
+    address = ipaddress.ip_address(ip)
+    return address.is_loopback or address.is_link_local or address.is_unspecified or address.is_multicast

@@ -6,7 +6,8 @@ Before it asks or answers, each side makes a connection to the helper from a fre
 the address that its NAT gave to that port. The helper passes on these two addresses, and the target's TLS certificate;
 then both sides connect from those ports to each other at the same moment. The helper passes on only addresses that it
 has seen itself, and each side connects only to an IP address that the other one has signed in its node record. So
-nobody can be made to connect to a stranger.
+neither the helper alone nor the other one alone can have a node connect to a stranger. Two that conspire can, as what
+is signed is a claim: to six attempts at a connection from a punch, and to six punches at once and then one in 10 s.
 """
 
 from __future__ import annotations

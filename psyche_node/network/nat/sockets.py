@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import ipaddress
 import itertools
+import math
 import os
 import select
 import shutil
@@ -17,8 +19,9 @@ from psyche_node.network.statements import Malformed, join_address, split_addres
 
 # sockaddr_un holds 108 bytes with the final zero.
 _MAX_UNIX_PATH = 107
-# After a refusal the next try; the other side's first packet has opened its NAT by then, or the one after that.
-_RETRY_SECONDS = 0.1
+# After a refusal the next try; the other side's first packet has opened its NAT by then, or one of those after that.
+# No more than these, or a punch at an address where nobody expects one would be a small flood.
+_RETRY_SECONDS = (0.1, 0.2, 0.4, 0.8, 1.6)
 # A peer whose NAT forgot the connection is noticed within 15 + 3 * 5 s; the probes also keep the NAT's entry alive.
 _KEEPALIVE = {"TCP_KEEPIDLE": 15, "TCP_KEEPINTVL": 5, "TCP_KEEPCNT": 3, "TCP_USER_TIMEOUT": 30_000}
 
@@ -65,12 +68,13 @@ def punch(port: int, address: str, seconds: float) -> socket.socket:
     """Connect local ``port`` to ``address`` while the other side does the same. Raises OSError when that fails.
 
     Each side's first packet opens its own NAT for the other's. One that comes too early is lost, and sent again by
-    the kernel after a second; one that is refused is sent again here. Where there is no NAT in the way, the other one's
-    packet may come while this one sends none, so the port is listened on as well: for the IP address of ``address``.
+    the kernel after a second; one that is refused is sent again here, a few times. Where no NAT is in the way, the
+    other one's packet may come while this one sends none, so the port is listened on as well: for the IP address of
+    ``address``.
     """
     deadline = time.monotonic() + seconds
     reason: OSError = TimeoutError(f"nothing came from {address} within {seconds:.0f} s")
-    retry_at, waiting = 0.0, select.poll()
+    retry_at, pauses, waiting = 0.0, iter(_RETRY_SECONDS), select.poll()
     with contextlib.ExitStack() as stack:
         listener = stack.enter_context(_bound(address, port))
         listener.setblocking(False)
@@ -80,10 +84,11 @@ def punch(port: int, address: str, seconds: float) -> socket.socket:
         try:
             while (now := time.monotonic()) < deadline:
                 if calling is None and now >= retry_at:
-                    calling = _bound(address, port)
-                    calling.setblocking(False)
-                    calling.connect_ex(split_address(address))
-                    waiting.register(calling, select.POLLOUT)
+                    try:
+                        calling = _begun(address, port)
+                        waiting.register(calling, select.POLLOUT)
+                    except OSError as error:
+                        reason, retry_at = error, now + next(pauses, math.inf)
                 until = deadline if calling is not None else min(deadline, retry_at)
                 for descriptor, _ in waiting.poll(max(1, int(1000 * (until - now)))):
                     if descriptor == listener.fileno():
@@ -96,11 +101,24 @@ def punch(port: int, address: str, seconds: float) -> socket.socket:
                         if not code:
                             return _tuned(connected)
                         connected.close()
-                        reason, retry_at = OSError(code, os.strerror(code)), time.monotonic() + _RETRY_SECONDS
+                        reason = OSError(code, os.strerror(code))
+                        retry_at = time.monotonic() + next(pauses, math.inf)
             raise reason
         finally:
             if calling is not None:
                 calling.close()
+
+
+def _begun(address: str, port: int) -> socket.socket:
+    """Return a socket that connects to ``address``. Raises OSError when that fails at once: nothing is on its way."""
+    calling = _bound(address, port)
+    calling.setblocking(False)
+    code = calling.connect_ex(split_address(address))
+    if code not in (0, errno.EINPROGRESS):
+        # The socket itself would say neither so nor why, as without a route.
+        calling.close()
+        raise OSError(code, os.strerror(code))
+    return calling
 
 
 def _accept(listener: socket.socket, address: str) -> socket.socket | None:
