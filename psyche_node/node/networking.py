@@ -113,7 +113,8 @@ class Network:
     async def call(self, message: Message, expect: type[M]) -> M:
         """Ask the process. Between two lives, what will be said again is done, and statistics are the last known.
 
-        Raises RemoteFailure (it said no) or IpcError (there will be no new life).
+        They are that, too, when it cannot say them. Otherwise raises RemoteFailure (it said no) or IpcError (there will
+        be no new life).
         """
         remembered = self._remember(message)
         while True:
@@ -126,7 +127,11 @@ class Network:
             child = self._child
             try:
                 reply = await child.endpoint.call(message, expect)
-            except RemoteFailure:
+            except RemoteFailure as error:
+                if isinstance(message, GetStats) and isinstance(self._stats, expect):
+                    # Nobody should end for want of statistics.
+                    log.warning("%s; the last statistics known are used", error)
+                    return self._total(self._stats)  # type: ignore[return-value]  # M is Stats
                 raise
             except IpcError as error:
                 self._lost(child, error)
@@ -176,6 +181,8 @@ class Network:
                 try:
                     async with asyncio.timeout(SILENCE_SECONDS):
                         self._stats = await child.endpoint.call(GetStats(), Stats)
+                except RemoteFailure as error:
+                    log.warning("%s; it does answer, and goes on", error)
                 except (TimeoutError, IpcError):
                     silent = not child.endpoint.closed.is_set()
                     break

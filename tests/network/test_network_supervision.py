@@ -168,6 +168,10 @@ while True:
     request = hear()
     if how == "silent":
         time.sleep(60)
+    if how == "cannot-count":
+        (here / "asked").open("a").write(".")
+        say(request, "Failure", reason="a frame is too long")
+        continue
     say(request, "Stats", bytes_sent=life + 1, bytes_received=0, blob_bytes_sent=0, blob_bytes_received=0, peers=1,
         connected=[], per_peer=[])
 """
@@ -200,6 +204,25 @@ def test_a_process_that_does_not_answer_is_replaced(
         assert "starting a new one" in caplog.text
 
     odd.write_text("silent well")
+    asyncio.run(scenario())
+
+
+def test_statistics_that_fail_end_nothing(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networking, "CHECK_EVERY", 0.01)
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            keeping = asyncio.create_task(own.network.keep())
+            assert (await own.network.call(GetStats(), Stats)).bytes_sent == 0
+            async with asyncio.timeout(60):
+                while len((tmp_path / "asked").read_text()) < 4:
+                    await asyncio.sleep(0.01)
+            assert (own.network.restarts, keeping.done()) == (0, False)
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    odd.write_text("cannot-count well")
     asyncio.run(scenario())
 
 
