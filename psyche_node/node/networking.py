@@ -48,6 +48,16 @@ _EXITS = {1: "an error that was not foreseen", 2: "it was refused", 3: "a part o
 M = TypeVar("M", bound=Message)
 
 
+class KeyChanged(IpcError):
+    """The node key on the disk is not the one that this node began with."""
+
+    def __init__(self, began: str, now: str) -> None:
+        super().__init__(
+            f"node.key is not the one that this node began with ({now} instead of {began}): it was rotated. Start the "
+            "node again, so that it goes on under the new key"
+        )
+
+
 class Network:
     """The node's network process, whichever one is alive. ``call`` it like an endpoint."""
 
@@ -58,6 +68,7 @@ class Network:
         self._gave_up: IpcError | None = None
         self._configure: Configure | None = None
         self._any_port = (False, False)
+        self._node_id: str | None = None
         self._members: SetMembers | None = None
         self._wants: dict[int, dict[str, WantEntry]] = {}
         self._published: dict[int, Publish] = {}
@@ -73,7 +84,10 @@ class Network:
         return await self._begin()
 
     async def keep(self) -> None:
-        """Run until cancelled: replace the process whenever it ends. Raises IpcError when new ones end, too."""
+        """Run until cancelled: replace the process whenever it ends.
+
+        Raises IpcError when new ones end, too, and KeyChanged when a new one would be another node.
+        """
         failures = 0
         loop = asyncio.get_running_loop()
         while True:
@@ -83,12 +97,12 @@ class Network:
             failures = failures + 1 if lived < STABLE_SECONDS else 1
             while True:
                 if failures > MAX_FAILURES:
-                    self._gave_up = IpcError(
-                        f"the network process ended {failures} times in a row ({reason}); its own last lines are in "
-                        "the log above. Start the node again"
+                    raise self._give_up(
+                        IpcError(
+                            f"the network process ended {failures} times in a row ({reason}); its own last lines are "
+                            "in the log above. Start the node again"
+                        )
                     )
-                    self._up.set()
-                    raise self._gave_up
                 wait = 0.0 if failures == 1 else min(LONGEST_BACKOFF, 2.0 ** (failures - 2))
                 log.error(
                     "the network process ended after %.0f s: %s; starting a new one in %.0f s (attempt %d of %d)",
@@ -102,6 +116,8 @@ class Network:
                 try:
                     await self._begin()
                     break
+                except KeyChanged as error:
+                    raise self._give_up(error) from None
                 except (IpcError, OSError) as error:
                     reason, lived = str(error), 0.0
                     failures += 1
@@ -164,6 +180,9 @@ class Network:
             chosen |= {"grpc_port": 0} if any_grpc else {}
             self._configure = self._configure.model_copy(update=chosen)
             raise
+        if ready.node_id != (began := self._node_id or ready.node_id):
+            raise KeyChanged(began, ready.node_id)
+        self._node_id = ready.node_id
         self._configure = self._configure.model_copy(update={"p2p_port": ready.p2p_port, "grpc_port": ready.grpc_port})
         self._up.set()
         return ready
@@ -195,6 +214,12 @@ class Network:
         self._connected.clear()
         self._earlier, self._stats = self._total(self._stats), _nothing()
         return f"it had not answered for {SILENCE_SECONDS:.0f} s" if silent else _how(child.process.returncode)
+
+    def _give_up(self, error: IpcError) -> IpcError:
+        """There will be no new process: whoever waits for one is told why."""
+        self._gave_up = error
+        self._up.set()
+        return error
 
     async def _end(self) -> None:
         self._up.clear()

@@ -161,7 +161,8 @@ configure = hear()
 if how == "refuses" or (how == "wants-any-port" and configure["body"]["p2p_port"]):
     say(configure, "Failure", reason="Is the port taken?")
     sys.exit(2)
-say(configure, "Ready", node_id="x", multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002)
+node_id = "another" if how == "another-key" else "x"
+say(configure, "Ready", node_id=node_id, multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002)
 if how == "dies":
     sys.exit(3)
 while True:
@@ -254,6 +255,21 @@ def test_it_gives_up_when_no_new_process_lives(odd: Path, tmp_path: Path, monkey
                 await own.network.call(GetStats(), Stats)
 
     odd.write_text("dies dies dies")
+    asyncio.run(scenario())
+
+
+def test_a_node_key_that_was_rotated_meanwhile_ends_the_node(odd: Path, tmp_path: Path) -> None:
+    """A new process would be another node than the one that has joined."""
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            with pytest.raises(IpcError, match=r"another instead of x\): it was rotated. Start the node again"):
+                await own.network.keep()
+            with pytest.raises(IpcError, match="it was rotated"):
+                await own.network.call(GetStats(), Stats)
+
+    odd.write_text("dies another-key")
     asyncio.run(scenario())
 
 
