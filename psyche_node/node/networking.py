@@ -11,7 +11,7 @@ import asyncio
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from psyche_node.ipc import IpcError, Message, Ok, RemoteFailure
@@ -20,6 +20,7 @@ from psyche_node.network.messages import (
     Fetched,
     Forget,
     GetStats,
+    Kind,
     NetworkRestarted,
     PeerDown,
     PeerUp,
@@ -70,8 +71,8 @@ class Network:
         self._any_port = (False, False)
         self._node_id: str | None = None
         self._members: SetMembers | None = None
-        self._wants: dict[int, dict[str, WantEntry]] = {}
-        self._published: dict[int, Publish] = {}
+        self._wants: dict[tuple[int, Kind], dict[str, WantEntry]] = {}
+        self._published: dict[tuple[int, Kind, str], Publish] = {}
         self._connected: set[int] = set()
         self._stats = _nothing()
         self._earlier = _nothing()
@@ -240,34 +241,42 @@ class Network:
             case SetMembers():
                 self._members = message
             case Want():
-                self._wants.setdefault(message.round, {}).update({want.digest: want for want in message.wants})
+                wants = self._wants.setdefault((message.round, message.kind), {})
+                wants.update({want.digest: want for want in message.wants})
             case Publish():
-                self._published[message.round] = message
+                self._published[message.round, message.kind, message.digest] = message
             case Forget():
-                self._wants = {r: wants for r, wants in self._wants.items() if r >= message.before_round}
-                self._published = {r: said for r, said in self._published.items() if r >= message.before_round}
+                first = message.before_round
+                self._wants = {key: wants for key, wants in self._wants.items() if key[0] >= first}
+                self._published = {key: said for key, said in self._published.items() if key[0] >= first}
             case _:
                 return False
         return True
 
     async def _say_again(self) -> None:
-        """Bring a new process to where the last one was. What it cannot do is logged; if it dies, so is that."""
+        """Bring a new process to where the last one was. What it cannot do is logged; one that dies or falls silent
+        over it is lost, and the next is told everything."""
+        assert self._child is not None
+        child = self._child
+        for message in self._said():
+            try:
+                await child.endpoint.call(message, Ok)
+            except RemoteFailure as error:
+                log.warning("%s was not said again to the new network process: %s", type(message).__name__, error)
+            except IpcError as error:
+                self._lost(child, error)
+                return
+
+    def _said(self) -> Iterator[Message]:
         # Each is looked up when its turn comes: meanwhile the node may have said something newer.
         if self._members is not None:
-            await self._again(self._members)
-        for round_number in sorted(self._published):
-            if (said := self._published.get(round_number)) is not None:
-                await self._again(said)
-        for round_number in sorted(self._wants):
-            if wants := self._wants.get(round_number):
-                await self._again(Want(round=round_number, wants=list(wants.values())))
-
-    async def _again(self, message: Message) -> None:
-        assert self._child is not None
-        try:
-            await self._child.endpoint.call(message, Ok)
-        except IpcError as error:
-            log.warning("%s was not said again to the new network process: %s", type(message).__name__, error)
+            yield self._members
+        for key in sorted(self._published):
+            if (said := self._published.get(key)) is not None:
+                yield said
+        for round_number, kind in sorted(self._wants):
+            if wants := self._wants.get((round_number, kind)):
+                yield Want(round=round_number, wants=list(wants.values()), kind=kind)
 
     def _answer(self, message: Message, expect: type[M], remembered: bool) -> M | None:
         answer: Message | None = None
@@ -293,7 +302,8 @@ class Network:
             case PeerDown():
                 self._connected.discard(message.slot)
             case Fetched():
-                self._wants.get(message.round, {}).pop(message.digest, None)
+                for kind in Kind:
+                    self._wants.get((message.round, kind), {}).pop(message.digest, None)
             case _:
                 pass
         self._tell(message)

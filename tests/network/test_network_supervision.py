@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from psyche_node.network.messages import (
     Fetched,
     Forget,
     GetStats,
+    Kind,
     MemberEntry,
     NetworkRestarted,
     PeerDown,
@@ -173,6 +175,10 @@ while True:
         (here / "asked").open("a").write(".")
         say(request, "Failure", reason="a frame is too long")
         continue
+    print(json.dumps(request), file=(here / f"told{life}").open("a"), flush=True)
+    if request["kind"] != "GetStats" and how != "cannot-be-told":
+        say(request, "Ok")
+        continue
     say(request, "Stats", bytes_sent=life + 1, bytes_received=0, blob_bytes_sent=0, blob_bytes_received=0, peers=1,
         connected=[], per_peer=[])
 """
@@ -255,6 +261,43 @@ def test_it_gives_up_when_no_new_process_lives(odd: Path, tmp_path: Path, monkey
                 await own.network.call(GetStats(), Stats)
 
     odd.write_text("dies dies dies")
+    asyncio.run(scenario())
+
+
+def test_what_a_new_process_does_not_take_the_next_one_is_told(odd: Path, tmp_path: Path) -> None:
+    """All of it: what is of one round and of different kinds, too."""
+    digests = [character * 64 for character in "abcd"]
+    said: list[Message] = [
+        SetMembers(members=[MemberEntry(slot=0, node_key=digests[0])]),
+        Publish(round=4, member=0, digest=digests[0], length=1, kind=Kind.CHECKPOINT),
+        Publish(round=4, member=0, digest=digests[1], length=1),
+        Want(round=4, wants=[WantEntry(member=0, digest=digests[2], length=1)], kind=Kind.CHECKPOINT),
+        Want(round=4, wants=[WantEntry(member=0, digest=digests[3], length=1)]),
+    ]
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            for message in said:
+                await own.network.call(message, Ok)
+            assert own.network.process_id is not None
+            keeping = asyncio.create_task(own.network.keep())
+            os.kill(own.network.process_id, signal.SIGKILL)
+            await own.restarted(2)
+            stats = await own.network.call(GetStats(), Stats)
+            assert stats.bytes_sent == 3
+            told: list[dict[str, object]] = []
+            async with asyncio.timeout(60):
+                while len(told) <= len(said):
+                    await asyncio.sleep(0.01)
+                    with contextlib.suppress(OSError, ValueError):
+                        told = [json.loads(line) for line in (tmp_path / "told2").read_text().splitlines()]
+            bodies = [(one["kind"], one["body"]) for one in told if one["kind"] != "GetStats"]
+            assert bodies == [(type(message).__name__, message.model_dump(mode="json")) for message in said]
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    odd.write_text("well cannot-be-told well")
     asyncio.run(scenario())
 
 
