@@ -56,6 +56,8 @@ LINGER_SECONDS = 30.0
 MEMBERS_PAUSE_SECONDS = 2.0
 MEMBERS_SECONDS = 120.0
 
+_LIVE = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
+
 
 class JoinRefused(Exception):
     """The run does not take this node; the message says why and what to do."""
@@ -297,8 +299,7 @@ class Node:
 
     async def _my_record(self, chain: CoordinatorClient) -> Member | None:
         wallet = self._wallet.pubkey()
-        here = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
-        return next((m for m in await chain.members() if m.wallet == wallet and m.status in here), None)
+        return next((m for m in await chain.members() if m.wallet == wallet and m.status in _LIVE), None)
 
     async def _get_ready(self, parts: _Parts, member: int) -> None:
         """Wait for Warmup, meet the other members, and say that this node has the run's model."""
@@ -327,10 +328,9 @@ class Node:
         known: list[MemberEntry] | None = None
         while True:
             seen = parts.view.pulse
-            admitted = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED, MemberStatus.DROPPED)
             table = await parts.view.read(parts.chain.members)
             self._check_still_mine(table)
-            members = [MemberEntry(slot=m.slot, node_key=m.node_key.hex()) for m in table if m.status in admitted]
+            members = _admitted(table)
             if members != known:
                 await parts.network.call(SetMembers(members=members), Ok)
                 known = members
@@ -399,6 +399,18 @@ class Node:
 
     def _tick_delay(self, pulse: Pulse) -> int:
         return tick_delay(self._member, pulse.run.round, pulse.header.members)
+
+
+def _admitted(table: Sequence[Member]) -> list[MemberEntry]:
+    """The members that the network is for: the live ones, and those dropped, which go on following.
+
+    The program keeps a node key for one member only while that one is live: later another wallet may join with it, and
+    the key is that member's.
+    """
+    by_key = {m.node_key: m for m in table if m.status is MemberStatus.DROPPED}
+    by_key |= {m.node_key: m for m in table if m.status in _LIVE}
+    slots = {m.slot: m for m in by_key.values()}
+    return [MemberEntry(slot=slot, node_key=slots[slot].node_key.hex()) for slot in sorted(slots)]
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:
