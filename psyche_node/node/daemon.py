@@ -411,8 +411,8 @@ def _admitted(table: Sequence[Member]) -> list[MemberEntry]:
     """
     by_key = {m.node_key: m for m in table if m.status is MemberStatus.DROPPED}
     by_key |= {m.node_key: m for m in table if m.status in _LIVE}
-    slots = {m.slot: m for m in by_key.values()}
-    return [MemberEntry(slot=slot, node_key=slots[slot].node_key.hex()) for slot in sorted(slots)]
+    members = sorted(by_key.values(), key=lambda m: m.slot)
+    return [MemberEntry(slot=m.slot, node_key=m.node_key.hex(), wallet=str(m.wallet)) for m in members]
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:

@@ -31,7 +31,9 @@ def test_a_node_key_is_that_of_the_live_member_that_has_it() -> None:
         member_of(5, MemberStatus.EJECTED),
     ]
     expected = {1: bytes([1]) * 32, 2: key, 4: bytes([4]) * 32}
-    assert _admitted(table) == [MemberEntry(slot=slot, node_key=one.hex()) for slot, one in expected.items()]
+    assert _admitted(table) == [
+        MemberEntry(slot=slot, node_key=one.hex(), wallet=str(table[slot].wallet)) for slot, one in expected.items()
+    ]
 
 
 @pytest.mark.parametrize("found", [None, ErrorCode.ALREADY_READY, ErrorCode.MEMBER_NOT_ACTIVE])
