@@ -64,8 +64,9 @@ bench: setup
 	$(BIN)/python -m benchmarks.overlap
 
 # What takes too long for every change: a million inputs each for the decoder of updates, for the program's arithmetic
-# and for its instructions, ten thousand schedules of a run, replicas over rank layouts for 500 rounds, and 50 kills of
-# a ledger under load.
+# and for its instructions, and for what reads the network (also guided by coverage, where atheris can be had), ten
+# thousand schedules of a run, replicas over rank layouts for 500 rounds, 50 kills of a ledger under load, and a node
+# without a network for ten minutes.
 nightly: setup
 	$(BIN)/python tests/optimizer/codec_fuzzing.py 1000000
 	$(BIN)/python tests/coordinator/program/arithmetic_check.py 1000000
@@ -73,6 +74,9 @@ nightly: setup
 	$(BIN)/python tests/coordinator/program/schedules.py 10000
 	REPLICA_ROUNDS=500 $(BIN)/pytest -q tests/optimizer/test_sharding.py tests/optimizer/test_engines.py -k 'for_long or many_rounds' --timeout 1800
 	$(BIN)/python tests/coordinator/ledger/kill_ledger.py 50
+	$(BIN)/python tests/network/fuzzing.py 1000000
+	$(BIN)/python tests/network/fuzzing.py 1000000 --coverage
+	$(BIN)/python tests/network/cut_off.py 600
 
 # The contract of Solana's RPC over psyche-ledger and over Surfpool (Linux, x86-64).
 contract-surfpool: setup

@@ -12,6 +12,7 @@ from psyche_node.network.statements import NodeRecord
 MAX_CANDIDATES = 64
 # A record's seq starts at its node's clock in milliseconds; one from far in the future would never be replaced.
 MAX_SEQ_LEAD_MS = 86_400_000
+_NO_WALLETS: Mapping[bytes, str] = {}
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +26,8 @@ class Known:
 class Directory:
     """Members by slot and key, node records by key, bans by key.
 
-    Records of members are all kept. Those of others (members to be, or anybody) share ``MAX_CANDIDATES`` places.
+    Records of members are all kept. Those of others (members to be, or anybody) share ``MAX_CANDIDATES`` places. A ban
+    goes with the wallet where that is known: a member may take another node key at any time.
     """
 
     def __init__(self, own_key: bytes) -> None:
@@ -34,13 +36,15 @@ class Directory:
         self._slots: dict[bytes, int] = {}
         self._keys: dict[int, bytes] = {}
         self._records: dict[bytes, Known] = {}
-        self._banned: set[bytes] = set()
+        self._wallets: dict[bytes, str] = {}
+        self._banned: set[bytes | str] = set()
         self._has_path: Callable[[bytes], bool] = lambda key: False
         self._remembered: frozenset[bytes] = frozenset()
 
-    def set_members(self, members: Mapping[int, bytes]) -> None:
-        """Replace the member list (slot to node key)."""
+    def set_members(self, members: Mapping[int, bytes], wallets: Mapping[bytes, str] = _NO_WALLETS) -> None:
+        """Replace the member list (slot to node key), and whose wallet a node key belongs to."""
         with self._lock:
+            self._wallets = dict(wallets)
             self._keys = dict(members)
             self._slots = {key: slot for slot, key in members.items()}
 
@@ -116,19 +120,19 @@ class Directory:
     def ban(self, key: bytes) -> bool:
         """Never take a blob from this node again. Returns whether that is new."""
         with self._lock:
-            new = key not in self._banned
-            self._banned.add(key)
+            new = not self.banned(key)
+            self._banned |= {key, self._wallets.get(key, key)}
             return new
 
     def banned(self, key: bytes) -> bool:
-        return key in self._banned
+        return key in self._banned or self._wallets.get(key) in self._banned
 
     def sources(self, keys: Iterable[bytes]) -> list[bytes]:
         """Return those of ``keys`` that may serve blobs: members with a record, not banned, not this node."""
         return [
             key
             for key in keys
-            if key in self._slots and key in self._records and key not in self._banned and key != self.own_key
+            if key in self._slots and key in self._records and not self.banned(key) and key != self.own_key
         ]
 
     def public(self, keys: Iterable[bytes]) -> list[bytes]:

@@ -65,6 +65,8 @@ class Ready(Message):
 class MemberEntry(Message):
     slot: int = Field(ge=0, lt=MAX_MEMBERS)
     node_key: str = Field(pattern=_HEX32)
+    wallet: str = Field(default="", max_length=64)
+    """Whose node it is, in base58: what is held against a node goes with the wallet to its next node key."""
 
 
 class SetMembers(Message):

@@ -235,7 +235,8 @@ class NetworkNode:
         members = {entry.slot: bytes.fromhex(entry.node_key) for entry in message.members}
         if len(members) != len(message.members) or len(set(members.values())) != len(members):
             raise NetworkError("two entries of the member list share a slot or a node key")
-        self._directory.set_members(members)
+        wallets = {bytes.fromhex(entry.node_key): entry.wallet for entry in message.members if entry.wallet}
+        self._directory.set_members(members, wallets)
         self._links.retain(set(members.values()))
         self._paths.retain(set(members.values()))
         self._traffic.retain()

@@ -56,6 +56,8 @@ LINGER_SECONDS = 30.0
 MEMBERS_PAUSE_SECONDS = 2.0
 MEMBERS_SECONDS = 120.0
 
+_LIVE = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
+
 
 class JoinRefused(Exception):
     """The run does not take this node; the message says why and what to do."""
@@ -260,13 +262,13 @@ class Node:
                 raise ConfigError(f"{what} of this node is {here}, the run's is {there}: {fix}")
 
     async def _join(self, parts: _Parts) -> int:
-        mine = await self._my_record(parts.chain)
+        mine = await self._my_record(parts)
         if mine is None:
             phase = parts.view.pulse.run.phase
             if phase not in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP):
                 raise JoinRefused(f"the run is in {phase.name}; nodes join it while it waits for members")
             await parts.chain.join(self._node_key.keypair, self._config.share or DEFAULT_SHARE)
-            mine = await self._my_record(parts.chain)
+            mine = await self._my_record(parts)
             if mine is None:
                 raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
         elif mine.node_key != self._node_key.public:
@@ -287,7 +289,7 @@ class Node:
         log.warning("member %d of this wallet goes on under a new node key: %s instead of %s", mine.slot, new, old)
         await parts.chain.join(self._node_key.keypair, self._config.share or mine.next_share, mine.grant)
         parts.journal.write("rotated", member=mine.slot, old=old, new=new)
-        again = await self._my_record(parts.chain)
+        again = await self._my_record(parts)
         if again is None or again.node_key != self._node_key.public:
             raise JoinRefused(
                 f"the chain still lists another node key for member {mine.slot}. Does another node with this wallet "
@@ -295,10 +297,9 @@ class Node:
             )
         return again
 
-    async def _my_record(self, chain: CoordinatorClient) -> Member | None:
-        wallet = self._wallet.pubkey()
-        here = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
-        return next((m for m in await chain.members() if m.wallet == wallet and m.status in here), None)
+    async def _my_record(self, parts: _Parts) -> Member | None:
+        wallet, table = self._wallet.pubkey(), await parts.view.read(parts.chain.members)
+        return next((m for m in table if m.wallet == wallet and m.status in _LIVE), None)
 
     async def _get_ready(self, parts: _Parts, member: int) -> None:
         """Wait for Warmup, meet the other members, and say that this node has the run's model."""
@@ -315,11 +316,13 @@ class Node:
             log.warning("not connected to members %s yet; they may be reached through others", sorted(missing))
         if TermsChanged.between(parts.run, parts.view.pulse.run):
             raise TermsChanged(parts.view.pulse.run)
+        root = bytes.fromhex(parts.loaded.model_root)
         try:
-            await parts.chain.ready(bytes.fromhex(parts.loaded.model_root))
+            await parts.view.read(lambda: parts.chain.ready(root))
         except ProgramError as error:
-            # An earlier life of this node may have said so.
-            if error.code != ErrorCode.ALREADY_READY:
+            # An earlier attempt or life of this node may have said so, and the run gone on with it since. A member that
+            # is out for another reason learns it when the round begins.
+            if error.code not in (ErrorCode.ALREADY_READY, ErrorCode.MEMBER_NOT_ACTIVE):
                 raise
 
     async def _follow_members(self, parts: _Parts) -> None:
@@ -327,10 +330,9 @@ class Node:
         known: list[MemberEntry] | None = None
         while True:
             seen = parts.view.pulse
-            admitted = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED, MemberStatus.DROPPED)
             table = await parts.view.read(parts.chain.members)
             self._check_still_mine(table)
-            members = [MemberEntry(slot=m.slot, node_key=m.node_key.hex()) for m in table if m.status in admitted]
+            members = _admitted(table)
             if members != known:
                 await parts.network.call(SetMembers(members=members), Ok)
                 known = members
@@ -399,6 +401,18 @@ class Node:
 
     def _tick_delay(self, pulse: Pulse) -> int:
         return tick_delay(self._member, pulse.run.round, pulse.header.members)
+
+
+def _admitted(table: Sequence[Member]) -> list[MemberEntry]:
+    """The members that the network is for: the live ones, and those dropped, which go on following.
+
+    The program keeps a node key for one member only while that one is live: later another wallet may join with it, and
+    the key is that member's.
+    """
+    by_key = {m.node_key: m for m in table if m.status is MemberStatus.DROPPED}
+    by_key |= {m.node_key: m for m in table if m.status in _LIVE}
+    members = sorted(by_key.values(), key=lambda m: m.slot)
+    return [MemberEntry(slot=m.slot, node_key=m.node_key.hex(), wallet=str(m.wallet)) for m in members]
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:

@@ -11,7 +11,7 @@ import asyncio
 import logging
 import signal
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TypeVar
 
 from psyche_node.ipc import IpcError, Message, Ok, RemoteFailure
@@ -20,6 +20,7 @@ from psyche_node.network.messages import (
     Fetched,
     Forget,
     GetStats,
+    Kind,
     NetworkRestarted,
     PeerDown,
     PeerUp,
@@ -48,6 +49,16 @@ _EXITS = {1: "an error that was not foreseen", 2: "it was refused", 3: "a part o
 M = TypeVar("M", bound=Message)
 
 
+class KeyChanged(IpcError):
+    """The node key on the disk is not the one that this node began with."""
+
+    def __init__(self, began: str, now: str) -> None:
+        super().__init__(
+            f"node.key is not the one that this node began with ({now} instead of {began}): it was rotated. Start the "
+            "node again, so that it goes on under the new key"
+        )
+
+
 class Network:
     """The node's network process, whichever one is alive. ``call`` it like an endpoint."""
 
@@ -58,9 +69,10 @@ class Network:
         self._gave_up: IpcError | None = None
         self._configure: Configure | None = None
         self._any_port = (False, False)
+        self._node_id: str | None = None
         self._members: SetMembers | None = None
-        self._wants: dict[int, dict[str, WantEntry]] = {}
-        self._published: dict[int, Publish] = {}
+        self._wants: dict[tuple[int, Kind], dict[str, WantEntry]] = {}
+        self._published: dict[tuple[int, Kind, str], Publish] = {}
         self._connected: set[int] = set()
         self._stats = _nothing()
         self._earlier = _nothing()
@@ -73,7 +85,10 @@ class Network:
         return await self._begin()
 
     async def keep(self) -> None:
-        """Run until cancelled: replace the process whenever it ends. Raises IpcError when new ones end, too."""
+        """Run until cancelled: replace the process whenever it ends.
+
+        Raises IpcError when new ones end, too, and KeyChanged when a new one would be another node.
+        """
         failures = 0
         loop = asyncio.get_running_loop()
         while True:
@@ -83,12 +98,12 @@ class Network:
             failures = failures + 1 if lived < STABLE_SECONDS else 1
             while True:
                 if failures > MAX_FAILURES:
-                    self._gave_up = IpcError(
-                        f"the network process ended {failures} times in a row ({reason}); its own last lines are in "
-                        "the log above. Start the node again"
+                    raise self._give_up(
+                        IpcError(
+                            f"the network process ended {failures} times in a row ({reason}); its own last lines are "
+                            "in the log above. Start the node again"
+                        )
                     )
-                    self._up.set()
-                    raise self._gave_up
                 wait = 0.0 if failures == 1 else min(LONGEST_BACKOFF, 2.0 ** (failures - 2))
                 log.error(
                     "the network process ended after %.0f s: %s; starting a new one in %.0f s (attempt %d of %d)",
@@ -102,6 +117,8 @@ class Network:
                 try:
                     await self._begin()
                     break
+                except KeyChanged as error:
+                    raise self._give_up(error) from None
                 except (IpcError, OSError) as error:
                     reason, lived = str(error), 0.0
                     failures += 1
@@ -113,7 +130,8 @@ class Network:
     async def call(self, message: Message, expect: type[M]) -> M:
         """Ask the process. Between two lives, what will be said again is done, and statistics are the last known.
 
-        Raises RemoteFailure (it said no) or IpcError (there will be no new life).
+        They are that, too, when it cannot say them. Otherwise raises RemoteFailure (it said no) or IpcError (there will
+        be no new life).
         """
         remembered = self._remember(message)
         while True:
@@ -126,7 +144,11 @@ class Network:
             child = self._child
             try:
                 reply = await child.endpoint.call(message, expect)
-            except RemoteFailure:
+            except RemoteFailure as error:
+                if isinstance(message, GetStats) and isinstance(self._stats, expect):
+                    # Nobody should end for want of statistics.
+                    log.warning("%s; the last statistics known are used", error)
+                    return self._total(self._stats)  # type: ignore[return-value]  # M is Stats
                 raise
             except IpcError as error:
                 self._lost(child, error)
@@ -159,6 +181,9 @@ class Network:
             chosen |= {"grpc_port": 0} if any_grpc else {}
             self._configure = self._configure.model_copy(update=chosen)
             raise
+        if ready.node_id != (began := self._node_id or ready.node_id):
+            raise KeyChanged(began, ready.node_id)
+        self._node_id = ready.node_id
         self._configure = self._configure.model_copy(update={"p2p_port": ready.p2p_port, "grpc_port": ready.grpc_port})
         self._up.set()
         return ready
@@ -176,6 +201,8 @@ class Network:
                 try:
                     async with asyncio.timeout(SILENCE_SECONDS):
                         self._stats = await child.endpoint.call(GetStats(), Stats)
+                except RemoteFailure as error:
+                    log.warning("%s; it does answer, and goes on", error)
                 except (TimeoutError, IpcError):
                     silent = not child.endpoint.closed.is_set()
                     break
@@ -188,6 +215,12 @@ class Network:
         self._connected.clear()
         self._earlier, self._stats = self._total(self._stats), _nothing()
         return f"it had not answered for {SILENCE_SECONDS:.0f} s" if silent else _how(child.process.returncode)
+
+    def _give_up(self, error: IpcError) -> IpcError:
+        """There will be no new process: whoever waits for one is told why."""
+        self._gave_up = error
+        self._up.set()
+        return error
 
     async def _end(self) -> None:
         self._up.clear()
@@ -208,34 +241,42 @@ class Network:
             case SetMembers():
                 self._members = message
             case Want():
-                self._wants.setdefault(message.round, {}).update({want.digest: want for want in message.wants})
+                wants = self._wants.setdefault((message.round, message.kind), {})
+                wants.update({want.digest: want for want in message.wants})
             case Publish():
-                self._published[message.round] = message
+                self._published[message.round, message.kind, message.digest] = message
             case Forget():
-                self._wants = {r: wants for r, wants in self._wants.items() if r >= message.before_round}
-                self._published = {r: said for r, said in self._published.items() if r >= message.before_round}
+                first = message.before_round
+                self._wants = {key: wants for key, wants in self._wants.items() if key[0] >= first}
+                self._published = {key: said for key, said in self._published.items() if key[0] >= first}
             case _:
                 return False
         return True
 
     async def _say_again(self) -> None:
-        """Bring a new process to where the last one was. What it cannot do is logged; if it dies, so is that."""
+        """Bring a new process to where the last one was. What it cannot do is logged; one that dies or falls silent
+        over it is lost, and the next is told everything."""
+        assert self._child is not None
+        child = self._child
+        for message in self._said():
+            try:
+                await child.endpoint.call(message, Ok)
+            except RemoteFailure as error:
+                log.warning("%s was not said again to the new network process: %s", type(message).__name__, error)
+            except IpcError as error:
+                self._lost(child, error)
+                return
+
+    def _said(self) -> Iterator[Message]:
         # Each is looked up when its turn comes: meanwhile the node may have said something newer.
         if self._members is not None:
-            await self._again(self._members)
-        for round_number in sorted(self._published):
-            if (said := self._published.get(round_number)) is not None:
-                await self._again(said)
-        for round_number in sorted(self._wants):
-            if wants := self._wants.get(round_number):
-                await self._again(Want(round=round_number, wants=list(wants.values())))
-
-    async def _again(self, message: Message) -> None:
-        assert self._child is not None
-        try:
-            await self._child.endpoint.call(message, Ok)
-        except IpcError as error:
-            log.warning("%s was not said again to the new network process: %s", type(message).__name__, error)
+            yield self._members
+        for key in sorted(self._published):
+            if (said := self._published.get(key)) is not None:
+                yield said
+        for round_number, kind in sorted(self._wants):
+            if wants := self._wants.get((round_number, kind)):
+                yield Want(round=round_number, wants=list(wants.values()), kind=kind)
 
     def _answer(self, message: Message, expect: type[M], remembered: bool) -> M | None:
         answer: Message | None = None
@@ -261,7 +302,8 @@ class Network:
             case PeerDown():
                 self._connected.discard(message.slot)
             case Fetched():
-                self._wants.get(message.round, {}).pop(message.digest, None)
+                for kind in Kind:
+                    self._wants.get((message.round, kind), {}).pop(message.digest, None)
             case _:
                 pass
         self._tell(message)

@@ -9,6 +9,7 @@ from typing import TypeVar
 
 from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse, RpcError
 from coordinator.pulses import Delay
+from coordinator.state import MalformedAccount
 from psyche_node.node.changes import Changes
 
 log = logging.getLogger(__name__)
@@ -49,17 +50,17 @@ class ChainView:
         return self.pulse
 
     async def read(self, what: Callable[[], Awaitable[T]]) -> T:
-        """Return what ``what`` reads from the chain, however long the chain is away.
+        """Return what ``what`` returns, however long the chain is away or answers with what is no state of a run.
 
-        Each new attempt waits for a state to arrive, which is when the chain is back. Raises ChainUnavailable or
-        RpcError if ``what`` still fails after an hour.
+        Each new attempt waits for a state to arrive, which is when the chain is back. Raises ChainUnavailable, RpcError
+        or MalformedAccount if ``what`` still fails after an hour.
         """
         give_up = asyncio.get_running_loop().time() + OUTAGE_SECONDS
         while True:
             try:
                 return await what()
-            except (ChainUnavailable, RpcError) as error:
+            except (ChainUnavailable, RpcError, MalformedAccount) as error:
                 if asyncio.get_running_loop().time() >= give_up:
                     raise
-                log.warning("not read, trying again when the chain is back: %s", error)
+                log.warning("nothing usable from the chain, trying again when it is back: %s", error)
             await self.next()

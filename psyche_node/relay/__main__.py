@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import ipaddress
 import json
 import signal
 from typing import Annotated
 
 import typer
 
+from coordinator.ledger.descriptors import raise_file_limit
 from psyche_node import log
 from psyche_node.exits import Exit
 from psyche_node.relay.forward import Address, Forward, Loop, open_link
@@ -31,6 +33,8 @@ def relay(
     """Forward TCP connections as if over a line. Prints one line of JSON, for each target the address that leads there,
     and runs until SIGTERM or Ctrl-C."""
     log.configure("relay")
+    # A connection takes two descriptors.
+    raise_file_limit()
     loop = Loop()
     try:
         spec = LinkSpec.parse(link)
@@ -56,9 +60,14 @@ def _refusal(reason: str) -> typer.Exit:
 
 def _address(text: str) -> Address:
     host, _, port = text.strip().rpartition(":")
-    if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+    try:
+        address = ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
+        usable = 0 < int(port) < 65536
+    except ValueError:
+        usable = False
+    if not usable:
         raise BadSpec(f"{text!r} is not IP:PORT")
-    return host.removeprefix("[").removesuffix("]"), int(port)
+    return str(address), int(port)
 
 
 def _text(address: Address) -> str:

@@ -230,9 +230,10 @@ class Pair:
     """A connection to the relay and the one that the relay made for it."""
 
     def __init__(self, forward: Forward, near: socket.socket) -> None:
+        """Begin to connect. Raises OSError when there is no descriptor left, say."""
         self._forward, self._loop, self._near = forward, forward.loop, near
         self.closed = False
-        self._far = socket.socket(near.family, socket.SOCK_STREAM)
+        self._far = _socket(forward.target)
         for sock in (near, self._far):
             sock.setblocking(False)
             sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -294,8 +295,7 @@ class Forward:
         """Listen at once. Raises OSError when the port cannot be had."""
         self.loop, self.down, self.up, self.target = loop, down, up, target
         self._pairs: set[Pair] = set()
-        family = socket.AF_INET6 if ":" in listen[0] else socket.AF_INET
-        self._listener = socket.socket(family, socket.SOCK_STREAM)
+        self._listener = _socket(listen)
         self._listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self.set_buffers(self._listener)
         self._listener.bind(listen)
@@ -321,9 +321,18 @@ class Forward:
         if len(self._pairs) >= MAX_CONNECTIONS:
             near.close()
             return
-        pair = Pair(self, near)
+        try:
+            pair = Pair(self, near)
+        except OSError as error:
+            log.warning("a connection to %s is refused: %s", self.target, error)
+            near.close()
+            return
         if not pair.closed:
             self._pairs.add(pair)
+
+
+def _socket(address: Address) -> socket.socket:
+    return socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
 
 
 def open_link(

@@ -123,6 +123,8 @@ class World:
         self.settings, self.started = settings, started
         self.ledger: Managed | None = None
         """The simulation's own ledger; None on a chain of the user's."""
+        self.relay: Managed | None = None
+        """What gives the nodes their lines; None without ``--link``."""
         self.nodes: list[SimNode] = []
         self.record = ChainRecord()
         self.memory = MemoryWatch()
@@ -214,7 +216,8 @@ class World:
         arguments = ["--link", self.settings.link]
         for pair in ports:
             arguments += ["--to", ",".join(f"{HOST}:{port}" for port in pair)]
-        relay = Managed("relay", "psyche_node.relay", arguments, self.settings.out / "logs" / "relay.log", pipe=True)
+        log = self.settings.out / "logs" / "relay.log"
+        relay = self.relay = Managed("relay", "psyche_node.relay", arguments, log, pipe=True)
         stack.push_async_callback(relay.stop)
         lines = iter(json.loads(await relay.first_line(RELAY_TIMEOUT)))
         ends = [int(line["at"].rpartition(":")[2]) for line in lines]
@@ -283,7 +286,7 @@ class World:
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Return when the run is finished and every node that still runs has said so, or has had time to.
 
-        Raises SimulationFailed when the ledger or all honest nodes have ended, or too many for the run to begin.
+        Raises SimulationFailed when ledger, relay or all honest nodes have ended, or too many for the run to begin.
         """
         watcher = asyncio.create_task(self._watch_chain())
         try:
@@ -341,8 +344,9 @@ class World:
 
     def _check_alive(self) -> None:
         """Raise SimulationFailed when the run cannot go on any more."""
-        if self.ledger is not None and not self.ledger.running:
-            raise SimulationFailed(f"the ledger has ended.\n{_last_words(self.ledger)}")
+        for needed, what in ((self.ledger, "ledger"), (self.relay, "relay")):
+            if needed is not None and not needed.running:
+                raise SimulationFailed(f"the {what} has ended.\n{_last_words(needed)}")
         if not any(node.process.running for node in self.nodes if node.fault is None):
             ended = "every honest node has ended before the run was finished"
         else:

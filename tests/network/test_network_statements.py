@@ -261,3 +261,20 @@ def test_sources_are_members_with_an_address_that_are_not_banned() -> None:
     assert directory.ban(KEY.public)
     assert not directory.ban(KEY.public)
     assert directory.sources(everyone) == []
+
+
+def test_a_ban_goes_with_the_wallet_to_its_next_node_key() -> None:
+    """And not with the slot, which a wallet that has left leaves to another one."""
+    directory = Directory(OTHER.public)
+    keys = [bytes([number]) * 32 for number in range(4)]
+    for key in keys:
+        directory.add(dataclasses.replace(RECORD, node_key=key, seq=1), key)
+    directory.set_members({0: keys[0]}, {keys[0]: "one"})
+    assert directory.ban(keys[0])
+    directory.set_members({0: keys[1]}, {keys[1]: "one"})
+    assert directory.banned(keys[1])
+    assert directory.sources(keys) == []
+    directory.set_members({0: keys[2], 1: keys[0]}, {keys[2]: "two", keys[0]: "three"})
+    assert directory.sources(keys) == [keys[2]]
+    directory.set_members({0: keys[3]})
+    assert not directory.banned(keys[3])

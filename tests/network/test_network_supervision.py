@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 from collections.abc import AsyncIterator
@@ -20,6 +21,7 @@ from psyche_node.network.messages import (
     Fetched,
     Forget,
     GetStats,
+    Kind,
     MemberEntry,
     NetworkRestarted,
     PeerDown,
@@ -161,13 +163,22 @@ configure = hear()
 if how == "refuses" or (how == "wants-any-port" and configure["body"]["p2p_port"]):
     say(configure, "Failure", reason="Is the port taken?")
     sys.exit(2)
-say(configure, "Ready", node_id="x", multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002)
+node_id = "another" if how == "another-key" else "x"
+say(configure, "Ready", node_id=node_id, multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002)
 if how == "dies":
     sys.exit(3)
 while True:
     request = hear()
     if how == "silent":
         time.sleep(60)
+    if how == "cannot-count":
+        (here / "asked").open("a").write(".")
+        say(request, "Failure", reason="a frame is too long")
+        continue
+    print(json.dumps(request), file=(here / f"told{life}").open("a"), flush=True)
+    if request["kind"] != "GetStats" and how != "cannot-be-told":
+        say(request, "Ok")
+        continue
     say(request, "Stats", bytes_sent=life + 1, bytes_received=0, blob_bytes_sent=0, blob_bytes_received=0, peers=1,
         connected=[], per_peer=[])
 """
@@ -203,6 +214,25 @@ def test_a_process_that_does_not_answer_is_replaced(
     asyncio.run(scenario())
 
 
+def test_statistics_that_fail_end_nothing(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(networking, "CHECK_EVERY", 0.01)
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            keeping = asyncio.create_task(own.network.keep())
+            assert (await own.network.call(GetStats(), Stats)).bytes_sent == 0
+            async with asyncio.timeout(60):
+                while len((tmp_path / "asked").read_text()) < 4:
+                    await asyncio.sleep(0.01)
+            assert (own.network.restarts, keeping.done()) == (0, False)
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    odd.write_text("cannot-count well")
+    asyncio.run(scenario())
+
+
 def test_it_goes_on_after_some_failures_and_takes_another_port(odd: Path, tmp_path: Path) -> None:
     async def scenario() -> None:
         async with supervised(tmp_path) as own:
@@ -231,6 +261,58 @@ def test_it_gives_up_when_no_new_process_lives(odd: Path, tmp_path: Path, monkey
                 await own.network.call(GetStats(), Stats)
 
     odd.write_text("dies dies dies")
+    asyncio.run(scenario())
+
+
+def test_what_a_new_process_does_not_take_the_next_one_is_told(odd: Path, tmp_path: Path) -> None:
+    """All of it: what is of one round and of different kinds, too."""
+    digests = [character * 64 for character in "abcd"]
+    said: list[Message] = [
+        SetMembers(members=[MemberEntry(slot=0, node_key=digests[0])]),
+        Publish(round=4, member=0, digest=digests[0], length=1, kind=Kind.CHECKPOINT),
+        Publish(round=4, member=0, digest=digests[1], length=1),
+        Want(round=4, wants=[WantEntry(member=0, digest=digests[2], length=1)], kind=Kind.CHECKPOINT),
+        Want(round=4, wants=[WantEntry(member=0, digest=digests[3], length=1)]),
+    ]
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            for message in said:
+                await own.network.call(message, Ok)
+            assert own.network.process_id is not None
+            keeping = asyncio.create_task(own.network.keep())
+            os.kill(own.network.process_id, signal.SIGKILL)
+            await own.restarted(2)
+            stats = await own.network.call(GetStats(), Stats)
+            assert stats.bytes_sent == 3
+            told: list[dict[str, object]] = []
+            async with asyncio.timeout(60):
+                while len(told) <= len(said):
+                    await asyncio.sleep(0.01)
+                    with contextlib.suppress(OSError, ValueError):
+                        told = [json.loads(line) for line in (tmp_path / "told2").read_text().splitlines()]
+            bodies = [(one["kind"], one["body"]) for one in told if one["kind"] != "GetStats"]
+            assert bodies == [(type(message).__name__, message.model_dump(mode="json")) for message in said]
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    odd.write_text("well cannot-be-told well")
+    asyncio.run(scenario())
+
+
+def test_a_node_key_that_was_rotated_meanwhile_ends_the_node(odd: Path, tmp_path: Path) -> None:
+    """A new process would be another node than the one that has joined."""
+
+    async def scenario() -> None:
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+            with pytest.raises(IpcError, match=r"another instead of x\): it was rotated. Start the node again"):
+                await own.network.keep()
+            with pytest.raises(IpcError, match="it was rotated"):
+                await own.network.call(GetStats(), Stats)
+
+    odd.write_text("dies another-key")
     asyncio.run(scenario())
 
 

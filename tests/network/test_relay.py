@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
 import math
@@ -13,6 +14,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from unittest.mock import Mock
 
 import pytest
 from hypothesis import given, settings
@@ -277,6 +279,31 @@ def test_a_target_that_is_not_there_is_a_connection_that_breaks() -> None:
             attempt(forward.address)
 
 
+def test_a_target_of_the_other_family_is_reached() -> None:
+    try:
+        server = socket.create_server(("::1", 0), family=socket.AF_INET6)
+    except OSError:
+        pytest.skip("this machine has no IPv6")
+    with server, relayed("unlimited/0", server.getsockname()[:2]) as forward:
+        server.settimeout(30)
+        with socket.create_connection(forward.address, timeout=30), server.accept()[0]:
+            pass
+
+
+def test_a_connection_for_which_no_descriptor_is_left_costs_that_connection_only(
+    echo: Echo, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    none_left = OSError(errno.EMFILE, "Too many open files")
+    with relayed("unlimited/0", echo.address) as forward:
+        with monkeypatch.context() as patch:
+            patch.setattr("psyche_node.relay.forward._socket", Mock(side_effect=none_left))
+            with socket.create_connection(forward.address, timeout=30) as connection:
+                assert connection.recv(1) == b""
+        with socket.create_connection(forward.address, timeout=30) as connection:
+            connection.sendall(b"hello")
+            assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
+
+
 @pytest.mark.parametrize("moves", [False, True])
 def test_a_receiver_that_does_not_read_holds_the_sender(moves: bool) -> None:
     """However much is sent, the relay holds a line's worth: nothing moves, or time does and nobody reads."""
@@ -329,6 +356,7 @@ def test_the_command_relays_until_it_is_told_to_stop(echo: Echo) -> None:
     [
         (["--link", "100mbit", "--to", "127.0.0.1:1"], "no round-trip time"),
         (["--to", "localhost"], "'localhost' is not IP:PORT"),
+        (["--to", "localhost:1"], "'localhost:1' is not IP:PORT"),
         (["--to", "127.0.0.1:1", "--listen", "192.0.2.1"], "cannot listen on 192.0.2.1"),
     ],
 )

@@ -7,6 +7,7 @@ from node_stage import ScriptedChain, run_async, watching
 from node_values import pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, RpcError
+from coordinator.state import MalformedAccount
 from psyche_node.node import view as views
 
 
@@ -32,10 +33,14 @@ def test_read_outlasts_an_outage_and_waits_for_a_sign_of_life() -> None:
     async def test() -> None:
         chain = ScriptedChain()
         chain.table = (round_of(3),)
-        chain.errors["rounds"] = [ChainUnavailable("away"), RpcError("getAccountInfo", -32000, "busy")]
+        chain.errors["rounds"] = [
+            ChainUnavailable("away"),
+            RpcError("getAccountInfo", -32000, "busy"),
+            MalformedAccount("an endpoint that lies"),
+        ]
         async with watching(chain) as view:
             reading = asyncio.create_task(view.read(chain.rounds))
-            for left in (1, 0):
+            for left in (2, 1, 0):
                 while len(chain.errors["rounds"]) > left:
                     await asyncio.sleep(0)
                 assert not reading.done()

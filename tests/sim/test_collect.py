@@ -323,13 +323,14 @@ def test_run_that_cannot_go_on_is_noticed(
         stage.world._check_alive()
 
 
-def test_dead_ledger_is_noticed(tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["ledger", "relay"])
+def test_what_all_nodes_need_is_noticed_when_it_ends(tmp_path: Path, what: str) -> None:
     stage = Stage(tmp_path)
     stage.node(0, status=None)
-    log = tmp_path / "ledger.log"
+    log = tmp_path / "its.log"
     log.write_text("killed")
-    stage.world.ledger = Ended(log, "psyche-ledger", -9)  # type: ignore[assignment]
-    with pytest.raises(SimulationFailed, match="the ledger has ended"):
+    setattr(stage.world, what, Ended(log, what, -9))
+    with pytest.raises(SimulationFailed, match=rf"the {what} has ended(.|\n)*killed"):
         stage.world._check_alive()
 
 
