@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
-from psyche_node.network.messages import Kind
+from psyche_node.network.messages import MAX_BLOB_BYTES, Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
 from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
@@ -45,6 +45,10 @@ class BadBytes(Exception):
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(reason)
         self.what = what
+
+
+class FalseCommitment(Exception):
+    """No blob has both the digest and the length that were committed to: its digest is that of another length."""
 
 
 class NothingYet(Exception):
@@ -110,7 +114,7 @@ class Download:
             run.stream.cancel()
 
     def run(self) -> None:
-        """Bring what this source can. Raises CallFailed, NothingYet, BadBytes, StoreError or OSError.
+        """Bring what this source can. Raises CallFailed, NothingYet, BadBytes, FalseCommitment, StoreError or OSError.
 
         The blob is complete, and has its name, when nothing is missing at the end.
         """
@@ -138,14 +142,18 @@ class Download:
         pieces: list[bytes] = []
         for piece in self._fetch(range(1)).stream:
             pieces.append(piece)
-            if len(pieces) > 1 or len(piece) != want.length:
-                raise BadBytes("piece", f"it sent {sum(map(len, pieces))} bytes, {want.length} are committed to")
+            if len(pieces) > 1:
+                raise BadBytes("piece", "it sent more than the one piece that it was asked for")
             self._note(len(piece))
         if not pieces:
             raise CallFailed(Cause.BROKEN, "it ended the stream without a piece")
-        manifest = Manifest(want.length, (piece_digest(pieces[0]),))
+        manifest = Manifest(len(pieces[0]), (piece_digest(pieces[0]),))
         if manifest.digest != want.digest:
+            if manifest.length == PIECE_BYTES:
+                # It may be the first piece of a longer blob, of which the digest is.
+                self._manifest()
             raise BadBytes("piece", "its bytes are not those committed to")
+        self._check_length(manifest)
         assembly = self._tools.store.begin(manifest, want.round)
         try:
             assembly.write(0, pieces[0])
@@ -184,25 +192,34 @@ class Download:
                     self._open.popleft().stream.cancel()
 
     def _manifest(self) -> Manifest:
-        want, count = self._want, piece_count(self._want.length)
+        want, length = self._want, 0
         pieces: list[bytes] = []
         # All from this source: pages of two could not be told apart when they do not lead to the digest.
-        while len(pieces) < count:
+        while not length or len(pieces) < piece_count(length):
             request = wire.ManifestRequest(digest=want.digest, first=len(pieces))
             asked = time.monotonic()
             reply = self._tools.links.call(self._source, "GetManifest", request, wire.Manifest, CALL_SECONDS)
             self._tools.quality.answered(self._source, time.monotonic() - asked)
-            if reply.length != want.length:
+            # Another length than the committed one is not the source's fault if it leads to the digest.
+            if not 0 < reply.length <= MAX_BLOB_BYTES or length not in (0, reply.length):
                 raise BadBytes("manifest", f"it says {reply.length} bytes, {want.length} are committed to")
-            page = reply.pieces
-            if len(page) != min(count - len(pieces), MAX_PIECES_PER_MANIFEST) * DIGEST_BYTES:
+            length, page = reply.length, reply.pieces
+            if len(page) != min(piece_count(length) - len(pieces), MAX_PIECES_PER_MANIFEST) * DIGEST_BYTES:
                 raise BadBytes("manifest", "its piece list is not the one committed to")
             pieces += (page[at : at + DIGEST_BYTES] for at in range(0, len(page), DIGEST_BYTES))
             self._moved = time.monotonic()
-        manifest = Manifest(want.length, tuple(pieces))
+        manifest = Manifest(length, tuple(pieces))
         if manifest.digest != want.digest:
             raise BadBytes("manifest", "its piece list is not the one committed to")
+        self._check_length(manifest)
         return manifest
+
+    def _check_length(self, manifest: Manifest) -> None:
+        # The root covers the length, so who shows a manifest that leads to it has shown what the digest stands for.
+        if manifest.length != self._want.length:
+            raise FalseCommitment(
+                f"{self._want.length} bytes were committed to, and the digest is that of {manifest.length} bytes"
+            )
 
     def _bring(self, plan: Plan, partial: Partial) -> None:
         self._ahead(plan)

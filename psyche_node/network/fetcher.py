@@ -1,7 +1,8 @@
 """Wanted blobs, until they are here or forgotten: which sources to read, when, and what becomes of it. Runs on trio.
 
 Each want is a task. A source is read in a thread (``download``); whom to take next is ``wants``' choice. A source whose
-bytes are wrong is banned, one that fails is avoided for a while, and the want goes on elsewhere.
+bytes are wrong is banned, one that fails is avoided for a while, and the want goes on elsewhere. It ends without the
+blob when it is forgotten, or when a source shows that there is none: the digest is that of a blob of another length.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import trio
 from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.directory import Directory
-from psyche_node.network.download import CALL_SECONDS, BadBytes, Download, NothingYet, Tools, finish, open_plan
+from psyche_node.network.download import (
+    CALL_SECONDS,
+    BadBytes,
+    Download,
+    FalseCommitment,
+    NothingYet,
+    Tools,
+    finish,
+    open_plan,
+)
 from psyche_node.network.fanout import Tree
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
@@ -280,6 +290,8 @@ class Fetcher:
             self._quality.served(source, *download.measured())
         except BadBytes as error:
             self._ban(want, source, error)
+        except FalseCommitment as error:
+            self._give_up(want, error)
         except CallFailed as error:
             self._back_off(want, source, error)
         except NothingYet as error:
@@ -299,6 +311,15 @@ class Fetcher:
         want.broken.add(source)
         self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
+
+    def _give_up(self, want: Want, error: FalseCommitment) -> None:
+        """Nobody can have such a blob, and who told this node so is honest: the author is not."""
+        if (author := self._directory.key(want.member)) is not None:
+            reason = f"{error} ({want.name})"
+            self._reporter.rejected("commitment", author, reason, Why.CONTRADICTION, always=True)
+        self._tell(want, str(error), final=True)
+        want.dropped = True
+        want.scope.cancel()
 
     def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:
         failures = want.failures[source] = want.failures.get(source, 0) + 1
@@ -322,11 +343,11 @@ class Fetcher:
         if empty >= MAX_EMPTY:
             self._back_off(want, source, CallFailed(Cause.SLOW, f"{error}, {empty} times"))
 
-    def _tell(self, want: Want, reason: str, cause: str | None = None) -> None:
+    def _tell(self, want: Want, reason: str, cause: str | None = None, *, final: bool = False) -> None:
         if (cause or reason) not in want.told:
             want.told.add(cause or reason)
             self._reporter.emit(
-                FetchFailed(round=want.round, member=want.member, digest=want.digest.hex(), reason=reason)
+                FetchFailed(round=want.round, member=want.member, digest=want.digest.hex(), reason=reason, final=final)
             )
 
     # Passing on ------------------------------------------------------------------------------------------------------

@@ -18,6 +18,7 @@ from psyche_node.ipc import IpcError, Message, Ok, RemoteFailure
 from psyche_node.network.messages import (
     Configure,
     Fetched,
+    FetchFailed,
     Forget,
     GetStats,
     NetworkRestarted,
@@ -260,7 +261,7 @@ class Network:
                 self._connected.add(message.slot)
             case PeerDown():
                 self._connected.discard(message.slot)
-            case Fetched():
+            case Fetched() | FetchFailed(final=True):
                 self._wants.get(message.round, {}).pop(message.digest, None)
             case _:
                 pass

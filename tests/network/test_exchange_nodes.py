@@ -261,6 +261,34 @@ async def test_a_page_that_is_too_short_or_a_list_that_is_another_blobs_bans_its
 
 
 @in_trio
+async def test_a_commitment_to_another_length_ends_the_want_and_bans_nobody(tmp_path: Path) -> None:
+    """The author commits to a digest with a length that is not its blob's. Who holds that blob is honest."""
+    cases = (
+        (3 * PIECE_BYTES, 2 * PIECE_BYTES),
+        (3 * PIECE_BYTES, 4 * PIECE_BYTES + 1),
+        (3 * PIECE_BYTES, PIECE_BYTES),
+        (3 * PIECE_BYTES, 500),
+        (60_000, 59_993),
+        (60_000, 3 * PIECE_BYTES),
+    )
+    async with nodes(tmp_path, 4) as made:
+        for round, (length, committed) in enumerate(cases, 1):
+            data = os.urandom(length)
+            for node in made[1:3]:
+                digest = node.put(data, round)
+            made[3].fetcher.want(round, 0, digest, committed)
+            failed = await made[3].event(
+                lambda event, digest=digest: (
+                    isinstance(event, FetchFailed) and event.digest == digest.hex() and event.final
+                )  # type: ignore[misc]
+            )
+            assert f"{committed} bytes were committed to, and the digest is that of {length}" in failed.reason  # type: ignore[attr-defined]
+            await until(lambda: not made[3].fetcher._wants)
+        assert {(event.what, event.member) for event in made[3].rejected()} == {("commitment", 0)}
+        assert not [node for node in made if made[3].directory.banned(node.key.public)]
+
+
+@in_trio
 async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_little_harm(tmp_path: Path) -> None:
     data = os.urandom(60_000)
     async with nodes(tmp_path, 4) as made:
