@@ -113,15 +113,15 @@ class Download:
         for run in runs:
             run.stream.cancel()
 
-    def run(self) -> None:
-        """Bring what this source can. Raises CallFailed, NothingYet, BadBytes, FalseCommitment, StoreError or OSError.
+    def run(self) -> bool:
+        """Bring what this source can. Returns whether the blob is complete, and has its name.
 
-        The blob is complete, and has its name, when nothing is missing at the end.
+        Raises CallFailed, NothingYet, BadBytes, FalseCommitment, StoreError or OSError.
         """
         self._started = self._moved = time.monotonic()
         if piece_count(self._want.length) == 1:
             self._single_piece()
-            return
+            return True
         plan = None
         try:
             self._first_run()
@@ -133,8 +133,10 @@ class Download:
                 if plan is not None:
                     plan.give_back(self._source, run.pieces)
             self.cancel()
-        if not plan.left:
-            finish(self._tools, self._want, partial)
+        if plan.left:
+            return False
+        finish(self._tools, self._want, partial)
+        return True
 
     def _single_piece(self) -> None:
         # A blob of one piece needs no manifest: its length and its bytes give its digest.
@@ -330,7 +332,7 @@ def open_plan(tools: Tools, want: Want, manifest: Manifest) -> tuple[Plan, Parti
             assembly = tools.store.resume(manifest, want.round)
             want.partial = tools.holdings.begin(assembly)
             want.plan = Plan(len(manifest.pieces), assembly.missing())
-            if want.dropped:
+            if want.ended:
                 tools.holdings.end(want.partial)
         return want.plan, want.partial
 

@@ -121,7 +121,7 @@ class Fetcher:
         for key, want in list(self._wants.items()):
             if want.round < before_round:
                 del self._wants[key]
-                want.dropped = True
+                want.ended = True
                 want.scope.cancel()
 
     def announced(self, digest: bytes, author: bytes) -> None:
@@ -196,6 +196,7 @@ class Fetcher:
         try:
             with want.scope:
                 source = await self._find(want)
+                want.ended = True
                 self._reporter.emit(
                     Fetched(
                         round=want.round,
@@ -211,7 +212,7 @@ class Fetcher:
                 running.cancel()
             if want.partial is not None:
                 # What is still wanted when this process ends is what the next one goes on with.
-                self._holdings.end(want.partial, keep=not want.dropped)
+                self._holdings.end(want.partial, keep=not want.ended)
             if self._wants.get((want.round, want.digest)) is want:
                 del self._wants[want.round, want.digest]
 
@@ -281,8 +282,9 @@ class Fetcher:
     async def _attempt(self, want: Want, source: bytes, download: Download, found: list[bytes]) -> None:
         try:
             async with self._slots.slot(self._rank(want)):
-                await in_thread(download.run, self._threads)
-            if want.plan is None or not want.plan.left:
+                complete = await in_thread(download.run, self._threads)
+            # Not by what is left: who brought the last piece may not have given the blob its name yet.
+            if complete:
                 found.append(source)
             elif not download.measured()[0]:
                 # It had nothing that is missing and that nobody else is bringing.
@@ -318,7 +320,7 @@ class Fetcher:
             reason = f"{error} ({want.name})"
             self._reporter.rejected("commitment", author, reason, Why.CONTRADICTION, always=True)
         self._tell(want, str(error), final=True)
-        want.dropped = True
+        want.ended = True
         want.scope.cancel()
 
     def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:
@@ -355,7 +357,7 @@ class Fetcher:
     def _begun(self, want: Want) -> None:
         """The first piece of several is here, so the children can begin, too."""
         want.news.set()
-        if not want.passed_on and not want.dropped:
+        if not want.passed_on and not want.ended:
             want.passed_on = True
             self._tell_children(want)
 

@@ -91,7 +91,8 @@ class Want:
     running: dict[bytes, Running] = field(default_factory=dict)
     news: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    dropped: bool = False
+    ended: bool = False
+    """It is in the store, or nobody wants it any more: what there is of it is of no use."""
     passed_on: bool = False
     """Whether the children in the tree have been told that the first piece is here."""
     asked: bool = False

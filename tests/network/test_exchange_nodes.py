@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import trio.testing
 from exchange_nodes import ExchangeNode, in_trio, nodes, tree_of
 
 from psyche_node.identity import NodeKey
+from psyche_node.network.download import Download, Tools, finish
 from psyche_node.network.fanout import ARITY, Tree
-from psyche_node.network.holdings import MAX_WAITING, Holdings
+from psyche_node.network.holdings import MAX_WAITING, Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Fetched, FetchFailed, Kind
 from psyche_node.network.store import (
@@ -29,6 +31,7 @@ from psyche_node.network.store import (
     write_list,
 )
 from psyche_node.network.uploads import SLACK_BYTES
+from psyche_node.network.wants import Want
 from psyche_node.network.wire import node_pb2 as wire
 
 pytestmark = pytest.mark.timeout(120)
@@ -221,6 +224,59 @@ async def test_a_model_comes_from_several_holders_at_once_each_a_different_part(
         assert all(uploaded)
         # They look slow to each other while they wait, so some of the last pieces come twice, but not all.
         assert sum(uploaded) < 2 * len(data)
+
+
+@in_trio
+async def test_a_blob_is_here_when_it_has_its_name_and_not_when_its_last_piece_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two sources ends with a piece missing, and is looked at when the other one has brought it."""
+    data = os.urandom(8 * PIECE_BYTES)
+    ended, named = threading.Event(), threading.Event()
+
+    def last(tools: Tools, want: Want, partial: Partial) -> None:
+        assert named.wait(60)
+        finish(tools, want, partial)
+
+    async with nodes(tmp_path, 3) as made:
+        late = made[1].key.public
+
+        class Late(Download):
+            def run(self) -> bool:
+                if self._source != late or ended.is_set():
+                    return super().run()
+                while self._want.plan is None or self._want.plan.left:
+                    time.sleep(0.001)
+                ended.set()
+                return False
+
+        monkeypatch.setattr("psyche_node.network.fetcher.Download", Late)
+        monkeypatch.setattr("psyche_node.network.download.finish", last)
+        digest = {node.put(data, 1, Kind.MODEL) for node in made[:2]}.pop()
+        made[2].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
+        await until(ended.is_set)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert not [event for event in made[2].events if isinstance(event, Fetched)]
+        named.set()
+        await made[2].fetched(digest)
+        assert made[2].store.path(digest) is not None
+
+
+@in_trio
+async def test_what_a_push_completed_is_not_kept_in_part_as_well(tmp_path: Path) -> None:
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 2) as made:
+        gate = Gate(made[0].holdings, 2)
+        digest = made[0].put(data, 1)
+        made[1].fetcher.want(1, 0, digest, len(data))
+        await until(lambda: held(made[1], digest) == 2)
+        made[1].store.put(data, 1)
+        made[1].fetcher.arrived(digest, made[0].key.public)
+        made[0].kill()
+        gate.open()
+        await made[1].fetched(digest)
+        await until(lambda: not made[1].fetcher._wants)
+        assert [path.name for path in (tmp_path / "1" / "1").iterdir()] == [digest.hex()]
 
 
 @in_trio
