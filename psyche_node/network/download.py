@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psyche_node.network.guard import MAX_DEADLINE_SECONDS
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
 from psyche_node.network.messages import MAX_BLOB_BYTES, Kind
@@ -29,7 +30,9 @@ from psyche_node.network.wants import Choice, Want, is_slow
 from psyche_node.network.wire import node_pb2 as wire
 
 CALL_SECONDS = 5.0
-MIN_BYTES_PER_SECOND = 256 * 1024
+# A deadline for what even a slow line brings; a source that sends nothing is given up much earlier, by the fetcher.
+MIN_BYTES_PER_SECOND = 64 * 1024
+LONGEST_CALL_SECONDS = 0.98 * MAX_DEADLINE_SECONDS
 # A run is what a source brings in about this time, so that a slow one has little that others wait for. It begins with
 # what is known of the source, and doubles or halves.
 RUN_SECONDS = 1.0
@@ -66,6 +69,8 @@ class Tools:
     quality: Quality
     begun: Callable[[Want], None]
     """Told, in a download's thread, when the first piece of a blob of several is here."""
+    hurry: Callable[[], bool]
+    """Whether updates are being fetched, for which other blobs make room."""
 
 
 @dataclass(slots=True)
@@ -272,11 +277,14 @@ class Download:
 
     def _ahead(self, plan: Plan) -> None:
         """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
-        enough = self._limit if self._alone else self._limit // 2
+        limit = self._limit
+        enough = limit if self._alone else limit // 2
+        if self._want.kind is not Kind.UPDATE and self._tools.hurry():
+            limit, enough = SMALLEST_RUN, 0
         while len(self._open) < self._most_open and self._coming() <= enough:
             # What another source is bringing is worth it only when there is nothing else to do.
             again = not self._open and self._others_slow()
-            pieces = plan.take(self._source, self._limit, self._choice.held, again=again)
+            pieces = plan.take(self._source, limit, self._choice.held, again=again)
             if not pieces:
                 return
             try:
@@ -299,6 +307,7 @@ class Download:
         size += max(0, len(pieces) - 2) * PIECE_BYTES
         # What was asked for before comes before it.
         deadline = CALL_SECONDS + math.ceil((size + self._coming() * PIECE_BYTES) / MIN_BYTES_PER_SECOND)
+        deadline = min(deadline, LONGEST_CALL_SECONDS)
         kind = _WIRE_KINDS[want.kind]
         stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
         run = _Run(stream, pieces)

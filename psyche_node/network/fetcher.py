@@ -35,7 +35,7 @@ from psyche_node.network.notices import EarlyOffers, Notices
 from psyche_node.network.pieces import unpack
 from psyche_node.network.quality import Quality
 from psyche_node.network.reports import Reporter
-from psyche_node.network.store import BlobStore, Reader, StoreError, piece_count
+from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader, StoreError, piece_count
 from psyche_node.network.threads import in_thread
 from psyche_node.network.turns import Rank, Slots, rank
 from psyche_node.network.wants import Choice, Chooser, Want
@@ -43,7 +43,11 @@ from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
 MAX_DOWNLOADS = 16
-# A source that has sent nothing for so long is given up.
+MAX_OTHER_DOWNLOADS = 4
+# So many at least, and then as many as leave each this rate: on a slow line, many at once would all be too slow.
+MIN_DOWNLOADS = 3
+BYTES_PER_SECOND_EACH = 512 * 1024
+# A source that has sent nothing for so long, and two pieces' usual time, is given up.
 STALL_SECONDS = 10.0
 # One that is still receiving the blob itself, and has nothing for this node, may say so this often, in such intervals.
 MAX_EMPTY = 20
@@ -75,9 +79,11 @@ class Fetcher:
         self._wants: dict[tuple[int, bytes], Want] = {}
         self._early = EarlyOffers()
         self._notices = Notices(links, directory, quality)
-        self._slots = Slots(MAX_DOWNLOADS)
+        self._slots = Slots(MAX_DOWNLOADS, lambda: max(MIN_DOWNLOADS, quality.inflow() / BYTES_PER_SECOND_EACH))
+        # A model takes hours; updates do not wait for its slot.
+        self._other_slots = Slots(MAX_OTHER_DOWNLOADS)
         # Cancelled downloads leave their slot before their thread has ended.
-        self._threads = trio.CapacityLimiter(2 * MAX_DOWNLOADS)
+        self._threads = trio.CapacityLimiter(2 * (MAX_DOWNLOADS + MAX_OTHER_DOWNLOADS))
         self._looking = trio.CapacityLimiter(4)
         self._asking = trio.CapacityLimiter(2 * MAX_ASKED)
         self._chooser = Chooser(directory, quality, self._busy)
@@ -93,7 +99,10 @@ class Fetcher:
         def begun(want: Want) -> None:
             token.run_sync_soon(self._begun, want)
 
-        self._tools = Tools(self._store, self._reader, self._holdings, self._links, self._quality, begun)
+        def hurry() -> bool:
+            return any(want.kind is Kind.UPDATE and want.running for want in list(self._wants.values()))
+
+        self._tools = Tools(self._store, self._reader, self._holdings, self._links, self._quality, begun, hurry)
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             while True:
@@ -231,8 +240,9 @@ class Fetcher:
                     self._start(attempts, want, choice, found)
                 if not want.running and not self._directory.sources(self._directory.others().values()):
                     self._tell(want, "no member that could serve it has an address yet")
+                self._slots.pass_on()
                 for running in want.running.values():
-                    if running.idle > STALL_SECONDS:
+                    if running.idle > STALL_SECONDS + 2 * PIECE_BYTES / self._quality.usual():
                         running.cancel()
                 with trio.move_on_at(self._chooser.next_at(want, now)):
                     await want.news.wait()
@@ -281,7 +291,8 @@ class Fetcher:
 
     async def _attempt(self, want: Want, source: bytes, download: Download, found: list[bytes]) -> None:
         try:
-            async with self._slots.slot(self._rank(want)):
+            slots = self._slots if want.kind is Kind.UPDATE else self._other_slots
+            async with slots.slot(self._rank(want), min(1.0, want.length / PIECE_BYTES)):
                 complete = await in_thread(download.run, self._threads)
             # Not by what is left: who brought the last piece may not have given the blob its name yet.
             if complete:

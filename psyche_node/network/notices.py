@@ -18,7 +18,7 @@ from psyche_node.network.threads import in_thread
 from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)
-NOTICE_SECONDS = 3.0
+NOTICE_SECONDS = 5.0
 MAX_NOTICES = 16
 # Offers of blobs that this node does not want yet: it may see the commitment on chain later than its parent.
 MAX_EARLY_PER_HOLDER = 512

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import itertools
+import math
 import threading
 import time
 from collections.abc import AsyncIterator, Callable
@@ -28,42 +29,52 @@ def rank(kind: Kind, round: int, current: int) -> Rank:
 
 
 class Slots:
-    """A number of slots, given to the lowest rank that waits; equals in the order in which they came. On trio."""
+    """A number of slots, given to the lowest rank that waits; equals in the order in which they came. On trio.
 
-    def __init__(self, count: int) -> None:
-        self._free = count
-        self._waiting: list[tuple[Rank, int, trio.Event]] = []
+    Besides, the weights of those who hold one are at most ``capacity()`` together, which may change.
+    """
+
+    def __init__(self, count: int, capacity: Callable[[], float] = lambda: math.inf) -> None:
+        self._free, self._capacity = count, capacity
+        self._held = 0.0
+        self._waiting: list[tuple[Rank, int, float, trio.Event]] = []
         self._numbers = itertools.count()
 
     @contextlib.asynccontextmanager
-    async def slot(self, rank: Rank) -> AsyncIterator[None]:
+    async def slot(self, rank: Rank, weight: float = 1.0) -> AsyncIterator[None]:
         """Hold a slot in the block."""
-        await self._enter(rank)
+        await self._enter(rank, weight)
         try:
             yield
         finally:
-            self._free += 1
-            self._pass_on()
+            self._give_back(weight)
 
-    async def _enter(self, rank: Rank) -> None:
-        entry = (rank, next(self._numbers), trio.Event())
+    async def _enter(self, rank: Rank, weight: float) -> None:
+        entry = (rank, next(self._numbers), weight, trio.Event())
         heapq.heappush(self._waiting, entry)
-        self._pass_on()
+        self.pass_on()
         try:
-            await entry[2].wait()
+            await entry[3].wait()
         except trio.Cancelled:
-            if entry[2].is_set():
-                self._free += 1
-                self._pass_on()
+            if entry[3].is_set():
+                self._give_back(weight)
             else:
                 self._waiting.remove(entry)
                 heapq.heapify(self._waiting)
             raise
 
-    def _pass_on(self) -> None:
-        while self._free and self._waiting:
+    def _give_back(self, weight: float) -> None:
+        self._free += 1
+        self._held -= weight
+        self.pass_on()
+
+    def pass_on(self) -> None:
+        """Give out what is free; to be called when the capacity may have grown."""
+        while self._free and self._waiting and self._held + self._waiting[0][2] <= self._capacity():
+            _, _, weight, event = heapq.heappop(self._waiting)
             self._free -= 1
-            heapq.heappop(self._waiting)[2].set()
+            self._held += weight
+            event.set()
 
 
 class Turns:

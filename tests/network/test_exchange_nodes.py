@@ -438,24 +438,35 @@ def test_no_more_than_some_uploads_wait_for_pieces_and_the_others_end_early(tmp_
 
 
 @in_trio
-async def test_updates_come_before_the_model_that_was_wanted_first(tmp_path: Path) -> None:
-    """One slot: what waits for it goes by urgency."""
+async def test_updates_that_wait_for_a_slot_go_by_round(tmp_path: Path) -> None:
+    """One slot: the oldest round has it, since it was wanted first."""
     async with nodes(tmp_path, 2) as made:
         made[1].fetcher._slots._free = 1
         made[1].announcements.reached(5)
         gate = Gate(made[0].holdings, 0)
-        blobs = {
-            (kind, round): made[0].put(os.urandom(1000 + round), round, kind)
-            for kind, round in ((Kind.CHECKPOINT, 1), (Kind.MODEL, 2), (Kind.UPDATE, 4), (Kind.UPDATE, 5))
-        }
-        for (kind, round), digest in blobs.items():
-            made[1].fetcher.want(round, 0, digest, 1000 + round, kind)
-            await trio.testing.wait_all_tasks_blocked(0.01)
+        digests = {}
+        for round in (3, 4, 5):
+            digests[round] = digest = made[0].put(os.urandom(1000), round)
+            made[1].fetcher.want(round, 0, digest, 1000)
+            await until(lambda digest=digest: made[1].fetcher._wanted(digest)[0].running)  # type: ignore[misc]
         gate.open()
-        for digest in blobs.values():
+        for digest in digests.values():
             await made[1].fetched(digest)
-        order = [event.digest for event in made[1].events if isinstance(event, Fetched)]
-        # The checkpoint had the slot already.
-        assert order == [
-            blobs[which].hex() for which in ((Kind.CHECKPOINT, 1), (Kind.UPDATE, 5), (Kind.UPDATE, 4), (Kind.MODEL, 2))
-        ]
+        order = [event.round for event in made[1].events if isinstance(event, Fetched)]
+        assert order == [3, 5, 4]
+
+
+@in_trio
+async def test_an_update_does_not_wait_for_a_model(tmp_path: Path) -> None:
+    async with nodes(tmp_path, 2) as made:
+        made[1].fetcher._slots._free = made[1].fetcher._other_slots._free = 1
+        gate = Gate(made[0].holdings, 1)
+        model = made[0].put(os.urandom(2 * PIECE_BYTES), 1, Kind.MODEL)
+        made[1].fetcher.want(1, 0, model, 2 * PIECE_BYTES, Kind.MODEL)
+        await until(lambda: held(made[1], model) == 1)
+        update = made[0].put(os.urandom(1000), 1)
+        made[1].fetcher.want(1, 0, update, 1000)
+        await made[1].fetched(update)
+        assert held(made[1], model) == 1
+        gate.open()
+        await made[1].fetched(model)

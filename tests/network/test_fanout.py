@@ -212,6 +212,30 @@ def test_slots_go_to_the_most_urgent_and_come_back_when_a_waiter_is_cancelled() 
     trio.run(scenario)
 
 
+def test_slots_by_weight_keep_to_a_capacity_that_may_grow() -> None:
+    async def scenario() -> None:
+        capacity = 1.0
+        slots, held = Slots(10, lambda: capacity), []
+
+        async def hold(weight: float) -> None:
+            async with slots.slot((0, 0), weight):
+                held.append(weight)
+                await trio.sleep_forever()
+
+        async with trio.open_nursery() as nursery:
+            for weight in (0.5, 0.5, 1.0, 0.1):
+                nursery.start_soon(hold, weight)
+                await trio.testing.wait_all_tasks_blocked()
+            assert held == [0.5, 0.5], "the light one goes before the heavy one that came first"
+            capacity = 2.0
+            slots.pass_on()
+            await trio.testing.wait_all_tasks_blocked()
+            assert held == [0.5, 0.5, 1.0]
+            nursery.cancel_scope.cancel()
+
+    trio.run(scenario)
+
+
 def test_a_model_waits_for_updates_that_move_and_not_for_those_that_do_not() -> None:
     now = 100.0
     turns = Turns(lambda: now)
