@@ -76,7 +76,7 @@ class Fetcher:
         self._store, self._reader, self._holdings, self._links = store, reader, holdings, links
         self._directory, self._announcements, self._quality = directory, announcements, quality
         self._reporter, self._take = reporter, take_announcement
-        self._wants: dict[tuple[int, bytes], Want] = {}
+        self._wants: dict[tuple[int, bytes, int], Want] = {}
         self._early = EarlyOffers()
         self._notices = Notices(links, directory, quality)
         self._slots = Slots(MAX_DOWNLOADS, lambda: max(MIN_DOWNLOADS, quality.inflow() / BYTES_PER_SECOND_EACH))
@@ -115,14 +115,18 @@ class Fetcher:
                     await trio.sleep(ASK_EVERY)
 
     def want(self, round: int, member: int, digest: bytes, length: int, kind: Kind = Kind.UPDATE) -> None:
-        """Open a want; one that is open already stays as it is."""
-        if (round, digest) in self._wants or self._nursery is None:
+        """Open a want. One of the same bytes that is open already is this member's as well, and else stays as it is."""
+        if self._nursery is None:
+            return
+        tree = self._tree(round, member)
+        if (want := self._wants.get((round, digest, length))) is not None:
+            want.members.setdefault(member, tree)
             return
         self._holdings.know(digest, kind, round)
-        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(round, member))
+        want = Want(round, {member: tree}, digest, length, kind, trio.current_time())
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
-        self._wants[round, digest] = want
+        self._wants[round, digest, length] = want
         self._nursery.start_soon(self._pursue, want)
         self._ask_now.set()
 
@@ -161,8 +165,8 @@ class Fetcher:
 
     def wanted(self, round: int, digest: bytes) -> int | None:
         """Return the length in bytes of a blob with an open want, or None. Any thread."""
-        want = self._wants.get((round, digest))
-        return None if want is None else want.length
+        open_wants = list(self._wants.values())
+        return next((want.length for want in open_wants if (want.round, want.digest) == (round, digest)), None)
 
     def arrived(self, digest: bytes, sender: bytes) -> None:
         """A blob was pushed into the store."""
@@ -181,7 +185,7 @@ class Fetcher:
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
-            want.tree = self._tree(want.round, want.member)
+            want.members.update((member, self._tree(want.round, member)) for member in want.members)
             want.news.set()
 
     def published(self, digest: bytes, kind: Kind, round: int) -> None:
@@ -206,15 +210,16 @@ class Fetcher:
             with want.scope:
                 source = await self._find(want)
                 want.ended = True
-                self._reporter.emit(
-                    Fetched(
-                        round=want.round,
-                        member=want.member,
-                        digest=want.digest.hex(),
-                        length=want.length,
-                        source=node_id(source),
+                for member in want.members:
+                    self._reporter.emit(
+                        Fetched(
+                            round=want.round,
+                            member=member,
+                            digest=want.digest.hex(),
+                            length=want.length,
+                            source=node_id(source),
+                        )
                     )
-                )
                 self._tell_children(want)
         finally:
             for running in want.running.values():
@@ -222,8 +227,9 @@ class Fetcher:
             if want.partial is not None:
                 # What is still wanted when this process ends is what the next one goes on with.
                 self._holdings.end(want.partial, keep=not want.ended)
-            if self._wants.get((want.round, want.digest)) is want:
-                del self._wants[want.round, want.digest]
+            key = (want.round, want.digest, want.length)
+            if self._wants.get(key) is want:
+                del self._wants[key]
 
     async def _find(self, want: Want) -> bytes:
         await self._go_on(want)
@@ -326,8 +332,8 @@ class Fetcher:
         self._tell(want, f"{node_id(source)}: {error}")
 
     def _give_up(self, want: Want, error: FalseCommitment) -> None:
-        """Nobody can have such a blob, and who told this node so is honest: the author is not."""
-        if (author := self._directory.key(want.member)) is not None:
+        """Nobody can have such a blob, and who told this node so is honest: who committed to it is not."""
+        for author in filter(None, map(self._directory.key, want.members)):
             reason = f"{error} ({want.name})"
             self._reporter.rejected("commitment", author, reason, Why.CONTRADICTION, always=True)
         self._tell(want, str(error), final=True)
@@ -345,7 +351,7 @@ class Fetcher:
             want.broken.add(source)
         if error.cause in _PEERS_FAULT:
             self._quality.failed(source, f"{want.name}: {error}")
-        author = source == self._directory.key(want.member)
+        author = source in map(self._directory.key, want.members)
         # That somebody else does not hold it is no news.
         if author or error.cause is not Cause.MISSING:
             self._tell(want, f"{'its author' if author else 'another holder'} {node_id(source)}: {error}", error.cause)
@@ -359,9 +365,10 @@ class Fetcher:
     def _tell(self, want: Want, reason: str, cause: str | None = None, *, final: bool = False) -> None:
         if (cause or reason) not in want.told:
             want.told.add(cause or reason)
-            self._reporter.emit(
-                FetchFailed(round=want.round, member=want.member, digest=want.digest.hex(), reason=reason, final=final)
-            )
+            for member in want.members:
+                self._reporter.emit(
+                    FetchFailed(round=want.round, member=member, digest=want.digest.hex(), reason=reason, final=final)
+                )
 
     # Passing on ------------------------------------------------------------------------------------------------------
 
@@ -374,7 +381,8 @@ class Fetcher:
 
     def _tell_children(self, want: Want) -> None:
         if want.kind is Kind.UPDATE and self._nursery is not None:
-            self._notices.tell(self._nursery, want.digest, want.tree)
+            for tree in want.members.values():
+                self._notices.tell(self._nursery, want.digest, tree)
 
     # Anti-entropy ----------------------------------------------------------------------------------------------------
 

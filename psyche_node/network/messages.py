@@ -184,7 +184,10 @@ class Announced(Message):
 
 
 class Fetched(Message):
-    """A wanted blob is in the store, complete and verified. ``source`` is the PeerId that served its last piece."""
+    """A wanted blob is in the store, complete and verified. ``source`` is the PeerId that served its last piece.
+
+    Each member for whom it was wanted gets one, also when several committed to the same bytes.
+    """
 
     round: int
     member: int

@@ -69,12 +69,12 @@ class Want:
     """One open want. On trio, but for ``lock`` and what it guards: ``asked``, ``partial`` and ``plan``."""
 
     round: int
-    member: int
+    members: dict[int, Tree]
+    """Who committed to it, in the order in which it was wanted, and each one's tree. Several, if one copied a digest."""
     digest: bytes
     length: int
     kind: Kind
     opened: float
-    tree: Tree
     offers: dict[bytes, bytes | None] = field(default_factory=dict)
     """Who says that it has the blob, and which pieces of it (one byte each); None is all of them."""
     invited: set[bytes] = field(default_factory=set)
@@ -103,7 +103,12 @@ class Want:
 
     @property
     def name(self) -> str:
-        return f"round {self.round}, member {self.member}, {self.digest.hex()[:16]}"
+        return f"round {self.round}, member {', '.join(map(str, self.members))}, {self.digest.hex()[:16]}"
+
+    @property
+    def tree(self) -> Tree:
+        """The tree in which this node waits for it; it may come by that of another member, too."""
+        return next(iter(self.members.values()))
 
     @property
     def bytes_left(self) -> int:

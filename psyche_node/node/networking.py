@@ -60,7 +60,7 @@ class Network:
         self._configure: Configure | None = None
         self._any_port = (False, False)
         self._members: SetMembers | None = None
-        self._wants: dict[int, dict[str, WantEntry]] = {}
+        self._wants: dict[int, dict[tuple[str, int], WantEntry]] = {}
         self._published: dict[int, Publish] = {}
         self._connected: set[int] = set()
         self._stats = _nothing()
@@ -209,7 +209,9 @@ class Network:
             case SetMembers():
                 self._members = message
             case Want():
-                self._wants.setdefault(message.round, {}).update({want.digest: want for want in message.wants})
+                wants = self._wants.setdefault(message.round, {})
+                # Two members may have committed to the same bytes, and each is waited for.
+                wants.update({(want.digest, want.member): want for want in message.wants})
             case Publish():
                 self._published[message.round] = message
             case Forget():
@@ -262,7 +264,7 @@ class Network:
             case PeerDown():
                 self._connected.discard(message.slot)
             case Fetched() | FetchFailed(final=True):
-                self._wants.get(message.round, {}).pop(message.digest, None)
+                self._wants.get(message.round, {}).pop((message.digest, message.member), None)
             case _:
                 pass
         self._tell(message)

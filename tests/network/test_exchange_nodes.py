@@ -345,6 +345,20 @@ async def test_a_commitment_to_another_length_ends_the_want_and_bans_nobody(tmp_
 
 
 @in_trio
+async def test_an_update_that_another_member_committed_to_as_well_is_fetched_for_both(tmp_path: Path) -> None:
+    """Member 1 copied the digest of member 0 from the chain, and its want comes first."""
+    data = os.urandom(1000)
+    async with nodes(tmp_path, 3) as made:
+        digest = blob_digest(data)
+        made[2].fetcher.want(1, 1, digest, len(data))
+        made[2].fetcher.want(1, 0, digest, len(data))
+        made[0].put(data, 1)
+        await until(lambda: not made[2].fetcher._wants)
+        await trio.testing.wait_all_tasks_blocked()
+        assert {event.member for event in made[2].events if isinstance(event, Fetched)} == {0, 1}
+
+
+@in_trio
 async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_little_harm(tmp_path: Path) -> None:
     data = os.urandom(60_000)
     async with nodes(tmp_path, 4) as made:
