@@ -93,6 +93,7 @@ class Download:
         self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
+        self._gave_up: str | None = None
         self._dry = False
         self._most_open = MAX_OPEN_RUNS
         self._refused = 0
@@ -103,7 +104,24 @@ class Download:
         """Return whether a second source should be asked at the same time."""
         now = time.monotonic()
         left = self._want.bytes_left - self._arrived if self._want.plan is None else self._want.bytes_left
-        return is_slow(now - self._moved, now - self._started, self._arrived, left, usual)
+        piece = min(PIECE_BYTES, self._want.length)
+        return is_slow(now - self._moved, now - self._started, self._arrived, left, usual, piece)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second so far."""
+        elapsed = time.monotonic() - self._started
+        return self._arrived / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is ending because it is slow."""
+        return self._gave_up is not None
+
+    def give_up(self, reason: str) -> None:
+        """End it as a failure of the source; what it brought stays."""
+        self._gave_up = self._gave_up or reason
+        self.cancel()
 
     @property
     def idle(self) -> float:
@@ -124,6 +142,15 @@ class Download:
         Raises CallFailed, NothingYet, BadBytes, FalseCommitment, StoreError or OSError.
         """
         self._started = self._moved = time.monotonic()
+        try:
+            with self._tools.quality.stream():
+                return self._run()
+        except CallFailed as error:
+            if self._gave_up is None:
+                raise
+            raise CallFailed(Cause.SLOW, self._gave_up) from error
+
+    def _run(self) -> bool:
         if piece_count(self._want.length) == 1:
             self._single_piece()
             return True
@@ -239,6 +266,8 @@ class Download:
                 # It serves as many calls of this node as it may: no more runs beside the one that comes.
                 self._most_open = 1
                 self._refused += 1
+                if self._cancelled:
+                    raise
                 if error.cause is not Cause.BUSY or run.arrived or not self._arrived or self._refused > MAX_OPEN_RUNS:
                     raise
             with self._lock:
@@ -327,7 +356,7 @@ class Download:
 
     def _others_slow(self) -> bool:
         others = [running for running in list(self._want.running.values()) if running is not self]
-        return bool(others) and all(running.slow(self._tools.quality.usual()) for running in others)
+        return bool(others) and all(running.slow(self._tools.quality.share()) for running in others)
 
     def measured(self) -> tuple[int, float]:
         """Return the bytes that came and the seconds they took."""

@@ -149,8 +149,10 @@ class Fetcher:
         if not wants:
             self._early.add(digest, holder)
         for want in wants:
-            want.invited.add(holder)
-            self._offered(want, holder, None)
+            # Said again it is no news: a source that fails would have itself asked again at once.
+            if holder not in want.invited:
+                want.invited.add(holder)
+                self._offered(want, holder, None)
 
     def _wanted(self, digest: bytes) -> list[Want]:
         return [want for want in self._wants.values() if want.digest == digest]
@@ -160,7 +162,8 @@ class Fetcher:
         if holder not in want.invited or held is None:
             want.offers[holder] = None if held is None else unpack(held, piece_count(want.length))
         if holder not in want.running:
-            want.retry_at.pop(holder, None)
+            if holder not in want.broken:
+                want.retry_at.pop(holder, None)
             want.news.set()
 
     def wanted(self, round: int, digest: bytes) -> int | None:
@@ -243,13 +246,18 @@ class Fetcher:
                 now = trio.current_time()
                 backlog = self._backlog()
                 while (choice := self._chooser.choose(want, now, backlog)) is not None:
+                    if self._chooser.full(want):
+                        slowest = min(want.running.values(), key=lambda running: running.rate)
+                        slowest.give_up("it is slow, and there is another source")
+                        break
                     self._start(attempts, want, choice, found)
                 if not want.running and not self._directory.sources(self._directory.others().values()):
                     self._tell(want, "no member that could serve it has an address yet")
                 self._slots.pass_on()
+                patience = STALL_SECONDS + 2 * PIECE_BYTES / self._quality.share()
                 for running in want.running.values():
-                    if running.idle > STALL_SECONDS + 2 * PIECE_BYTES / self._quality.usual():
-                        running.cancel()
+                    if running.idle > patience:
+                        running.give_up(f"nothing came from it for {patience:.0f} s")
                 with trio.move_on_at(self._chooser.next_at(want, now)):
                     await want.news.wait()
             attempts.cancel_scope.cancel()
@@ -272,7 +280,8 @@ class Fetcher:
 
     async def _is_here(self, want: Want) -> bool:
         # The supervisor, or another want of the same bytes, may have put it into the store.
-        return not want.running and await in_thread(partial(self._reader.holds, want.digest), self._looking)
+        looking = not want.running or want.pushed_by is not None
+        return looking and await in_thread(partial(self._reader.holds, want.digest), self._looking)
 
     def _rank(self, want: Want) -> Rank:
         return rank(want.kind, want.round, self._announcements.current)
@@ -350,7 +359,7 @@ class Fetcher:
         if error.cause not in (Cause.BUSY, Cause.MISSING):
             want.broken.add(source)
         if error.cause in _PEERS_FAULT:
-            self._quality.failed(source, f"{want.name}: {error}")
+            self._quality.failed(source, f"{want.name}: {error}", absent=error.cause is Cause.UNREACHABLE)
         author = source in map(self._directory.key, want.members)
         # That somebody else does not hold it is no news.
         if author or error.cause is not Cause.MISSING:

@@ -263,7 +263,10 @@ async def test_a_blob_is_here_when_it_has_its_name_and_not_when_its_last_piece_h
 
 
 @in_trio
-async def test_what_a_push_completed_is_not_kept_in_part_as_well(tmp_path: Path) -> None:
+async def test_a_push_ends_a_download_that_stands_still_and_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
     data = os.urandom(4 * PIECE_BYTES)
     async with nodes(tmp_path, 2) as made:
         gate = Gate(made[0].holdings, 2)
@@ -272,11 +275,49 @@ async def test_what_a_push_completed_is_not_kept_in_part_as_well(tmp_path: Path)
         await until(lambda: held(made[1], digest) == 2)
         made[1].store.put(data, 1)
         made[1].fetcher.arrived(digest, made[0].key.public)
-        made[0].kill()
-        gate.open()
         await made[1].fetched(digest)
+        gate.open()
         await until(lambda: not made[1].fetcher._wants)
         assert [path.name for path in (tmp_path / "1" / "1").iterdir()] == [digest.hex()]
+
+
+@in_trio
+async def test_two_sources_that_stand_still_do_not_keep_a_third_from_bringing_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 4) as made:
+        for node in made[:3]:
+            digest, _ = node.store.put(data, 1)
+        gates = [Gate(node.holdings, 1) for node in made[:2]]
+        for node in made[:2]:
+            made[3].fetcher.invited(digest, node.key.public)
+        made[3].fetcher.want(1, 0, digest, len(data))
+        # They stand still for longer than this.
+        assert (await made[3].fetched(digest, 45.0)).source == made[2].key.node_id
+        (given_up,) = [node for node in made if made[3].quality.avoided(node.key.public)]
+        assert given_up in made[:2]
+        for gate in gates:
+            gate.open()
+
+
+@in_trio
+async def test_who_says_again_that_it_has_a_blob_is_not_asked_the_sooner(tmp_path: Path) -> None:
+    async with nodes(tmp_path, 3) as made:
+        fetcher, peer, other = made[0].fetcher, made[1].key.public, made[2].key.public
+        for node in made[1:]:
+            node.kill()
+        fetcher.want(1, 0, bytes(32), 1000)
+        (want,) = fetcher._wants.values()
+        later = want.retry_at[peer] = want.retry_at[other] = 1e9
+        want.broken.add(other)
+        fetcher.invited(bytes(32), peer)
+        assert peer not in want.retry_at, "it did not have it before"
+        want.retry_at[peer] = later
+        for key in (peer, other):
+            fetcher.invited(bytes(32), key)
+            assert want.retry_at[key] == later
 
 
 @in_trio
