@@ -288,12 +288,15 @@ async def test_two_sources_that_stand_still_do_not_keep_a_third_from_bringing_an
     monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
     data = os.urandom(4 * PIECE_BYTES)
     async with nodes(tmp_path, 4) as made:
-        for node in made[:3]:
+        for node in made[:2]:
             digest, _ = node.store.put(data, 1)
         gates = [Gate(node.holdings, 1) for node in made[:2]]
         for node in made[:2]:
             made[3].fetcher.invited(digest, node.key.public)
         made[3].fetcher.want(1, 0, digest, len(data))
+        (want,) = made[3].fetcher._wants.values()
+        await until(lambda: set(want.running) == {node.key.public for node in made[:2]})
+        made[2].store.put(data, 1)
         # They stand still for longer than this.
         assert (await made[3].fetched(digest, 45.0)).source == made[2].key.node_id
         (given_up,) = [node for node in made if made[3].quality.avoided(node.key.public)]
