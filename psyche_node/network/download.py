@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from psyche_node.network.guard import MAX_DEADLINE_SECONDS
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause, Links, Stream
-from psyche_node.network.messages import Kind
+from psyche_node.network.messages import MAX_BLOB_BYTES, Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
 from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
@@ -48,6 +48,10 @@ class BadBytes(Exception):
     def __init__(self, what: str, reason: str) -> None:
         super().__init__(reason)
         self.what = what
+
+
+class FalseCommitment(Exception):
+    """No blob has both the digest and the length that were committed to: its digest is that of another length."""
 
 
 class NothingYet(Exception):
@@ -89,6 +93,7 @@ class Download:
         self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
         self._lock = threading.Lock()
         self._cancelled = False
+        self._gave_up: str | None = None
         self._dry = False
         self._most_open = MAX_OPEN_RUNS
         self._refused = 0
@@ -99,7 +104,24 @@ class Download:
         """Return whether a second source should be asked at the same time."""
         now = time.monotonic()
         left = self._want.bytes_left - self._arrived if self._want.plan is None else self._want.bytes_left
-        return is_slow(now - self._moved, now - self._started, self._arrived, left, usual)
+        piece = min(PIECE_BYTES, self._want.length)
+        return is_slow(now - self._moved, now - self._started, self._arrived, left, usual, piece)
+
+    @property
+    def rate(self) -> float:
+        """Bytes a second so far."""
+        elapsed = time.monotonic() - self._started
+        return self._arrived / elapsed if elapsed > 0 else 0.0
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is ending because it is slow."""
+        return self._gave_up is not None
+
+    def give_up(self, reason: str) -> None:
+        """End it as a failure of the source; what it brought stays."""
+        self._gave_up = self._gave_up or reason
+        self.cancel()
 
     @property
     def idle(self) -> float:
@@ -114,15 +136,24 @@ class Download:
         for run in runs:
             run.stream.cancel()
 
-    def run(self) -> None:
-        """Bring what this source can. Raises CallFailed, NothingYet, BadBytes, StoreError or OSError.
+    def run(self) -> bool:
+        """Bring what this source can. Returns whether the blob is complete, and has its name.
 
-        The blob is complete, and has its name, when nothing is missing at the end.
+        Raises CallFailed, NothingYet, BadBytes, FalseCommitment, StoreError or OSError.
         """
         self._started = self._moved = time.monotonic()
+        try:
+            with self._tools.quality.stream():
+                return self._run()
+        except CallFailed as error:
+            if self._gave_up is None:
+                raise
+            raise CallFailed(Cause.SLOW, self._gave_up) from error
+
+    def _run(self) -> bool:
         if piece_count(self._want.length) == 1:
             self._single_piece()
-            return
+            return True
         plan = None
         try:
             self._first_run()
@@ -134,8 +165,10 @@ class Download:
                 if plan is not None:
                     plan.give_back(self._source, run.pieces)
             self.cancel()
-        if not plan.left:
-            finish(self._tools, self._want, partial)
+        if plan.left:
+            return False
+        finish(self._tools, self._want, partial)
+        return True
 
     def _single_piece(self) -> None:
         # A blob of one piece needs no manifest: its length and its bytes give its digest.
@@ -143,14 +176,18 @@ class Download:
         pieces: list[bytes] = []
         for piece in self._fetch(range(1)).stream:
             pieces.append(piece)
-            if len(pieces) > 1 or len(piece) != want.length:
-                raise BadBytes("piece", f"it sent {sum(map(len, pieces))} bytes, {want.length} are committed to")
+            if len(pieces) > 1:
+                raise BadBytes("piece", "it sent more than the one piece that it was asked for")
             self._note(len(piece))
         if not pieces:
             raise CallFailed(Cause.BROKEN, "it ended the stream without a piece")
-        manifest = Manifest(want.length, (piece_digest(pieces[0]),))
+        manifest = Manifest(len(pieces[0]), (piece_digest(pieces[0]),))
         if manifest.digest != want.digest:
+            if manifest.length == PIECE_BYTES:
+                # It may be the first piece of a longer blob, of which the digest is.
+                self._manifest()
             raise BadBytes("piece", "its bytes are not those committed to")
+        self._check_length(manifest)
         assembly = self._tools.store.begin(manifest, want.round)
         try:
             assembly.write(0, pieces[0])
@@ -189,25 +226,34 @@ class Download:
                     self._open.popleft().stream.cancel()
 
     def _manifest(self) -> Manifest:
-        want, count = self._want, piece_count(self._want.length)
+        want, length = self._want, 0
         pieces: list[bytes] = []
         # All from this source: pages of two could not be told apart when they do not lead to the digest.
-        while len(pieces) < count:
+        while not length or len(pieces) < piece_count(length):
             request = wire.ManifestRequest(digest=want.digest, first=len(pieces))
             asked = time.monotonic()
             reply = self._tools.links.call(self._source, "GetManifest", request, wire.Manifest, CALL_SECONDS)
             self._tools.quality.answered(self._source, time.monotonic() - asked)
-            if reply.length != want.length:
+            # Another length than the committed one is not the source's fault if it leads to the digest.
+            if not 0 < reply.length <= MAX_BLOB_BYTES or length not in (0, reply.length):
                 raise BadBytes("manifest", f"it says {reply.length} bytes, {want.length} are committed to")
-            page = reply.pieces
-            if len(page) != min(count - len(pieces), MAX_PIECES_PER_MANIFEST) * DIGEST_BYTES:
+            length, page = reply.length, reply.pieces
+            if len(page) != min(piece_count(length) - len(pieces), MAX_PIECES_PER_MANIFEST) * DIGEST_BYTES:
                 raise BadBytes("manifest", "its piece list is not the one committed to")
             pieces += (page[at : at + DIGEST_BYTES] for at in range(0, len(page), DIGEST_BYTES))
             self._moved = time.monotonic()
-        manifest = Manifest(want.length, tuple(pieces))
+        manifest = Manifest(length, tuple(pieces))
         if manifest.digest != want.digest:
             raise BadBytes("manifest", "its piece list is not the one committed to")
+        self._check_length(manifest)
         return manifest
+
+    def _check_length(self, manifest: Manifest) -> None:
+        # The root covers the length, so who shows a manifest that leads to it has shown what the digest stands for.
+        if manifest.length != self._want.length:
+            raise FalseCommitment(
+                f"{self._want.length} bytes were committed to, and the digest is that of {manifest.length} bytes"
+            )
 
     def _bring(self, plan: Plan, partial: Partial) -> None:
         self._ahead(plan)
@@ -220,6 +266,8 @@ class Download:
                 # It serves as many calls of this node as it may: no more runs beside the one that comes.
                 self._most_open = 1
                 self._refused += 1
+                if self._cancelled:
+                    raise
                 if error.cause is not Cause.BUSY or run.arrived or not self._arrived or self._refused > MAX_OPEN_RUNS:
                     raise
             with self._lock:
@@ -308,7 +356,7 @@ class Download:
 
     def _others_slow(self) -> bool:
         others = [running for running in list(self._want.running.values()) if running is not self]
-        return bool(others) and all(running.slow(self._tools.quality.usual()) for running in others)
+        return bool(others) and all(running.slow(self._tools.quality.share()) for running in others)
 
     def measured(self) -> tuple[int, float]:
         """Return the bytes that came and the seconds they took."""
@@ -322,7 +370,7 @@ def open_plan(tools: Tools, want: Want, manifest: Manifest) -> tuple[Plan, Parti
             assembly = tools.store.resume(manifest, want.round)
             want.partial = tools.holdings.begin(assembly)
             want.plan = Plan(len(manifest.pieces), assembly.missing())
-            if want.dropped:
+            if want.ended:
                 tools.holdings.end(want.partial)
         return want.plan, want.partial
 

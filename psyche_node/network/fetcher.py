@@ -1,7 +1,8 @@
 """Wanted blobs, until they are here or forgotten: which sources to read, when, and what becomes of it. Runs on trio.
 
 Each want is a task. A source is read in a thread (``download``); whom to take next is ``wants``' choice. A source whose
-bytes are wrong is banned, one that fails is avoided for a while, and the want goes on elsewhere.
+bytes are wrong is banned, one that fails is avoided for a while, and the want goes on elsewhere. It ends without the
+blob when it is forgotten, or when a source shows that there is none: the digest is that of a blob of another length.
 """
 
 from __future__ import annotations
@@ -16,7 +17,16 @@ import trio
 from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
 from psyche_node.network.directory import Directory
-from psyche_node.network.download import CALL_SECONDS, BadBytes, Download, NothingYet, Tools, finish, open_plan
+from psyche_node.network.download import (
+    CALL_SECONDS,
+    BadBytes,
+    Download,
+    FalseCommitment,
+    NothingYet,
+    Tools,
+    finish,
+    open_plan,
+)
 from psyche_node.network.fanout import Tree
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links
@@ -66,7 +76,7 @@ class Fetcher:
         self._store, self._reader, self._holdings, self._links = store, reader, holdings, links
         self._directory, self._announcements, self._quality = directory, announcements, quality
         self._reporter, self._take = reporter, take_announcement
-        self._wants: dict[tuple[int, bytes], Want] = {}
+        self._wants: dict[tuple[int, bytes, int], Want] = {}
         self._early = EarlyOffers()
         self._notices = Notices(links, directory, quality)
         self._slots = Slots(MAX_DOWNLOADS, lambda: max(MIN_DOWNLOADS, quality.inflow() / BYTES_PER_SECOND_EACH))
@@ -105,14 +115,18 @@ class Fetcher:
                     await trio.sleep(ASK_EVERY)
 
     def want(self, round: int, member: int, digest: bytes, length: int, kind: Kind = Kind.UPDATE) -> None:
-        """Open a want; one that is open already stays as it is."""
-        if (round, digest) in self._wants or self._nursery is None:
+        """Open a want. One of the same bytes that is open already is this member's as well, and else stays as it is."""
+        if self._nursery is None:
+            return
+        tree = self._tree(round, member)
+        if (want := self._wants.get((round, digest, length))) is not None:
+            want.members.setdefault(member, tree)
             return
         self._holdings.know(digest, kind, round)
-        want = Want(round, member, digest, length, kind, trio.current_time(), self._tree(round, member))
+        want = Want(round, {member: tree}, digest, length, kind, trio.current_time())
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
-        self._wants[round, digest] = want
+        self._wants[round, digest, length] = want
         self._nursery.start_soon(self._pursue, want)
         self._ask_now.set()
 
@@ -120,7 +134,7 @@ class Fetcher:
         for key, want in list(self._wants.items()):
             if want.round < before_round:
                 del self._wants[key]
-                want.dropped = True
+                want.ended = True
                 want.scope.cancel()
 
     def announced(self, digest: bytes, author: bytes) -> None:
@@ -135,8 +149,10 @@ class Fetcher:
         if not wants:
             self._early.add(digest, holder)
         for want in wants:
-            want.invited.add(holder)
-            self._offered(want, holder, None)
+            # Said again it is no news: a source that fails would have itself asked again at once.
+            if holder not in want.invited:
+                want.invited.add(holder)
+                self._offered(want, holder, None)
 
     def _wanted(self, digest: bytes) -> list[Want]:
         return [want for want in self._wants.values() if want.digest == digest]
@@ -146,13 +162,14 @@ class Fetcher:
         if holder not in want.invited or held is None:
             want.offers[holder] = None if held is None else unpack(held, piece_count(want.length))
         if holder not in want.running:
-            want.retry_at.pop(holder, None)
+            if holder not in want.broken:
+                want.retry_at.pop(holder, None)
             want.news.set()
 
     def wanted(self, round: int, digest: bytes) -> int | None:
         """Return the length in bytes of a blob with an open want, or None. Any thread."""
-        want = self._wants.get((round, digest))
-        return None if want is None else want.length
+        open_wants = list(self._wants.values())
+        return next((want.length for want in open_wants if (want.round, want.digest) == (round, digest)), None)
 
     def arrived(self, digest: bytes, sender: bytes) -> None:
         """A blob was pushed into the store."""
@@ -171,7 +188,7 @@ class Fetcher:
     def sources_changed(self) -> None:
         """Members or records changed."""
         for want in self._wants.values():
-            want.tree = self._tree(want.round, want.member)
+            want.members.update((member, self._tree(want.round, member)) for member in want.members)
             want.news.set()
 
     def published(self, digest: bytes, kind: Kind, round: int) -> None:
@@ -195,24 +212,27 @@ class Fetcher:
         try:
             with want.scope:
                 source = await self._find(want)
-                self._reporter.emit(
-                    Fetched(
-                        round=want.round,
-                        member=want.member,
-                        digest=want.digest.hex(),
-                        length=want.length,
-                        source=node_id(source),
+                want.ended = True
+                for member in want.members:
+                    self._reporter.emit(
+                        Fetched(
+                            round=want.round,
+                            member=member,
+                            digest=want.digest.hex(),
+                            length=want.length,
+                            source=node_id(source),
+                        )
                     )
-                )
                 self._tell_children(want)
         finally:
             for running in want.running.values():
                 running.cancel()
             if want.partial is not None:
                 # What is still wanted when this process ends is what the next one goes on with.
-                self._holdings.end(want.partial, keep=not want.dropped)
-            if self._wants.get((want.round, want.digest)) is want:
-                del self._wants[want.round, want.digest]
+                self._holdings.end(want.partial, keep=not want.ended)
+            key = (want.round, want.digest, want.length)
+            if self._wants.get(key) is want:
+                del self._wants[key]
 
     async def _find(self, want: Want) -> bytes:
         await self._go_on(want)
@@ -226,13 +246,18 @@ class Fetcher:
                 now = trio.current_time()
                 backlog = self._backlog()
                 while (choice := self._chooser.choose(want, now, backlog)) is not None:
+                    if self._chooser.full(want):
+                        slowest = min(want.running.values(), key=lambda running: running.rate)
+                        slowest.give_up("it is slow, and there is another source")
+                        break
                     self._start(attempts, want, choice, found)
                 if not want.running and not self._directory.sources(self._directory.others().values()):
                     self._tell(want, "no member that could serve it has an address yet")
                 self._slots.pass_on()
+                patience = STALL_SECONDS + 2 * PIECE_BYTES / self._quality.share()
                 for running in want.running.values():
-                    if running.idle > STALL_SECONDS + 2 * PIECE_BYTES / self._quality.usual():
-                        running.cancel()
+                    if running.idle > patience:
+                        running.give_up(f"nothing came from it for {patience:.0f} s")
                 with trio.move_on_at(self._chooser.next_at(want, now)):
                     await want.news.wait()
             attempts.cancel_scope.cancel()
@@ -255,7 +280,8 @@ class Fetcher:
 
     async def _is_here(self, want: Want) -> bool:
         # The supervisor, or another want of the same bytes, may have put it into the store.
-        return not want.running and await in_thread(partial(self._reader.holds, want.digest), self._looking)
+        looking = not want.running or want.pushed_by is not None
+        return looking and await in_thread(partial(self._reader.holds, want.digest), self._looking)
 
     def _rank(self, want: Want) -> Rank:
         return rank(want.kind, want.round, self._announcements.current)
@@ -282,8 +308,9 @@ class Fetcher:
         try:
             slots = self._slots if want.kind is Kind.UPDATE else self._other_slots
             async with slots.slot(self._rank(want), min(1.0, want.length / PIECE_BYTES)):
-                await in_thread(download.run, self._threads)
-            if want.plan is None or not want.plan.left:
+                complete = await in_thread(download.run, self._threads)
+            # Not by what is left: who brought the last piece may not have given the blob its name yet.
+            if complete:
                 found.append(source)
             elif not download.measured()[0]:
                 # It had nothing that is missing and that nobody else is bringing.
@@ -291,6 +318,8 @@ class Fetcher:
             self._quality.served(source, *download.measured())
         except BadBytes as error:
             self._ban(want, source, error)
+        except FalseCommitment as error:
+            self._give_up(want, error)
         except CallFailed as error:
             self._back_off(want, source, error)
         except NothingYet as error:
@@ -311,6 +340,15 @@ class Fetcher:
         self._reporter.rejected(error.what, source, reason, Why.WRONG_BYTES, always=True)
         self._tell(want, f"{node_id(source)}: {error}")
 
+    def _give_up(self, want: Want, error: FalseCommitment) -> None:
+        """Nobody can have such a blob, and who told this node so is honest: who committed to it is not."""
+        for author in filter(None, map(self._directory.key, want.members)):
+            reason = f"{error} ({want.name})"
+            self._reporter.rejected("commitment", author, reason, Why.CONTRADICTION, always=True)
+        self._tell(want, str(error), final=True)
+        want.ended = True
+        want.scope.cancel()
+
     def _back_off(self, want: Want, source: bytes, error: CallFailed) -> None:
         failures = want.failures[source] = want.failures.get(source, 0) + 1
         longest = 0.5 if error.cause is Cause.BUSY else 5.0
@@ -321,8 +359,8 @@ class Fetcher:
         if error.cause not in (Cause.BUSY, Cause.MISSING):
             want.broken.add(source)
         if error.cause in _PEERS_FAULT:
-            self._quality.failed(source, f"{want.name}: {error}")
-        author = source == self._directory.key(want.member)
+            self._quality.failed(source, f"{want.name}: {error}", absent=error.cause is Cause.UNREACHABLE)
+        author = source in map(self._directory.key, want.members)
         # That somebody else does not hold it is no news.
         if author or error.cause is not Cause.MISSING:
             self._tell(want, f"{'its author' if author else 'another holder'} {node_id(source)}: {error}", error.cause)
@@ -333,25 +371,27 @@ class Fetcher:
         if empty >= MAX_EMPTY:
             self._back_off(want, source, CallFailed(Cause.SLOW, f"{error}, {empty} times"))
 
-    def _tell(self, want: Want, reason: str, cause: str | None = None) -> None:
+    def _tell(self, want: Want, reason: str, cause: str | None = None, *, final: bool = False) -> None:
         if (cause or reason) not in want.told:
             want.told.add(cause or reason)
-            self._reporter.emit(
-                FetchFailed(round=want.round, member=want.member, digest=want.digest.hex(), reason=reason)
-            )
+            for member in want.members:
+                self._reporter.emit(
+                    FetchFailed(round=want.round, member=member, digest=want.digest.hex(), reason=reason, final=final)
+                )
 
     # Passing on ------------------------------------------------------------------------------------------------------
 
     def _begun(self, want: Want) -> None:
         """The first piece of several is here, so the children can begin, too."""
         want.news.set()
-        if not want.passed_on and not want.dropped:
+        if not want.passed_on and not want.ended:
             want.passed_on = True
             self._tell_children(want)
 
     def _tell_children(self, want: Want) -> None:
         if want.kind is Kind.UPDATE and self._nursery is not None:
-            self._notices.tell(self._nursery, want.digest, want.tree)
+            for tree in want.members.values():
+                self._notices.tell(self._nursery, want.digest, tree)
 
     # Anti-entropy ----------------------------------------------------------------------------------------------------
 

@@ -186,7 +186,10 @@ class Announced(Message):
 
 
 class Fetched(Message):
-    """A wanted blob is in the store, complete and verified. ``source`` is the PeerId that served its last piece."""
+    """A wanted blob is in the store, complete and verified. ``source`` is the PeerId that served its last piece.
+
+    Each member for whom it was wanted gets one, also when several committed to the same bytes.
+    """
 
     round: int
     member: int
@@ -196,18 +199,20 @@ class Fetched(Message):
 
 
 class FetchFailed(Message):
-    """An attempt at a wanted blob failed; sent once per cause and want. Fetching goes on."""
+    """An attempt at a wanted blob failed; sent once per cause and want. Fetching goes on, unless it is ``final``."""
 
     round: int
     member: int
     digest: str
     reason: str
+    final: bool = False
+    """There is no such blob: what the digest stands for has another length. The want has ended."""
 
 
 class Rejected(Message):
     """Something from a peer was refused.
 
-    ``what``: piece, manifest, announcement, record, call, certificate, handshake, connection or flood.
+    ``what``: piece, manifest, commitment, announcement, record, call, certificate, handshake, connection or flood.
     """
 
     what: str

@@ -80,5 +80,6 @@ class Notices:
             log.debug("telling %s about %s failed: %s", node_id(child), digest.hex()[:16], error)
             if error.cause in _GONE:
                 if error.cause in _DEAD:
-                    self._quality.failed(child, f"it could not be told of a blob: {error}")
+                    absent = error.cause is Cause.UNREACHABLE
+                    self._quality.failed(child, f"it could not be told of a blob: {error}", absent=absent)
                 self._tell(nursery, digest, tree, tree.children(child))

@@ -5,12 +5,13 @@ What is measured here decides between sources and never whether bytes are right:
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from psyche_node.identity import node_id
@@ -26,6 +27,8 @@ _SPEED, _LATENCY = 8e6, 0.05
 SLOW_SHARE = 1 / 8
 _SMALLEST = 64 * 1024
 _WINDOW = 4.0
+# No line is taken for slower than this because little came in: it may be that nobody sent much.
+_SMALLEST_LINE = 4e6
 
 
 @dataclass(slots=True)
@@ -33,6 +36,8 @@ class _Peer:
     speed: float | None = None
     latency: float | None = None
     failures: int = 0
+    absent: bool = False
+    """Whether they were all failures to reach it."""
     avoid_until: float = 0.0
     slow: bool = False
 
@@ -47,6 +52,7 @@ class Quality:
         self._usual: float | None = None
         self._usual_latency: float | None = None
         self._inflow: tuple[float, float] = (0.0, clock())
+        self._streams, self._line = 0, 0.0
 
     def served(self, key: bytes, count: int, seconds: float) -> None:
         """Take note of ``count`` bytes that a stream of this peer brought in ``seconds``."""
@@ -75,15 +81,19 @@ class Quality:
             self._usual_latency = _blend(self._usual_latency, seconds)
 
     def heard(self, key: bytes) -> None:
-        """It called this node, so it is up, whatever failed before."""
+        """It called this node, so it is up. What it did wrong when it was reached stays."""
         with self._lock:
-            if (peer := self._peers.get(key)) is not None:
-                peer.failures, peer.avoid_until = 0, 0.0
+            if (peer := self._peers.get(key)) is not None and peer.absent:
+                peer.failures, peer.avoid_until, peer.absent = 0, 0.0, False
 
-    def failed(self, key: bytes, reason: str) -> None:
-        """Take note of a failure that is the peer's; it is avoided for a time that doubles with each in a row."""
+    def failed(self, key: bytes, reason: str, *, absent: bool = False) -> None:
+        """Take note of a failure that is the peer's; it is avoided for a time that doubles with each in a row.
+
+        ``absent``: it could not be reached.
+        """
         with self._lock:
             peer = self._peer(key)
+            peer.absent = absent and (peer.absent or not peer.failures)
             peer.failures += 1
             pause = min(LONGEST_PAUSE, FIRST_PAUSE * 2.0 ** min(peer.failures - 1, 8))
             peer.avoid_until = self._clock() + pause
@@ -120,11 +130,30 @@ class Quality:
         """Take note of bytes of any blob from anybody."""
         with self._lock:
             self._inflow = (self._decayed() + count, self._clock())
+            self._line = max(self._line, self._inflow[0] / _WINDOW)
 
     def inflow(self) -> float:
         """Return bytes a second that arrive here, all sources together, over the last seconds."""
         with self._lock:
             return self._decayed() / _WINDOW
+
+    @contextlib.contextmanager
+    def stream(self) -> Iterator[None]:
+        """Count a stream as open in the block."""
+        with self._lock:
+            self._streams += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._streams -= 1
+
+    def share(self) -> float:
+        """Return bytes a second of a usual stream while as many as are open share this node's line.
+
+        The line is what came in at best. On a slow one a peer is not to blame for what the others take.
+        """
+        return min(self.usual(), max(self._line, _SMALLEST_LINE) / max(1, self._streams))
 
     def _decayed(self) -> float:
         total, since = self._inflow

@@ -51,8 +51,19 @@ class Running(Protocol):
     def slow(self, usual: float) -> bool:
         """Return whether a second source should be asked; ``usual`` is the bytes a second of a usual stream."""
 
+    @property
+    def rate(self) -> float:
+        """Bytes a second so far."""
+
+    @property
+    def given_up(self) -> bool:
+        """Whether it is ending because it is slow."""
+
     def cancel(self) -> None:
         """End it from outside."""
+
+    def give_up(self, reason: str) -> None:
+        """End it from outside, as a failure of the source."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,12 +80,12 @@ class Want:
     """One open want. On trio, but for ``lock`` and what it guards: ``asked``, ``partial`` and ``plan``."""
 
     round: int
-    member: int
+    members: dict[int, Tree]
+    """Who committed to it, in the order in which it was wanted, and each one's tree. Several if one copied a digest."""
     digest: bytes
     length: int
     kind: Kind
     opened: float
-    tree: Tree
     offers: dict[bytes, bytes | None] = field(default_factory=dict)
     """Who says that it has the blob, and which pieces of it (one byte each); None is all of them."""
     invited: set[bytes] = field(default_factory=set)
@@ -91,7 +102,8 @@ class Want:
     running: dict[bytes, Running] = field(default_factory=dict)
     news: trio.Event = field(default_factory=trio.Event)
     scope: trio.CancelScope = field(default_factory=trio.CancelScope)
-    dropped: bool = False
+    ended: bool = False
+    """It is in the store, or nobody wants it any more: what there is of it is of no use."""
     passed_on: bool = False
     """Whether the children in the tree have been told that the first piece is here."""
     asked: bool = False
@@ -102,7 +114,12 @@ class Want:
 
     @property
     def name(self) -> str:
-        return f"round {self.round}, member {self.member}, {self.digest.hex()[:16]}"
+        return f"round {self.round}, member {', '.join(map(str, self.members))}, {self.digest.hex()[:16]}"
+
+    @property
+    def tree(self) -> Tree:
+        """The tree in which this node waits for it; it may come by that of another member, too."""
+        return next(iter(self.members.values()))
 
     @property
     def bytes_left(self) -> int:
@@ -119,10 +136,12 @@ class Chooser:
     def choose(self, want: Want, now: float, backlog: float) -> Choice | None:
         """Return the next source to ask for ``want``, or None while there is nobody to ask, or no need.
 
-        ``backlog`` is the seconds that all open wants together should take.
+        ``backlog`` is the seconds that all open wants together should take. When as many run as may, it is one to take
+        in the place of the slowest.
         """
         if not self._needs_more(want):
             return None
+        full = self.full(want)
         # Beside a source that is slow, it is not this node's line that all wait for.
         patience = self.patience(want, 0.0 if want.running else backlog)
         for candidates in (
@@ -131,9 +150,17 @@ class Chooser:
             self._anybody(want, now, patience),
         ):
             free = [choice for choice in candidates if self._free(want, choice.source, now)]
+            if full:
+                # One that failed is no better. So each source gives up its place once at most.
+                free = [choice for choice in free if not self._failed(want, choice.source)]
             if free:
                 return min(free, key=lambda choice: self._cost(want, choice))
         return None
+
+    @staticmethod
+    def full(want: Want) -> bool:
+        """Return whether as many sources are read as may be."""
+        return len(want.running) >= MAX_SOURCES[want.kind]
 
     def patience(self, want: Want, backlog: float) -> float:
         """Return how many seconds to wait for the parent to say that it has something."""
@@ -148,11 +175,8 @@ class Chooser:
         if want.kind is not Kind.UPDATE or want.failures or want.broken or self._directory.own_private():
             # A node behind NAT cannot be told, so it has to ask.
             return True
-        if self._directory.own_private() and not want.running:
-            # Its parent may have no way to tell it.
-            return True
         if want.running:
-            return all(running.slow(self._quality.usual()) for running in want.running.values())
+            return self._all_slow(want)
         return now - want.opened >= self.patience(want, backlog)
 
     def parent(self, want: Want) -> list[bytes]:
@@ -167,21 +191,30 @@ class Chooser:
     def _needs_more(self, want: Want) -> bool:
         if not want.running:
             return True
-        if len(want.running) >= MAX_SOURCES[want.kind]:
+        if self._all_slow(want):
+            return not self.full(want) or not any(running.given_up for running in want.running.values())
+        if self.full(want):
             return False
-        if all(running.slow(self._quality.usual()) for running in want.running.values()):
-            return True
         # A source more, as long as there is something that nobody is bringing.
         return want.kind is not Kind.UPDATE and want.plan is not None and want.plan.untaken()
 
+    def _all_slow(self, want: Want) -> bool:
+        share = self._quality.share()
+        return all(running.slow(share) for running in want.running.values())
+
+    def _failed(self, want: Want, key: bytes) -> bool:
+        return key in want.broken or self._quality.avoided(key)
+
     def _holders(self, want: Want) -> Iterable[Choice]:
-        parents = self.parent(want)
+        # Anybody can say that this node is to take it from there; whose part that is, the trees say.
+        above = {key for tree in want.members.values() for key in tree.ancestors(self._directory.own_key)}
+        parents = {*self.parent(want), *(want.invited & above)}
         root = want.tree.order[:1]
         for key, held in want.offers.items():
             # The author has enough to do with those that are to take it from there.
-            if key not in root or key in parents or key in want.invited or want.kind is not Kind.UPDATE:
-                yield Choice(key, Role.PARENT if key in parents or key in want.invited else Role.HOLDER, held)
-        if root and (want.kind is not Kind.UPDATE or parents == list(root)):
+            if key not in root or key in parents or want.kind is not Kind.UPDATE:
+                yield Choice(key, Role.PARENT if key in parents else Role.HOLDER, held)
+        if root and (want.kind is not Kind.UPDATE or self.parent(want) == list(root)):
             yield Choice(root[0], Role.AUTHOR)
 
     def _up_the_tree(self, want: Want, now: float, patience: float) -> Iterable[Choice]:
@@ -205,7 +238,7 @@ class Chooser:
         return [
             key
             for key in self._directory.sources(want.tree.ancestors(self._directory.own_key))
-            if key not in want.broken and not self._quality.avoided(key) and self._directory.reachable(key)
+            if not self._failed(want, key) and self._directory.reachable(key)
         ]
 
     def _free(self, want: Want, key: bytes, now: float) -> bool:
@@ -226,12 +259,13 @@ class Chooser:
         )
 
 
-def is_slow(idle: float, elapsed: float, arrived: int, left: int, usual: float) -> bool:
+def is_slow(idle: float, elapsed: float, arrived: int, left: int, usual: float, piece: int = PIECE_BYTES) -> bool:
     """Return whether a source is slow: ``arrived`` bytes in ``elapsed`` seconds, and none in the last ``idle`` ones.
 
-    ``left`` bytes are missing, and a usual stream brings ``usual`` bytes a second.
+    ``left`` bytes are missing, in pieces of ``piece`` at most, and a usual stream brings ``usual`` bytes a second.
     """
-    if idle > HEDGE_SECONDS + 2 * PIECE_BYTES / usual:
+    patience = HEDGE_SECONDS + 2 * piece / usual
+    if idle > patience:
         return True
     rate = arrived / elapsed if elapsed > 0 else usual
-    return elapsed > HEDGE_SECONDS and rate < usual * SLOW_SHARE and left > HEDGE_SECONDS * rate
+    return elapsed > patience and rate < usual * SLOW_SHARE and left > HEDGE_SECONDS * rate

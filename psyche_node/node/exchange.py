@@ -67,6 +67,11 @@ class UpdateExchange:
         """Take an event of the network process."""
         if isinstance(message, Fetched):
             self._spawn(self._validate(message.round, message.member))
+        elif isinstance(message, FetchFailed) and message.final:
+            key = (message.round, message.member)
+            entry = self._entries.get(key)
+            if entry is not None and not entry.settled and entry.commitment.digest.hex() == message.digest:
+                self._refuse(key, entry, message.reason)
         elif isinstance(message, FetchFailed):
             log.info(
                 "update of member %d, round %d: %s; looking further", message.member, message.round, message.reason

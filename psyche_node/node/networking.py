@@ -18,6 +18,7 @@ from psyche_node.ipc import IpcError, Message, Ok, RemoteFailure
 from psyche_node.network.messages import (
     Configure,
     Fetched,
+    FetchFailed,
     Forget,
     GetStats,
     Kind,
@@ -71,7 +72,7 @@ class Network:
         self._any_port = (False, False)
         self._node_id: str | None = None
         self._members: SetMembers | None = None
-        self._wants: dict[tuple[int, Kind], dict[str, WantEntry]] = {}
+        self._wants: dict[tuple[int, Kind], dict[tuple[str, int], WantEntry]] = {}
         self._published: dict[tuple[int, Kind, str], Publish] = {}
         self._connected: set[int] = set()
         self._stats = _nothing()
@@ -242,7 +243,8 @@ class Network:
                 self._members = message
             case Want():
                 wants = self._wants.setdefault((message.round, message.kind), {})
-                wants.update({want.digest: want for want in message.wants})
+                # Two members may have committed to the same bytes, and each is waited for.
+                wants.update({(want.digest, want.member): want for want in message.wants})
             case Publish():
                 self._published[message.round, message.kind, message.digest] = message
             case Forget():
@@ -301,9 +303,9 @@ class Network:
                 self._connected.add(message.slot)
             case PeerDown():
                 self._connected.discard(message.slot)
-            case Fetched():
+            case Fetched() | FetchFailed(final=True):
                 for kind in Kind:
-                    self._wants.get((message.round, kind), {}).pop(message.digest, None)
+                    self._wants.get((message.round, kind), {}).pop((message.digest, message.member), None)
             case _:
                 pass
         self._tell(message)

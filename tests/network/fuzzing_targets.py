@@ -169,7 +169,7 @@ class Targets:
         self.links._link = lambda peer, ask=False: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
         node = self.node
         begun = lambda want: None  # noqa: E731
-        self.tools = Tools(node._store, node._reader, node._holdings, node._links, node._quality, begun)
+        self.tools = Tools(node._store, node._reader, node._holdings, node._links, node._quality, begun, lambda: False)
         self.direct: DirectAnnouncements = node._swarm.direct
         self.values = KademliaRecords(RUN, self.directory)
         # A timer is a thread, which costs more than the rest of a push; the times themselves are tested elsewhere.
@@ -386,7 +386,7 @@ class Targets:
                 pieces[at % len(pieces)] = changed(data, pieces[at % len(pieces)])
         self.peer.pieces = pieces
         digest, kind = blob_digest(blob), data.one(list(Kind))
-        want = OpenWant(1, 0, digest, size, kind, 0.0, Tree(1, KEYS[0].public, [KEYS[1].public]))
+        want = OpenWant(1, {0: Tree(1, KEYS[0].public, [KEYS[1].public])}, digest, size, kind, 0.0)
         held = data.one([None, unpack(data.raw(2), piece_count(size))])
         try:
             Download(self.tools, want, Choice(KEYS[0].public, Role.HOLDER, held)).run()

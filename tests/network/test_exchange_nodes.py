@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -14,8 +15,9 @@ import trio.testing
 from exchange_nodes import ExchangeNode, in_trio, nodes, tree_of
 
 from psyche_node.identity import NodeKey
+from psyche_node.network.download import Download, Tools, finish
 from psyche_node.network.fanout import ARITY, Tree
-from psyche_node.network.holdings import MAX_WAITING, Holdings
+from psyche_node.network.holdings import MAX_WAITING, Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Fetched, FetchFailed, Kind
 from psyche_node.network.store import (
@@ -29,6 +31,7 @@ from psyche_node.network.store import (
     write_list,
 )
 from psyche_node.network.uploads import SLACK_BYTES
+from psyche_node.network.wants import Want
 from psyche_node.network.wire import node_pb2 as wire
 
 pytestmark = pytest.mark.timeout(120)
@@ -224,6 +227,103 @@ async def test_a_model_comes_from_several_holders_at_once_each_a_different_part(
 
 
 @in_trio
+async def test_a_blob_is_here_when_it_has_its_name_and_not_when_its_last_piece_has_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One of two sources ends with a piece missing, and is looked at when the other one has brought it."""
+    data = os.urandom(8 * PIECE_BYTES)
+    ended, named = threading.Event(), threading.Event()
+
+    def last(tools: Tools, want: Want, partial: Partial) -> None:
+        assert named.wait(60)
+        finish(tools, want, partial)
+
+    async with nodes(tmp_path, 3) as made:
+        late = made[1].key.public
+
+        class Late(Download):
+            def run(self) -> bool:
+                if self._source != late or ended.is_set():
+                    return super().run()
+                while self._want.plan is None or self._want.plan.left:
+                    time.sleep(0.001)
+                ended.set()
+                return False
+
+        monkeypatch.setattr("psyche_node.network.fetcher.Download", Late)
+        monkeypatch.setattr("psyche_node.network.download.finish", last)
+        digest = {node.put(data, 1, Kind.MODEL) for node in made[:2]}.pop()
+        made[2].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
+        await until(ended.is_set)
+        await trio.testing.wait_all_tasks_blocked(0.1)
+        assert not [event for event in made[2].events if isinstance(event, Fetched)]
+        named.set()
+        await made[2].fetched(digest)
+        assert made[2].store.path(digest) is not None
+
+
+@in_trio
+async def test_a_push_ends_a_download_that_stands_still_and_leaves_no_part_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 2) as made:
+        gate = Gate(made[0].holdings, 2)
+        digest = made[0].put(data, 1)
+        made[1].fetcher.want(1, 0, digest, len(data))
+        await until(lambda: held(made[1], digest) == 2)
+        made[1].store.put(data, 1)
+        made[1].fetcher.arrived(digest, made[0].key.public)
+        await made[1].fetched(digest)
+        gate.open()
+        await until(lambda: not made[1].fetcher._wants)
+        assert [path.name for path in (tmp_path / "1" / "1").iterdir()] == [digest.hex()]
+
+
+@in_trio
+async def test_two_sources_that_stand_still_do_not_keep_a_third_from_bringing_an_update(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
+    data = os.urandom(4 * PIECE_BYTES)
+    async with nodes(tmp_path, 4) as made:
+        for node in made[:2]:
+            digest, _ = node.store.put(data, 1)
+        gates = [Gate(node.holdings, 1) for node in made[:2]]
+        for node in made[:2]:
+            made[3].fetcher.invited(digest, node.key.public)
+        made[3].fetcher.want(1, 0, digest, len(data))
+        (want,) = made[3].fetcher._wants.values()
+        await until(lambda: set(want.running) == {node.key.public for node in made[:2]})
+        made[2].store.put(data, 1)
+        # They stand still for longer than this.
+        assert (await made[3].fetched(digest, 45.0)).source == made[2].key.node_id
+        (given_up,) = [node for node in made if made[3].quality.avoided(node.key.public)]
+        assert given_up in made[:2]
+        for gate in gates:
+            gate.open()
+
+
+@in_trio
+async def test_who_says_again_that_it_has_a_blob_is_not_asked_the_sooner(tmp_path: Path) -> None:
+    async with nodes(tmp_path, 3) as made:
+        fetcher, peer, other = made[0].fetcher, made[1].key.public, made[2].key.public
+        for node in made[1:]:
+            node.kill()
+        fetcher.want(1, 0, bytes(32), 1000)
+        (want,) = fetcher._wants.values()
+        later = want.retry_at[peer] = want.retry_at[other] = 1e9
+        want.broken.add(other)
+        fetcher.invited(bytes(32), peer)
+        assert peer not in want.retry_at, "it did not have it before"
+        want.retry_at[peer] = later
+        for key in (peer, other):
+            fetcher.invited(bytes(32), key)
+            assert want.retry_at[key] == later
+
+
+@in_trio
 async def test_the_list_of_a_70_gb_model_comes_in_pages(tmp_path: Path) -> None:
     """The file is a hole, whose first pieces are served; its list leads to the digest, and is longer than a message."""
     length = 70_000 * PIECE_BYTES - 3
@@ -258,6 +358,48 @@ async def test_a_page_that_is_too_short_or_a_list_that_is_another_blobs_bans_its
             await until(made[1].rejected)
             (rejected,) = made[1].rejected()
             assert (rejected.what, rejected.peer) == ("manifest", made[0].key.node_id)
+
+
+@in_trio
+async def test_a_commitment_to_another_length_ends_the_want_and_bans_nobody(tmp_path: Path) -> None:
+    """The author commits to a digest with a length that is not its blob's. Who holds that blob is honest."""
+    cases = (
+        (3 * PIECE_BYTES, 2 * PIECE_BYTES),
+        (3 * PIECE_BYTES, 4 * PIECE_BYTES + 1),
+        (3 * PIECE_BYTES, PIECE_BYTES),
+        (3 * PIECE_BYTES, 500),
+        (60_000, 59_993),
+        (60_000, 3 * PIECE_BYTES),
+    )
+    async with nodes(tmp_path, 4) as made:
+        for round, (length, committed) in enumerate(cases, 1):
+            data = os.urandom(length)
+            for node in made[1:3]:
+                digest = node.put(data, round)
+            made[3].fetcher.want(round, 0, digest, committed)
+            failed = await made[3].event(
+                lambda event, digest=digest: (
+                    isinstance(event, FetchFailed) and event.digest == digest.hex() and event.final
+                )  # type: ignore[misc]
+            )
+            assert f"{committed} bytes were committed to, and the digest is that of {length}" in failed.reason  # type: ignore[attr-defined]
+            await until(lambda: not made[3].fetcher._wants)
+        assert {(event.what, event.member) for event in made[3].rejected()} == {("commitment", 0)}
+        assert not [node for node in made if made[3].directory.banned(node.key.public)]
+
+
+@in_trio
+async def test_an_update_that_another_member_committed_to_as_well_is_fetched_for_both(tmp_path: Path) -> None:
+    """Member 1 copied the digest of member 0 from the chain, and its want comes first."""
+    data = os.urandom(1000)
+    async with nodes(tmp_path, 3) as made:
+        digest = blob_digest(data)
+        made[2].fetcher.want(1, 1, digest, len(data))
+        made[2].fetcher.want(1, 0, digest, len(data))
+        made[0].put(data, 1)
+        await until(lambda: not made[2].fetcher._wants)
+        await trio.testing.wait_all_tasks_blocked()
+        assert {event.member for event in made[2].events if isinstance(event, Fetched)} == {0, 1}
 
 
 @in_trio

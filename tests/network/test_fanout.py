@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections import Counter
+from dataclasses import dataclass
 
 import pytest
 import trio
@@ -12,6 +14,7 @@ from blake3 import blake3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import ARITY, Tree
 from psyche_node.network.messages import Kind
 from psyche_node.network.notices import MAX_EARLY_PER_HOLDER, EarlyOffers
@@ -19,7 +22,7 @@ from psyche_node.network.pieces import Plan, pack, unpack
 from psyche_node.network.quality import LONGEST_PAUSE, MAX_PEERS, Quality
 from psyche_node.network.turns import ACTIVE_SECONDS, YIELD_SECONDS, Slots, Turns, rank
 from psyche_node.network.uploads import SLACK_BYTES, Allowances
-from psyche_node.network.wants import HEDGE_SECONDS, is_slow
+from psyche_node.network.wants import HEDGE_SECONDS, Chooser, Role, Want, is_slow
 
 
 def members_of(count: int) -> list[bytes]:
@@ -275,7 +278,9 @@ def test_offers_that_nobody_waits_for_are_bounded_per_holder() -> None:
 # What is known of peers ----------------------------------------------------------------------------------------------
 
 
-def test_failures_double_the_pause_and_a_success_or_a_call_ends_it(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_double_the_pause_and_a_success_ends_it_and_a_call_if_it_was_not_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     now = 0.0
     quality = Quality(lambda: now)
     peer = bytes(32)
@@ -290,6 +295,13 @@ def test_failures_double_the_pause_and_a_success_or_a_call_ends_it(caplog: pytes
     for _ in range(20):
         quality.failed(peer, "broken")
     now += LONGEST_PAUSE - 1
+    assert quality.avoided(peer)
+    quality.failed(peer, "gone", absent=True)
+    quality.heard(peer)
+    assert quality.avoided(peer), "it fails, and calls"
+    quality.served(peer, 1 << 20, 1.0)
+    assert not quality.avoided(peer)
+    quality.failed(peer, "gone", absent=True)
     assert quality.avoided(peer)
     quality.heard(peer)
     assert not quality.avoided(peer)
@@ -327,10 +339,92 @@ def test_what_comes_in_is_a_rate_over_the_last_seconds_and_peers_are_bounded() -
     assert len(quality._peers) == MAX_PEERS
 
 
+def test_a_usual_stream_has_its_share_of_a_slow_line() -> None:
+    now = 0.0
+    quality = Quality(lambda: now)
+    quality.served(b"peer", 1 << 30, 1.0)
+    with contextlib.ExitStack() as streams:
+        for _ in range(8):
+            streams.enter_context(quality.stream())
+        slow = quality.share()
+        assert slow < quality.usual() / 8
+        for _ in range(400):
+            now += 0.1
+            quality.arrived(16_000_000)
+        assert quality.share() == pytest.approx(20_000_000, rel=0.05)
+    quality.arrived(1 << 40)
+    assert quality.share() == quality.usual()
+
+
+@dataclass
+class Source:
+    """A source being read."""
+
+    is_slow: bool
+    given_up: bool = False
+    idle: float = 0.0
+    rate: float = 0.0
+
+    def slow(self, usual: float) -> bool:
+        return self.is_slow
+
+    def cancel(self) -> None: ...
+
+    def give_up(self, reason: str) -> None: ...
+
+
+def chosen() -> tuple[Chooser, Want, list[bytes]]:
+    """A chooser, a want of an update, and the node keys in the order of its tree; the last one is this node."""
+    members = members_of(7)
+    order = list(Tree(1, members[0], members).order)
+    directory, quality = Directory(order[-1]), Quality()
+    directory.set_members(dict(enumerate(order)))
+    directory.sources = lambda keys: list(keys)  # type: ignore[method-assign,assignment]
+    directory.reachable = lambda key: True  # type: ignore[method-assign]
+    want = Want(1, {0: Tree(1, members[0], members)}, bytes(32), 8 << 20, Kind.UPDATE, 0.0)
+    return Chooser(directory, quality, lambda key, want: 0), want, order
+
+
+def test_who_is_no_ancestor_is_no_parent_whatever_it_says() -> None:
+    chooser, want, order = chosen()
+    author, _, parent, stranger, *_ = order
+    want.offers = {stranger: None}
+    want.invited = {stranger}
+    choice = chooser.choose(want, 0.0, 0.0)
+    assert choice is not None
+    assert (choice.source, choice.role) == (stranger, Role.HOLDER)
+    want.offers[parent] = None
+    want.invited |= {parent, author}
+    choice = chooser.choose(want, 0.0, 0.0)
+    assert choice is not None
+    assert (choice.source, choice.role) == (parent, Role.PARENT)
+
+
+def test_when_all_sources_are_slow_another_one_takes_the_place_of_one_but_none_that_failed() -> None:
+    chooser, want, order = chosen()
+    one, two, third = order[2], order[3], order[4]
+    want.running = {one: Source(True), two: Source(False)}
+    want.offers = {third: None}
+    assert chooser.full(want)
+    assert chooser.choose(want, 0.0, 0.0) is None
+    want.running[two] = Source(True)
+    choice = chooser.choose(want, 0.0, 0.0)
+    assert choice is not None
+    assert choice.source == third
+    want.broken = {third, order[1]}
+    assert chooser.choose(want, 0.0, 0.0) is None
+    want.broken = set()
+    want.running[one] = Source(True, given_up=True)
+    assert chooser.choose(want, 0.0, 0.0) is None, "one makes room already"
+
+
 def test_when_a_source_is_slow() -> None:
     usual = 10_000_000.0
     assert not is_slow(0.1, 1.0, 8_000_000, 10**9, usual)
     assert is_slow(HEDGE_SECONDS + 1, 10.0, 80_000_000, 10**9, usual), "nothing came for a while"
     assert is_slow(0.1, HEDGE_SECONDS + 1, 2_000_000, 10**9, usual), "it drips"
     assert not is_slow(0.1, HEDGE_SECONDS + 1, 2_000_000, 100_000, usual), "it drips, and is nearly done"
+    assert is_slow(HEDGE_SECONDS + 1, 10.0, 0, 1000, 1e6)
+    assert not is_slow(HEDGE_SECONDS + 1, 10.0, 0, 1000, 1e5), "a piece takes as long"
+    assert is_slow(HEDGE_SECONDS + 1, 10.0, 0, 1000, 1e5, 1000), "one as small as this does not"
     assert not is_slow(-1e9, -1e9, 0, 10**9, usual), "it has not started"

@@ -170,8 +170,9 @@ def test_a_blob_of_another_length_than_committed_is_refused(tmp_path: Path) -> N
             with pytest.raises(RemoteFailure, match="60000 bytes"):
                 await author.ask(Publish(round=1, member=0, digest=digest.hex(), length=length + 1))
             await other.ask(Want(round=1, wants=[WantEntry(member=0, digest=digest.hex(), length=length - 7)]))
-            rejected = await other.wait(Rejected, what="piece", member=0)
-            assert "59993 are committed to" in rejected.reason
+            rejected = await other.wait(Rejected, what="commitment", member=0)
+            assert "59993 bytes were committed to" in rejected.reason
+            await other.wait(FetchFailed, round=1, member=0, final=True)
             assert other.store.path(digest) is None
 
     asyncio.run(scenario())
@@ -185,8 +186,9 @@ def test_a_manifest_of_another_length_than_committed_is_refused(tmp_path: Path) 
             await other.ask(
                 Want(round=1, wants=[WantEntry(member=0, digest=digest.hex(), length=length + PIECE_BYTES)])
             )
-            rejected = await other.wait(Rejected, what="manifest", member=0)
-            assert f"{length + PIECE_BYTES} are committed to" in rejected.reason
+            rejected = await other.wait(Rejected, what="commitment", member=0)
+            assert f"{length + PIECE_BYTES} bytes were committed to" in rejected.reason
+            await other.wait(FetchFailed, round=1, member=0, final=True)
             assert not list(other.folder.glob("blobs/*/*"))
 
     asyncio.run(scenario())

@@ -109,7 +109,8 @@ def test_a_killed_process_comes_back_as_it_was(tmp_path: Path) -> None:
             await own.until(PeerUp(slot=1))
             wanted = b"w" * 5000
             want = WantEntry(member=1, digest=blob_digest(wanted).hex(), length=len(wanted))
-            await own.network.call(Want(round=4, wants=[want]), Ok)
+            copied = want.model_copy(update={"member": 0})
+            await own.network.call(Want(round=4, wants=[want, copied]), Ok)
             before = await own.network.call(GetStats(), Stats)
             assert before.connected == [1]
 
@@ -128,6 +129,8 @@ def test_a_killed_process_comes_back_as_it_was(tmp_path: Path) -> None:
             assert heard.digest == digest.hex()
             peer.store.put(wanted, 4)
             await own.until(Fetched(round=4, member=1, digest=want.digest, length=want.length, source=peer.key.node_id))
+            await own.until(Fetched(round=4, member=0, digest=want.digest, length=want.length, source=peer.key.node_id))
+            assert not own.network._wants[4, Kind.UPDATE]
             assert own.network._configure is not None
             assert own.network._configure.p2p_port == ready.p2p_port
             assert own.network._configure.grpc_port == ready.grpc_port

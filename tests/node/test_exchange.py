@@ -112,6 +112,24 @@ def test_own_update_is_in_the_store_already_and_not_wanted(tmp_path: Path) -> No
     run_async(test())
 
 
+def test_an_update_that_cannot_be_is_refused(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            lie = commitment(1, bytes(32), LAYOUT.update_bytes)
+            await it.exchange.follow(3, [lie])
+            failed = FetchFailed(round=3, member=1, digest="00" * 32, reason="unreachable")
+            it.exchange.on_event(failed)
+            it.exchange.on_event(failed.model_copy(update={"final": True, "digest": "11" * 32}))
+            assert not it.exchange.settled(3, [1])
+            it.exchange.on_event(failed.model_copy(update={"final": True, "reason": "another length"}))
+            assert it.exchange.settled(3, [1])
+            assert it.exchange.held(3) == frozenset()
+            with pytest.raises(UpdateMissing, match="another length"):
+                await it.exchange.obtain(3, {1}, 60.0)
+
+    run_async(test())
+
+
 OTHER_LAYOUT = Layout.build([("weight", (64, 63)), ("bias", (100,))], 8)
 HOSTILE = {
     "noise": (b"\x00" * LAYOUT.update_bytes, "begins with"),
