@@ -300,6 +300,8 @@ def test_a_receiver_that_takes_nothing_does_not_keep_a_blob_from_the_others(
 ) -> None:
     """Two copies go out at once, and the next member is asked when one of them does not get on."""
     monkeypatch.setattr(links, "PUSH_STALL_SECONDS", stall_seconds)
+    # It does not even end those that send nothing.
+    monkeypatch.setattr(push, "STREAM_SECONDS", 60.0)
     digest, over = sender.blob(), threading.Event()
     receivers = [Receiver(tmp_path / f"receiver {number}") for number in range(3)]
     stuck, *others = receivers
