@@ -314,7 +314,7 @@ class Fetcher:
                 found.append(source)
             elif not download.measured()[0]:
                 # It had nothing that is missing and that nobody else is bringing.
-                want.retry_at[source] = trio.current_time() + 0.25
+                want.retry_at[source] = trio.current_time() + EMPTY_SECONDS
             self._quality.served(source, *download.measured())
         except BadBytes as error:
             self._ban(want, source, error)
@@ -323,6 +323,9 @@ class Fetcher:
         except CallFailed as error:
             self._back_off(want, source, error)
         except NothingYet as error:
+            if download.measured()[0]:
+                # It comes by and by: what counts is how often in a row there was nothing at all.
+                want.empty.pop(source, None)
             self._wait_for_more(want, source, error)
         except (StoreError, OSError) as error:
             log.error("%s could not be written: %s", want.name, error)

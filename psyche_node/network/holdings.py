@@ -22,9 +22,8 @@ from psyche_node.network.store import (
     piece_length,
 )
 
-# How long an upload waits for a piece that this node is about to receive, and how many may wait at once.
+# How long an upload waits for a piece that this node is about to receive.
 WAIT_SECONDS = 1.5
-MAX_WAITING = 12
 _MAX_KINDS = 4096
 
 
@@ -89,7 +88,6 @@ class Holdings:
         self._reader = reader
         self._partials: dict[bytes, Partial] = {}
         self._kinds: OrderedDict[bytes, tuple[Kind, int]] = OrderedDict()
-        self._waiting = threading.BoundedSemaphore(MAX_WAITING)
         self._lock = threading.Lock()
 
     def begin(self, assembly: Assembly) -> Partial:
@@ -145,7 +143,8 @@ class Holdings:
     def _growing(self, partial: Partial, descriptor: int, run: range) -> Iterator[bytes]:
         manifest = partial.manifest
         for index in run:
-            if not partial.holds(index) and not self._comes(partial, index):
+            # As many may wait as there are upload places, each of which has a thread: who gets nothing only asks again.
+            if not partial.holds(index, WAIT_SECONDS):
                 return
             piece = os.pread(descriptor, piece_length(manifest.length, index), index * PIECE_BYTES)
             if not partial.checked.is_right(index, piece, time.monotonic()):
@@ -153,12 +152,3 @@ class Holdings:
                     f"piece {index} of {manifest.digest.hex()[:16]} went bad on disk while it was received"
                 )
             yield piece
-
-    def _comes(self, partial: Partial, index: int) -> bool:
-        # Waiting calls hold threads of the server, so only some of them may wait.
-        if not self._waiting.acquire(blocking=False):
-            return False
-        try:
-            return partial.holds(index, WAIT_SECONDS)
-        finally:
-            self._waiting.release()

@@ -93,7 +93,7 @@ class Want:
     retry_at: dict[bytes, float] = field(default_factory=dict)
     failures: dict[bytes, int] = field(default_factory=dict)
     empty: dict[bytes, int] = field(default_factory=dict)
-    """How often a source that has the blob, or receives it, had nothing to bring."""
+    """How often in a row a source that has the blob, or receives it, had nothing to bring."""
     broken: set[bytes] = field(default_factory=set)
     """Sources that failed for another reason than that they do not have it, or are busy."""
     pushed_by: bytes | None = None
