@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 
 from psyche_node.network.guard import MAX_STREAMS, MAX_STREAMS_PER_PEER, STREAM_SECONDS, Pace, Place, Streams
