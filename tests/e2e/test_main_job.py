@@ -105,7 +105,7 @@ def test_adversaries_are_refused_and_the_run_matches(simulate: Simulate) -> None
     assert by_fault["tamper"].weights_sha256 == honest[0].weights_sha256
     logs = " ".join(finished.logs(node.name) for node in honest)
     shorter = result.update_bytes - 7
-    assert f"it sent {shorter} bytes, {result.update_bytes} are committed to" in logs
+    assert f"{result.update_bytes} bytes were committed to, and the digest is that of {shorter} bytes" in logs
     assert by_fault["length"].node_id in logs
     assert by_fault["tamper"].node_id in logs
     assert by_fault["outsider"].node_id in logs

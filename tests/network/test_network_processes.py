@@ -7,6 +7,8 @@ import os
 import re
 import signal
 import socket
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -372,7 +374,8 @@ def test_what_an_earlier_process_left_unfinished_is_removed(tmp_path: Path) -> N
     async def scenario() -> None:
         store = BlobStore(tmp_path / "0" / "blobs")
         (store.folder / "4").mkdir()
-        (store.folder / "4" / ("ab" * 32 + ".1-x.part")).write_bytes(b"half")
+        gone = subprocess.run([sys.executable, "-c", "import os; print(os.getpid())"], capture_output=True, text=True)
+        (store.folder / "4" / ("ab" * 32 + f".{int(gone.stdout)}-x.part")).write_bytes(b"half")
         digest, _ = store.put(b"whole", 4)
         process = Process(tmp_path / "0")
         await process.start([])
