@@ -20,7 +20,7 @@ demo: setup
 	$(BIN)/psyche-sim $(ARGS)
 
 test: setup lint nat-tools
-	$(BIN)/pytest -n $(JOBS) --dist loadgroup --no-loadscope-reorder $(ARGS)
+	$(BIN)/pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The tests of nodes behind NAT need root, iproute2 and nftables. Without them they are skipped.
 nat-tools:
