@@ -109,6 +109,9 @@ def rotate(
 
     logs.configure("keys")
     path = folder / "node.key"
+    if not folder.is_dir():
+        typer.secho(f"{folder} is no folder: name the one that the node runs with", fg="red", err=True)
+        raise typer.Exit(Exit.CONFIG)
     try:
         old, new = rotate_node_key(path)
     except (IdentityError, OSError) as error:
@@ -117,7 +120,10 @@ def rotate(
     if old is not None:
         typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
     typer.echo(f"new node key  {new.node_id}  ({path})")
-    typer.echo("Restart the node: it joins again with the new key, and keeps its slot, share and credit.")
+    typer.echo("Restart the node: it joins again with the new key, and keeps its slot, share and credit. While the run")
+    typer.echo(
+        "trains a node that was stopped cannot come back in this version: do it while the run waits for members."
+    )
 
 
 async def _run(settings: NodeConfig) -> int:

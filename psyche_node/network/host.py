@@ -32,7 +32,7 @@ from multiaddr import Multiaddr  # type: ignore[import-untyped]
 from psyche_node.identity import IdentityError, NodeKey, node_id, public_key
 from psyche_node.network.gate import Gate
 from psyche_node.network.messages import Why
-from psyche_node.network.statements import join_multiaddr, split_multiaddr
+from psyche_node.network.statements import join_multiaddr
 
 log = logging.getLogger(__name__)
 MAX_CONNECTIONS = 128
@@ -193,10 +193,3 @@ async def reset(stream: INetStream | None) -> None:
         with trio.move_on_after(1.0) as scope, contextlib.suppress(Exception):
             scope.shield = True
             await stream.reset()
-
-
-def parse_bootstrap(address: str) -> tuple[bytes, str]:
-    """Return (node key, multiaddr without /p2p) of ``/ip4/IP/tcp/PORT/p2p/ID``. Raises Malformed or IdentityError."""
-    plain, _, peer = address.rpartition("/p2p/")
-    ip, port = split_multiaddr(plain)
-    return public_key(peer), join_multiaddr(ip, port)

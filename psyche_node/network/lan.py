@@ -15,8 +15,7 @@ import trio
 from zeroconf import Error, InterfaceChoice, IPVersion, ServiceBrowser, ServiceInfo, ServiceStateChange, Zeroconf
 
 from psyche_node.identity import IdentityError
-from psyche_node.network.host import parse_bootstrap
-from psyche_node.network.statements import MAX_ADDRESS, MAX_ADDRESSES, Malformed, split_multiaddr
+from psyche_node.network.statements import MAX_ADDRESS, MAX_ADDRESSES, Malformed, parse_bootstrap, split_multiaddr
 from psyche_node.network.threads import in_thread
 
 log = logging.getLogger(__name__)

@@ -23,7 +23,6 @@ from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
-from psyche_node.network.host import parse_bootstrap
 from psyche_node.network.lan import look_around
 from psyche_node.network.links import Links, probe
 from psyche_node.network.messages import (
@@ -60,6 +59,7 @@ from psyche_node.network.statements import (
     Malformed,
     NodeRecord,
     join_multiaddr,
+    parse_bootstrap,
     split_address,
 )
 from psyche_node.network.store import BlobStore, Reader

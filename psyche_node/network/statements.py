@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from google.protobuf.message import DecodeError
 
-from psyche_node.identity import KEY_BYTES, SIGNATURE_BYTES, NodeKey, node_id, verify
+from psyche_node.identity import KEY_BYTES, SIGNATURE_BYTES, NodeKey, node_id, public_key, verify
 from psyche_node.network.messages import MAX_BLOB_BYTES, MAX_ROUND
 from psyche_node.network.store import DIGEST_BYTES
 from psyche_node.network.wire import node_pb2 as wire
@@ -168,6 +168,13 @@ def split_multiaddr(address: str) -> tuple[str, int]:
 def join_multiaddr(ip: str, port: int) -> str:
     """Return the multiaddr of a TCP endpoint."""
     return f"/{'ip6' if ':' in ip else 'ip4'}/{ip}/tcp/{port}"
+
+
+def parse_bootstrap(address: str) -> tuple[bytes, str]:
+    """Return (node key, multiaddr without /p2p) of ``/ip4/IP/tcp/PORT/p2p/ID``. Raises Malformed or IdentityError."""
+    plain, _, peer = address.rpartition("/p2p/")
+    ip, port = split_multiaddr(plain)
+    return public_key(peer), join_multiaddr(ip, port)
 
 
 def _endpoint(host: str, port: str, address: str) -> tuple[str, int]:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import ipaddress
 import tomllib
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coordinator.fees import DEFAULT_FEE_CAP
 from psyche_node.faults import Faults
+from psyche_node.identity import IdentityError
+from psyche_node.network.statements import Malformed, parse_bootstrap
 
 
 class ConfigError(Exception):
@@ -94,6 +96,34 @@ class NodeConfig(BaseModel):
         if not usable:
             raise ValueError(f"{address!r} is not IP:PORT, such as 203.0.113.7:4002 or [2001:db8::7]:4002")
         return address
+
+    @field_validator("bootstrap")
+    @classmethod
+    def _libp2p_addresses(cls, addresses: tuple[str, ...]) -> tuple[str, ...]:
+        for address in addresses:
+            try:
+                parse_bootstrap(address)
+            except (Malformed, IdentityError) as error:
+                raise ValueError(
+                    f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts: {error}"
+                ) from error
+        return addresses
+
+    @field_validator("listen")
+    @classmethod
+    def _ip(cls, address: str) -> str:
+        try:
+            return str(ipaddress.ip_address(address))
+        except ValueError:
+            raise ValueError(f"{address!r} is not an IP address of this machine; 0.0.0.0 is all of them") from None
+
+    @model_validator(mode="after")
+    def _ports_fit(self) -> Self:
+        if self.p2p_port and self.p2p_port == self.grpc_port:
+            raise ValueError(f"p2p_port and grpc_port are both {self.p2p_port}; each needs a port of its own")
+        if bool(self.announce_p2p) != bool(self.announce_grpc):
+            raise ValueError("announce_p2p and announce_grpc go together: set both, or neither")
+        return self
 
     @field_validator("faults")
     @classmethod

@@ -15,7 +15,8 @@ from psyche_node.exits import Exit
 from psyche_node.relay.forward import Address, Forward, Loop, open_link
 from psyche_node.relay.spec import FORM, BadSpec, LinkSpec
 
-app = typer.Typer(add_completion=False)
+# The form of a line has brackets, which are no markup.
+app = typer.Typer(add_completion=False, rich_markup_mode=None)
 
 
 @app.command()

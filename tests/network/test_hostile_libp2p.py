@@ -28,7 +28,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network import gate, host, records, swarm
 from psyche_node.network.guard import Pace
-from psyche_node.network.host import dial, listening, make_host, network_of, parse_bootstrap, peer_of
+from psyche_node.network.host import dial, listening, make_host, network_of, peer_of
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -41,7 +41,7 @@ from psyche_node.network.messages import (
     Why,
 )
 from psyche_node.network.node import NetworkNode
-from psyche_node.network.statements import Announcement
+from psyche_node.network.statements import Announcement, parse_bootstrap
 
 pytestmark = pytest.mark.timeout(120)
 PATIENCE = 60.0

@@ -21,10 +21,10 @@ from network_driver import RUN, Process
 
 from psyche_node.identity import NodeKey
 from psyche_node.network.gossip import Gossip
-from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
+from psyche_node.network.host import dial, listening, make_host, peer_of
 from psyche_node.network.messages import GetStats, Rejected, Stats
 from psyche_node.network.records import MAX_BYTES, PROTOCOL
-from psyche_node.network.statements import Announcement, NodeRecord
+from psyche_node.network.statements import Announcement, NodeRecord, parse_bootstrap
 from psyche_node.network.wire import node_pb2 as wire
 
 pytestmark = pytest.mark.timeout(180)

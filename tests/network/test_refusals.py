@@ -38,7 +38,7 @@ from psyche_node.ipc import IpcError
 from psyche_node.metrics import MetricsUnavailable, NodeMetrics, split_address
 from psyche_node.network.certificates import Leaf, issue
 from psyche_node.network.gossip import Gossip
-from psyche_node.network.host import dial, listening, make_host, parse_bootstrap, peer_of
+from psyche_node.network.host import dial, listening, make_host, peer_of
 from psyche_node.network.messages import (
     Configure,
     Fetched,
@@ -55,6 +55,7 @@ from psyche_node.network.messages import (
     Why,
 )
 from psyche_node.network.service import SERVICE
+from psyche_node.network.statements import parse_bootstrap
 from psyche_node.network.statements import split_address as split_ip
 from psyche_node.network.wire import node_pb2 as wire
 from psyche_node.node.config import NodeConfig

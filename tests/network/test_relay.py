@@ -364,3 +364,9 @@ def test_the_command_says_what_is_wrong(arguments: list[str], reason: str) -> No
     done = CliRunner().invoke(app, arguments)
     assert done.exit_code == Exit.USAGE
     assert reason in done.stderr
+
+
+def test_help_shows_the_form_of_a_line() -> None:
+    done = CliRunner().invoke(app, ["--help"])
+    assert done.exit_code == 0, done.output
+    assert "LOSS%" in done.output

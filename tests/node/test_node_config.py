@@ -45,6 +45,8 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
         ("update_timeout = 0", "update_timeout"),
         ('faults = ["tamper", "gossip"]', "faults"),
         ("bootstrap = 7", "bootstrap"),
+        ('bootstrap = ["/ip4/203.0.113.7/tcp/4001"]', "bootstrap"),
+        ('listen = "nowhere"', "listen"),
         ('announce_grpc = "example.org:4002"', "announce_grpc"),
         ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
         ('announce_p2p = "203.0.113.7"', "announce_p2p"),
@@ -115,3 +117,22 @@ def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
     code, said = rotate()
     assert (code, "is kept there" in said.replace("\n", " ")) == (Exit.NODE_KEY, True)
     assert load_or_create_node_key(tmp_path / "node.key") == second
+
+
+@pytest.mark.parametrize(
+    ("lines", "wrong"),
+    [
+        ("p2p_port = 4001\ngrpc_port = 4001\n", "each needs a port of its own"),
+        ('announce_p2p = "203.0.113.7:4001"\n', "go together"),
+    ],
+)
+def test_settings_that_do_not_go_together(tmp_path: Path, lines: str, wrong: str) -> None:
+    with pytest.raises(ConfigError, match=wrong):
+        load(tmp_path, GOOD + lines)
+
+
+def test_rotating_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    done = CliRunner().invoke(app, ["keys", "rotate", "--folder", str(tmp_path / "none")])
+    assert done.exit_code == Exit.CONFIG
+    assert "is no folder" in done.output
+    assert not (tmp_path / "none").exists()
