@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from coordinator.fees import DEFAULT_FEE_CAP
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
-from psyche_node.network.statements import Malformed, parse_bootstrap
+from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
 
 
 class ConfigError(Exception):
@@ -87,14 +87,10 @@ class NodeConfig(BaseModel):
     def _ip_and_port(cls, address: str) -> str:
         if not address:
             return address
-        host, _, port = address.rpartition(":")
         try:
-            ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))
-            usable = 0 < int(port) < 65536
-        except ValueError:
-            usable = False
-        if not usable:
-            raise ValueError(f"{address!r} is not IP:PORT, such as 203.0.113.7:4002 or [2001:db8::7]:4002")
+            split_address(address)
+        except Malformed:
+            raise ValueError(f"{address!r} is not IP:PORT, such as 203.0.113.7:4002 or [2001:db8::7]:4002") from None
         return address
 
     @field_validator("bootstrap")

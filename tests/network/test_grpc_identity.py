@@ -24,6 +24,7 @@ from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption,
 from cryptography.x509.oid import NameOID
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from nodes_of_a_test import makers_of
 
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
@@ -115,15 +116,7 @@ class Node:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[[], Node]]:
-    nodes: list[Node] = []
-
-    def one() -> Node:
-        nodes.append(Node(tmp_path / str(len(nodes))))
-        return nodes[-1]
-
-    yield one
-    for node in nodes:
-        node.close()
+    yield from makers_of(Node, tmp_path)
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import trio
 from nat_nodes import Node, meet, record_of, until
+from nodes_of_a_test import makers_of
 
 from psyche_node.identity import NodeKey
 from psyche_node.network.certificates import identify, issue, null_ca_pem
@@ -193,15 +194,7 @@ def test_where_a_call_comes_from(said: str, address: str | None) -> None:
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[[], Node]]:
-    nodes: list[Node] = []
-
-    def one() -> Node:
-        nodes.append(Node(tmp_path / str(len(nodes))))
-        return nodes[-1]
-
-    yield one
-    for node in nodes:
-        node.close()
+    yield from makers_of(Node, tmp_path)
 
 
 def test_dialback_says_where_a_call_comes_from_and_who_answers_there(make: Callable[[], Node]) -> None:

@@ -13,6 +13,7 @@ import trio
 from libp2p.abc import IHost
 from libp2p.exceptions import BaseLibp2pError
 from nat_nodes import Node, meet, until
+from nodes_of_a_test import makers_of
 
 from psyche_node.network.host import dial, listening, make_host, peer_of
 from psyche_node.network.links import CallFailed, Cause
@@ -25,15 +26,7 @@ pytestmark = pytest.mark.timeout(60)
 
 @pytest.fixture
 def make(tmp_path: Path) -> Iterator[Callable[[], Node]]:
-    nodes: list[Node] = []
-
-    def one() -> Node:
-        nodes.append(Node(tmp_path / str(len(nodes))))
-        return nodes[-1]
-
-    yield one
-    for node in nodes:
-        node.close()
+    yield from makers_of(Node, tmp_path)
 
 
 # The punch -----------------------------------------------------------------------------------------------------------
