@@ -6,6 +6,7 @@ failed step are waiting for. Request n is under ``request/n``, what became of it
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Callable
 from datetime import timedelta
@@ -37,26 +38,30 @@ class Control:
         self._store.set(f"request/{self._number}", encode_frame(0, request)[4:].decode())
 
     def receive(self) -> Message:
-        """The others: wait for the next request. Raises DistError when rank 0 is gone."""
+        """The others: wait for the next request. Raises OutOfStep when rank 0 is gone."""
         self._number += 1
         key = f"request/{self._number}"
-        self._store.wait([key], _FOREVER)
-        return decode_frame(self._store.get(key))[1]
+        try:
+            self._store.wait([key], _FOREVER)
+            frame = self._store.get(key)
+        except DistError as error:
+            raise OutOfStep(f"rank 0 of this node is gone, and with it what rank {self._rank} should do") from error
+        return decode_frame(frame)[1]
 
     def settle(self, failure: str | None, patience: timedelta | None = None) -> dict[int, str]:
         """Say how the request went here, and return what failed, by rank.
 
-        Raises OutOfStep if it failed here and others do not say how it went there.
+        Raises OutOfStep if others do not say how it went there: in time, if it failed here.
         """
         number = self._number
         keys = [f"outcome/{number}/{rank}" for rank in range(self._size)]
-        self._store.set(keys[self._rank], failure or "")
         try:
+            self._store.set(keys[self._rank], failure or "")
             self._store.wait(keys, patience or (_FOREVER if failure is None else _PATIENCE))
         except DistError as error:
-            silent = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise OutOfStep(
-                f"rank {self._rank} failed ({failure}), and ranks {silent} are still at it: they cannot go on together"
+                f"rank {self._rank} ended its step ({failure or 'well'}), and others are not heard of: they cannot go "
+                "on together"
             ) from error
         said = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
         if self._rank == 0:
@@ -95,7 +100,7 @@ class Lead:
     def _settled(self, failure: str | None) -> dict[int, str]:
         try:
             return self._control.settle(failure)
-        except (OutOfStep, DistError):
+        except OutOfStep:
             self._end()
             raise
 
@@ -109,7 +114,7 @@ class Lead:
 
 
 def follow(handle: Handle, control: Control) -> None:
-    """Handle what rank 0 says until it says Shutdown. Raises OutOfStep, or DistError when rank 0 is gone."""
+    """Handle what rank 0 says until it says Shutdown. Raises OutOfStep when this rank cannot go on with the others."""
     while not isinstance(request := control.receive(), Shutdown):
         failure: str | None = None
         try:
@@ -121,7 +126,8 @@ def follow(handle: Handle, control: Control) -> None:
             raise OutOfStep(f"{type(request).__name__} failed on this rank alone: {failure}")
         if failure is None:
             control.settle(None)
-    control.settle(None, _GOODBYE)
+    with contextlib.suppress(OutOfStep):
+        control.settle(None, _GOODBYE)  # rank 0 need not wait for this answer
 
 
 def _words(error: Exception) -> str:

@@ -141,7 +141,7 @@ def run_trainer(fd: int, open_data: OpenData, world: World = ONE_PROCESS, contro
 
 
 def run_rank(open_data: OpenData, world: World, control: Control) -> None:
-    """Do what rank 0 does, until it ends. Raises OutOfStep, or what the store raises when rank 0 is gone."""
+    """Do what rank 0 does, until it ends. Raises OutOfStep when this rank cannot go on with the others."""
     from psyche_node.training.control import follow
 
     follow(Trainer(open_data, lambda: None, world).handle, control)
