@@ -170,6 +170,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
     "psyche_node.data.errors.DataError": Exit.DATA,
+    "psyche_node.generation.errors.GenerationError": Exit.MODEL,
     "psyche_node.training.errors.ModelError": Exit.MODEL,
     "psyche_node.training.errors.SeparationError": Exit.SEPARATION,
     "psyche_node.training.errors.TrainingError": Exit.TRAINING,
