@@ -10,11 +10,14 @@ from transformers.generation.stopping_criteria import StoppingCriteria
 from psyche_node.generation.request import Completion, FinishReason, Request
 from psyche_node.generation.text import Detokenizer, StopText
 
-Listener = Callable[[str], bool]
-"""Gets each new piece of text (it may be empty), a call per token; returns False to end this sequence."""
+Listener = Callable[[str, Completion | None], bool]
+"""Called per token with what is new of the text (it may be empty) and, the last time, the whole completion.
+
+Returns False to end this sequence.
+"""
 
 
-def deaf(_: str) -> bool:
+def deaf(_piece: str, _done: Completion | None) -> bool:
     """The listener of one who waits for the whole answer."""
     return True
 
@@ -49,7 +52,8 @@ class Answer:
             piece += self._rest()
         if piece:
             self._pieces.append(piece)
-        if not self._listener(piece) and self.finish_reason is None:
+        done = None if self.finish_reason is None else self.completion()
+        if not self._listener(piece, done) and done is None:
             self.finish_reason = "length"
 
     def completion(self) -> Completion:

@@ -7,10 +7,11 @@ Shapes: B sequences, L tokens of the longest prompt.
 
 from __future__ import annotations
 
+import copy
 import queue
 import secrets
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +46,8 @@ class Engine:
         self._model, self._tokenizer = loaded.model, loaded.tokenizer
         self.device: torch.device = loaded.device
         self.reasons = loaded.reasons
-        self.prompts = Prompts(loaded.tokenizer, loaded.where)
+        # A copy: one thread may make a prompt while another decodes an answer.
+        self.prompts = Prompts(copy.deepcopy(loaded.tokenizer), loaded.where)
         self.advice = Advice.of(loaded.generation)
         text_config = loaded.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
@@ -60,8 +62,7 @@ class Engine:
         ``dtype`` is auto, float32, bfloat16 or float16; auto takes bfloat16 on a GPU and float32 on a CPU.
 
         Raises:
-            GenerationError: the folder lacks a model or a tokenizer, or cannot be loaded; an unknown dtype.
-            TrainingError: there is no such device here.
+            GenerationError: the folder lacks a model or a tokenizer, or cannot be loaded; no such device or dtype.
         """
         return cls(load(folder, device, dtype))
 
@@ -108,26 +109,26 @@ class Engine:
                 done[index] = completion
         return [completion for completion in done if completion is not None]
 
-    def stream(self, request: Request) -> Iterator[str]:
-        """Yield the pieces of one answer as they come. Closing the iterator ends the generation.
+    def stream(self, request: Request) -> Generator[str, None, Completion]:
+        """Yield the pieces of one answer as they come, and return all of it. Closing the generator ends the answer.
 
         Raises:
             PromptError: the prompt leaves no room in the context window.
         """
         pieces: queue.SimpleQueue[str | None] = queue.SimpleQueue()
-        wanted, failed = threading.Event(), list[BaseException]()
+        wanted, result = threading.Event(), list[Completion | BaseException]()
         wanted.set()
 
-        def listen(piece: str) -> bool:
+        def listen(piece: str, _: Completion | None) -> bool:
             if piece:
                 pieces.put(piece)
             return wanted.is_set()
 
         def work() -> None:
             try:
-                self.run([request], [listen])
+                result.extend(self.run([request], [listen]))
             except BaseException as error:  # raised again below, in the thread that reads
-                failed.append(error)
+                result.append(error)
             finally:
                 pieces.put(None)
 
@@ -139,8 +140,9 @@ class Engine:
         finally:
             wanted.clear()
             worker.join()
-        if failed:
-            raise failed[0]
+        if isinstance(result[0], BaseException):
+            raise result[0]
+        return result[0]
 
     def run(self, requests: Sequence[Request], listeners: Sequence[Listener] | None = None) -> list[Completion]:
         """Generate one batch; ``listeners[i]`` hears request i token by token, and may end it.

@@ -15,6 +15,7 @@ from psyche_node.generation.errors import GenerationError
 from psyche_node.generation.reasoning import MARKS as REASONING_MARKS
 from psyche_node.generation.toolcalls import MARKS as TOOL_MARKS
 from psyche_node.training.device import choose_device
+from psyche_node.training.errors import TrainingError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -45,7 +46,10 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
         raise GenerationError(
             f"{folder} has no config.json. Name a model folder, such as the checkpoint of a finished run"
         )
-    place = choose_device(device, sequence_length=1, micro_batch=1, threads=0).torch
+    try:
+        place = choose_device(device, sequence_length=1, micro_batch=1, threads=0).torch
+    except TrainingError as error:
+        raise GenerationError(str(error)) from error
     kind, reason = _dtype(dtype, place)
     untyped: Any = transformers_logging
     untyped.disable_progress_bar()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ class Prompts:
 
     def __init__(self, tokenizer: Any, where: str) -> None:
         self._tokenizer, self._where = tokenizer, where
+        self._lock = threading.Lock()  # a tokenizer's settings are set anew by each call
         self.thinks = self.has_template and self._differs()
 
     @property
@@ -52,7 +54,8 @@ class Prompts:
         if thinking is False:
             options["thinking_budget"] = 0
         try:
-            return str(self._tokenizer.apply_chat_template(list(messages), **options))
+            with self._lock:
+                return str(self._tokenizer.apply_chat_template(list(messages), **options))
         except Exception as error:  # a template is a program of its own: whatever it raises is about these messages
             raise PromptError(
                 f"the chat template of {self._where} refuses this conversation: {error}. "
@@ -61,7 +64,8 @@ class Prompts:
 
     def encode(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return the token ids of a rendered prompt; ``special`` adds what plain text lacks, such as ``bos_token``."""
-        return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+        with self._lock:
+            return tuple(self._tokenizer.encode(text, add_special_tokens=special))
 
     def _differs(self) -> bool:
         try:

@@ -45,7 +45,8 @@ def save_checkpoint(model: Any, tokenizer: Path, folder: Path, provenance: Mappi
     temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
     try:
         os.chmod(temporary, 0o755)
-        model.generation_config.do_sample = False
+        if not model.generation_config.do_sample:  # what a folder advises about sampling stays, nothing else is added
+            model.generation_config.do_sample = False
         model.save_pretrained(temporary)
         copy_tokenizer(tokenizer, temporary)
         rows = "\n".join(f"| {_cell(name)} | `{_cell(value)}` |" for name, value in provenance.items())

@@ -113,14 +113,14 @@ def test_streaming_says_the_same_in_pieces(engine: Engine) -> None:
 def test_closing_a_stream_ends_the_generation(engine: Engine) -> None:
     stream = engine.stream(Request(tuple(PROMPTS[0]), 240))
     next(stream)
-    stream.close()  # type: ignore[attr-defined]
+    stream.close()
     heard: list[str] = []
 
-    def three(piece: str) -> bool:
+    def three(piece: str, done: object) -> bool:
         heard.append(piece)
         return len(heard) < 3
 
-    first, second = engine.run([Request((7,), 200), Request((8,), 20)], [three, lambda _: True])
+    first, second = engine.run([Request((7,), 200), Request((8,), 20)], [three, lambda piece, done: True])
     assert (len(first.token_ids), len(second.token_ids), len(heard)) == (3, 20, 3)
 
 
