@@ -12,12 +12,16 @@ from typing import Annotated
 import typer
 
 from psyche_node import log as logs
+from psyche_node.commands.chat import chat
+from psyche_node.commands.data import app as data_commands
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
 app.add_typer(keys, name="keys")
+app.add_typer(data_commands, name="data")
+app.command()(chat)
 log = logging.getLogger(__name__)
 
 

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from psyche_node.commands.chat import chat
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.settings import Kill, Ranks, Recipe, SimSettings
@@ -19,6 +20,7 @@ app = typer.Typer(
     add_completion=False,
     help="Train a model with a whole decentralized network on this machine: ledger, on-chain program, nodes.",
 )
+app.command()(chat)
 
 
 @app.callback(invoke_without_command=True)
@@ -120,18 +122,6 @@ def simulate(
     except KeyboardInterrupt:  # before the handler below was there, and anything was started
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
-
-
-@app.command()
-def chat(
-    folder: Annotated[Path, typer.Argument(help="Model folder, such as runs/TIME/model.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 160,
-) -> None:
-    """Ask a trained model something."""
-    from psyche_node.chat import generate  # torch and transformers: only this command waits for them
-
-    typer.echo(generate(folder, prompt, max_tokens=max_tokens))
 
 
 async def _simulate(settings: SimSettings, started: float) -> int:

@@ -136,7 +136,8 @@ def _write_rest(model: Any, tokenizer: Path, provenance: Mapping[str, str], plac
     kind = type(model).__name__
     model.config.architectures = [kind]
     model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    model.generation_config.do_sample = False
+    if not model.generation_config.do_sample:  # what a folder advises about sampling stays, nothing else is added
+        model.generation_config.do_sample = False
     model.config.save_pretrained(place)
     model.generation_config.save_pretrained(place)
     copy_tokenizer(tokenizer, place)
