@@ -45,9 +45,8 @@ def verify(folder: Path, against: str | None = None) -> Manifest:
     raw, where = read_manifest(against)
     theirs = Manifest.parse(raw, where)
     if theirs.digest != mine.digest:
-        raise DataMismatch(
-            f"{folder} is not the data of {where}. {first_difference(folder, mine, theirs, "the other's")}"
-        )
+        told = first_difference(folder, mine, theirs, "the other's")
+        raise DataMismatch(f"{folder} is not the data of {where}. {told}")
     return mine
 
 
