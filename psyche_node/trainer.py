@@ -38,8 +38,8 @@ def main(arguments: list[str] | None = None) -> int:
     gc.enable()
     log.configure("training", options.log_level)
 
-    def open_data(folder: Path, expect: bytes | None) -> PackedDataset:
-        return PackedDataset(folder, expect)
+    def open_data(folder: Path, expect: bytes | None, published: str) -> PackedDataset:
+        return PackedDataset(folder, expect, published=published)
 
     run_trainer(options.fd, open_data)
     return 0

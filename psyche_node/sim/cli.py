@@ -31,7 +31,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for report, model, logs. Default: runs/TIME.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of conversations (messages, ShareGPT, prompt/completion).")
+        str | None, typer.Option(help="File, folder or URL with samples, as `psyche-node data prepare` takes them.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,

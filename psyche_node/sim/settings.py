@@ -102,8 +102,9 @@ class SimSettings(BaseModel):
     """Seed of the initial weights, the held-out split and the order of the data."""
     out: Path
     """Folder for the report, the model, the nodes' folders and logs; new or empty."""
-    data: Path | None = None
-    """JSONL of conversations to train on. Default: the documentation of Python's standard library."""
+    data: str | None = None
+    """What to train on, as `psyche-node data prepare` takes it: a file, a folder, a URL. Default: the documentation of
+    Python's standard library."""
     model: str | None = None
     """Hugging Face folder, or JSON file with a model config. Default: a small Seed-OSS."""
     adversaries: tuple[Fault, ...] = ()
@@ -145,8 +146,8 @@ class SimSettings(BaseModel):
 
     @model_validator(mode="after")
     def _data_exists(self) -> Self:
-        if self.data is not None and not self.data.is_file():
-            raise ValueError(f"--data {self.data}: no such file; name a JSONL file of conversations")
+        if self.data is not None and "://" not in self.data and not Path(self.data).exists():
+            raise ValueError(f"--data {self.data}: no such file or folder; name one with samples")
         return self
 
     @model_validator(mode="after")

@@ -28,7 +28,9 @@ class Load(Message):
     micro_batch: int = 0
     """Sequences per forward pass. 0: chosen here. Smaller needs less memory."""
     data_manifest: Hex32 | None = None
-    """The data that the run trains on; another one is refused, naming the folder. None: it is only reported."""
+    """The data that the run trains on; another one is refused, naming what differs. None: it is only reported."""
+    data_source: str = ""
+    """Where the run says that its data is. From a URL the owner's manifest is fetched, to tell which file differs."""
 
 
 class Loaded(Message):
