@@ -11,18 +11,15 @@ from typing import Annotated
 import typer
 
 from psyche_node import log as logs
+from psyche_node.commands import recipe
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
 app.add_typer(keys, name="keys")
+app.add_typer(recipe.app, name="recipe")
 log = logging.getLogger(__name__)
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `run` a subcommand: more are to come."""
 
 
 @app.command()
