@@ -36,11 +36,12 @@ class LossFunction:
 
     Where the model's logits are its last hidden states times one matrix, only the hidden states at trained places are
     multiplied, in chunks. Whether they are is tried out here, on a few tokens; a model that scales, caps or biases its
-    logits takes the long way. Raises ModelError if the model has no decoder to ask for hidden states.
+    logits takes the long way. ``z_loss``: see ``cross_entropy_sum``. Raises ModelError if the model has no decoder to
+    ask for hidden states.
     """
 
-    def __init__(self, model: nn.Module) -> None:
-        self._model = model
+    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
+        self._model, self._z_loss = model, z_loss
         head = cast(Any, model).get_output_embeddings()
         self._weight: Tensor | None = None
         if isinstance(head, nn.Linear) and head.bias is None and self._plain(head):
@@ -57,10 +58,14 @@ class LossFunction:
         targets_T = tokens_BL[:, 1:][predicts_BL]
         if self._weight is None:
             logits_TV = logits(self._model, tokens_BL, places_BL)[:, :-1][predicts_BL].float()
-            return functional.cross_entropy(logits_TV, targets_T, reduction="sum")
+            total = functional.cross_entropy(logits_TV, targets_T, reduction="sum")
+            if self._z_loss:
+                penalty = self._z_loss * logits_TV.logsumexp(dim=1).square().sum()
+                total = total + penalty - penalty.detach()
+            return total
         hidden_TD = hidden_states(self._model, tokens_BL, places_BL)[:, :-1][predicts_BL]
         # Read at each call: the optimizer's lookahead puts other data behind the parameter.
-        return cross_entropy_sum(hidden_TD, self._weight, targets_T)
+        return cross_entropy_sum(hidden_TD, self._weight, targets_T, self._z_loss)
 
     @torch.no_grad()
     def _plain(self, head: nn.Linear) -> bool:

@@ -54,7 +54,9 @@ class Trainable:
     reasons: list[str]
 
 
-def prepare_model(folder: Path, data: DataReader, device: str, micro_batch: int, threads: int) -> Trainable:
+def prepare_model(
+    folder: Path, data: DataReader, device: str, micro_batch: int, threads: int, z_loss: float = 0.0
+) -> Trainable:
     """Load a model and make sure that it can be trained on ``data``.
 
     Raises:
@@ -74,7 +76,7 @@ def prepare_model(folder: Path, data: DataReader, device: str, micro_batch: int,
         separation = check_separation(
             lambda tokens, places: logits(model, tokens, places), data.vocabulary, chosen.torch
         )
-    loss = LossFunction(model)
+    loss = LossFunction(model, z_loss)
     return Trainable(model, chosen, loss, [*chosen.reasons, *reasons, separation, loss.reason])
 
 
@@ -102,7 +104,7 @@ class Session:
         micro_batch: int = 0,
         threads: int = 0,
     ) -> None:
-        ready = prepare_model(model_dir, data, device, micro_batch, threads)
+        ready = prepare_model(model_dir, data, device, micro_batch, threads, fp32(terms.z_loss_bits))
         self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons
         self.terms, self._data, self._model_dir = terms, data, model_dir
         self._seed = bytes.fromhex(terms.data_seed) or data.digest
