@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from psyche_node import log as logs
+from psyche_node.commands import recipe
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
 from psyche_node.exits import Exit, exit_for
@@ -22,12 +23,8 @@ keys = typer.Typer(no_args_is_help=True, help="The node's identity in the networ
 app.add_typer(keys, name="keys")
 app.add_typer(data_commands, name="data")
 app.command()(chat)
+app.add_typer(recipe.app, name="recipe")
 log = logging.getLogger(__name__)
-
-
-@app.callback()
-def _root() -> None:
-    """Keeps `run` a subcommand: more are to come."""
 
 
 @app.command()

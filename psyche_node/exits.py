@@ -168,6 +168,7 @@ class Exit(ExitCode):
 
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
+    "coordinator.run_config.ConfigError": Exit.CONFIG,
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.metrics.MetricsUnavailable": Exit.CONFIG,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,

@@ -47,8 +47,8 @@ def main(arguments: list[str] | None = None) -> int:
     if (rank == 0) != (options.fd is not None):
         parser.error("rank 0, and no other, has --fd: it is started by psyche-node run")
 
-    def open_data(folder: Path, expect: bytes | None) -> PackedDataset:
-        return PackedDataset(folder, expect)
+    def open_data(folder: Path, expect: bytes | None, published: str) -> PackedDataset:
+        return PackedDataset(folder, expect, published=published)
 
     world, control = ONE_PROCESS, None
     try:

@@ -218,6 +218,7 @@ class Node:
             threads=config.threads,
             micro_batch=config.micro_batch,
             data_manifest=run.terms.data_manifest.hex(),
+            data_source=run.terms.data_source,
         )
 
     def _configure_message(self, run: str) -> Configure:

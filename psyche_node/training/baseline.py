@@ -73,15 +73,16 @@ def run_adamw(
 ) -> BaselineRun:
     """Train ``rounds`` (the positions of each, all members' together) with AdamW.
 
-    ``learning_rate`` is the peak; None searches for it. ``terms`` gives the clipping norm and the order of the data, so
-    that position p is the same sequence as in the distributed run. Rounds without a trained token are passed over.
+    ``learning_rate`` is the peak; None searches for it. ``terms`` gives the clipping norm, the z-loss and the order of
+    the data, so that position p is the same sequence as in the distributed run. Rounds without a trained token are
+    passed over.
 
     Raises:
         TrainingError: there are no rounds, or training diverged at every learning rate tried.
     """
     if not rounds:
         raise TrainingError("there is no round to train. Pass the positions of at least one")
-    ready = prepare_model(model_dir, data, device, micro_batch, threads)
+    ready = prepare_model(model_dir, data, device, micro_batch, threads, fp32(terms.z_loss_bits))
     run = _Run(ready, data, terms, sequences)
     tried: dict[float, float] = {}
     if learning_rate is None:

@@ -54,12 +54,12 @@ class LossFunction:
 
     Where the model's logits are its last hidden states times one matrix, only the hidden states at trained places are
     multiplied, in chunks. Whether they are is tried out here, on a few tokens; a model that scales, caps or biases its
-    logits takes the long way. ``root``: what holds the model, if that is sharded. Raises ModelError if the model has no
-    decoder to ask for hidden states.
+    logits takes the long way. ``z_loss``: see ``cross_entropy_sum``. ``root``: what holds the model, if sharded.
+    Raises ModelError if the model has no decoder to ask for hidden states.
     """
 
-    def __init__(self, model: nn.Module, root: Root | None = None) -> None:
-        self._root = root or Root(model)
+    def __init__(self, model: nn.Module, z_loss: float = 0.0, root: Root | None = None) -> None:
+        self._root, self._z_loss = root or Root(model), z_loss
         self._short = bool(self._root(_logits_are_one_product))
         self.reason = (
             "loss from hidden states at trained places only, in chunks"
@@ -70,27 +70,33 @@ class LossFunction:
     def __call__(self, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
         """Return the sum (a fp32 scalar, differentiable) over the places that ``trained_BL`` marks as targets."""
         job = _loss_sum if self._short else _loss_sum_of_logits
-        return cast(Tensor, self._root(job, tokens_BL, trained_BL, places_BL))
+        return cast(Tensor, self._root(job, tokens_BL, trained_BL, places_BL, self._z_loss))
 
     def logits(self, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
         """See ``logits``."""
         return cast(Tensor, self._root(logits, tokens_BL, places_BL))
 
 
-def _loss_sum(model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
+def _loss_sum(model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor, z_loss: float) -> Tensor:
     predicts_BL = trained_BL[:, 1:]
     hidden_TD = hidden_states(model, tokens_BL, places_BL)[:, :-1][predicts_BL]
     # Read at each call: FSDP2 and the optimizer's lookahead put other data behind the parameter.
     head = cast(Any, model).get_output_embeddings()
     cut = _cut(head)
     weight = head.weight if cut is None else head.weight.to_local()
-    return cross_entropy_sum(hidden_TD, weight, tokens_BL[:, 1:][predicts_BL], cut)
+    return cross_entropy_sum(hidden_TD, weight, tokens_BL[:, 1:][predicts_BL], z_loss, cut)
 
 
-def _loss_sum_of_logits(model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
+def _loss_sum_of_logits(
+    model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor, z_loss: float
+) -> Tensor:
     predicts_BL = trained_BL[:, 1:]
     logits_TV = logits(model, tokens_BL, places_BL)[:, :-1][predicts_BL].float()
-    return functional.cross_entropy(logits_TV, tokens_BL[:, 1:][predicts_BL], reduction="sum")
+    total = functional.cross_entropy(logits_TV, tokens_BL[:, 1:][predicts_BL], reduction="sum")
+    if z_loss:
+        penalty = z_loss * logits_TV.logsumexp(dim=1).square().sum()
+        total = total + penalty - penalty.detach()
+    return total
 
 
 def _cut(head: nn.Module) -> VocabularyCut | None:

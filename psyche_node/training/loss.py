@@ -30,10 +30,15 @@ class VocabularyCut(Protocol):
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the cross-entropy; gradients are made chunk by chunk in the forward pass, while the logits are there."""
+    """Sum of the cross-entropy; gradients are made chunk by chunk in the forward pass, while the logits are there.
+
+    The gradients are those of the cross-entropy and the z-loss.
+    """
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, cut: VocabularyCut | None) -> Tensor:
+    def forward(
+        ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, cut: VocabularyCut | None
+    ) -> Tensor:
         rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
         wanted = any(ctx.needs_input_grad)
         # The loss stays in fp32 whatever the matrix units compute in.
@@ -55,6 +60,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             total += (normalizer_C1 - picked_C1).sum()
             if hidden_grad_TD is not None and weight_grad_VD is not None:
                 grad_CV = logits_CV.sub_(normalizer_C1).exp_()
+                if z_loss:
+                    grad_CV.mul_(1 + 2 * z_loss * normalizer_C1)
                 minus_C1 = grad_CV.new_full(targets_C1.shape, -1.0) if here_C1 is None else -here_C1.float()
                 grad_CV.scatter_add_(1, targets_C1, minus_C1)
                 grad_CV = grad_CV.to(hidden_TD.dtype)
@@ -66,9 +73,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, *grads: Any) -> tuple[Tensor, Tensor, None, None, None]:
         hidden_grad_TD, weight_grad_VD = ctx.saved_tensors
-        return hidden_grad_TD * grads[0], weight_grad_VD * grads[0], None, None
+        return hidden_grad_TD * grads[0], weight_grad_VD * grads[0], None, None, None
 
 
 def _over_all_words(
@@ -85,20 +92,23 @@ def _over_all_words(
 
 
 def cross_entropy_sum(
-    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, cut: VocabularyCut | None = None
+    hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float = 0.0, cut: VocabularyCut | None = None
 ) -> Tensor:
     """Return the sum of the cross-entropy of ``targets_T`` under the logits ``hidden_TD @ weight_VD.T``: a fp32 scalar.
 
-    Differentiable in the first two. With a ``cut``, ``weight_VD`` are the rows that are here; hidden states, targets
-    and the sum are the same on all ranks of its group, which call this together. Memory beyond the arguments: their
+    Differentiable in the first two. With a ``z_loss`` the gradient is that of the sum over the places of cross-entropy
+    plus ``z_loss`` * log(Z)^2, Z being the sum of the exponentials of a place's logits (Chowdhery et al. 2022, PaLM,
+    section 5); the value stays the cross-entropy, by which losses are compared. With a ``cut``, ``weight_VD`` are the
+    rows that are here; hidden states, targets and the sum are the same on all ranks of its group, which call this
+    together. Memory beyond the arguments: their
     gradients and ``CHUNK_LOGITS`` logits.
     """
     if torch.is_autocast_enabled(hidden_TD.device.type):
         compute = torch.get_autocast_dtype(hidden_TD.device.type)
         with torch.autocast(hidden_TD.device.type, enabled=False):
             total: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-                hidden_TD.to(compute), weight_VD.to(compute), targets_T, cut
+                hidden_TD.to(compute), weight_VD.to(compute), targets_T, z_loss, cut
             )
             return total
-    result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, cut)  # type: ignore[no-untyped-call]
+    result: Tensor = _ChunkedCrossEntropy.apply(hidden_TD, weight_VD, targets_T, z_loss, cut)  # type: ignore[no-untyped-call]
     return result

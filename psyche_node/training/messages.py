@@ -30,7 +30,9 @@ class Load(Message):
     tensor_parallel: int = 1
     """How many of this node's ranks divide the matrices; the others divide the batch."""
     data_manifest: Hex32 | None = None
-    """The data that the run trains on; another one is refused, naming the folder. None: it is only reported."""
+    """The data that the run trains on; another one is refused, naming what differs. None: it is only reported."""
+    data_source: str = ""
+    """Where the run says that its data is. From a URL the owner's manifest is fetched, to tell which file differs."""
 
 
 class Loaded(Message):

@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-OpenData = Callable[[Path, bytes | None], DataReader]
-"""Opens a prepared folder, whose manifest must have the digest if one is given."""
+OpenData = Callable[[Path, bytes | None, str], DataReader]
+"""Opens a prepared folder, whose manifest must have the digest if one is given, and knows where the run's data is."""
 
 
 class Trainer:
@@ -48,7 +48,7 @@ class Trainer:
         if self._session is not None:
             raise TrainingError("this process has loaded a model already; start another process for another model")
         expected = None if request.data_manifest is None else bytes.fromhex(request.data_manifest)
-        data = self._world.together(lambda: self._open_data(Path(request.data), expected))
+        data = self._world.together(lambda: self._open_data(Path(request.data), expected, request.data_source))
         session = self._session = Session(
             Path(request.model),
             data,

@@ -61,6 +61,7 @@ def prepare_model(
     device: str,
     micro_batch: int,
     threads: int,
+    z_loss: float = 0.0,
     world: World = ONE_PROCESS,
     tensor_parallel: int = 1,
 ) -> Trainable:
@@ -82,7 +83,7 @@ def prepare_model(
     root = Root(model)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
     with chosen.compute():
-        loss = LossFunction(model, root)
+        loss = LossFunction(model, z_loss, root)
         separation = check_separation(loss.logits, data.vocabulary, chosen.torch)
     return Trainable(model, chosen, loss, [*chosen.reasons, *reasons, separation, loss.reason])
 
@@ -116,7 +117,8 @@ class Session:
         world: World = ONE_PROCESS,
         tensor_parallel: int = 1,
     ) -> None:
-        ready = prepare_model(model_dir, data, device, micro_batch, threads, world, tensor_parallel)
+        z_loss = fp32(terms.z_loss_bits)
+        ready = prepare_model(model_dir, data, device, micro_batch, threads, z_loss, world, tensor_parallel)
         self._world = world
         self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons
         self.terms, self._data, self._model_dir = terms, data, model_dir
