@@ -30,6 +30,7 @@ from libp2p.transport.tcp.tcp import TCP
 from multiaddr import Multiaddr  # type: ignore[import-untyped]
 
 from psyche_node.identity import IdentityError, NodeKey, node_id, public_key
+from psyche_node.network.addresses import NetworkError
 from psyche_node.network.gate import Gate
 from psyche_node.network.messages import Why
 from psyche_node.network.statements import join_multiaddr
@@ -120,14 +121,14 @@ def _contained(handler: Callable[[INetStream], Awaitable[None]]) -> Callable[[IN
 
 @contextlib.asynccontextmanager
 async def listening(host: IHost, ip: str, port: int) -> AsyncIterator[int]:
-    """Run ``host`` on ``ip``:``port`` (0: any port); yields the port. Raises OSError when it cannot be had."""
+    """Run ``host`` on ``ip``:``port`` (0: any port); yields the port. Raises NetworkError when it cannot be had."""
     async with host.run([Multiaddr(join_multiaddr(ip, port))]):
         network = network_of(host)
         # It would dial whomever it has heard of until there are 64 connections; the swarm knows who is a member.
         await network.auto_connector.stop()
         addresses = [address for listener in network.listeners.values() for address in listener.get_addrs()]
         if not addresses:
-            raise OSError(f"libp2p cannot listen on {ip} port {port}. Is the port taken?")
+            raise NetworkError(f"libp2p cannot listen on {ip} port {port}. Is the port taken?")
         yield int(addresses[0].value_for_protocol("tcp"))
 
 

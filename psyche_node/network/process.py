@@ -70,7 +70,8 @@ def main() -> None:
         if process.ready or refusal is None:
             log.critical("the network process failed", exc_info=True)
             sys.exit(1)
-        process.refuse(str(refusal))
+        # As every reply that says no: the request and the error's class, from which the exit code comes.
+        process.refuse(f"Configure: {type(refusal).__name__}: {refusal}")
 
 
 def _find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:

@@ -11,14 +11,18 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from coordinator.run_config import ConfigError
+from psyche_node.commands.chat import chat
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
-from psyche_node.sim.settings import Kill, Recipe, SimSettings
+from psyche_node.sim.recipe import DEMO, recipe_for
+from psyche_node.sim.settings import Kill, Ranks, SimSettings
 
 app = typer.Typer(
     add_completion=False,
     help="Train a model with a whole decentralized network on this machine: ledger, on-chain program, nodes.",
 )
+app.command()(chat)
 
 
 @app.callback(invoke_without_command=True)
@@ -42,7 +46,8 @@ def simulate(
     check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
     topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe to train by, made to fit: psyche-node recipe list.")] = DEMO,
+    peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per packed sequence.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
     overlap: Annotated[
@@ -52,6 +57,10 @@ def simulate(
         str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
     ] = None,
     private: Annotated[int, typer.Option(help="So many of the nodes cannot be reached, as behind NAT.")] = 0,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -64,9 +73,9 @@ def simulate(
     if context.invoked_subcommand is not None:
         return
     started = time.time()
-    recipe = {
+    changes = {
         "topk": topk,
-        "learning_rate": learning_rate,
+        "peak_lr": peak_lr,
         "sequence_length": sequence_length,
         "batch": batch,
         "overlap": overlap,
@@ -95,8 +104,9 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
+            ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
-            recipe=Recipe.model_validate({key: value for key, value in recipe.items() if value is not None}),
+            recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),
         )
     except ValidationError as error:
         for problem in error.errors():
@@ -107,7 +117,7 @@ def simulate(
                 err=True,
             )
         raise typer.Exit(Exit.USAGE) from None
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)
         raise typer.Exit(Exit.USAGE) from None
     try:
@@ -115,18 +125,6 @@ def simulate(
     except KeyboardInterrupt:  # before the handler below was there, and anything was started
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
-
-
-@app.command()
-def chat(
-    folder: Annotated[Path, typer.Argument(help="Model folder, such as runs/TIME/model.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 160,
-) -> None:
-    """Ask a trained model something."""
-    from psyche_node.chat import generate  # torch and transformers: only this command waits for them
-
-    typer.echo(generate(folder, prompt, max_tokens=max_tokens))
 
 
 async def _simulate(settings: SimSettings, started: float) -> int:

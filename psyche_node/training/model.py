@@ -44,6 +44,11 @@ steps, against 6.33.
 """
 
 
+_SMALL_MODELS_NEED: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 12, "min_new_tokens": 8}
+"""Generation settings of a model that starts from nothing: it would repeat itself, or end at once. Runs of 12 tokens
+come once: that ends loops, and still lets a signature appear in question and answer."""
+
+
 def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path, seed: int) -> int:
     """Write a Hugging Face folder with initial weights and the tokenizer; return the number of parameters.
 
@@ -69,6 +74,7 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
                 model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
             except (ValueError, TypeError, RuntimeError, KeyError) as error:
                 raise ModelError(f"no causal language model can be built from this config: {error}") from error
+        model.generation_config.update(**_SMALL_MODELS_NEED)
     _check_vocabulary(model, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)

@@ -15,6 +15,7 @@ import pytest
 import trio
 from network_driver import RUN, Process, network
 
+from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import Message, RemoteFailure
 from psyche_node.network import swarm
 from psyche_node.network.messages import (
@@ -399,8 +400,9 @@ def test_a_taken_port_is_refused_with_a_reason(tmp_path: Path, port: str) -> Non
                 run=RUN.hex(),
                 **{port: taken.getsockname()[1]},
             )
-            with pytest.raises(RemoteFailure, match="Is the port taken"):
+            with pytest.raises(RemoteFailure, match="Is the port taken") as refused:
                 await process.endpoint.call(configure, Ready)
+            assert exit_for(refused.value) is Exit.NETWORK, "the daemon ends with what the port means"
             assert await process.stop() == 2
 
     asyncio.run(scenario())
@@ -412,8 +414,9 @@ def test_a_key_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
         os.chmod(tmp_path / "node.key", 0o640)
         await process.launch()
         configure = Configure(folder=str(tmp_path), node_key_path=str(tmp_path / "node.key"), run=RUN.hex())
-        with pytest.raises(RemoteFailure, match="chmod 600"):
+        with pytest.raises(RemoteFailure, match="chmod 600") as refused:
             await process.endpoint.call(configure, Ready)
+        assert exit_for(refused.value) is Exit.NODE_KEY
         assert await process.stop() == 2
 
     asyncio.run(scenario())
