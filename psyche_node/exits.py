@@ -182,6 +182,8 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
     "psyche_node.data.errors.DataError": Exit.DATA,
+    "psyche_node.evaluation.errors.TaskError": Exit.DATA,
+    "psyche_node.evaluation.errors.EvaluationError": Exit.EVALUATION,
     "psyche_node.generation.errors.PromptError": Exit.CONVERSATION,
     "psyche_node.generation.errors.GenerationError": Exit.MODEL,
     "psyche_node.serving.errors.ServeError": Exit.SERVE,
