@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from psyche_node.data.errors import DataError
+from psyche_node.data.readers import read_records
 from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.task import Task, load_task
 from psyche_node.evaluation.templates import listed, render
 
 MAX_ROWS = 1_000_000
-Row = dict[str, Any]
+Row = tuple[str, dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,34 +55,31 @@ def open_task(path: Path, limit: int = 0) -> Loaded:
     """
     task, folder = load_task(path)
     data = folder / task.data
-    rows = read_rows(data)
-    shots_file = None if task.few_shot_data is None else folder / task.few_shot_data
-    shown = rows if shots_file is None else read_rows(shots_file)
-    if task.few_shot and len(shown) <= task.few_shot:
+    rows, others, digest = read_rows(data), None, hashlib.sha256(data.read_bytes())
+    if task.few_shot_data is not None:
+        others = read_rows(folder / task.few_shot_data)
+        digest.update((folder / task.few_shot_data).read_bytes())
+    if task.few_shot and len(rows if others is None else others) <= task.few_shot:
         raise TaskError(
-            f"{shots_file or data} has {len(shown)} examples, too few for {task.few_shot} few-shot examples. Lower "
-            "few_shot, or name a larger few_shot_data"
+            f"{path}: too few examples to show {task.few_shot} of them before each prompt. Lower few_shot, or "
+            "name a larger few_shot_data"
         )
-    examples = tuple(
-        _example(task, rows, index, data, shown if shots_file else None, shots_file or data)
-        for index in spread(len(rows), min(filter(None, (task.limit, limit)), default=0))
-    )
-    digest = hashlib.sha256(data.read_bytes())
-    if shots_file is not None:
-        digest.update(shots_file.read_bytes())
-    return Loaded(task, examples, digest.hexdigest())
+    wanted = spread(len(rows), min(filter(None, (task.limit, limit)), default=0))
+    return Loaded(task, tuple(_example(task, rows, index, others) for index in wanted), digest.hexdigest())
 
 
 def read_rows(path: Path) -> list[Row]:
-    """Return the rows of a JSONL or parquet file. Raises TaskError, which names the line."""
+    """Return (place, fields) of every row of a JSONL or parquet file. Raises TaskError, which names the place."""
+    rows: list[Row] = []
     try:
-        rows = _parquet(path) if path.suffix == ".parquet" else _jsonl(path)
-    except OSError as error:
-        raise TaskError(f"{path} cannot be read: {error.strerror or error}. Name a JSONL or parquet file") from error
+        for row in read_records(path):
+            rows.append(row)
+            if len(rows) > MAX_ROWS:
+                raise TaskError(f"{path} has more than {MAX_ROWS} examples. Split it")
+    except DataError as error:
+        raise TaskError(str(error)) from error
     if not rows:
         raise TaskError(f"{path} has no example in it. Write one JSON object per line")
-    if len(rows) > MAX_ROWS:
-        raise TaskError(f"{path} has {len(rows)} examples, more than {MAX_ROWS}. Split it")
     return rows
 
 
@@ -91,64 +89,36 @@ def spread(count: int, limit: int) -> list[int]:
     return [place * count // taken for place in range(taken)]
 
 
-def _jsonl(path: Path) -> list[Row]:
-    rows: list[Row] = []
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise TaskError(f"{path}:{number} is not JSON: {error}. Write one JSON object per line") from error
-            if not isinstance(row, dict):
-                raise TaskError(f"{path}:{number} is not a JSON object. Write one object with named fields per line")
-            rows.append(row)
-    return rows
-
-
-def _parquet(path: Path) -> list[Row]:
-    import pyarrow
-    from pyarrow import parquet
-
-    try:
-        rows: list[Row] = parquet.read_table(path).to_pylist()
-    except pyarrow.ArrowException as error:
-        raise TaskError(f"{path} is not a parquet file that can be read: {error}") from error
-    return rows
-
-
-def _example(task: Task, rows: list[Row], index: int, data: Path, others: list[Row] | None, shown_in: Path) -> Example:
-    where = f"{data}, example {index + 1}"
-    row = rows[index]
-    accepted, choices, right = _answers(task, row, where)
+def _example(task: Task, rows: Sequence[Row], index: int, others: Sequence[Row] | None) -> Example:
+    where, fields = rows[index]
+    accepted, choices, right = _answers(task, fields, where)
     shots = []
     if task.few_shot:
         pool = rows if others is None else others
         # An example's own draw, so that a limit does not change what the others see.
         draw = random.Random(f"{task.seed} {index}").sample(range(len(pool)), task.few_shot + 1)
         for place in [place for place in draw if others is not None or place != index][: task.few_shot]:
-            at = f"{shown_in}, example {place + 1}"
-            shots.append((render(task.prompt, pool[place], at), _answers(task, pool[place], at)[0][0]))
-    return Example(render(task.prompt, row, where), accepted, choices, right, tuple(shots))
+            at, shown = pool[place]
+            shots.append((render(task.prompt, shown, at), _answers(task, shown, at)[0][0]))
+    return Example(render(task.prompt, fields, where), accepted, choices, right, tuple(shots))
 
 
-def _answers(task: Task, row: Row, where: str) -> tuple[tuple[str, ...], tuple[str, ...], int]:
+def _answers(task: Task, fields: dict[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], int]:
     """(right answers, choices, place of the right choice)"""
     if task.kind != "multiple_choice":
-        accepted = listed(task.accept, row, where) if task.accept else [render(task.target, row, where)]
+        accepted = listed(task.accept, fields, where) if task.accept else [render(task.target, fields, where)]
         return tuple(accepted), (), 0
     if isinstance(task.choices, str):
-        choices = listed(task.choices, row, where)
+        choices = listed(task.choices, fields, where)
     else:
-        choices = [render(template, row, where) for template in task.choices]
+        choices = [render(template, fields, where) for template in task.choices]
     if task.target:
-        target = render(task.target, row, where).strip()
+        target = render(task.target, fields, where).strip()
         places = [place for place, choice in enumerate(choices) if choice.strip() == target]
         if len(places) != 1:
             raise TaskError(f"{where}: {target!r} is {len(places)} of the choices {choices}. It has to be one of them")
         return (choices[places[0]],), tuple(choices), places[0]
-    right = _place(render(task.target_index, row, where).strip(), choices, where)
+    right = _place(render(task.target_index, fields, where).strip(), choices, where)
     return (choices[right],), tuple(choices), right
 
 

@@ -80,9 +80,7 @@ def encode_pair(encode: Encode, prefix: Sequence[int], context: str, continuatio
     return Pair(tuple(tokens[excess:]), start - excess, excess > 0)
 
 
-def score_pairs(
-    model: Any, device: torch.device, pairs: Sequence[Pair], batch_tokens: int = 0
-) -> Steps[list[Score]]:
+def score_pairs(model: Any, device: torch.device, pairs: Sequence[Pair], batch_tokens: int = 0) -> Steps[list[Score]]:
     """A step per batch; returns the scores of ``pairs``, in their order.
 
     The model must be in ``eval``. Results do not depend on ``batch_tokens`` but for rounding; 0 chooses.
