@@ -16,7 +16,7 @@ from psyche_node.commands.chat import chat
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.recipe import DEMO, recipe_for
-from psyche_node.sim.settings import Kill, SimSettings
+from psyche_node.sim.settings import Kill, Ranks, SimSettings
 
 app = typer.Typer(
     add_completion=False,
@@ -57,6 +57,10 @@ def simulate(
         str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
     ] = None,
     private: Annotated[int, typer.Option(help="So many of the nodes cannot be reached, as behind NAT.")] = 0,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -100,6 +104,7 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
+            ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),
         )
