@@ -24,7 +24,7 @@ from psyche_node.data.tokenizer import train_tokenizer
 
 @dataclass(frozen=True, slots=True)
 class DataFolders:
-    """Where a run's data is: the files of samples (none if it came prepared), tokenizer, packed folder, its manifest."""
+    """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest."""
 
     files: tuple[Path, ...]
     tokenizer: Path

@@ -89,7 +89,7 @@ def test_a_prepared_folder_is_used_as_it_is(chat: Path, tokenizer: Path, tmp_pat
         build_data(tmp_path / "cache", source=source, tokenizer=tokenizer, sequence_length=128)
     with pytest.raises(DataError, match="Name the model folder"):
         build_data(tmp_path / "cache", source=source, sequence_length=96)
-    train_tokenizer(chat, 380, tmp_path / "other")
+    train_tokenizer(chat, 300, tmp_path / "other")
     with pytest.raises(DataError, match="with another tokenizer"):
         build_data(tmp_path / "cache", source=source, tokenizer=tmp_path / "other", sequence_length=96)
 
