@@ -30,7 +30,6 @@ logging.getLogger("httpx2").setLevel(logging.WARNING)
 _TRIES = 5
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
-_CHUNK = 1 << 20
 _TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
 _PIN = "sha256="
 
@@ -146,7 +145,7 @@ class _Transfer:
             length = response.headers.get("content-length", "")
             expected = have + int(length) if length.isdecimal() else None
             self._check(expected or 0)
-            for chunk in response.iter_raw(_CHUNK):
+            for chunk in response.iter_raw():
                 have += len(chunk)
                 self._check(have)
                 self._part.write(chunk)
@@ -184,8 +183,7 @@ def _pinned(url: str, fragment: str) -> str:
 def _locked(path: Path) -> Iterator[IO[bytes]]:
     """The part file, opened to go on, while no other process writes it."""
     while True:
-        with path.open("ab") as made:
-            pass
+        path.touch()
         with path.open("r+b") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
             try:
@@ -195,7 +193,6 @@ def _locked(path: Path) -> Iterator[IO[bytes]]:
             if same:  # and not one that another process has finished and renamed meanwhile
                 yield file
                 return
-        del made
 
 
 def _read_entry(path: Path, url: str) -> _Entry:

@@ -22,6 +22,7 @@ from psyche_node.data.spill import SpillReader
 
 TRAINED, FIRST = 1, 2
 SHARD_BYTES = 64 * 1024 * 1024
+_COUNTED = 1 << 20  # tokens counted at once, which takes 8 bytes for each
 
 I64 = npt.NDArray[np.int64]
 
@@ -54,7 +55,9 @@ def write_shards(out: Path, spill: SpillReader, documents: I64, form: Form, voca
                 at = end
             if at < form.length:
                 flags[row, at] = FIRST
-        frequency += np.bincount(tokens[flags == TRAINED], minlength=vocabulary)
+        for at in range(0, len(rows), step := max(1, _COUNTED // form.length)):
+            part = slice(at, at + step)
+            frequency += np.bincount(tokens[part][flags[part] == TRAINED], minlength=vocabulary)
         state = hashlib.sha256(tokens.data)
         state.update(flags.data)
         name = f"{state.hexdigest()}.bin"

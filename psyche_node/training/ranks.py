@@ -7,6 +7,7 @@ host.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import tempfile
@@ -32,6 +33,9 @@ if TYPE_CHECKING:
     from psyche_node.training.forward import Root
 
 T = TypeVar("T")
+# It warns of every tensor that is gathered over both axes, which is as it has to be.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
 PIECE = 16 << 20
 """Bytes of a file that are sent to other hosts at a time."""
 _START = timedelta(minutes=10)

@@ -167,7 +167,7 @@ class Session:
         before = self.fingerprint()
         self.optimizer.set_lr(lr_bits(self.terms, round))
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self._data.batch(positions, self._seed)
+        batch = self._world.together(lambda: self._data.batch(positions, self._seed))
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
@@ -200,7 +200,7 @@ class Session:
         At most ``sequences`` of them, the same ones every time; None takes all. (0, 0) if none is held out.
         """
         if sequences not in self._heldout:
-            self._heldout[sequences] = self._data.heldout(sequences)
+            self._heldout[sequences] = self._world.together(lambda: self._data.heldout(sequences))
         return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
 
     def save(self, folder: Path, provenance: dict[str, str] | None = None) -> None:

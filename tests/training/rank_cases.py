@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import RandomData, terms
+from tiny import RandomData, bits, terms
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
@@ -63,7 +63,7 @@ def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) ->
 
 
 def gradients(one: Session) -> dict[str, Tensor]:
-    """The whole gradients of a batch, on every rank, and that their norm is the same."""
+    """The whole gradients of a batch, its loss, and the gradients' norm; on every rank."""
     from psyche_node.training.session import accumulate
 
     world = one._world
@@ -77,9 +77,10 @@ def gradients(one: Session) -> dict[str, Tensor]:
 
 def gradients_are_those_of_one_process() -> None:
     for kind in kinds():
-        expected = gradients(session(None, kind))
+        z_loss = {"z_loss_bits": bits("0.001")}
+        expected = gradients(session(None, kind, **z_loss))
         for tensor_parallel in layouts():
-            found = gradients(session(tensor_parallel, kind))
+            found = gradients(session(tensor_parallel, kind, **z_loss))
             assert found.keys() == expected.keys()
             for name, gradient in expected.items():
                 scale = float(gradient.abs().max())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -103,15 +102,21 @@ def test_groups_train_together_and_fail_as_one(model_dir: Path, packed: Path, tm
 
 
 def test_a_dead_rank_ends_the_group_and_is_named(model_dir: Path, packed: Path, tmp_path: Path) -> None:
+    """It dies while the others wait for it, in the middle of a round."""
+
     async def scenario() -> None:
         async with trainer(2, tmp_path) as group:
             await group.call(load(model_dir, packed), m.Loaded)
             (victim,) = [one for one in children() if one.environ().get("RANK") == "1"]
             (tmp_path / "rank-1.log").write_text("its last words\n")
-            died = asyncio.create_task(group.died())
-            victim.send_signal(signal.SIGKILL)
-            with pytest.raises(IpcError, match=r"Rank 1 of it ended first, with exit status -9.*\nits last words"):
-                await died
+            victim.suspend()
+            request = m.Train(round=0, positions=[0, 1], run=RUN, member=0, out_path=str(tmp_path / "update"))
+            waiting = [asyncio.create_task(group.died()), asyncio.create_task(group.call(request, m.Trained))]
+            await asyncio.wait(waiting, timeout=0.5)
+            victim.kill()
+            for task in waiting:
+                with pytest.raises(IpcError, match=r"Rank 1 of it ended first, with exit status -9.*\nits last words"):
+                    await task
             with pytest.raises(IpcError, match="Rank 1 of it ended first"):
                 await group.call(m.Root(), m.RootIs)
         assert children() == []
