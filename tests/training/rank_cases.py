@@ -19,8 +19,9 @@ from torch.distributed.tensor import DTensor
 
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
-from psyche_node.training import Session, TrainingError
+from psyche_node.training import ModelError, Session, TrainingError, load_model
 from psyche_node.training.errors import RankFailed
+from psyche_node.training.forward import Root
 from psyche_node.training.ranks import Ranks
 from psyche_node.training.world import World
 
@@ -247,7 +248,28 @@ def files_reach_other_hosts() -> None:
             world.files([Path(folder) / "missing"])
 
 
+def heads_that_cannot_be_divided_stay_whole() -> None:
+    """Two key and value heads over four ranks: attention is a copy on each, the rest is cut."""
+    one = session(4, "seed_oss")
+    assert any(line.startswith("self_attn is held whole by each of the 4") for line in one.reasons)
+    cut = {name for name, p in one.model.named_parameters() if isinstance(p, DTensor)}
+    assert not any("self_attn" in name for name in cut)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= cut
+    found, expected = gradients(one), gradients(session(None, "seed_oss"))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+
+
 def what_cannot_be_divided_is_refused() -> None:
+    for plan, why in (({}, "has no tensor-parallel plan"), ({"layers.*.mlp.up_proj": "strange"}, "by 'strange'")):
+        model, _ = load_model(folder(), torch.device("cpu"))
+        model.config.base_model_tp_plan = plan
+        with pytest.raises(ModelError, match=why):
+            ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
+    model, _ = load_model(folder(), torch.device("cpu"))
+    model.model.layers[1].mlp.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ModelError, match=r"does not say what layers\.1\.mlp\.extra is for"):
+        ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
     with pytest.raises(TrainingError, match="cannot be divided by tensor_parallel, which is 3"):
         session(3)
     with pytest.raises(TrainingError, match="one training process"):
