@@ -13,6 +13,7 @@ import typer
 from psyche_node import log as logs
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
+from psyche_node.commands.serve import serve
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
@@ -21,6 +22,7 @@ keys = typer.Typer(no_args_is_help=True, help="The node's identity in the networ
 app.add_typer(keys, name="keys")
 app.add_typer(data_commands, name="data")
 app.command()(chat)
+app.command()(serve)
 log = logging.getLogger(__name__)
 
 
