@@ -85,6 +85,7 @@ class ErrorCode(IntEnum):
     REWARDS_UNFUNDED = 6068
     NOT_CLOSED = 6069
     GRANT_FULL = 6070
+    BAD_RAMP = 6071
 
 
 ERROR_TEXT: dict[ErrorCode, str] = {
@@ -207,6 +208,10 @@ ERROR_TEXT: dict[ErrorCode, str] = {
     ErrorCode.REWARDS_UNFUNDED: "the run account holds nothing above its rent; ask the owner to fund the run",
     ErrorCode.NOT_CLOSED: "the run still exists; a grant is revoked and a receipt restored while it does",
     ErrorCode.GRANT_FULL: "33 members are here by this grant, the most there can be; wait until one leaves",
+    ErrorCode.BAD_RAMP: (
+        "ramp_batch must be 1 to 16777216 positions where there are ramp_rounds, and 0 where there are none; "
+        "change the setting"
+    ),
 }
 
 

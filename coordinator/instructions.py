@@ -27,6 +27,7 @@ from solders.system_program import (
 
 from coordinator.addresses import RunAddresses, grant_address, grant_seed, receipt_seed, run_addresses, run_seeds
 from coordinator.layout import (
+    COURSE,
     GRANT_SIZE,
     LIMITS,
     MEMBERS_SIZE,
@@ -142,6 +143,16 @@ def _pack_terms(terms: Terms) -> bytes:
     return TERMS.pack(**values)
 
 
+def _pack_course(terms: Terms) -> bytes:
+    """The terms that the program keeps apart from the others."""
+    names = [name for name, _ in COURSE.fields if name != "reserved"]
+    values = {name: int(getattr(terms, name)) for name in names}
+    for name, value in values.items():
+        if not 0 <= value < 2**32:
+            raise ValueError(f"terms.{name} = {value} does not fit its 32-bit field")
+    return COURSE.pack(**values)
+
+
 def _metas(addresses: RunAddresses, *signers: Pubkey, written: str, paid: bool = False) -> list[AccountMeta]:
     """Signers first, then run, members, rounds; `written` names the accounts that the instruction writes. `paid`: the
     signer gets lamports."""
@@ -164,7 +175,7 @@ def init_run(
     addresses = run_addresses(program_id, owner, run_id)
     name = run_id.encode("utf-8")
     data = MARKS["init_run"] + name.ljust(32, b"\0") + _pack("B7x", "run id", len(name))
-    data += _pack_limits(limits) + _pack_terms(terms) + bytes(join_authority or Pubkey.default())
+    data += _pack_limits(limits) + _pack_terms(terms) + bytes(join_authority or Pubkey.default()) + _pack_course(terms)
     return Instruction(program_id, data, _metas(addresses, owner, written="run members rounds"))
 
 
@@ -290,9 +301,8 @@ def set_config(
 
 def set_model(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, terms: Terms) -> Instruction:
     """In WaitingForMembers or Paused: another model, other data or optimizer settings. All members warm up again."""
-    return Instruction(
-        program_id, MARKS["set_model"] + _pack_terms(terms), _metas(addresses, owner, written="run members rounds")
-    )
+    data = MARKS["set_model"] + _pack_terms(terms) + _pack_course(terms)
+    return Instruction(program_id, data, _metas(addresses, owner, written="run members rounds"))
 
 
 def pause(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey) -> Instruction:

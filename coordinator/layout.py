@@ -121,6 +121,8 @@ TERMS: Final = Record(
     ],
 )
 
+COURSE: Final = Record("course", [("ramp_batch", "I"), ("ramp_rounds", "I"), ("z_loss_bits", "I"), ("reserved", "I")])
+
 RUN: Final = Record(
     "run",
     [
@@ -159,7 +161,8 @@ RUN: Final = Record(
         ("model_round", "I"),
         ("schedule_rounds", "I"),
         ("next_limits", f"{LIMITS.size}s"),
-        ("reserved", "464s"),
+        ("course", f"{COURSE.size}s"),
+        ("reserved", "448s"),
     ],
 )
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import re
 import struct
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal, TypeVar
+from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from solders.pubkey import Pubkey
@@ -29,15 +29,17 @@ class ConfigError(Exception):
 
 
 _HASHES: Final = ("model_root", "layout_digest", "data_manifest")
-_FLOATS: Final = ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm")
+_FLOATS: Final = ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm", "z_loss")
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
-class _Settings(BaseModel):
+class Settings(BaseModel):
+    """A table of settings: unknown keys are errors."""
+
     model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class LimitSettings(_Settings):
+class LimitSettings(Settings):
     """Sizes, quorums and deadlines. Times are slots: 0.4 s on mainnet, 50 ms on the embedded ledger by default."""
 
     init_min_members: int = Field(ge=1, le=256)
@@ -90,8 +92,60 @@ class LimitSettings(_Settings):
         return Limits(**self.model_dump())
 
 
-class TermSettings(_Settings):
-    """What is trained: every member must have the same. Roots and digests are 32 bytes in hex."""
+class TrainingSettings(Settings):
+    """How a model is trained, whichever model and data it is: the part of a run's terms that a recipe has."""
+
+    sequence_length: int = Field(ge=1, le=2**24)
+    """Tokens per packed sequence."""
+    topk: int = Field(default=512, ge=1, le=65536)
+    """Components sent per block of 4,096. Fewer make smaller updates and a higher loss."""
+    lookahead: bool = True
+    """Whether gradients are taken at the weights that the trend of the votes predicts."""
+    clip_votes: bool = True
+    """Whether a component counts by the sign of its votes."""
+    window: int = Field(default=3, ge=0, le=8)
+    """The trend of the votes forgets over 2^window rounds; 0: each round's votes alone decide its step."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Shape of the learning rate after the warm-up."""
+    warmup_rounds: int = Field(default=0, ge=0, le=_U32)
+    """Rounds over which the learning rate rises. Increase it if the loss jumps at the start."""
+    decay_rounds: int = Field(default=0, ge=0, le=_U32)
+    """Rounds over which wsd falls at the end."""
+    peak_lr: float = Field(gt=0, le=1, allow_inf_nan=False)
+    """Highest learning rate: the size of each weight's step."""
+    final_lr: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Learning rate at the end."""
+    decay: float = Field(default=0.9, ge=0, lt=1, allow_inf_nan=False)
+    """Momentum kept per round."""
+    weight_decay: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Weight decay per round, times the learning rate."""
+    clip_norm: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
+    """A member's gradient is clipped to this norm; 0 does not clip."""
+    z_loss: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
+    """Coefficient of log(Z)^2 in the loss, which keeps logits from drifting; 1e-4 is common, 0 leaves it out."""
+    ramp_batch: int = Field(default=0, ge=0, le=2**24)
+    """Sequences of the first round, where the batch is to grow over `ramp_rounds`."""
+    ramp_rounds: int = Field(default=0, ge=0, le=_U32)
+    """Rounds over which a round's sequences grow from `ramp_batch` to `limits.batch`; 0: all rounds have the batch."""
+
+    @model_validator(mode="after")
+    def _ramp_is_whole(self) -> Self:
+        if bool(self.ramp_batch) != bool(self.ramp_rounds):
+            raise ValueError("ramp_batch and ramp_rounds go together: set both, or neither")
+        return self
+
+    def check_schedule(self, total: int) -> None:
+        """Raises ValueError where warm-up, decay or ramp do not fit into so many rounds."""
+        if bool(self.decay_rounds) != (self.schedule == "wsd"):
+            raise ValueError("decay_rounds is for the schedule wsd, and wsd needs it")
+        if self.warmup_rounds + self.decay_rounds > total:
+            raise ValueError(f"warmup_rounds and decay_rounds together must be at most the {total} rounds of the run")
+        if self.ramp_rounds > total:
+            raise ValueError(f"ramp_rounds must be at most the {total} rounds of the run")
+
+
+class TermSettings(TrainingSettings):
+    """What is trained, and how: every member must have the same. Roots and digests are 32 bytes in hex."""
 
     model_root: Hash
     """Root of the start model's weights."""
@@ -101,34 +155,8 @@ class TermSettings(_Settings):
     """SHA-256 of the prepared data's manifest."""
     samples: int = Field(ge=1, le=2**63)
     """Packed sequences in the data."""
-    sequence_length: int = Field(ge=1, le=2**24)
-    """Tokens per packed sequence."""
     update_bytes: int = Field(ge=1, le=2**40)
     """Exact size of an update."""
-    topk: int = Field(default=512, ge=1, le=65536)
-    """Components sent per block of 4,096. Fewer make smaller updates and a higher loss."""
-    lookahead: bool = True
-    """Whether gradients are taken at the weights that the trend of the votes predicts."""
-    clip_votes: bool = True
-    """Whether a component counts by the sign of its votes."""
-    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
-    """Shape of the learning rate after the warm-up."""
-    window: int = Field(default=3, ge=0, le=8)
-    """The trend of the votes forgets over 2^window rounds; 0: each round's votes alone decide its step."""
-    warmup_rounds: int = Field(default=0, ge=0, le=_U32)
-    """Rounds over which the learning rate rises."""
-    decay_rounds: int = Field(default=0, ge=0, le=_U32)
-    """Rounds over which wsd falls at the end."""
-    decay: float = Field(default=0.9, ge=0, le=1, allow_inf_nan=False)
-    """Momentum kept per round."""
-    peak_lr: float = Field(gt=0, le=1, allow_inf_nan=False)
-    """Highest learning rate."""
-    final_lr: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
-    """Learning rate at the end."""
-    weight_decay: float = Field(default=0.0, ge=0, le=1, allow_inf_nan=False)
-    """Weight decay per round, times the learning rate."""
-    clip_norm: float = Field(default=0.0, ge=0, le=1e6, allow_inf_nan=False)
-    """Gradients are clipped to this norm; 0 does not clip."""
     model_source: Source = ""
     """Where members find the model, for people: a path, a URL or a hub name."""
     data_source: Source = ""
@@ -146,18 +174,29 @@ class TermSettings(_Settings):
 
     @classmethod
     def of_chain(cls, terms: Terms) -> TermSettings:
-        """The settings that make these terms; fp32 values come back as they were rounded."""
-        values = asdict(terms)
-        for name in _HASHES:
-            values[name] = values[name].hex()
-        for name in _FLOATS:
-            bits: int = values.pop(f"{name}_bits")
-            values[name] = struct.unpack("<f", struct.pack("<I", bits))[0]
-        values["schedule"] = next(name for name, number in _SCHEDULES.items() if number == terms.schedule)
-        return validated(cls, values, "terms")
+        """The settings that make these terms; fp32 values come back as they were rounded. Raises ConfigError for terms
+        that other software has set and that these settings would refuse."""
+        return validated(cls, term_values(terms), "terms")
 
 
-class RunSettings(_Settings):
+def term_values(terms: Terms) -> dict[str, Any]:
+    """The terms of a run as its settings name them. fp32 values are the shortest decimals that mean the same."""
+    values = asdict(terms)
+    for name in _HASHES:
+        values[name] = values[name].hex()
+    for name in _FLOATS:
+        values[name] = _shortest(values.pop(f"{name}_bits"))
+    values["schedule"] = next(name for name, number in _SCHEDULES.items() if number == terms.schedule)
+    return values
+
+
+def _shortest(bits: int) -> float:
+    exact: float = struct.unpack("<f", struct.pack("<I", bits))[0]
+    rounded = (float(f"{exact:.{digits}g}") for digits in range(1, 10))
+    return next((value for value in rounded if float_bits(value) == bits), exact)
+
+
+class RunSettings(Settings):
     """A whole run."""
 
     run_id: str = Field(min_length=1, max_length=32)
@@ -176,14 +215,22 @@ class RunSettings(_Settings):
                 raise ValueError("join_authority must be an address (32 bytes in base58), or left out") from None
         return self
 
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> RunSettings:
+        self.terms.check_schedule(self.limits.total_rounds)
+        return self
 
-def load_settings(run_id: str | None, file: Path | None, overrides: list[str]) -> RunSettings:
-    """Settings from a TOML file and KEY=VALUE overrides such as `limits.batch=64`; unknown keys are refused.
+
+def load_settings(
+    run_id: str | None, file: Path | None, overrides: list[str], recipe: Mapping[str, Any] | None = None
+) -> RunSettings:
+    """Settings from a recipe, over that a TOML file, over that KEY=VALUE such as `limits.batch=64`; unknown keys are
+    refused.
 
     Raises:
         ConfigError: with one line per key that is missing, unknown or out of range.
     """
-    table: dict[str, Any] = {} if file is None else _read(file)
+    table = _over(recipe or {}, {} if file is None else read_toml(file))
     if run_id is not None:
         table["run_id"] = run_id
     for override in overrides:
@@ -209,7 +256,16 @@ def validated(model: type[_Model], table: dict[str, Any], section: str) -> _Mode
         raise ConfigError("the run's settings cannot be used:\n" + "\n".join(lines)) from None
 
 
-def _read(file: Path) -> dict[str, Any]:
+def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    """Both tables, section by section; where both have a key, that of ``above``."""
+    both = {key: dict(value) if isinstance(value, dict) else value for key, value in below.items()}
+    for key, value in above.items():
+        both[key] = _over(both[key], value) if isinstance(value, dict) and isinstance(both.get(key), dict) else value
+    return both
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    """A small TOML file. Raises ConfigError."""
     try:
         with file.open("rb") as stream:
             raw = stream.read(_MAX_FILE_BYTES + 1)

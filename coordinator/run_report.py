@@ -15,6 +15,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.addresses import RunAddresses
 from coordinator.base58 import peer_id
+from coordinator.run_config import term_values
 from coordinator.snapshot import Snapshot
 from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Request, Round, Run
 
@@ -76,7 +77,7 @@ class RunReport:
             "join_authority": None if run.join_authority is None else str(run.join_authority),
             "banned": [str(key) for key in self.now.membership.banned],
             "model_round": run.model_round,
-            "terms": {key: _plain(value) for key, value in asdict(run.terms).items()},
+            "terms": term_values(run.terms),
             "members": [self._member(member) for member in self.now.members],
             "rounds": [self._round(entry) for entry in self.now.rounds],
             "inclusion_sets": [
@@ -181,6 +182,8 @@ class RunReport:
         if self.now.membership.banned:
             grid.add_row("banned", f"{len(self.now.membership.banned)} keys")
         batch = f"{limits.batch:,} sequences of {terms.sequence_length:,} tokens per round"
+        if run.round - run.model_round < terms.ramp_rounds:
+            batch += f", growing from {terms.ramp_batch:,} until round {run.model_round + terms.ramp_rounds:,}"
         again = f", {header.requeued:,} to be drawn again" if header.requeued else ""
         grid.add_row("data", f"{batch}  [dim](position {run.cursor:,}, {terms.samples:,} per pass{again})[/dim]")
         grid.add_row("update", f"{terms.update_bytes:,} bytes per member and round")
@@ -291,10 +294,6 @@ def _changes(run: Run) -> str:
 
 def _round_state(entry: Round) -> str:
     return "final" if entry.final else "closed" if entry.closed else "open"
-
-
-def _plain(value: object) -> object:
-    return value.hex() if isinstance(value, bytes) else value
 
 
 def _ranges(slots: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ from solders.pubkey import Pubkey
 
 from coordinator import layout
 from coordinator.layout import (
+    COURSE,
     GRANT,
     GRANT_SIZE,
     HEADER,
@@ -147,8 +148,9 @@ def _limits(data: memoryview) -> Limits:
     return Limits(**{name: LIMITS.get(data, name) for name in LIMIT_FIELDS})
 
 
-def _terms(data: memoryview) -> Terms:
+def _terms(data: memoryview, course: memoryview) -> Terms:
     raw = {name: TERMS.get(data, name) for name, _ in TERMS.fields}
+    raw |= {name: COURSE.get(course, name) for name, _ in COURSE.fields if name != "reserved"}
     raw["lookahead"], raw["clip_votes"] = bool(raw["lookahead"]), bool(raw["clip_votes"])
     raw["model_source"] = _text(raw["model_source"], "model_source")
     raw["data_source"] = _text(raw["data_source"], "data_source")
@@ -207,7 +209,7 @@ def decode_run(data: bytes) -> Run:
         phase=_phase(RUN.get(data, "phase")),
         inclusion=_inclusion(part("inclusion")),
         limits=_limits(part("limits")),
-        terms=_terms(part("terms")),
+        terms=_terms(part("terms"), part("course")),
         members_address=Pubkey.from_bytes(bytes(part("members"))),
         rounds_address=Pubkey.from_bytes(bytes(part("rounds"))),
         join_authority=_key_or_none(authority),

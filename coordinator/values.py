@@ -82,7 +82,8 @@ class Terms:
 
     Roots and digests are 32 bytes. `*_bits` are fp32 bit patterns (`float_bits`). `schedule`: 0 constant, 1 linear, 2
     cosine, 3 warm-up, stable, decay. `window`: the trend of the votes forgets over 2^window rounds. Sources are at most
-    64 UTF-8 bytes each.
+    64 UTF-8 bytes each. The first round under these terms has `ramp_batch` positions; `ramp_rounds` later it is the
+    limits' `batch` (0: from the first round on).
     """
 
     model_root: bytes
@@ -105,6 +106,9 @@ class Terms:
     clip_norm_bits: int
     model_source: str
     data_source: str
+    ramp_batch: int = 0
+    ramp_rounds: int = 0
+    z_loss_bits: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -159,6 +159,11 @@ class Exit(ExitCode):
         "The message names the address or the file. Choose another `--port`; the key file must be yours alone "
         "(`chmod 600 FILE`).",
     )
+    EVALUATION = (
+        82,
+        "A model cannot be measured by a task, or results are not those that are on chain.",
+        "The message names the task and the example, or the file of results and the run.",
+    )
     INTERRUPTED = (
         130,
         "Stopped by Ctrl-C or SIGTERM; no process is left behind.",
@@ -168,6 +173,7 @@ class Exit(ExitCode):
 
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
+    "coordinator.run_config.ConfigError": Exit.CONFIG,
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.metrics.MetricsUnavailable": Exit.CONFIG,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
@@ -182,6 +188,8 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
     "psyche_node.data.errors.DataError": Exit.DATA,
+    "psyche_node.evaluation.errors.TaskError": Exit.DATA,
+    "psyche_node.evaluation.errors.EvaluationError": Exit.EVALUATION,
     "psyche_node.generation.errors.PromptError": Exit.CONVERSATION,
     "psyche_node.generation.errors.GenerationError": Exit.MODEL,
     "psyche_node.serving.errors.ServeError": Exit.SERVE,

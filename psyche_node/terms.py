@@ -19,6 +19,7 @@ def training_terms(run: Run) -> TrainingTerms:
         final_lr_bits=terms.final_lr_bits,
         weight_decay_bits=terms.weight_decay_bits,
         clip_norm_bits=terms.clip_norm_bits,
+        z_loss_bits=terms.z_loss_bits,
         decay_bits=terms.decay_bits,
         topk=terms.topk,
         lookahead=terms.lookahead,

@@ -29,6 +29,7 @@ from coordinator.admin.sending import Manner, Step, carry_out
 from coordinator.admin.session import PATIENCE, RunChoice, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
+from coordinator.recipes import load_recipe
 from coordinator.run_config import ConfigError, load_settings
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.snapshot import take_snapshot
@@ -42,6 +43,10 @@ def create(
     payer: Payer,
     program: Annotated[str, typer.Option(help="Address of the coordinator program.")],
     run_id: Annotated[str | None, typer.Argument(help="Name of the run, 1 to 32 bytes; overrides the file's.")] = None,
+    recipe: Annotated[
+        str | None,
+        typer.Option(help="A shipped recipe to begin with (psyche-node recipe list); the file goes over it."),
+    ] = None,
     config: Annotated[Path | None, typer.Option(help="TOML file with run_id, [limits] and [terms].")] = None,
     overrides: Annotated[
         list[str] | None,
@@ -52,11 +57,12 @@ def create(
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
-    """Create a run, owned by the payer. Settings come from a TOML file, from --set, or both; unknown ones are
-    refused."""
+    """Create a run, owned by the payer. Settings come from a recipe, a TOML file and --set, of which the later ones
+    win; unknown ones are refused."""
 
     async def act() -> None:
-        settings = load_settings(run_id, config, overrides or [])
+        base = load_recipe(recipe).settings() if recipe else None
+        settings = load_settings(run_id, config, overrides or [], base)
         limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
         wallet = load_keypair(payer)

@@ -9,6 +9,7 @@ struct config_arguments {
 
 struct model_arguments {
     struct terms terms;
+    struct course course;
 };
 
 static void announce_config(const struct context *c, u64 mark) {
@@ -59,12 +60,13 @@ u64 set_model(const struct input *input) {
     struct context c;
     require(input->length == sizeof(struct model_arguments), BAD_INSTRUCTION_DATA);
     check(open_owned(input, WRITES_RUN | WRITES_MEMBERS | WRITES_ROUNDS, &c));
-    const struct terms *terms = &((const struct model_arguments *)input->data)->terms;
+    const struct model_arguments *a = (const struct model_arguments *)input->data;
+    const struct terms *terms = &a->terms;
     struct run *run = c.run;
     struct header *h = &c.rounds->header;
     require(run->phase != FINISHED, RUN_FINISHED);
     require(run->phase == WAITING_FOR_MEMBERS || run->phase == PAUSED, WRONG_PHASE);
-    check(check_terms(terms));
+    check(check_terms(terms, &a->course));
 
     if (!same_data(terms, &run->terms)) {
         run->cursor = 0;
@@ -77,6 +79,7 @@ u64 set_model(const struct input *input) {
     for (u64 slot = 0; slot < MAX_MEMBERS; slot++) c.members->member[slot].ready = 0;
     h->ready = 0;
     run->terms = *terms;
+    run->course = a->course;
     run->model_round = run->round;
     u64 total = run->limits.total_rounds;
     run->schedule_rounds = total > run->round ? (u32)(total - run->round) : 1;

@@ -73,4 +73,5 @@ enum error {
     REWARDS_UNFUNDED = 6068,
     NOT_CLOSED = 6069,
     GRANT_FULL = 6070,
+    BAD_RAMP = 6071,
 };

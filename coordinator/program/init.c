@@ -18,8 +18,9 @@ struct init_arguments {
     struct limits limits;
     struct terms terms;
     key join_authority;
+    struct course course;
 };
-_Static_assert(sizeof(struct init_arguments) == 416, "init_run's data");
+_Static_assert(sizeof(struct init_arguments) == 432, "init_run's data");
 
 static u64 check_run_id(const u8 *run_id, u64 length) {
     require(length >= 1 && length <= 32, BAD_RUN_ID);
@@ -52,7 +53,20 @@ static int zero_padded(const u8 *text, u64 size) {
     return 1;
 }
 
-u64 check_terms(const struct terms *t) {
+/* A ramp may begin below min_members: in its first rounds some members may have nothing to train, as always where the
+ * batch is small. */
+static u64 check_course(const struct course *course) {
+    if (course->ramp_rounds) {
+        require(course->ramp_batch >= 1 && course->ramp_batch <= MAX_BATCH, BAD_RAMP);
+    } else {
+        require(course->ramp_batch == 0, BAD_RAMP);
+    }
+    require(course->z_loss_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
+    require(course->reserved == 0, BAD_INSTRUCTION_DATA);
+    return 0;
+}
+
+u64 check_terms(const struct terms *t, const struct course *course) {
     require(t->samples >= 1, BAD_DATA_TERMS);
     require(t->sequence_length >= 1 && t->sequence_length <= MAX_SEQUENCE, BAD_DATA_TERMS);
     require(t->update_bytes >= 1 && t->update_bytes <= MAX_UPDATE_BYTES, BAD_UPDATE_TERMS);
@@ -65,7 +79,7 @@ u64 check_terms(const struct terms *t) {
     require(t->final_lr_bits < FP32_INFINITY && t->weight_decay_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
     require(t->clip_norm_bits < FP32_INFINITY, BAD_OPTIMIZER_TERMS);
     require(zero_padded(t->model_source, 64) && zero_padded(t->data_source, 64), BAD_SOURCE);
-    return 0;
+    return check_course(course);
 }
 
 u64 init_run(const struct input *input) {
@@ -84,7 +98,7 @@ u64 init_run(const struct input *input) {
     check(check_address(input, &account[2], &name, 1, "mem"));
     check(check_address(input, &account[3], &name, 1, "rnd"));
     check(check_limits(&arguments->limits));
-    check(check_terms(&arguments->terms));
+    check(check_terms(&arguments->terms, &arguments->course));
     u64 slot;
     check(read_slot(&slot));
 
@@ -101,6 +115,7 @@ u64 init_run(const struct input *input) {
     sol_memcpy_(run->run_id, arguments->run_id, 32);
     run->limits = arguments->limits;
     run->terms = arguments->terms;
+    run->course = arguments->course;
     run->schedule_rounds = arguments->limits.total_rounds;
     run->join_authority = arguments->join_authority;
     run->checkpoint_root = arguments->terms.model_root;

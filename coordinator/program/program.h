@@ -85,7 +85,7 @@ u64 tick(const struct input *input);
 
 /* init.c: what a run may be like */
 u64 check_limits(const struct limits *limits);
-u64 check_terms(const struct terms *terms);
+u64 check_terms(const struct terms *terms, const struct course *course);
 
 /* members.c */
 void become(struct context *c, struct member *member, u8 status);

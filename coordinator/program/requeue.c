@@ -22,13 +22,22 @@ static u64 worst_of_open_rounds(const struct context *c, const struct round *exc
     return worst;
 }
 
+/* Positions of the round that begins: limits.batch, up to which the first rounds under the present terms lead in equal
+ * steps. */
+static u64 batch_of_round(const struct run *run) {
+    u64 batch = run->limits.batch, done = run->round - run->model_round;
+    if (done >= run->course.ramp_rounds) return batch;
+    u64 from = smaller(run->course.ramp_batch, batch);
+    return from + (batch - from) * done / run->course.ramp_rounds;
+}
+
 /* Whole ranges from the queue, one per member, as many as a batch has room for. */
-static void draw_ranges(struct context *c, struct round *round, u64 members) {
+static void draw_ranges(struct context *c, struct round *round, u64 batch, u64 members) {
     struct header *h = &c->rounds->header;
     u64 most = smaller(MAX_RANGES, members), drawn = 0, ranges = 0;
     while (ranges < most && h->requeue_count) {
         const struct range *front = queue_at(c->rounds, 0);
-        if (ranges && drawn + front->count > c->run->limits.batch) break;
+        if (ranges && drawn + front->count > batch) break;
         round->range[ranges++] = *front;
         drawn += front->count;
         h->requeued -= front->count;
@@ -44,10 +53,10 @@ static void draw_ranges(struct context *c, struct round *round, u64 members) {
 u64 draw_positions(struct context *c, struct round *round, u64 members) {
     struct header *h = &c->rounds->header;
     u64 pieces = (members + 1) / 2;
-    u64 wanted = c->run->limits.batch, drawn = 0, ranges = 0;
+    u64 wanted = batch_of_round(c->run), drawn = 0, ranges = 0;
     u64 crowded = h->requeue_count + worst_of_open_rounds(c, round) + pieces + MAX_RANGES > MAX_REQUEUE;
     if (crowded && h->requeue_count) {
-        draw_ranges(c, round, members);
+        draw_ranges(c, round, wanted, members);
         return 0;
     }
     while (drawn < wanted && h->requeue_count && ranges < MAX_RANGES - 1) {

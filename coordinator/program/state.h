@@ -93,6 +93,14 @@ struct terms {
     u8 data_source[64];
 };
 
+/* Terms that came later: behind everything else, so that runs made before them read as zeros, which is "none". */
+struct course {
+    u32 ramp_batch; /* positions of the first round under these terms */
+    u32 ramp_rounds; /* rounds until a round has limits.batch positions; 0: from the first on */
+    u32 z_loss_bits;
+    u32 reserved;
+};
+
 struct run {
     u64 discriminator;
     u32 version;
@@ -129,7 +137,8 @@ struct run {
     u32 model_round; /* first round under the present terms: their learning-rate schedule counts from it */
     u32 schedule_rounds; /* and spans so many, whatever becomes of total_rounds meanwhile */
     struct limits next_limits; /* from the next round on; a batch of 0: none */
-    u8 reserved[464];
+    struct course course;
+    u8 reserved[448];
 };
 
 struct member {
@@ -270,6 +279,7 @@ struct receipt {
 
 _Static_assert(sizeof(struct limits) == 64, "limits");
 _Static_assert(sizeof(struct terms) == 280, "terms");
+_Static_assert(sizeof(struct course) == 16, "course");
 _Static_assert(sizeof(struct run) == 1536, "run");
 _Static_assert(sizeof(struct member) == 160, "member");
 _Static_assert(sizeof(struct members) == 43264, "members");

@@ -53,15 +53,8 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
     kind, reason = _dtype(dtype, place)
     untyped: Any = transformers_logging
     untyped.disable_progress_bar()
-    auto_tokenizer: Any = AutoTokenizer
     auto_model: Any = AutoModelForCausalLM
-    try:
-        tokenizer = auto_tokenizer.from_pretrained(folder, local_files_only=True)
-    except Exception as error:  # tokenizers raises bare Exception, transformers whatever a folder's class raises
-        raise GenerationError(
-            f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}. Copy the tokenizer's files into it "
-            "(tokenizer.json, tokenizer_config.json)"
-        ) from error
+    tokenizer = _tokenizer(folder)
     try:
         model, info = auto_model.from_pretrained(folder, dtype=kind, local_files_only=True, output_loading_info=True)
     except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
@@ -89,6 +82,24 @@ def load(folder: Path, device: str, dtype: str) -> Loaded:
         where=str(folder),
         reasons=[f"device {place}: {'as asked' if device != 'auto' else 'what PyTorch sees here'}", reason],
     )
+
+
+def around(model: Any, folder: Path, device: torch.device) -> Loaded:
+    """What an engine needs of a model that is loaded already, from ``folder``. The model is left as it is: put it into
+    ``eval`` and give it a neutral generation config while the engine runs. Raises GenerationError for the tokenizer."""
+    tokenizer = _tokenizer(folder)
+    return Loaded(model, tokenizer, model.generation_config, device, _hidden(tokenizer), str(folder))
+
+
+def _tokenizer(folder: Path) -> Any:
+    auto_tokenizer: Any = AutoTokenizer
+    try:
+        return auto_tokenizer.from_pretrained(folder, local_files_only=True)
+    except Exception as error:  # tokenizers raises bare Exception, transformers whatever a folder's class raises
+        raise GenerationError(
+            f"the tokenizer of {folder} cannot be loaded: {_first_line(error)}. Copy the tokenizer's files into it "
+            "(tokenizer.json, tokenizer_config.json)"
+        ) from error
 
 
 def _dtype(name: str, device: torch.device) -> tuple[torch.dtype, str]:

@@ -11,10 +11,12 @@ from typing import Annotated
 import typer
 from pydantic import ValidationError
 
+from coordinator.run_config import ConfigError
 from psyche_node.commands.chat import chat
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
-from psyche_node.sim.settings import Kill, Recipe, SimSettings
+from psyche_node.sim.recipe import DEMO, recipe_for
+from psyche_node.sim.settings import Kill, Ranks, SimSettings
 
 app = typer.Typer(
     add_completion=False,
@@ -31,7 +33,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for report, model, logs. Default: runs/TIME.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of conversations (messages, ShareGPT, prompt/completion).")
+        str | None, typer.Option(help="File, folder or URL with samples, as `psyche-node data prepare` takes them.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
@@ -44,7 +46,8 @@ def simulate(
     check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
     topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
-    learning_rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    recipe: Annotated[str, typer.Option(help="Recipe to train by, made to fit: psyche-node recipe list.")] = DEMO,
+    peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     sequence_length: Annotated[int | None, typer.Option(help="Tokens per packed sequence.")] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
     overlap: Annotated[
@@ -54,6 +57,10 @@ def simulate(
         str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
     ] = None,
     private: Annotated[int, typer.Option(help="So many of the nodes cannot be reached, as behind NAT.")] = 0,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -66,9 +73,9 @@ def simulate(
     if context.invoked_subcommand is not None:
         return
     started = time.time()
-    recipe = {
+    changes = {
         "topk": topk,
-        "learning_rate": learning_rate,
+        "peak_lr": peak_lr,
         "sequence_length": sequence_length,
         "batch": batch,
         "overlap": overlap,
@@ -97,8 +104,9 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
+            ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
-            recipe=Recipe.model_validate({key: value for key, value in recipe.items() if value is not None}),
+            recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),
         )
     except ValidationError as error:
         for problem in error.errors():
@@ -109,7 +117,7 @@ def simulate(
                 err=True,
             )
         raise typer.Exit(Exit.USAGE) from None
-    except ValueError as error:
+    except (ValueError, ConfigError) as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)
         raise typer.Exit(Exit.USAGE) from None
     try:

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from coordinator.ledger.faults import parse_faults
-from coordinator.state import Limits, Terms, float_bits
+from coordinator.recipes import load_recipe
+from coordinator.run_config import TermSettings, TrainingSettings
+from coordinator.state import Limits, Terms
 from psyche_node.faults import Fault
 from psyche_node.relay.spec import LinkSpec
-from psyche_node.training.schedule import Schedule
+from psyche_node.sim.recipe import DEMO, SimRecipe, recipe_for
 
 
 class Kill(BaseModel):
@@ -32,39 +34,24 @@ class Kill(BaseModel):
         return cls(node=int(node), round=int(number))
 
 
-class Recipe(BaseModel):
-    """How the model is trained: what goes on chain as the run's terms."""
+class Ranks(BaseModel):
+    """The training processes of a node."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    sequence_length: int = Field(default=256, ge=16)
-    """Tokens per packed sequence."""
-    batch: int = Field(default=24, ge=1)
-    """Sequences per round, all members together."""
-    topk: int = Field(default=512, ge=1, le=512)
-    """Coefficients kept of each block of 4,096: more is better and larger."""
-    learning_rate: float = Field(default=2.5e-3, gt=0)
-    """Step of each weight at the peak of the schedule."""
-    final_learning_rate: float = Field(default=2e-4, gt=0)
-    """Step at the end of the schedule."""
-    schedule: Literal["constant", "linear", "cosine"] = "linear"
-    """How the learning rate falls after the warm-up."""
-    vocabulary: int = Field(default=2048, ge=300)
-    """Tokens of the tokenizer that is trained on the data when the model brings none."""
-    warmup_rounds: int = Field(default=5, ge=0)
-    """Rounds in which the learning rate rises."""
-    decay: float = Field(default=0.9, gt=0, lt=1)
-    """Decay of the momentum per round."""
-    weight_decay: float = Field(default=0.0, ge=0)
-    """Decoupled weight decay."""
-    clip_norm: float = Field(default=1.0, gt=0)
-    """The gradient of a member is clipped to this norm."""
-    overlap: int = Field(default=0, ge=0, le=1)
-    """1: updates travel while the next round is trained. 0: each round waits for its own."""
-    lookahead: bool = True
-    """Train on the weights that the trend of the votes predicts."""
-    window: int = Field(default=3, ge=0, le=8)
-    """The trend of the votes forgets over 2^window rounds."""
+    ranks: int = Field(ge=1, le=64)
+    tensor_parallel: int = Field(default=1, ge=1)
+
+    @classmethod
+    def parse(cls, text: str) -> Ranks:
+        """Read ``RANKS`` or ``RANKS/TENSOR_PARALLEL``. Raises ValueError."""
+        ranks, separator, divide = text.partition("/")
+        if not ranks.isdecimal() or (separator and not divide.isdecimal()):
+            raise ValueError(f"{text!r} is not RANKS or RANKS/TENSOR_PARALLEL, such as 2 or 4/2")
+        found = cls(ranks=int(ranks), tensor_parallel=int(divide or 1))
+        if found.ranks % found.tensor_parallel:
+            raise ValueError(f"{text!r}: {found.ranks} ranks cannot be divided by {found.tensor_parallel}")
+        return found
 
 
 class Prepared(BaseModel):
@@ -96,14 +83,15 @@ class SimSettings(BaseModel):
 
     nodes: int = Field(default=4, ge=1, le=64)
     """Honest nodes."""
-    rounds: int = Field(default=100, ge=2)
+    rounds: int = Field(default=load_recipe(DEMO).limits.total_rounds, ge=2)
     """Rounds of the run."""
     seed: int = Field(default=0, ge=0)
     """Seed of the initial weights, the held-out split and the order of the data."""
     out: Path
     """Folder for the report, the model, the nodes' folders and logs; new or empty."""
-    data: Path | None = None
-    """JSONL of conversations to train on. Default: the documentation of Python's standard library."""
+    data: str | None = None
+    """What to train on, as `psyche-node data prepare` takes it: a file, a folder, a URL. Default: the documentation of
+    Python's standard library."""
     model: str | None = None
     """Hugging Face folder, or JSON file with a model config. Default: a small Seed-OSS."""
     adversaries: tuple[Fault, ...] = ()
@@ -138,15 +126,18 @@ class SimSettings(BaseModel):
     """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
     device: str = "auto"
     """Device of the nodes."""
+    ranks: tuple[Ranks, ...] = (Ranks(ranks=1),)
+    """Training processes of the nodes, in turn: with `1`, `2` and `2/2` node 0 has one, node 1 two that shard the
+    weights (FSDP2), node 2 two that divide each matrix, node 3 one again."""
     same_hosts: bool = False
     """Start all nodes alike. By default node 2 uses another thread count and node 3 another micro-batch."""
-    recipe: Recipe = Recipe()
+    recipe: SimRecipe = Field(default_factory=lambda known: recipe_for(DEMO, known["rounds"]))
     """How the model is trained."""
 
     @model_validator(mode="after")
     def _data_exists(self) -> Self:
-        if self.data is not None and not self.data.is_file():
-            raise ValueError(f"--data {self.data}: no such file; name a JSONL file of conversations")
+        if self.data is not None and "://" not in self.data and not Path(self.data).exists():
+            raise ValueError(f"--data {self.data}: no such file or folder; name one with samples")
         return self
 
     @model_validator(mode="after")
@@ -199,34 +190,18 @@ class SimSettings(BaseModel):
 
     def terms(self, prepared: Prepared) -> Terms:
         """The run's terms of training on chain."""
-        recipe = self.recipe
-        return Terms(
-            model_root=bytes.fromhex(prepared.model_root),
-            layout_digest=bytes.fromhex(prepared.layout_digest),
-            data_manifest=bytes.fromhex(prepared.data_manifest),
-            samples=prepared.samples,
-            sequence_length=prepared.sequence_length,
-            update_bytes=prepared.update_bytes,
-            topk=recipe.topk,
-            lookahead=recipe.lookahead,
-            clip_votes=True,
-            window=recipe.window,
-            schedule=Schedule[recipe.schedule.upper()],
-            warmup_rounds=recipe.warmup_rounds,
-            decay_rounds=0,
-            decay_bits=float_bits(recipe.decay),
-            peak_lr_bits=float_bits(recipe.learning_rate),
-            final_lr_bits=float_bits(recipe.final_learning_rate),
-            weight_decay_bits=float_bits(recipe.weight_decay),
-            clip_norm_bits=float_bits(recipe.clip_norm),
-            model_source=prepared.model_source,
-            data_source=prepared.data_source,
-        )
+        training = self.recipe.model_dump(include=set(TrainingSettings.model_fields))
+        made = prepared.model_dump(include=set(TermSettings.model_fields) - set(TrainingSettings.model_fields))
+        return TermSettings.model_validate({**training, **made}).on_chain()
 
     def threads_of(self, index: int) -> int:
         """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""
         fair = max(1, (os.cpu_count() or 1) // self.nodes)
         return fair + 1 if index == 2 and not self.same_hosts else fair
+
+    def ranks_of(self, index: int) -> Ranks:
+        """Training processes of node ``index``."""
+        return self.ranks[index % len(self.ranks)]
 
     def micro_batch_of(self, index: int) -> int:
         """Sequences per forward pass of node ``index``; 0 is the node's own choice."""

@@ -21,11 +21,11 @@ from psyche_node.training.session import (
     HELDOUT_SEQUENCES,
     Trainable,
     accumulate,
-    clip_gradient,
     heldout_loss,
     prepare_model,
 )
 from psyche_node.training.terms import TrainingTerms, fp32
+from psyche_node.training.world import ONE_PROCESS
 
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 """The grid that the search starts from. It suits a million parameters; larger models want less, and the grid grows."""
@@ -73,15 +73,16 @@ def run_adamw(
 ) -> BaselineRun:
     """Train ``rounds`` (the positions of each, all members' together) with AdamW.
 
-    ``learning_rate`` is the peak; None searches for it. ``terms`` gives the clipping norm and the order of the data, so
-    that position p is the same sequence as in the distributed run. Rounds without a trained token are passed over.
+    ``learning_rate`` is the peak; None searches for it. ``terms`` gives the clipping norm, the z-loss and the order of
+    the data, so that position p is the same sequence as in the distributed run. Rounds without a trained token are
+    passed over.
 
     Raises:
         TrainingError: there are no rounds, or training diverged at every learning rate tried.
     """
     if not rounds:
         raise TrainingError("there is no round to train. Pass the positions of at least one")
-    ready = prepare_model(model_dir, data, device, micro_batch, threads)
+    ready = prepare_model(model_dir, data, device, micro_batch, threads, fp32(terms.z_loss_bits))
     run = _Run(ready, data, terms, sequences)
     tried: dict[float, float] = {}
     if learning_rate is None:
@@ -142,7 +143,7 @@ class _Run:
             batch = self._data.batch(positions, self._seed)
             if batch.trained.any():
                 losses.append(accumulate(self._loss, batch, self._device))
-                clip_gradient(self._model, self._clip)
+                ONE_PROCESS.clip(self._model, self._clip)
                 optimizer.step()
             else:
                 losses.append(losses[-1] if losses else 0.0)

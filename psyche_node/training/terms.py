@@ -40,6 +40,8 @@ class TrainingTerms(BaseModel):
     """Decoupled weight decay, as an fp32 bit pattern."""
     clip_norm_bits: int = Field(default=0, ge=0, lt=0x7F800000)
     """Norm to which a member's gradient is clipped, as an fp32 bit pattern. 0: it is not clipped."""
+    z_loss_bits: int = Field(default=0, ge=0, lt=0x7F800000)
+    """Coefficient of the z-loss, log(Z)^2 of each trained place's logits, as an fp32 bit pattern. 0: there is none."""
     decay_bits: int = Field(default=0x3F666666, ge=0, lt=0x3F800000)
     """Decay of the momentum per round, as an fp32 bit pattern. The default is 0.9."""
     topk: int = Field(default=512, ge=1)

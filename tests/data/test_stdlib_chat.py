@@ -53,19 +53,19 @@ def test_it_answers_from_the_documentation(stdlib: Path) -> None:
 def test_building_data_is_cached_by_content(stdlib: Path, tmp_path: Path) -> None:
     small = tmp_path / "small.jsonl"
     small.write_bytes(b"".join(stdlib.read_bytes().splitlines(keepends=True)[:400]))
-    first = build_data(tmp_path / "cache", jsonl=small, vocabulary=512, sequence_length=192)
+    first = build_data(tmp_path / "cache", source=str(small), vocabulary=512, sequence_length=192)
     inode = (first.packed / "manifest.json").stat().st_ino
     started = time.perf_counter()
-    again = build_data(tmp_path / "cache", jsonl=small, vocabulary=512, sequence_length=192)
+    again = build_data(tmp_path / "cache", source=str(small), vocabulary=512, sequence_length=192)
     assert again == first
     assert (again.packed / "manifest.json").stat().st_ino == inode, "nothing was written again"
     assert time.perf_counter() - started < 1.0
-    other = build_data(tmp_path / "cache", jsonl=small, vocabulary=512, sequence_length=256)
+    other = build_data(tmp_path / "cache", source=str(small), vocabulary=512, sequence_length=256)
     assert other.tokenizer == first.tokenizer
     assert other.packed != first.packed
     with small.open("a") as file:
         file.write(json.dumps({"prompt": "one", "completion": "more"}) + "\n")
-    changed = build_data(tmp_path / "cache", jsonl=small, vocabulary=512, sequence_length=192)
+    changed = build_data(tmp_path / "cache", source=str(small), vocabulary=512, sequence_length=192)
     assert changed.packed != first.packed
     assert changed.manifest.counts.samples == first.manifest.counts.samples + 1
     assert len(PackedDataset(changed.packed)) == changed.manifest.sequences

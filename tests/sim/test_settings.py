@@ -13,7 +13,8 @@ from coordinator.state import float_bits
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.cli import app
-from psyche_node.sim.settings import Kill, Prepared, Recipe, SimSettings
+from psyche_node.sim.recipe import recipe_for
+from psyche_node.sim.settings import Kill, Prepared, SimSettings
 
 
 def settings(**changes: Any) -> SimSettings:
@@ -117,7 +118,9 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         model_source="demo",
         data_source="docs",
     )
-    terms = settings(recipe=Recipe(topk=3, learning_rate=0.5, schedule="cosine", lookahead=False)).terms(prepared)
+    terms = settings(recipe=recipe_for("demo", 100, topk=3, peak_lr=0.5, schedule="cosine", lookahead=False)).terms(
+        prepared
+    )
     assert (terms.model_root, terms.layout_digest, terms.data_manifest) == (b"\1" * 32, b"\2" * 32, b"\3" * 32)
     assert (terms.topk, terms.schedule, terms.lookahead, terms.update_bytes) == (3, 2, False, 999)
     assert terms.peak_lr_bits == float_bits(0.5) == 0x3F000000
@@ -128,6 +131,7 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
     [
         (["--nodes", "0"], "nodes: "),
         (["--topk", "513"], "topk: "),
+        (["--recipe", "soup"], "there are demo, hermes-sft, length-control"),
         (["--rounds", "3", "--kill", "1@3"], "cannot kill node 1 in round 3"),
         (["--kill", "one"], "NODE@ROUND"),
         (["--baseline", "sgd"], "the one baseline is adamw"),

@@ -42,6 +42,30 @@ def test_loss_and_gradients_equal_full_logits(
         torch.testing.assert_close(gradient, parameter.grad, rtol=2e-4, atol=1e-5 * float(parameter.grad.abs().max()))
 
 
+@pytest.mark.parametrize("short", [True, False])
+def test_z_loss_is_in_the_gradient_and_not_in_the_value(
+    model_dir: Path, data: RandomData, monkeypatch: pytest.MonkeyPatch, short: bool
+) -> None:
+    monkeypatch.setattr("psyche_node.training.loss.CHUNK_LOGITS", 7 * 300)
+    model, _ = load_model(model_dir, CPU)
+    tokens, trained, places = batch(data)
+    plain = LossFunction(model)(tokens, trained, places).item()
+    if not short:
+        monkeypatch.setattr("psyche_node.training.forward._logits_are_one_product", lambda _: False)
+    found = LossFunction(model, 0.01)(tokens, trained, places)
+    assert found.item() == pytest.approx(plain, rel=1e-6)
+    found.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    kept = logits(model, tokens, places)[:, :-1][trained[:, 1:]]
+    log_z = kept.logsumexp(dim=1)
+    (
+        functional.cross_entropy(kept, tokens[:, 1:][trained[:, 1:]], reduction="sum") + 0.01 * (log_z**2).sum()
+    ).backward()
+    for gradient, parameter in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=2e-4, atol=1e-5 * float(parameter.grad.abs().max()))
+
+
 def test_only_trained_tokens_count(model_dir: Path, data: RandomData) -> None:
     model, _ = load_model(model_dir, CPU)
     tokens, trained, places = batch(data)

@@ -60,7 +60,7 @@ def test_show_says_what_the_chain_says(ledger: Ledger, run: dict[str, Any]) -> N
         assert first["commitments"][1]["digest"] == rounds[0].commitments[1].digest.hex() == "0100" * 16
         assert first["included"] == [0, 1]
         assert shown["inclusion_sets"][0] == {"round": 0, "members": [0, 1], "void": False}
-        assert shown["terms"]["schedule"] == 2
+        assert shown["terms"]["schedule"] == "cosine"
 
     asyncio.run(read())
     text = admin("run", "show", run["address"], "--rpc", ledger.rpc)
@@ -163,7 +163,28 @@ def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair
     created = json.loads(admin("run", "create", "flags", *options, "--json"))
     shown = json.loads(admin("run", "show", created["address"], "--rpc", ledger.rpc, "--json"))
     assert shown["limits"]["total_rounds"] == 9
-    assert shown["terms"]["peak_lr_bits"] == 0x3F000000
+    assert shown["terms"]["peak_lr"] == 0.5
+
+
+def test_a_recipe_sets_what_model_and_data_do_not(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path
+) -> None:
+    options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc, "--recipe", "hermes-sft"]
+    assert "terms.model_root: Field required" in admin("run", "create", "sft", *options, status=10)
+    assert "there is no recipe 'soup'" in admin("run", "create", "sft", *options[:-1], "soup", status=10)
+    for name in ("model_root", "layout_digest", "data_manifest"):
+        options += ["--set", f"terms.{name}={HEX}"]
+    options += ["--set", "terms.samples=10", "--set", "terms.update_bytes=9", "--set", "terms.ramp_batch=24"]
+    created = admin_json("run", "create", "sft", *options, "--set", "terms.ramp_rounds=100")
+    shown = admin_json("run", "show", created["address"], "--rpc", ledger.rpc)
+    # One name and one kind of value for a setting, wherever it is written.
+    assert (shown["terms"]["peak_lr"], shown["terms"]["schedule"], shown["terms"]["warmup_rounds"]) == (
+        2.5e-5,
+        "cosine",
+        300,
+    )
+    assert (shown["limits"]["batch"], shown["limits"]["total_rounds"]) == (384, 9000)
+    assert "growing from 24 until round 100" in admin("run", "show", created["address"], "--rpc", ledger.rpc)
 
 
 def test_no_endpoint_and_no_program_have_their_own_exit_status(

@@ -18,6 +18,7 @@ from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from coordinator import instructions as ix
+from coordinator import layout
 from coordinator.addresses import run_addresses
 from coordinator.admin.changes import change_of
 from coordinator.base58 import peer_id
@@ -95,7 +96,7 @@ def test_an_owner_changes_and_ends_a_run(
     shown = admin_json(*show)
     assert (shown["limits"]["batch"], shown["limits"]["max_members"]) == (16, 5)
     assert shown["rewards"]["lamports_per_million_tokens"] == 1000
-    assert shown["terms"]["peak_lr_bits"] == 0x3F000000
+    assert shown["terms"]["peak_lr"] == 0.5
     for wrong, message in (
         ("batsch=3", "limits.batsch: Extra inputs"),
         ("batch=1", "batch must be at least min_members"),
@@ -343,7 +344,7 @@ def test_a_live_run_moves_to_the_next_version(ledger: Ledger, wallet: Path, root
             program_id, owner.pubkey(), "old", LIMITS, TERMS, client.rent_exempt
         )
         # Version 1 knew no join authority.
-        await client.send(*accounts, Instruction(init.program_id, init.data[:-32], init.accounts))
+        await client.send(*accounts, Instruction(init.program_id, init.data[: -32 - layout.COURSE.size], init.accounts))
 
     async def connect() -> None:
         async with CoordinatorClient([ledger.rpc], program_id, None, owner) as client:

@@ -107,7 +107,9 @@ def _set_config(v: View) -> Instruction:
 
 
 def _set_model(v: View) -> Instruction:
-    changes: dict[str, Any] = v.rng.choice([{}, {"model_root": b"\x77" * 32}, {"samples": 5}, {"update_bytes": 77}])
+    changes: dict[str, Any] = v.rng.choice(
+        [{}, {"model_root": b"\x77" * 32}, {"samples": 5}, {"ramp_batch": 9, "ramp_rounds": 5}]
+    )
     return ix.set_model(*v.place, v.owner(), replace(v.scene.state.terms, **changes))
 
 

@@ -301,7 +301,15 @@ def _extremes(run: RunDriver, records: Records) -> None:
 
 
 MOST = 2**32 - 1
-EXTREME_TERMS = replace(TERMS, samples=2**64 - 1, sequence_length=2**24, update_bytes=2**40, topk=2**16)
+EXTREME_TERMS = replace(
+    TERMS,
+    samples=2**64 - 1,
+    sequence_length=2**24,
+    update_bytes=2**40,
+    topk=2**16,
+    ramp_batch=2**24,
+    ramp_rounds=2**32 - 1,
+)
 EXTREMES = {
     "init_min_members": 1,
     "min_members": 1,

@@ -475,7 +475,7 @@ class RoundModel:
             if member.status is ACTIVE:
                 entry.active.add(slot)
         self._set_shares([self.members[slot] for slot in entry.active])
-        ranges = self._draw(self.limits.batch)
+        ranges = self._draw(self._batch())
         entry.ranges = tuple(ranges)
         shares = {slot: self.members[slot].share for slot in entry.active}
         positions = sum(count for _, count in ranges)
@@ -483,6 +483,14 @@ class RoundModel:
         entry.expected = {slot for slot, (_, count) in entry.slices.items() if count}
         self.ring[self.round % ROUND_RING] = entry
         self.committed, self.draining = 0, False
+
+    def _batch(self) -> int:
+        """Positions of the round that begins: the first ones under the present terms lead up to the limits' batch."""
+        batch, done, terms = self.limits.batch, self.round - self.model_round, self.terms
+        if done >= terms.ramp_rounds:
+            return batch
+        low = min(terms.ramp_batch, batch)
+        return low + (batch - low) * done // terms.ramp_rounds
 
     def _set_shares(self, team: list[ModelMember]) -> None:
         """What they ask for: more than before by doubling, in good standing only; newcomers up to the others' mean."""

@@ -38,6 +38,12 @@ def limits_refused(limits: Limits) -> Result:
     return next((error for holds, error in rules if not holds), None)
 
 
+def terms_refused(terms: Terms) -> Result:
+    """The first rule of the ramp that these terms break; the others are not played with."""
+    ramp_fits = 1 <= terms.ramp_batch <= 2**24 if terms.ramp_rounds else terms.ramp_batch == 0
+    return None if ramp_fits else E.BAD_RAMP
+
+
 class RunModel(RoundModel):
     """`by` is who signs an instruction that not everybody may send."""
 
@@ -62,6 +68,8 @@ class RunModel(RoundModel):
             return refused
         if self.phase not in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED):
             return E.WRONG_PHASE
+        if refused := terms_refused(terms):
+            return refused
         old = self.terms
         data = (terms.data_manifest, terms.samples, terms.sequence_length)
         if data != (old.data_manifest, old.samples, old.sequence_length):

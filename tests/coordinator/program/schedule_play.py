@@ -53,11 +53,12 @@ class Play:
     wallets = tuple(RunDriver.wallet(number) for number in range(PEOPLE))
     nodes = tuple(RunDriver.node(number) for number in range(PEOPLE))
 
-    def __init__(self, chain: Chain, limits: dict[str, int], private: bool) -> None:
+    def __init__(self, chain: Chain, limits: dict[str, int], private: bool, ramp: tuple[int, int] = (0, 0)) -> None:
         self.chain, self.svm = chain, chain.svm
         self.authority = RunDriver.wallet(1000)
         authority = self.authority if private else None
-        self.run = RunDriver(chain, "schedule", join_authority=authority, **limits)
+        terms = replace(TERMS, ramp_batch=ramp[0], ramp_rounds=ramp[1])
+        self.run = RunDriver(chain, "schedule", terms, authority, **limits)
         self.place = (self.run.addresses, chain.program)
         self.accounts = (self.run.addresses.run, self.run.addresses.members, self.run.addresses.rounds)
         for address in [*self.accounts, *chain.__dict__.setdefault("records", set())]:
@@ -78,7 +79,7 @@ class Play:
             self.run.addresses,
             self.run.owner,
             self.run.limits,
-            TERMS,
+            self.run.terms,
             self.run.join_authority,
             self.chain.slot,
             self._newest(),
@@ -252,7 +253,7 @@ class Play:
             self.model.stale = stale
         run, payer = self.run, self.chain.payer.pubkey()
         instructions = ix.create_run_instructions(
-            self.chain.program, run.owner, run.run_id, run.limits, TERMS, self.rent, payer, run.join_authority
+            self.chain.program, run.owner, run.run_id, run.limits, run.terms, self.rent, payer, run.join_authority
         )
         return instructions, expected, {}
 

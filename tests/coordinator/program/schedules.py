@@ -60,6 +60,7 @@ class Author:
         }
         self.late: list[tuple[int, Action]] = []
         self.written = 0
+        self.ramp = rng.choice([(0, 0), (0, 0), (1, 3), (9, 20)])
 
     def next(self, m: RunModel) -> Action:
         rng = self.rng
@@ -277,6 +278,9 @@ MODEL_CHANGES: list[tuple[tuple[str, int], ...]] = [
     (("update_bytes", 4999),),
     (("topk", 64),),
     (("sequence_length", 64),),
+    (("ramp_batch", 2), ("ramp_rounds", 4)),
+    (("ramp_batch", 0), ("ramp_rounds", 0)),
+    (("ramp_batch", 0), ("ramp_rounds", 7)),
 ]
 
 
@@ -296,7 +300,7 @@ class Player:
         if self.played % CHAIN_LIFE == 0:
             self.chain = Chain(program=self.program)
         author = Author(random.Random(f"schedule {seed}"))
-        play = Play(self.chain, author.limits, author.private)
+        play = Play(self.chain, author.limits, author.private, author.ramp)
         actions: list[Action] = []
         try:
             for _ in range(steps):
@@ -317,7 +321,7 @@ class Player:
             raise Failure(
                 f"seed {seed}, after {len(actions)} actions: {problem}\n"
                 f"cut down to {len(short)}: {why}\n"
-                f"Play(chain, {author.limits}, private={author.private}), then\n{text}\n"
+                f"Play(chain, {author.limits}, private={author.private}, ramp={author.ramp}), then\n{text}\n"
                 f"replay: python tests/coordinator/program/schedules.py --replay {seed}"
             ) from None
 
@@ -335,7 +339,7 @@ class Player:
             self.happened["with four or more included"] += len(entry.included) >= 4
 
     def _fails(self, author: Author, actions: list[Action]) -> str | None:
-        play = Play(self.chain, author.limits, author.private)
+        play = Play(self.chain, author.limits, author.private, author.ramp)
         try:
             for action in actions:
                 play.do(action)

@@ -20,6 +20,7 @@ RECORDS = {
     "inclusion": layout.INCLUSION,
     "limits": layout.LIMITS,
     "terms": layout.TERMS,
+    "course": layout.COURSE,
     "run": layout.RUN,
     "member": layout.MEMBER,
     "members": layout.MEMBERS,

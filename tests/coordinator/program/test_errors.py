@@ -215,6 +215,10 @@ def test_limits(chain: Chain, change: dict[str, int], code: ErrorCode) -> None:
         (replace(TERMS, final_lr_bits=0x80000001), E.BAD_OPTIMIZER_TERMS),
         (replace(TERMS, weight_decay_bits=0x7FC00000), E.BAD_OPTIMIZER_TERMS),
         (replace(TERMS, clip_norm_bits=0xFF800000), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, z_loss_bits=0x7F800000), E.BAD_OPTIMIZER_TERMS),
+        (replace(TERMS, ramp_rounds=5), E.BAD_RAMP),
+        (replace(TERMS, ramp_batch=5), E.BAD_RAMP),
+        (replace(TERMS, ramp_batch=2**24 + 1, ramp_rounds=1), E.BAD_RAMP),
     ],
 )
 def test_terms(chain: Chain, terms: Terms, code: ErrorCode) -> None:
@@ -249,6 +253,7 @@ def init_with(chain: Chain, run: RunDriver, offset: int, new: bytes) -> Outcome:
         (104 + layout.TERMS.offsets["clip_votes"], b"\2", E.BAD_OPTIMIZER_TERMS),
         (104 + layout.TERMS.offsets["model_source"] + 63, b"x", E.BAD_SOURCE),
         (104 + layout.TERMS.offsets["data_source"] + 20, b"x", E.BAD_SOURCE),
+        (416 + layout.COURSE.offsets["reserved"], b"\1", E.BAD_INSTRUCTION_DATA),
         (0, b"another", E.WRONG_ADDRESS),
     ],
 )

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 import pytest
-from program_harness import Chain, RunDriver
+from program_harness import TERMS, Chain, RunDriver
 
 from coordinator import instructions as ix
 from coordinator import layout
 from coordinator.errors import ErrorCode
-from coordinator.state import MemberStatus, Phase
+from coordinator.state import MemberStatus, Phase, Terms
 
 
-def long_run(**limits: int) -> RunDriver:
-    return RunDriver(Chain(), **{"rounds_per_epoch": 100, "total_rounds": 100, **limits})
+def long_run(terms: Terms = TERMS, **limits: int) -> RunDriver:
+    return RunDriver(Chain(), terms=terms, **{"rounds_per_epoch": 100, "total_rounds": 100, **limits})
 
 
 def play(run: RunDriver, rounds: int = 1, guests: Mapping[int, int] | None = None) -> None:

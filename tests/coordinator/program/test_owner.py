@@ -10,6 +10,7 @@ from program_harness import TERMS, Chain, RunDriver, program_bytes, upgrade
 from test_membership import long_run, play
 
 from coordinator import instructions as ix
+from coordinator import layout
 from coordinator.errors import ErrorCode
 from coordinator.state import UNKNOWN_SLOT, MemberStatus, Phase, Request, decode_requeue
 
@@ -215,6 +216,38 @@ def test_another_model_makes_everybody_warm_up_again() -> None:
     assert run.rounds[2].ranges == ((0, 64),)
 
 
+def test_a_round_grows_to_the_batch_over_the_ramp() -> None:
+    run = long_run(replace(TERMS, ramp_batch=10, ramp_rounds=4), overlap=0)
+    run.start()
+    sizes = []
+    for number in range(6):
+        sizes.append(sum(count for _, count in run.rounds[number].ranges))
+        play(run)
+    assert sizes == [10, 23, 37, 50, 64, 64]
+    # No position is left out or assigned twice.
+    assert run.run.cursor == sum(sizes) + 64
+
+
+def test_a_ramp_begins_again_under_new_terms_and_never_exceeds_the_batch() -> None:
+    run = long_run(overlap=0)
+    run.start()
+    play(run)
+    run.must(run.pause())
+    play(run)
+    run.tick_when_due()
+    run.must(run.by_owner(ix.set_model, replace(run.terms, ramp_batch=1000, ramp_rounds=2, z_loss_bits=1)))
+    assert (run.run.terms.ramp_batch, run.run.terms.ramp_rounds, run.run.terms.z_loss_bits) == (1000, 2, 1)
+    run.must(run.by_owner(ix.set_model, replace(run.terms, ramp_batch=8, ramp_rounds=2)))
+    run.must(run.resume())
+    run.tick_when_due()
+    for slot in range(4):
+        run.must(run.ready(slot))
+    run.tick_when_due()
+    for number, size in ((2, 8), (3, 36), (4, 64)):
+        assert sum(count for _, count in run.rounds[number].ranges) == size
+        play(run)
+
+
 def test_rewards_accrue_at_the_rate_of_their_time_and_are_paid_once() -> None:
     run = long_run(overlap=0)
     run.start()
@@ -303,7 +336,7 @@ class OlderRun(RunDriver):
         *created, init = ix.create_run_instructions(
             self.chain.program, self.owner, self.run_id, self.limits, self.terms, rent, self.chain.payer.pubkey()
         )
-        shorter = type(init)(init.program_id, init.data[:-32], init.accounts)
+        shorter = type(init)(init.program_id, init.data[: -32 - layout.COURSE.size], init.accounts)
         return self.chain.send([*created, shorter])
 
     def join_as_before(self, member: int):  # type: ignore[no-untyped-def]
