@@ -12,6 +12,7 @@ import typer
 
 from psyche_node import log as logs
 from psyche_node.commands import recipe
+from psyche_node.commands.plan import plan
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
@@ -19,6 +20,7 @@ app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
 app.add_typer(keys, name="keys")
 app.add_typer(recipe.app, name="recipe")
+app.command()(plan)
 log = logging.getLogger(__name__)
 
 
