@@ -84,11 +84,18 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
-    """Return a causal language model in fp32 on ``device``, to be trained, and a line for each setting that was changed.
+    """Return a causal language model in fp32 on ``device``, to be trained, and a line for each changed setting.
 
     Raises:
         ModelError: there is no such model, or its folder lacks weights.
     """
+    model, reasons = build_model(folder)
+    load_into(model, folder, device)
+    return model, reasons
+
+
+def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
+    """As ``load_model``, but on the meta device: to be divided, if it is to be, and filled by ``load_into``."""
     from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     _no_bars()
@@ -99,12 +106,11 @@ def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         reasons = without_dropout(config)
         with torch.device("meta"):
-            model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
+            model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    load_into(model, folder, device)
     model.train()
     return model, reasons
 

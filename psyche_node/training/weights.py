@@ -144,10 +144,8 @@ def _fill_directly(
                 target = by_name[wanted[source]]
                 _check_shape(path, wanted[source], file.shape(source), target)
                 extents = target.extents()
-                if any(first == stop for first, stop in extents):
-                    values = torch.empty(0)
-                else:
-                    values = file.read(source, extents)
+                here = all(first < stop for first, stop in extents)
+                values = file.read(source, extents) if here else torch.empty(0)
                 if id(target) in filled:
                     _check_tied(path, source, values, target)
                 else:
