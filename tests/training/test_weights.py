@@ -6,18 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from psyche_node.training import ModelError, load_model
-from psyche_node.training.weight_files import OpenFile
 from psyche_node.training.weights import load_into
 
 SMALL: dict[str, Any] = {
@@ -194,125 +191,6 @@ def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
         load_model(folder, torch.device("cpu"))
 
 
-@pytest.fixture
-def as_rank() -> Iterator[Any]:
-    """Makes this process one of several, which need not be there: loading asks nothing of the others."""
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-
-    def become(rank: int, size: int) -> None:
-        if dist.is_initialized():
-            dist.destroy_process_group()
-        dist.init_process_group("fake", rank=rank, world_size=size, store=FakeStore())
-
-    yield become
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def divided(model: Any, layout: str, size: int) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
-
-    shape = {"fsdp": (size, 1), "tensor": (1, size), "both": (size // 2, 2)}[layout]
-    mesh = init_device_mesh("cpu", shape, mesh_dim_names=("data", "tensor"))
-    if layout != "fsdp":
-        for layer in model.model.layers:
-            plan = {"mlp.gate_proj": ColwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-            parallelize_module(layer, mesh["tensor"], plan)
-    if layout != "tensor":
-        for layer in model.model.layers:
-            fully_shard(layer, mesh=mesh["data"])
-        fully_shard(model, mesh=mesh["data"])
-
-
-@pytest.mark.parametrize("layout", ["fsdp", "tensor", "both"])
-@pytest.mark.parametrize("kind", ["llama-tied", "qwen3"])
-def test_each_rank_reads_its_shard_and_no_more(
-    layout: str, kind: str, as_rank: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Widths that four ranks do not divide. What all ranks hold, put side by side, is what one process loads."""
-    from torch.distributed.tensor import DTensor
-
-    from optimizer.sharding import spans
-
-    config = {**FAMILIES[kind], "vocab_size": 97, "intermediate_size": 50}
-    folder = written(config, tmp_path, torch.bfloat16, "20KB")
-    whole, _ = load_model(folder, torch.device("cpu"))
-    expected = dict(whole.named_parameters())
-    read = [0]
-    real = OpenFile.read
-
-    def counted(self: OpenFile, name: str, extents: Any) -> torch.Tensor:
-        value = real(self, name, extents)
-        read[0] += value.numel()
-        return value
-
-    monkeypatch.setattr(OpenFile, "read", counted)
-    seen = {name: torch.zeros(p.shape, dtype=torch.int32) for name, p in expected.items()}
-    for rank in range(4):
-        as_rank(rank, 4)
-        model = build(config, "meta")
-        divided(model, layout, 4)
-        read[0] = 0
-        load_into(model, folder, torch.device("cpu"))
-        held = 0
-        assert dict(model.named_parameters()).keys() == expected.keys()
-        for name, parameter in model.named_parameters():
-            here = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            extents = tuple(slice(*span) for span in spans(name, parameter))
-            assert torch.equal(here, expected[name][extents]) or here.numel() == 0, name
-            seen[name][extents] += 1
-            held += here.numel()
-        assert read[0] == held, "a rank reads what it holds"
-        if layout == "fsdp":
-            assert held < 0.3 * sum(p.numel() for p in expected.values())
-        for name, buffer in whole.named_buffers():
-            assert torch.equal(model.get_buffer(name), buffer), name
-        if kind == "llama-tied":
-            assert model.lm_head.weight is model.model.embed_tokens.weight
-    assert all(bool((count > 0).all()) for count in seen.values())
-
-
-MEASURE = """
-import sys, json, torch
-from pathlib import Path
-from transformers import AutoConfig, AutoModelForCausalLM
-from psyche_node.training.weights import load_into
-
-def peak():
-    fields = dict(line.split(":", 1) for line in open("/proc/self/status"))
-    return int(fields["VmHWM"].split()[0]) * 1024, int(fields["VmRSS"].split()[0]) * 1024
-
-def build(folder):
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.float32)
-
-def shard(model):
-    from torch.distributed.fsdp import fully_shard
-    from torch.distributed.device_mesh import init_device_mesh
-    for layer in model.model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-
-ranks = int(sys.argv[3])
-if ranks > 1:
-    import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.testing._internal.distributed.fake_pg import FakeStore
-    dist.init_process_group("fake", rank=1, world_size=ranks, store=FakeStore())
-    mesh = init_device_mesh("cpu", (ranks,))
-for folder in sys.argv[1], sys.argv[2]:  # the small one first: code and caches are not what is measured
-    model = build(folder)
-    if ranks > 1:
-        shard(model)
-    before = peak()[1]
-    load_into(model, Path(folder), torch.device("cpu"))
-held = sum((p.to_local() if ranks > 1 else p).numel() * 4 for p in model.parameters())
-print(json.dumps([peak()[0] - before - held, held]))
-"""
-
-
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 @pytest.mark.parametrize("ranks", [1, 4])
 def test_peak_memory_beside_the_model_is_one_file(ranks: int, tmp_path: Path) -> None:
@@ -333,7 +211,7 @@ def test_peak_memory_beside_the_model_is_one_file(ranks: int, tmp_path: Path) ->
     sizes = [path.stat().st_size for path in big.glob("*.safetensors")]
     assert len(sizes) > 4
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(small), str(big), str(ranks)],
+        [sys.executable, str(Path(__file__).with_name("loading_memory.py")), str(small), str(big), str(ranks)],
         capture_output=True,
         text=True,
         check=True,
