@@ -105,7 +105,8 @@ class Exit(ExitCode):
     DATA = (
         40,
         "The data set cannot be read or prepared.",
-        "The message names the file and the line. Formats: messages, ShareGPT `conversations`, prompt/completion.",
+        "The message names the file and the record. Formats: messages, ShareGPT `conversations`, prompt/completion, "
+        "text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,

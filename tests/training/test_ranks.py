@@ -66,3 +66,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 )
 def test_ranks(ranks: Run, size: int, case: str) -> None:
     ranks(size, case)
+
+
+def test_four_ranks_and_two_heads(ranks: Run) -> None:
+    ranks(4, "heads_that_cannot_be_divided_stay_whole")
