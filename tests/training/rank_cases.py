@@ -22,6 +22,7 @@ from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
 from psyche_node.training.errors import RankFailed
 from psyche_node.training.forward import Root
+from psyche_node.training.model import build_model
 from psyche_node.training.ranks import Ranks
 from psyche_node.training.world import World
 
@@ -262,11 +263,11 @@ def heads_that_cannot_be_divided_stay_whole() -> None:
 
 def what_cannot_be_divided_is_refused() -> None:
     for plan, why in (({}, "has no tensor-parallel plan"), ({"layers.*.mlp.up_proj": "strange"}, "by 'strange'")):
-        model, _ = load_model(folder(), torch.device("cpu"))
+        model, _ = build_model(folder())
         model.config.base_model_tp_plan = plan
         with pytest.raises(ModelError, match=why):
             ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
-    model, _ = load_model(folder(), torch.device("cpu"))
+    model, _ = build_model(folder())
     model.model.layers[1].mlp.extra = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(ModelError, match=r"does not say what layers\.1\.mlp\.extra is for"):
         ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
