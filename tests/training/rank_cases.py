@@ -24,9 +24,11 @@ from psyche_node.training.errors import RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
 from psyche_node.training.ranks import Ranks
+from psyche_node.training.weight_files import OpenFile
 from psyche_node.training.world import World
 
 RUN = bytes(range(32))
+READ = OpenFile.read
 POSITIONS = [3, 1, 4, 15, 9, 26, 5]
 
 
@@ -215,6 +217,31 @@ def a_checkpoint_is_one_model_folder() -> None:
         loaded = Session(place / f"{kind}-None", RandomData(), terms(), device="cpu")
         assert loaded.model_root() == again
         dist.barrier()
+
+
+def each_rank_reads_what_it_holds() -> None:
+    """And no more; buffers that no file has are computed on every rank, and what is tied stays tied."""
+    for kind in kinds():
+        whole, _ = load_model(folder(kind), torch.device("cpu"))
+        for tensor_parallel in layouts():
+            read: list[int] = []
+
+            def counted(self: OpenFile, name: str, extents: Any, read: list[int] = read) -> Tensor:
+                values = READ(self, name, extents)
+                read.append(values.numel())
+                return values
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(OpenFile, "read", counted)
+                model = session(tensor_parallel, kind).model
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+            assert sum(read) == sum(values.numel() for values in held)
+            if tensor_parallel == 1:
+                assert sum(read) < 1.2 * sum(p.numel() for p in whole.parameters()) / dist.get_world_size()
+            for name, buffer in whole.named_buffers():
+                assert torch.equal(model.get_buffer(name), buffer)
+            tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+            assert tied == (whole.get_input_embeddings().weight is whole.get_output_embeddings().weight)
 
 
 def a_step_that_fails_on_one_rank_fails_on_all() -> None:
