@@ -58,12 +58,15 @@ class Trainer:
             request.threads,
             self._world,
             request.tensor_parallel,
+            request.options,
+            None if request.layout_digest is None else bytes.fromhex(request.layout_digest),
         )
         for reason in session.reasons:
             log.debug("%s", reason)
         return m.Loaded(
             shapes=session.shapes,
             layout_digest=session.optimizer.layout.digest.hex(),
+            precision=session.precision,
             model_root=session.model_root().hex(),
             data_manifest=data.digest.hex(),
             samples=len(data),

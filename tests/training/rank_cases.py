@@ -68,7 +68,7 @@ def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) ->
 
 def gradients(one: Session) -> dict[str, Tensor]:
     """The whole gradients of a batch, its loss, and the gradients' norm; on every rank."""
-    from psyche_node.training.session import accumulate
+    from psyche_node.training.gradient import accumulate
 
     world = one._world
     loss = accumulate(one._loss, one._data.batch(POSITIONS, b""), one.device, world)
