@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -105,7 +105,7 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
-            precision=precision,
+            precision=cast(Any, precision),
             ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),

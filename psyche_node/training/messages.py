@@ -97,6 +97,8 @@ class Applied(Message):
     fingerprint: int
     weights_sha256: str | None = None
     seconds: float = 0.0
+    updates_lost: float | None = None
+    """Share of the weights whose step was lost to rounding, of a sample; None if there was no step. 0 is healthy."""
 
 
 class Evaluate(Message):

@@ -86,10 +86,12 @@ class Trainer:
             case m.Apply():
                 blobs = self._world.files([Path(path) for path in request.paths])
                 session.apply(request.round, blobs, request.included)
+                lost = session.optimizer.report().lost if blobs else None
                 return m.Applied(
                     fingerprint=session.fingerprint(),
                     weights_sha256=session.weights_sha256() if request.digest else None,
                     seconds=time.perf_counter() - started,
+                    updates_lost=lost,
                 )
             case m.Evaluate():
                 limit = HELDOUT_SEQUENCES if request.sequences is None else request.sequences
