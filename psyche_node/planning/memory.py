@@ -33,7 +33,8 @@ one GPU, or tensor parallelism alone. bf16: weights are gathered in bf16, and so
 class Work:
     """How one GPU trains: ``data_parallel`` x ``tensor_parallel`` GPUs hold the model.
 
-    ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters. ``masked``: attention takes a
+    ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters unless ``masters`` is False
+    (stochastic rounding). ``masked``: attention takes a
     mask instead of document lengths, as on a CPU; one is kept per layer.
     """
 
@@ -47,6 +48,7 @@ class Work:
     weight_bytes: int = 4
     micro_batches: int = 2
     masked: bool = False
+    masters: bool = True
 
     @property
     def tokens(self) -> int:
@@ -81,11 +83,11 @@ def memory(shape: ModelShape, work: Work, *, outside: int | None = None, scratch
     blocks = ceil(held / BLOCK) * BLOCK
     several = work.data_parallel * work.tensor_parallel > 1
     state = Memory(
-        weights=held * work.weight_bytes + (4 * held if work.weight_bytes == 2 else 0),
+        weights=held * work.weight_bytes + (4 * held if work.weight_bytes == 2 and work.masters else 0),
         gradients=0,
         momentum=4 * blocks,
         trend=2 * blocks,
-        aside=4 * held if work.lookahead and work.weight_bytes == 4 else 0,
+        aside=held * work.weight_bytes if work.lookahead and not (work.weight_bytes == 2 and work.masters) else 0,
         activations=0,
         head=0,
         gathered=0,
