@@ -48,7 +48,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("rank 0, and no other, has --fd: it is started by psyche-node run")
 
     def open_data(folder: Path, expect: bytes | None, published: str) -> PackedDataset:
-        return PackedDataset(folder, expect, published=published)
+        # One rank of a host reads it all; ranks load together, so if it refuses, all do.
+        verify = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return PackedDataset(folder, expect, verify, published)
 
     world, control = ONE_PROCESS, None
     try:
