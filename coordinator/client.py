@@ -15,6 +15,7 @@ from solders.signature import Signature
 from coordinator import instructions
 from coordinator.addresses import RunAddresses, run_addresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
+from coordinator.evaluations import record_instructions
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
 from coordinator.layout import MAX_MEMBERS, ROUND, round_offset
 from coordinator.pulses import Delay, Pulse, Pulses, RunNotFound
@@ -260,6 +261,10 @@ class CoordinatorClient(Chain):
     async def checkpoint(self, round: int, root: bytes) -> Signature:
         """Report the model root of the weights before `round`."""
         return await self.send(instructions.checkpoint(self.addresses, self.program_id, self._signer(), round, root))
+
+    async def record_evaluation(self, round: int, digest: bytes) -> Signature:
+        """Record the SHA-256 of an evaluation's results, of the weights before `round`, under the wallet's name."""
+        return await self.send(*record_instructions(self.addresses.run, self._signer(), round, digest))
 
     async def leave(self) -> Signature:
         """Leave the run."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 from pathlib import Path
 from typing import Annotated
@@ -12,13 +13,21 @@ import typer
 
 from psyche_node import log as logs
 from psyche_node.commands import recipe
+from psyche_node.commands.chat import chat
+from psyche_node.commands.data import app as data_commands
+from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
+from psyche_node.commands.serve import serve
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
 app.add_typer(keys, name="keys")
+app.add_typer(data_commands, name="data")
+app.command()(chat)
+app.command()(serve)
+app.command("eval")(evaluate)
 app.add_typer(recipe.app, name="recipe")
 app.command()(plan)
 log = logging.getLogger(__name__)
@@ -46,7 +55,10 @@ def run(
     announce_grpc: Annotated[str | None, typer.Option(help="IP:PORT that is forwarded to the gRPC port.")] = None,
     reachable: Annotated[str | None, typer.Option(help="Can others connect to it? auto, yes or no.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
-    threads: Annotated[int | None, typer.Option(help="CPU threads for training; 0 lets PyTorch choose.")] = None,
+    gpus: Annotated[int | None, typer.Option(help="GPUs of this host to train on, one process each.")] = None,
+    ranks: Annotated[int | None, typer.Option(help="Training processes on the CPU, as if they were GPUs.")] = None,
+    tensor_parallel: Annotated[int | None, typer.Option(help="So many of them divide each matrix.")] = None,
+    threads: Annotated[int | None, typer.Option(help="CPU threads of a training process; 0: PyTorch's choice.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
     share: Annotated[int | None, typer.Option(help="Share of the batch; 0: the measured speed.")] = None,
     evaluate_every: Annotated[
@@ -57,7 +69,14 @@ def run(
     fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
     name: Annotated[str, typer.Option(help="Name of this node in its log.")] = "node",
 ) -> None:
-    """Join a run and train until it is finished. SIGTERM or Ctrl-C ends the node and its processes."""
+    """Join a run and train until it is finished. SIGTERM or Ctrl-C ends the node and its processes.
+
+    Several hosts: started by torchrun on each, rank 0 is the node, and the others train along with it.
+    """
+    if os.environ.get("WORLD_SIZE", "1") != "1" and os.environ.get("RANK", "0") != "0":
+        from psyche_node.trainer import main as train_along
+
+        raise typer.Exit(train_along([]))
     logs.configure(name)
     overrides: dict[str, object] = {
         "run": run_address,
@@ -79,6 +98,9 @@ def run(
         "announce_grpc": announce_grpc,
         "reachable": reachable,
         "device": device,
+        "gpus": gpus,
+        "ranks": ranks,
+        "tensor_parallel": tensor_parallel,
         "threads": threads,
         "micro_batch": micro_batch,
         "share": share,

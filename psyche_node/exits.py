@@ -19,6 +19,7 @@ RANGES = (
     (50, 59, "Training"),
     (60, 69, "Processes of a node"),
     (70, 79, "Simulation"),
+    (80, 89, "Talking to a model"),
     (128, 159, "Signals"),
 )
 """(first, last, component)"""
@@ -104,7 +105,8 @@ class Exit(ExitCode):
     DATA = (
         40,
         "The data set cannot be read or prepared.",
-        "The message names the file and the line. Formats: messages, ShareGPT `conversations`, prompt/completion.",
+        "The message names the file and the record. Formats: messages, ShareGPT `conversations`, prompt/completion, "
+        "text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,
@@ -147,6 +149,22 @@ class Exit(ExitCode):
         "The run ended, and the nodes' weights are not byte-identical.",
         "This is a defect: report it with `report.json`, which says from which check on they differ.",
     )
+    CONVERSATION = (
+        80,
+        "The conversation does not fit the model: its chat template refuses it, or its context window is too small.",
+        "The message says which. Shorten the question or the system prompt, or use a template that knows these roles.",
+    )
+    SERVE = (
+        81,
+        "The server could not listen, or its key file cannot be used.",
+        "The message names the address or the file. Choose another `--port`; the key file must be yours alone "
+        "(`chmod 600 FILE`).",
+    )
+    EVALUATION = (
+        82,
+        "A model cannot be measured by a task, or results are not those that are on chain.",
+        "The message names the task and the example, or the file of results and the run.",
+    )
     INTERRUPTED = (
         130,
         "Stopped by Ctrl-C or SIGTERM; no process is left behind.",
@@ -173,6 +191,11 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
     "psyche_node.data.errors.DataError": Exit.DATA,
+    "psyche_node.evaluation.errors.TaskError": Exit.DATA,
+    "psyche_node.evaluation.errors.EvaluationError": Exit.EVALUATION,
+    "psyche_node.generation.errors.PromptError": Exit.CONVERSATION,
+    "psyche_node.generation.errors.GenerationError": Exit.MODEL,
+    "psyche_node.serving.errors.ServeError": Exit.SERVE,
     "psyche_node.training.errors.ModelError": Exit.MODEL,
     "psyche_node.training.errors.SeparationError": Exit.SEPARATION,
     "psyche_node.training.errors.TrainingError": Exit.TRAINING,

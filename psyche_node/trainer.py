@@ -1,12 +1,15 @@
 """A node's training process, ``python -m psyche_node.trainer --fd N``: where training and data meet.
 
-Started by the supervisor with one end of a socket pair; it ends when the other end is closed.
+Started by the supervisor with one end of a socket pair; it ends when the other end is closed. With RANK and WORLD_SIZE
+in the environment it is one of several ranks that train one replica: rank 0 has the socket, the others, which have
+none, do what it does.
 """
 
 from __future__ import annotations
 
 import argparse
 import gc
+import logging
 import os
 import signal
 import sys
@@ -16,7 +19,8 @@ from pathlib import Path
 def main(arguments: list[str] | None = None) -> int:
     """Run the process; returns its exit status."""
     parser = argparse.ArgumentParser(prog="psyche_node.trainer", description="The training process of a node.")
-    parser.add_argument("--fd", type=int, required=True, help="the inherited end of the supervisor's socket pair")
+    parser.add_argument("--fd", type=int, help="the inherited end of the supervisor's socket pair; rank 0 has one")
+    parser.add_argument("--store-fd", type=int, help="inherited, and listening at MASTER_ADDR:MASTER_PORT")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as the supervisor's Load says")
     parser.add_argument("--log-level", default="INFO")
     options = parser.parse_args(arguments)
@@ -32,16 +36,36 @@ def main(arguments: list[str] | None = None) -> int:
     gc.disable()
     from psyche_node import log
     from psyche_node.data import PackedDataset
-    from psyche_node.training.server import run_trainer
+    from psyche_node.training.errors import TrainingError
+    from psyche_node.training.server import run_rank, run_trainer
+    from psyche_node.training.world import ONE_PROCESS
 
     gc.freeze()
     gc.enable()
-    log.configure("training", options.log_level)
+    rank, several = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    log.configure(f"training rank {rank}" if several else "training", options.log_level)
+    if (rank == 0) != (options.fd is not None):
+        parser.error("rank 0, and no other, has --fd: it is started by psyche-node run")
 
-    def open_data(folder: Path, expect: bytes | None) -> PackedDataset:
-        return PackedDataset(folder, expect)
+    def open_data(folder: Path, expect: bytes | None, published: str) -> PackedDataset:
+        # One rank of a host reads it all; ranks load together, so if it refuses, all do.
+        verify = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return PackedDataset(folder, expect, verify, published)
 
-    run_trainer(options.fd, open_data)
+    world, control = ONE_PROCESS, None
+    try:
+        if several:
+            # Imported late: one process needs no DTensors, which take 1.5 s.
+            from psyche_node.training.ranks import join
+
+            world, control = join(options.store_fd)
+        if options.fd is not None:
+            run_trainer(options.fd, open_data, world, control)
+        elif control is not None:
+            run_rank(open_data, world, control)
+    except (TrainingError, ConnectionError) as error:
+        logging.getLogger(__name__).error("%s", error)
+        return 1
     return 0
 
 

@@ -8,15 +8,19 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
+from psyche_node.data.compare import difference
 from psyche_node.data.errors import DataError, DataMismatch
-from psyche_node.data.manifest import Manifest, Shard
-from psyche_node.data.permutation import permute
-from psyche_node.data.prepare import FIRST, TRAINED
+from psyche_node.data.manifest import Form, Manifest, Shard
+from psyche_node.data.order import balanced_order
+from psyche_node.data.shards import FIRST, TRAINED, ShardRows, check_bytes, check_size
+
+_OPEN_MAPS = 256  # a kernel gives a process 65,530 of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,41 +40,61 @@ class Batch:
         return int(self.trained.sum())
 
 
-class _Rows:
-    """The sequences of one shard."""
+class _Split:
+    """The sequences of one side of the held-out split, by number. Memory maps are opened when they are needed."""
 
-    def __init__(self, data: npt.NDArray[np.uint8], shape: tuple[int, int], width: int) -> None:
-        cut = shape[0] * shape[1] * width
-        self.tokens = data[:cut].view(f"<u{width}").reshape(shape)
-        self.flags = data[cut:].reshape(shape)
+    def __init__(self, folder: Path, shards: tuple[Shard, ...], form: Form) -> None:
+        self._folder, self._shards, self._form = folder, shards, form
+        self._starts = np.cumsum([0, *(shard.sequences for shard in shards)], dtype=np.int64)
+        self._rows = lru_cache(maxsize=_OPEN_MAPS)(self._open)
+
+    def __len__(self) -> int:
+        return int(self._starts[-1])
+
+    def fill(self, numbers: Many[int], tokens: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8]) -> None:
+        """Copy the sequences ``numbers`` into the rows of ``tokens`` and ``flags``, both (B, L)."""
+        shards = np.searchsorted(self._starts, numbers, side="right") - 1
+        for at, (shard, number) in enumerate(zip(shards.tolist(), numbers, strict=True)):
+            rows, row = self._rows(shard), number - int(self._starts[shard])
+            tokens[at], flags[at] = rows.tokens[row], rows.flags[row]
+
+    def _open(self, number: int) -> ShardRows:
+        shard = self._shards[number]
+        return ShardRows(self._folder / shard.file, shard.sequences, self._form)
 
 
 class PackedDataset:
     """A prepared folder, verified when opened and read through memory maps.
+
+    Memory does not grow with the data, but for 8 bytes per shard of 64 MiB and the manifest. ``expect`` is the manifest
+    that the run names; ``published`` is where the run says that its data is: from a URL the owner's manifest is
+    fetched, so that what differs can be named.
 
     Raises:
         DataError: there is no manifest.
         DataMismatch: a file is missing or differs (the first one is named), or the manifest is not the expected one.
     """
 
-    def __init__(self, folder: Path, expect: bytes | None = None, verify: bool = True) -> None:
+    def __init__(self, folder: Path, expect: bytes | None = None, verify: bool = True, published: str = "") -> None:
         self.folder = folder
         self.manifest = Manifest.read(folder)
-        if expect is not None and expect != self.manifest.digest:
-            raise DataMismatch(
-                f"{folder} holds the data {self.manifest.digest.hex()[:16]}, but the run trains on "
-                f"{expect.hex()[:16]}. Fetch or prepare the data that the run's owner names"
-            )
-        self._train = [self._open(shard, verify) for shard in self.manifest.train]
-        self._heldout = [self._open(shard, verify) for shard in self.manifest.heldout]
-        self._starts = np.cumsum([0, *(shard.sequences for shard in self.manifest.train)])
-        self._size = int(self._starts[-1])
-        if self._size == 0:
+        self.digest = self.manifest.digest
+        """The manifest's SHA-256, which identifies the data."""
+        if expect is not None and expect != self.digest:
+            raise DataMismatch(difference(folder, self.manifest, expect, published))
+        form = self._form = self.manifest.form
+        self._train = _Split(folder, self.manifest.train, form)
+        self._heldout = _Split(folder, self.manifest.heldout, form)
+        for shard in (*self.manifest.train, *self.manifest.heldout):
+            check_size(folder / shard.file, shard.sequences, form)
+            if verify:
+                check_bytes(folder / shard.file)
+        if not len(self._train):
             raise DataError(f"{folder} holds no sequence to train on. Prepare the data again")
 
     def __len__(self) -> int:
         """Packed training sequences; one pass over the data is as many positions."""
-        return self._size
+        return len(self._train)
 
     @property
     def sequence_length(self) -> int:
@@ -81,26 +105,22 @@ class PackedDataset:
         return self.manifest.vocabulary
 
     @property
-    def digest(self) -> bytes:
-        """The manifest's SHA-256, which identifies the data."""
-        return self.manifest.digest
-
-    @property
     def unigram_entropy(self) -> float:
         return self.manifest.unigram_entropy
 
     def indices(self, positions: Many[int], seed: bytes) -> list[int]:
-        """Return the training sequences that ``positions`` are: each pass is its own permutation, keyed by ``seed``."""
+        """Return the training sequences that ``positions`` are: each pass has its own order, keyed by ``seed``."""
+        size = len(self)
         result = [0] * len(positions)
         by_pass: dict[int, list[int]] = {}
         for at, position in enumerate(positions):
             if position < 0:
                 raise ValueError(f"position {position} is negative; positions count up from 0")
-            by_pass.setdefault(position // self._size, []).append(at)
+            by_pass.setdefault(position // size, []).append(at)
         for number, places in by_pass.items():
-            inside = [positions[at] % self._size for at in places]
+            inside = [positions[at] % size for at in places]
             key = hashlib.sha256(seed + number.to_bytes(8, "little")).digest()
-            for at, index in zip(places, permute(inside, self._size, key).tolist(), strict=True):
+            for at, index in zip(places, balanced_order(inside, size, key).tolist(), strict=True):
                 result[at] = index
         return result
 
@@ -110,38 +130,18 @@ class PackedDataset:
 
     def batch(self, positions: Many[int], seed: bytes) -> Batch:
         """Return the sequences of ``positions``, in that order. Raises ValueError for a negative one."""
-        indices = self.indices(positions, seed)
-        shards = np.searchsorted(self._starts, indices, side="right") - 1
-        rows = [(self._train[s], i - int(self._starts[s])) for s, i in zip(shards.tolist(), indices, strict=True)]
-        return self._stack(rows)
+        return self._read(self._train, self.indices(positions, seed))
 
     def heldout(self, limit: int | None = None) -> Batch:
-        """Return the held-out sequences, or ``limit`` of them, spread evenly: packing has sorted them by length."""
-        count = self.manifest.heldout_sequences
+        """Return the held-out sequences, or ``limit`` of them, spread evenly: they lie in order of cost."""
+        count = len(self._heldout)
         taken = count if limit is None else min(limit, count)
-        wanted = [i * count // taken for i in range(taken)]
-        rows = [(shard, row) for shard in self._heldout for row in range(len(shard.tokens))]
-        return self._stack([rows[i] for i in wanted])
+        return self._read(self._heldout, [i * count // taken for i in range(taken)])
 
-    def _open(self, shard: Shard, verify: bool) -> _Rows:
-        path, length, width = self.folder / shard.file, self.manifest.sequence_length, self.manifest.token_bytes
-        expected = shard.sequences * length * (width + 1)
-        try:
-            actual = path.stat().st_size
-            if actual != expected:
-                raise DataMismatch(f"{path} has {actual} bytes, not {expected}. Fetch or prepare the data again")
-            data = np.memmap(path, dtype=np.uint8, mode="r")
-        except OSError as error:
-            raise DataMismatch(f"{path} cannot be read: {error.strerror}. Fetch or prepare the data again") from error
-        if verify and f"{hashlib.sha256(data.data).hexdigest()}.bin" != shard.file:
-            raise DataMismatch(f"{path} does not hold the bytes that its name says. Fetch or prepare the data again")
-        return _Rows(data, (shard.sequences, length), width)
-
-    def _stack(self, rows: Many[tuple[_Rows, int]]) -> Batch:
-        shape = (len(rows), self.sequence_length)
+    def _read(self, split: _Split, numbers: Many[int]) -> Batch:
+        shape = (len(numbers), self.sequence_length)
         tokens, flags = np.empty(shape, np.int64), np.empty(shape, np.uint8)
-        for at, (shard, row) in enumerate(rows):
-            tokens[at], flags[at] = shard.tokens[row], shard.flags[row]
+        split.fill(numbers, tokens, flags)
         if tokens.size and int(tokens.max()) >= self.manifest.vocabulary:
             raise DataMismatch(f"{self.folder} holds tokens beyond its vocabulary. Prepare the data again")
         index = np.broadcast_to(np.arange(shape[1]), shape)

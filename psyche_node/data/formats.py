@@ -1,21 +1,16 @@
-"""Chat samples from JSON lines: OpenAI ``messages``, ShareGPT ``conversations``, or ``prompt`` and ``completion``.
+"""Conversations from records: OpenAI ``messages``, ShareGPT ``conversations``, or ``prompt`` and ``completion``.
 
-Every line is one sample or an error that names the file and the line. Blank lines are counted, and nothing else is
-passed over.
+Every record is one sample or an error that names the file and the record; nothing is passed over.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from psyche_node.data.errors import BadSample, DataError
-
-MAX_LINE = 16 * 1024 * 1024
-"""Longest line, in bytes; a longer one is not a chat, and would be read into memory whole."""
+from psyche_node.data.errors import BadSample
+from psyche_node.data.readers import decode
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -30,7 +25,10 @@ _SHAREGPT_ROLES = {
     "observation": "tool",
 }
 _ROLES = frozenset(["system", "developer", "user", "assistant", "tool"])
-_KNOWN = "a sample is an object with `messages`, `conversations` (ShareGPT), or `prompt` and `completion`"
+_KNOWN = (
+    "a sample is an object with `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `text`, "
+    "or `input_ids`"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,36 +47,13 @@ class Sample:
     where: str
 
 
-def read_samples(path: Path) -> Iterator[Sample]:
-    """Yield the samples of a JSONL file in order.
-
-    Raises:
-        BadSample: a line is not a sample; says which line, what is wrong and what to do.
-        DataError: the file cannot be read, or holds no sample.
-    """
-    count = 0
-    try:
-        with path.open("rb") as file:
-            for number, line in enumerate(file, start=1):
-                if line.strip():
-                    count += 1
-                    yield parse_sample(line, f"{path}:{number}")
-    except OSError as error:
-        raise DataError(f"{path}: {error.strerror or error}. Pass a JSONL file that can be read") from error
-    if count == 0:
-        raise DataError(f"{path}: there is no sample in it. Write one JSON object per line: {_KNOWN}")
-
-
 def parse_sample(line: bytes, where: str) -> Sample:
     """Return the sample of one JSON line. Raises BadSample."""
-    if len(line) > MAX_LINE:
-        raise BadSample(where, f"the line has {len(line)} bytes, more than {MAX_LINE}", "Split it into several samples")
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError) as error:
-        raise BadSample(where, f"this is not JSON ({error})", "Write one JSON object per line, in UTF-8") from error
-    if not isinstance(record, dict):
-        raise BadSample(where, f"this is {_kind(record)}, not an object", f"Note that {_KNOWN}")
+    return parse_record(decode(line, where), where)
+
+
+def parse_record(record: dict[str, Any], where: str) -> Sample:
+    """Return the conversation of one record. Raises BadSample."""
     if "messages" in record:
         messages = _messages(record["messages"], where, "messages")
     elif "conversations" in record:

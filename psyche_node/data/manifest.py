@@ -7,17 +7,31 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from decimal import Context, Decimal
 from pathlib import Path
+from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from psyche_node.data.errors import DataError, DataMismatch
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 MAX_BYTES = 64 * 1024 * 1024
+SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Of a shard: ``length`` tokens per sequence, ``width`` bytes per token; ``pad`` fills the ends of sequences."""
+
+    length: int
+    width: int
+    pad: int
 
 
 class Shard(BaseModel):
@@ -25,27 +39,44 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(pattern=r"^[0-9a-f]{64}\.bin$")
+    file: str = Field(pattern=SHARD_NAME)
     """Its name: the SHA-256 of its bytes."""
     sequences: int = Field(gt=0)
 
 
 class Counts(BaseModel):
-    """What became of every sample of the data file; the first four sum to ``samples``."""
+    """What became of every sample of a file; the first four sum to ``samples``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    train: int = Field(ge=0)
+    train: int = Field(default=0, ge=0)
     """Samples packed for training."""
-    heldout: int = Field(ge=0)
+    heldout: int = Field(default=0, ge=0)
     """Samples packed for evaluation, never trained on."""
-    too_long: int = Field(ge=0)
+    too_long: int = Field(default=0, ge=0)
     """Samples dropped because they do not fit into one sequence. Use a longer sequence, or cut them."""
-    untrained: int = Field(ge=0)
+    untrained: int = Field(default=0, ge=0)
     """Samples dropped because none of their tokens would be trained."""
-    samples: int = Field(ge=0)
-    cut: int = Field(ge=0)
+    samples: int = Field(default=0, ge=0)
+    cut: int = Field(default=0, ge=0)
     """Of the packed samples, those that lost their end to fit into one sequence."""
+
+    @classmethod
+    def total(cls, parts: Iterable[Counts]) -> Counts:
+        total: Counter[str] = Counter()
+        for part in parts:
+            total.update(part.model_dump())
+        return cls(**total)
+
+
+class Source(BaseModel):
+    """One file that samples were read from. Its name is not here: the same files make the same data anywhere."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    """Of the file as it is read: of a compressed one, its compressed bytes."""
+    counts: Counts
 
 
 class Manifest(BaseModel):
@@ -54,8 +85,8 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    source: str = Field(pattern=r"^[0-9a-f]{64}$")
-    """SHA-256 of the data file."""
+    sources: tuple[Source, ...] = Field(min_length=1)
+    """The files that it was made from, in the order in which they were read."""
     tokenizer: str = Field(pattern=r"^[0-9a-f]{64}$")
     """SHA-256 over tokenizer.json and the chat template."""
     vocabulary: int = Field(gt=0, le=1 << 32)
@@ -64,9 +95,14 @@ class Manifest(BaseModel):
     sequence_length: int = Field(ge=2, le=1 << 24)
     token_bytes: int
     """2 or 4: the width of a token in the shards, little-endian."""
+    seed: int
+    """Which samples are held out."""
+    heldout_fraction: float = Field(ge=0, lt=1)
+    too_long: Literal["drop", "cut"]
+    """What became of samples that do not fit into one sequence."""
     train: tuple[Shard, ...]
+    """Files of training sequences, which lie in order of attention cost over all of them."""
     heldout: tuple[Shard, ...]
-    counts: Counts
     tokens: int = Field(ge=0)
     """Tokens of the training sequences without their padding."""
     trained_tokens: int = Field(ge=0)
@@ -76,6 +112,15 @@ class Manifest(BaseModel):
     """``tokens`` over all places of the training sequences."""
     unigram_entropy: float = Field(ge=0)
     """Entropy in nats of one trained token drawn alone: the loss of a model that knows only how frequent each is."""
+
+    @property
+    def form(self) -> Form:
+        return Form(self.sequence_length, self.token_bytes, self.pad)
+
+    @property
+    def counts(self) -> Counts:
+        """Of all sources together."""
+        return Counts.total(source.counts for source in self.sources)
 
     @property
     def sequences(self) -> int:
@@ -105,12 +150,23 @@ class Manifest(BaseModel):
             raise DataError(
                 f"{path} cannot be read: {error.strerror}. Prepare the data into this folder first"
             ) from error
+        return cls.parse(raw, str(path))
+
+    @classmethod
+    def parse(cls, raw: bytes, where: str) -> Manifest:
+        """Raises DataMismatch if ``raw`` is not in the one form that is written; ``where`` is for the message."""
         try:
+            values = json.loads(raw)
+            if isinstance(values, dict) and isinstance(values.get("format"), int) and values["format"] != FORMAT:
+                raise DataMismatch(
+                    f"{where} has format {values['format']}, and this version reads format {FORMAT}. "
+                    "Prepare the data again, or use the version that wrote it"
+                )
             manifest = cls.model_validate_json(raw)
-        except ValidationError as error:
-            raise DataMismatch(f"{path} is not a manifest: {error}. Prepare the data again") from error
-        if manifest.to_bytes() != raw or manifest.format != FORMAT or manifest.token_bytes not in (2, 4):
-            raise DataMismatch(f"{path} was edited, or written by another version. Prepare the data again")
+        except ValueError as error:  # what JSON and pydantic raise
+            raise DataMismatch(f"{where} is not a manifest: {error}. Prepare the data again") from error
+        if manifest.to_bytes() != raw or manifest.token_bytes not in (2, 4):
+            raise DataMismatch(f"{where} was edited. Prepare the data again")
         return manifest
 
 

@@ -12,18 +12,21 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file
+from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
-from psyche_node.data.prepare import prepare
+from psyche_node.data.prepare import prepare, tokenizer_digest
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
+from psyche_node.data.template import ChatTemplate
 from psyche_node.data.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class DataFolders:
-    """Where a run's data is: the JSONL file, the tokenizer folder, the packed folder and its manifest."""
+    """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest."""
 
-    jsonl: Path
+    files: tuple[Path, ...]
     tokenizer: Path
     packed: Path
     manifest: Manifest
@@ -32,7 +35,7 @@ class DataFolders:
 def build_data(
     cache: Path,
     *,
-    jsonl: Path | None = None,
+    source: str | None = None,
     tokenizer: Path | None = None,
     vocabulary: int = 2048,
     sequence_length: int = 256,
@@ -41,23 +44,46 @@ def build_data(
 ) -> DataFolders:
     """Return the data for a run, building what ``cache`` does not hold yet.
 
-    Without ``jsonl``: the chat about the standard library. Without ``tokenizer``: one trained on the data. What is
-    built is kept under a hash of everything that it depends on, so nothing in ``cache`` is ever stale.
+    ``source`` is what `find_files` takes, or a prepared folder; without it: the chat about the standard library.
+    Without ``tokenizer``: one trained on the data. What is built is kept under a hash of everything that it depends
+    on, so nothing in ``cache`` is ever stale.
 
     Raises:
         DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.
     """
-    chat = jsonl if jsonl is not None else _stdlib(cache)
+    if source is not None and (Path(source) / NAME).is_file():
+        return _prepared(Path(source), tokenizer, sequence_length)
+    files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads")
     code = _code_digest()
-    source = sha256_file(chat)
+    content = [sha256_file(path) for path in files]
     if tokenizer is None:
-        key = _key("tokenizer", code, source, vocabulary)
-        tokenizer = _once(cache, key, "tokenizer_config.json", lambda out: train_tokenizer(chat, vocabulary, out))
-    files = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
-    key = _key("packed", code, source, files, sequence_length, heldout, seed)
+        key = _key("tokenizer", code, content, vocabulary)
+        tokenizer = _once(cache, key, "tokenizer_config.json", lambda out: train_tokenizer(files, vocabulary, out))
+    parts = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
+    key = _key("packed", code, content, parts, sequence_length, heldout, seed)
     folder = tokenizer
-    packed = _once(cache, key, NAME, lambda out: prepare(chat, folder, out, sequence_length, heldout, seed))
-    return DataFolders(chat, tokenizer, packed, Manifest.read(packed))
+    packed = _once(cache, key, NAME, lambda out: prepare(files, folder, out, sequence_length, heldout, seed))
+    return DataFolders(tuple(files), tokenizer, packed, Manifest.read(packed))
+
+
+def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int) -> DataFolders:
+    manifest = Manifest.read(folder)
+    if tokenizer is None:
+        raise DataError(f"{folder} is prepared, for a tokenizer of its own. Name the model folder that has it")
+    if tokenizer_digest(ChatTemplate(tokenizer)) != manifest.tokenizer:
+        raise DataError(f"{folder} was prepared with another tokenizer or chat template than {tokenizer}. Name its own")
+    if manifest.sequence_length != sequence_length:
+        raise DataError(
+            f"{folder} has sequences of {manifest.sequence_length} tokens, not {sequence_length}. Set the sequence "
+            f"length to {manifest.sequence_length}"
+        )
+    return DataFolders((), tokenizer, folder, manifest)
+
+
+def cache_folder() -> Path:
+    """Where built and fetched data is kept between runs, by content: XDG_CACHE_HOME or ~/.cache."""
+    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(base) / "psyche-node"
 
 
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")

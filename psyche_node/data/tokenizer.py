@@ -6,14 +6,16 @@ Sources: byte-level BPE as GPT-2 defined it; the chat layout is Llama 3's header
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import write_atomically
-from psyche_node.data.formats import read_samples
+from psyche_node.data.formats import Sample
+from psyche_node.data.samples import Text, read_any
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
 _SPECIAL = (BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>")
@@ -43,14 +45,14 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(jsonl: Path, vocabulary: int, folder: Path) -> int:
-    """Train on the contents of a data file and write a folder that ``AutoTokenizer.from_pretrained`` loads.
+def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path) -> int:
+    """Train on the contents of data files and write a folder that ``AutoTokenizer.from_pretrained`` loads.
 
-    The same file and vocabulary give the same bytes, whatever the number of threads. Returns the number of tokens,
+    The same files and vocabulary give the same bytes, whatever the number of threads. Returns the number of tokens,
     which is smaller than ``vocabulary`` where the text has too few different pairs.
 
     Raises:
-        DataError: the file cannot be read, or the vocabulary cannot hold the 256 bytes and the special tokens.
+        DataError: a file cannot be read, or the vocabulary cannot hold the 256 bytes and the special tokens.
     """
     least = _BYTES + len(_SPECIAL)
     if vocabulary < least:
@@ -72,7 +74,7 @@ def train_tokenizer(jsonl: Path, vocabulary: int, folder: Path) -> int:
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts(jsonl), trainer)
+    tokenizer.train_from_iterator(_texts([files] if isinstance(files, Path) else files), trainer)
     config = {
         "backend": "tokenizers",
         "bos_token": BOS,
@@ -87,7 +89,10 @@ def train_tokenizer(jsonl: Path, vocabulary: int, folder: Path) -> int:
     return int(tokenizer.get_vocab_size())
 
 
-def _texts(jsonl: Path) -> Iterator[str]:
-    for sample in read_samples(jsonl):
-        for message in sample.messages:
-            yield message["content"]
+def _texts(files: Sequence[Path]) -> Iterator[str]:
+    for sample in chain.from_iterable(map(read_any, files)):
+        if isinstance(sample, Sample):
+            for message in sample.messages:
+                yield message["content"]
+        elif isinstance(sample, Text):
+            yield sample.text

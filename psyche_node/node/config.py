@@ -67,8 +67,16 @@ class NodeConfig(BaseModel):
     """The same for the port that updates are fetched from. A node whose ports are forwarded sets both."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
+    gpus: int = Field(default=0, ge=0)
+    """GPUs of this host to train on, one process each: 8 on a host with 8. 0: the one of `device`. More hosts:
+    torchrun."""
+    ranks: int = Field(default=1, ge=1)
+    """Training processes without GPUs, which divide the work as GPUs would: to try out what `gpus` does."""
+    tensor_parallel: int = Field(default=1, ge=1)
+    """So many of the processes divide each matrix; the groups of them divide the batch, and shard the weights (FSDP2).
+    Raise it, to 8 at most, if weights and activations do not fit otherwise. Replicas are identical whatever this is."""
     threads: int = Field(default=0, ge=0)
-    """CPU threads of the training process. 0 lets PyTorch choose. Replicas are identical whatever this is."""
+    """CPU threads of each training process. 0 lets PyTorch choose. Replicas are identical whatever this is."""
     micro_batch: int = Field(default=0, ge=0)
     """Sequences per forward pass. 0 chooses by device. Lower it if memory runs out; replicas stay identical."""
     share: int = Field(default=0, ge=0, le=1_000_000)
@@ -121,6 +129,21 @@ class NodeConfig(BaseModel):
             raise ValueError("announce_p2p and announce_grpc go together: set both, or neither")
         return self
 
+    @model_validator(mode="after")
+    def _ranks_fit(self) -> Self:
+        if self.gpus and self.ranks > 1:
+            raise ValueError(
+                f"gpus is {self.gpus} and ranks is {self.ranks}: gpus is enough, it starts a rank for each"
+            )
+        if self.gpus and self.device not in ("auto", "cuda"):
+            raise ValueError(f"gpus is {self.gpus} and device is {self.device!r}: leave device out")
+        if self.training_ranks > 1 and self.training_ranks % self.tensor_parallel:
+            raise ValueError(
+                f"{self.training_ranks} training processes cannot be divided by tensor_parallel, which is "
+                f"{self.tensor_parallel}"
+            )
+        return self
+
     @field_validator("faults")
     @classmethod
     def _known_faults(cls, names: tuple[str, ...]) -> tuple[str, ...]:
@@ -139,6 +162,11 @@ class NodeConfig(BaseModel):
             except ValueError as error:
                 raise ValueError(f"{error}; write IP:port, for example 127.0.0.1:9464") from error
         return address
+
+    @property
+    def training_ranks(self) -> int:
+        """Training processes that this node starts."""
+        return self.gpus or self.ranks
 
     @property
     def wallet_path(self) -> Path:

@@ -39,7 +39,7 @@ from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.journal import Journal
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
-from psyche_node.node.processes import Child
+from psyche_node.node.ranks import Trainer
 from psyche_node.node.roundloop import Cadence, RoundLoop, TermsChanged
 from psyche_node.node.share import Share
 from psyche_node.node.ticker import keep_ticking
@@ -69,7 +69,7 @@ class _Parts:
 
     chain: CoordinatorClient
     view: ChainView
-    trainer: Child
+    trainer: Trainer
     network: Network
     exchange: UpdateExchange
     store: BlobStore
@@ -102,7 +102,7 @@ class Node:
             background = [
                 tasks.create_task(parts.view.follow(self._tick_delay)),
                 tasks.create_task(keep_ticking(parts.chain, parts.view, self._tick_delay)),
-                tasks.create_task(_died(parts.trainer)),
+                tasks.create_task(parts.trainer.died()),
                 tasks.create_task(parts.network.keep()),
             ]
             await self._take_part(parts, tasks, background)
@@ -131,7 +131,7 @@ class Node:
             view=parts.view,
             witness=witness,
             exchange=parts.exchange,
-            trainer=parts.trainer.endpoint,
+            trainer=parts.trainer,
             network=parts.network,
             store=parts.store,
             journal=parts.journal,
@@ -162,7 +162,7 @@ class Node:
                 priority_fee_cap=config.priority_fee_cap,
             )
             stack.push_async_callback(chain.close)
-            trainer = await Child.start("training", "psyche_node.trainer", self._on_event)
+            trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
             stack.push_async_callback(trainer.stop)
             network = Network(self._on_event)
             stack.push_async_callback(network.stop)
@@ -171,7 +171,7 @@ class Node:
                 self._serve_metrics(config.metrics, stack)
             run = (await chain.pulse()).run
             loaded, ready = await asyncio.gather(
-                trainer.endpoint.call(self._load_message(run), Loaded),
+                trainer.call(self._load_message(run), Loaded),
                 network.start(self._configure_message(str(chain.addresses.run))),
             )
             for reason in loaded.reasons:
@@ -213,10 +213,12 @@ class Node:
             model=str(config.model),
             data=str(config.data),
             terms=training_terms(run),
-            device=config.device,
+            device="cuda" if config.gpus else config.device,
+            tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             micro_batch=config.micro_batch,
             data_manifest=run.terms.data_manifest.hex(),
+            data_source=run.terms.data_source,
         )
 
     def _configure_message(self, run: str) -> Configure:
@@ -368,7 +370,7 @@ class Node:
 
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run
-        weights = await parts.trainer.endpoint.call(Weights(), WeightsAre)
+        weights = await parts.trainer.call(Weights(), WeightsAre)
         await loop.evaluate(run.final_rounds - 1)
         stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
@@ -422,9 +424,3 @@ def _membership(pulse: Pulse) -> tuple[object, ...]:
 
 async def _membership_changes(view: ChainView, seen: tuple[object, ...]) -> None:
     await view.until(lambda pulse: _membership(pulse) != seen)
-
-
-async def _died(child: Child) -> None:
-    """Raise IpcError when the process ends before the node does."""
-    await child.endpoint.closed.wait()
-    raise IpcError(f"the {child.name} process ended; its own last lines are in the log above. Start the node again")

@@ -7,7 +7,7 @@ import logging
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 
 from psyche_node.ipc import Endpoint, Message
 
@@ -23,15 +23,24 @@ class Child:
 
     @classmethod
     async def start(
-        cls, name: str, module: str, on_event: Callable[[Message], None], patience: float | None = None
+        cls,
+        name: str,
+        module: str,
+        on_event: Callable[[Message], None],
+        patience: float | None = None,
+        *,
+        arguments: Sequence[str] = (),
+        inherit: Sequence[int] = (),
+        environment: Mapping[str, str] | None = None,
     ) -> Child:
-        """Run ``python -m module --fd N``. ``patience``: seconds that a reply may take; None waits for as long as it
-        lives."""
+        """Run ``python -m module --fd N`` with more ``arguments``. ``patience``: seconds that a reply may take; None
+        waits for as long as it lives. ``inherit``: file descriptors; ``environment``: None is this process's own."""
         ours, theirs = socket.socketpair()
         try:
             process = subprocess.Popen(
-                [sys.executable, "-m", module, "--fd", str(theirs.fileno())],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-m", module, "--fd", str(theirs.fileno()), *arguments],
+                pass_fds=[theirs.fileno(), *inherit],
+                env=environment,
                 stdin=subprocess.DEVNULL,
             )
         except BaseException:

@@ -17,7 +17,7 @@ from pathlib import Path
 from coordinator.client import ChainError, CoordinatorClient, ProgramError, Pulse
 from coordinator.state import InclusionSet, MemberStatus, Phase, Run
 from psyche_node.faults import Faults
-from psyche_node.ipc import Caller, Endpoint, Ok, RemoteFailure
+from psyche_node.ipc import Caller, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
@@ -81,7 +81,7 @@ class RoundLoop:
         view: ChainView,
         witness: Witness,
         exchange: UpdateExchange,
-        trainer: Endpoint,
+        trainer: Caller,
         network: Caller,
         store: BlobStore,
         journal: Journal,

@@ -12,15 +12,17 @@ import typer
 from pydantic import ValidationError
 
 from coordinator.run_config import ConfigError
+from psyche_node.commands.chat import chat
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.recipe import DEMO, recipe_for
-from psyche_node.sim.settings import Kill, SimSettings
+from psyche_node.sim.settings import Kill, Ranks, SimSettings
 
 app = typer.Typer(
     add_completion=False,
     help="Train a model with a whole decentralized network on this machine: ledger, on-chain program, nodes.",
 )
+app.command()(chat)
 
 
 @app.callback(invoke_without_command=True)
@@ -31,7 +33,7 @@ def simulate(
     seed: Annotated[int, typer.Option(help="Seed of the weights and of the order of the data.")] = 0,
     out: Annotated[Path | None, typer.Option(help="New folder for report, model, logs. Default: runs/TIME.")] = None,
     data: Annotated[
-        Path | None, typer.Option(help="JSONL of conversations (messages, ShareGPT, prompt/completion).")
+        str | None, typer.Option(help="File, folder or URL with samples, as `psyche-node data prepare` takes them.")
     ] = None,
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
@@ -55,6 +57,10 @@ def simulate(
         str | None, typer.Option(help="Each node's line: rate, round trip, loss, such as 100mbit/80ms/0.5%.")
     ] = None,
     private: Annotated[int, typer.Option(help="So many of the nodes cannot be reached, as behind NAT.")] = 0,
+    ranks: Annotated[
+        list[str] | None,
+        typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
@@ -98,6 +104,7 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
+            ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),
         )
@@ -118,18 +125,6 @@ def simulate(
     except KeyboardInterrupt:  # before the handler below was there, and anything was started
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
-
-
-@app.command()
-def chat(
-    folder: Annotated[Path, typer.Argument(help="Model folder, such as runs/TIME/model.")],
-    prompt: Annotated[str, typer.Argument(help="What to ask.")],
-    max_tokens: Annotated[int, typer.Option(help="Longest answer, in tokens.")] = 160,
-) -> None:
-    """Ask a trained model something."""
-    from psyche_node.chat import generate  # torch and transformers: only this command waits for them
-
-    typer.echo(generate(folder, prompt, max_tokens=max_tokens))
 
 
 async def _simulate(settings: SimSettings, started: float) -> int:

@@ -5,7 +5,6 @@ Its memory goes back to the machine before the nodes start. It prints one JSON l
 
 from __future__ import annotations
 
-import os
 import sys
 from pathlib import Path
 
@@ -14,7 +13,7 @@ import torch
 from optimizer.layout import Layout
 from psyche_node import log
 from psyche_node.data.errors import DataError
-from psyche_node.data.sources import build_data
+from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.exits import exit_for
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.training.errors import ModelError
@@ -32,7 +31,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
     own_tokenizer = source if source is not None and (source / "tokenizer.json").is_file() else None
     data = build_data(
         cache,
-        jsonl=settings.data,
+        source=settings.data,
         tokenizer=own_tokenizer,
         vocabulary=recipe.vocabulary,
         sequence_length=recipe.sequence_length,
@@ -55,14 +54,8 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         parameters=parameters,
         unigram_entropy=data.manifest.unigram_entropy,
         model_source=_short(settings.model or "demo"),
-        data_source=_short(str(settings.data or "Python standard library documentation")),
+        data_source=_short(settings.data or "Python standard library documentation"),
     )
-
-
-def cache_folder() -> Path:
-    """Where built data is kept between runs, by content: XDG_CACHE_HOME or ~/.cache."""
-    base = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(base) / "psyche-node"
 
 
 def _short(text: str) -> str:

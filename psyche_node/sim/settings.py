@@ -34,6 +34,26 @@ class Kill(BaseModel):
         return cls(node=int(node), round=int(number))
 
 
+class Ranks(BaseModel):
+    """The training processes of a node."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ranks: int = Field(ge=1, le=64)
+    tensor_parallel: int = Field(default=1, ge=1)
+
+    @classmethod
+    def parse(cls, text: str) -> Ranks:
+        """Read ``RANKS`` or ``RANKS/TENSOR_PARALLEL``. Raises ValueError."""
+        ranks, separator, divide = text.partition("/")
+        if not ranks.isdecimal() or (separator and not divide.isdecimal()):
+            raise ValueError(f"{text!r} is not RANKS or RANKS/TENSOR_PARALLEL, such as 2 or 4/2")
+        found = cls(ranks=int(ranks), tensor_parallel=int(divide or 1))
+        if found.ranks % found.tensor_parallel:
+            raise ValueError(f"{text!r}: {found.ranks} ranks cannot be divided by {found.tensor_parallel}")
+        return found
+
+
 class Prepared(BaseModel):
     """Data, tokenizer and initial model, ready to be copied into the nodes' folders (psyche_node.sim.prepare)."""
 
@@ -69,8 +89,9 @@ class SimSettings(BaseModel):
     """Seed of the initial weights, the held-out split and the order of the data."""
     out: Path
     """Folder for the report, the model, the nodes' folders and logs; new or empty."""
-    data: Path | None = None
-    """JSONL of conversations to train on. Default: the documentation of Python's standard library."""
+    data: str | None = None
+    """What to train on, as `psyche-node data prepare` takes it: a file, a folder, a URL. Default: the documentation of
+    Python's standard library."""
     model: str | None = None
     """Hugging Face folder, or JSON file with a model config. Default: a small Seed-OSS."""
     adversaries: tuple[Fault, ...] = ()
@@ -105,6 +126,9 @@ class SimSettings(BaseModel):
     """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
     device: str = "auto"
     """Device of the nodes."""
+    ranks: tuple[Ranks, ...] = (Ranks(ranks=1),)
+    """Training processes of the nodes, in turn: with `1`, `2` and `2/2` node 0 has one, node 1 two that shard the
+    weights (FSDP2), node 2 two that divide each matrix, node 3 one again."""
     same_hosts: bool = False
     """Start all nodes alike. By default node 2 uses another thread count and node 3 another micro-batch."""
     recipe: SimRecipe = Field(default_factory=lambda known: recipe_for(DEMO, known["rounds"]))
@@ -112,8 +136,8 @@ class SimSettings(BaseModel):
 
     @model_validator(mode="after")
     def _data_exists(self) -> Self:
-        if self.data is not None and not self.data.is_file():
-            raise ValueError(f"--data {self.data}: no such file; name a JSONL file of conversations")
+        if self.data is not None and "://" not in self.data and not Path(self.data).exists():
+            raise ValueError(f"--data {self.data}: no such file or folder; name one with samples")
         return self
 
     @model_validator(mode="after")
@@ -174,6 +198,10 @@ class SimSettings(BaseModel):
         """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""
         fair = max(1, (os.cpu_count() or 1) // self.nodes)
         return fair + 1 if index == 2 and not self.same_hosts else fair
+
+    def ranks_of(self, index: int) -> Ranks:
+        """Training processes of node ``index``."""
+        return self.ranks[index % len(self.ranks)]
 
     def micro_batch_of(self, index: int) -> int:
         """Sequences per forward pass of node ``index``; 0 is the node's own choice."""

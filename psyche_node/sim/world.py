@@ -250,6 +250,8 @@ class World:
             "--p2p-port": str(place.p2p),
             "--grpc-port": str(place.grpc),
             "--device": settings.device,
+            "--ranks": str(settings.ranks_of(index).ranks),
+            "--tensor-parallel": str(settings.ranks_of(index).tensor_parallel),
             "--threads": str(settings.threads_of(index)),
             "--micro-batch": str(settings.micro_batch_of(index)),
             # The nodes share this machine's cores: who happens to run alone would measure itself to be fast.

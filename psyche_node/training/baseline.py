@@ -21,11 +21,11 @@ from psyche_node.training.session import (
     HELDOUT_SEQUENCES,
     Trainable,
     accumulate,
-    clip_gradient,
     heldout_loss,
     prepare_model,
 )
 from psyche_node.training.terms import TrainingTerms, fp32
+from psyche_node.training.world import ONE_PROCESS
 
 LEARNING_RATES = (2e-3, 4e-3, 8e-3)
 """The grid that the search starts from. It suits a million parameters; larger models want less, and the grid grows."""
@@ -143,7 +143,7 @@ class _Run:
             batch = self._data.batch(positions, self._seed)
             if batch.trained.any():
                 losses.append(accumulate(self._loss, batch, self._device))
-                clip_gradient(self._model, self._clip)
+                ONE_PROCESS.clip(self._model, self._clip)
                 optimizer.step()
             else:
                 losses.append(losses[-1] if losses else 0.0)

@@ -1,16 +1,30 @@
-"""A checkpoint: a Hugging Face model folder that loads without this package, and says where it came from."""
+"""A checkpoint: a Hugging Face model folder that loads without this package, and says where it came from.
+
+Weights are gathered and written file by file, so that of a sharded model no more than one file is in memory at once.
+"""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from psyche_node.training.model import copy_tokenizer
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
+from psyche_node.training.errors import ModelError
+from psyche_node.training.model import copy_tokenizer
+from psyche_node.training.world import ONE_PROCESS, World
+
+FILE_BYTES = 5_000_000_000
+"""Most bytes of one file of weights, unless a single tensor has more."""
 _README = """\
 ---
 library_name: transformers
@@ -36,24 +50,99 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 """
 
 
-def save_checkpoint(model: Any, tokenizer: Path, folder: Path, provenance: Mapping[str, str]) -> None:
+def save_checkpoint(
+    model: Any, tokenizer: Path, folder: Path, provenance: Mapping[str, str], world: World = ONE_PROCESS
+) -> None:
     """Write ``folder`` anew: weights as safetensors, config, generation config, tokenizer, chat template, README.
 
-    A reader sees the old folder or the new one, never half of one. Raises OSError if the disk does not take it.
+    A reader sees the old folder or the new one, never half of one. All ranks of ``world`` take part, and rank 0 writes;
+    raises OSError there if the disk does not take it, when all have done their part.
     """
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}-", dir=folder.parent))
+    writer = _Writer(folder) if world.rank == 0 else None
     try:
-        os.chmod(temporary, 0o755)
-        model.generation_config.do_sample = False
-        model.save_pretrained(temporary)
-        copy_tokenizer(tokenizer, temporary)
-        rows = "\n".join(f"| {_cell(name)} | `{_cell(value)}` |" for name, value in provenance.items())
-        title = f"{type(model).__name__}, post-trained"
-        (temporary / "README.md").write_text(_README.format(title=title, rows=rows), encoding="utf-8")
-        _replace(temporary, folder)
+        tensors = _tensors(model)
+        described = {
+            name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()
+        }
+        files = split_torch_state_dict_into_shards(
+            described, filename_pattern="model{suffix}.safetensors", max_shard_size=FILE_BYTES
+        )
+        for file, names in files.filename_to_tensors.items():
+            whole = {name: found for name in names if (found := world.whole(tensors[name])) is not None}
+            if writer is not None:
+                writer.add(partial(_write_tensors, file, whole))
+        if writer is not None:
+            if files.is_sharded:
+                index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
+                writer.add(partial(_write_index, index))
+            writer.add(partial(_write_rest, model, tokenizer, provenance))
+            writer.finish()
     finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if writer is not None:
+            writer.close()
+
+
+class _Writer:
+    """A folder in the making. After a failure nothing more is written, and ``finish`` raises it: ranks that gather for
+    this one must not wait for it in vain."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._failure: Exception | None = None
+        self._temporary: Path | None = None
+
+    def add(self, write: Callable[[Path], None]) -> None:
+        if self._failure is None:
+            try:
+                write(self._place())
+            except (OSError, SafetensorError, ModelError) as error:
+                self._failure = error
+
+    def finish(self) -> None:
+        """Put the folder in its place. Raises what failed."""
+        if self._failure is not None:
+            raise self._failure
+        _replace(self._place(), self._folder)
+
+    def close(self) -> None:
+        if self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _place(self) -> Path:
+        if self._temporary is None:
+            self._folder.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary = Path(tempfile.mkdtemp(prefix=f".{self._folder.name}-", dir=self._folder.parent))
+            os.chmod(self._temporary, 0o755)
+        return self._temporary
+
+
+def _tensors(model: Any) -> dict[str, torch.Tensor]:
+    """What a checkpoint holds, tied parameters once."""
+    kept = set(model.state_dict(keep_vars=True))
+    buffers = {name: buffer for name, buffer in model.named_buffers() if name in kept}
+    return {**dict(model.named_parameters()), **buffers}
+
+
+def _write_tensors(file: str, tensors: Mapping[str, torch.Tensor], place: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / file, metadata={"format": "pt"})
+
+
+def _write_index(index: Mapping[str, Any], place: Path) -> None:
+    text = json.dumps(index, indent=2, sort_keys=True) + "\n"
+    (place / "model.safetensors.index.json").write_text(text, encoding="utf-8")
+
+
+def _write_rest(model: Any, tokenizer: Path, provenance: Mapping[str, str], place: Path) -> None:
+    kind = type(model).__name__
+    model.config.architectures = [kind]
+    model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
+    if not model.generation_config.do_sample:  # what a folder advises about sampling stays, nothing else is added
+        model.generation_config.do_sample = False
+    model.config.save_pretrained(place)
+    model.generation_config.save_pretrained(place)
+    copy_tokenizer(tokenizer, place)
+    rows = "\n".join(f"| {_cell(name)} | `{_cell(value)}` |" for name, value in provenance.items())
+    (place / "README.md").write_text(_README.format(title=f"{kind}, post-trained", rows=rows), encoding="utf-8")
 
 
 def _replace(new: Path, folder: Path) -> None:

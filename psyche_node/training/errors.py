@@ -13,3 +13,11 @@ class ModelError(TrainingError):
 
 class SeparationError(TrainingError):
     """Packed documents see each other: training would learn from unrelated text."""
+
+
+class RankFailed(TrainingError):
+    """A step failed on another of this node's ranks; the message names it."""
+
+
+class OutOfStep(TrainingError):
+    """Ranks of this node are at different places and cannot go on together: the training process has to end."""

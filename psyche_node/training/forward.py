@@ -8,14 +8,32 @@ Legend: B sequences, L places, D hidden size, T trained places, V vocabulary.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from psyche_node.training.errors import ModelError
-from psyche_node.training.loss import cross_entropy_sum
+from psyche_node.training.loss import VocabularyCut, cross_entropy_sum
+
+T = TypeVar("T")
+
+
+class Root(nn.Module):
+    """What is called for every forward pass. It runs a job on the model it holds.
+
+    FSDP2 gathers weights when a module is called. So whatever reads some outside of the decoder's layers, as the loss
+    does, has to run in the forward pass of a module that has them: this one, which FSDP2 takes as its root.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, job: Callable[..., T], *arguments: Any) -> T:
+        return job(self.model, *arguments)
 
 
 def hidden_states(model: nn.Module, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
@@ -36,47 +54,69 @@ class LossFunction:
 
     Where the model's logits are its last hidden states times one matrix, only the hidden states at trained places are
     multiplied, in chunks. Whether they are is tried out here, on a few tokens; a model that scales, caps or biases its
-    logits takes the long way. ``z_loss``: see ``cross_entropy_sum``. Raises ModelError if the model has no decoder to
-    ask for hidden states.
+    logits takes the long way. ``z_loss``: see ``cross_entropy_sum``. ``root``: what holds the model, if sharded.
+    Raises ModelError if the model has no decoder to ask for hidden states.
     """
 
-    def __init__(self, model: nn.Module, z_loss: float = 0.0) -> None:
-        self._model, self._z_loss = model, z_loss
-        head = cast(Any, model).get_output_embeddings()
-        self._weight: Tensor | None = None
-        if isinstance(head, nn.Linear) and head.bias is None and self._plain(head):
-            self._weight = head.weight
+    def __init__(self, model: nn.Module, z_loss: float = 0.0, root: Root | None = None) -> None:
+        self._root, self._z_loss = root or Root(model), z_loss
+        self._short = bool(self._root(_logits_are_one_product))
         self.reason = (
             "loss from hidden states at trained places only, in chunks"
-            if self._weight is not None
+            if self._short
             else "loss from full logits: this model's logits are not its hidden states times one matrix"
         )
 
     def __call__(self, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
         """Return the sum (a fp32 scalar, differentiable) over the places that ``trained_BL`` marks as targets."""
-        predicts_BL = trained_BL[:, 1:]
-        targets_T = tokens_BL[:, 1:][predicts_BL]
-        if self._weight is None:
-            logits_TV = logits(self._model, tokens_BL, places_BL)[:, :-1][predicts_BL].float()
-            total = functional.cross_entropy(logits_TV, targets_T, reduction="sum")
-            if self._z_loss:
-                penalty = self._z_loss * logits_TV.logsumexp(dim=1).square().sum()
-                total = total + penalty - penalty.detach()
-            return total
-        hidden_TD = hidden_states(self._model, tokens_BL, places_BL)[:, :-1][predicts_BL]
-        # Read at each call: the optimizer's lookahead puts other data behind the parameter.
-        return cross_entropy_sum(hidden_TD, self._weight, targets_T, self._z_loss)
+        job = _loss_sum if self._short else _loss_sum_of_logits
+        return cast(Tensor, self._root(job, tokens_BL, trained_BL, places_BL, self._z_loss))
 
-    @torch.no_grad()
-    def _plain(self, head: nn.Linear) -> bool:
-        tokens_BL = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
-        places_BL = torch.arange(8, device=head.weight.device)[None]
-        try:
-            short = head(hidden_states(self._model, tokens_BL, places_BL))
-        except AttributeError as error:
-            raise ModelError(
-                f"{type(self._model).__name__} has no decoder that returns hidden states ({error}). Use a causal "
-                "language model of transformers"
-            ) from error
-        whole = logits(self._model, tokens_BL, places_BL)
-        return short.shape == whole.shape and torch.allclose(short, whole, rtol=1e-4, atol=1e-5)
+    def logits(self, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
+        """See ``logits``."""
+        return cast(Tensor, self._root(logits, tokens_BL, places_BL))
+
+
+def _loss_sum(model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor, z_loss: float) -> Tensor:
+    predicts_BL = trained_BL[:, 1:]
+    hidden_TD = hidden_states(model, tokens_BL, places_BL)[:, :-1][predicts_BL]
+    # Read at each call: FSDP2 and the optimizer's lookahead put other data behind the parameter.
+    head = cast(Any, model).get_output_embeddings()
+    cut = _cut(head)
+    weight = head.weight if cut is None else head.weight.to_local()
+    return cross_entropy_sum(hidden_TD, weight, tokens_BL[:, 1:][predicts_BL], z_loss, cut)
+
+
+def _loss_sum_of_logits(
+    model: nn.Module, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor, z_loss: float
+) -> Tensor:
+    predicts_BL = trained_BL[:, 1:]
+    logits_TV = logits(model, tokens_BL, places_BL)[:, :-1][predicts_BL].float()
+    total = functional.cross_entropy(logits_TV, tokens_BL[:, 1:][predicts_BL], reduction="sum")
+    if z_loss:
+        penalty = z_loss * logits_TV.logsumexp(dim=1).square().sum()
+        total = total + penalty - penalty.detach()
+    return total
+
+
+def _cut(head: nn.Module) -> VocabularyCut | None:
+    """The part of the vocabulary whose rows are here, if tensor parallelism has cut the head."""
+    return cast(VocabularyCut | None, getattr(head, "cut", None))
+
+
+@torch.no_grad()
+def _logits_are_one_product(model: nn.Module) -> bool:
+    head = cast(Any, model).get_output_embeddings()
+    if not (isinstance(head, nn.Linear) or _cut(head)) or head.bias is not None:
+        return False
+    tokens_BL = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
+    places_BL = torch.arange(8, device=head.weight.device)[None]
+    try:
+        short = head(hidden_states(model, tokens_BL, places_BL))
+    except AttributeError as error:
+        raise ModelError(
+            f"{type(model).__name__} has no decoder that returns hidden states ({error}). Use a causal language model "
+            "of transformers"
+        ) from error
+    whole = logits(model, tokens_BL, places_BL)
+    return short.shape == whole.shape and torch.allclose(short, whole, rtol=1e-4, atol=1e-5)

@@ -22,13 +22,17 @@ class Load(Message):
     """Prepared data folder."""
     terms: TrainingTerms
     device: str = "auto"
-    """``auto``, ``cpu``, or a torch device such as ``cuda:0``."""
+    """``auto``, ``cpu``, ``cuda`` or, for a single rank, one GPU such as ``cuda:0``."""
     threads: int = 0
     """CPU threads. 0 lets PyTorch choose."""
     micro_batch: int = 0
     """Sequences per forward pass. 0: chosen here. Smaller needs less memory."""
+    tensor_parallel: int = 1
+    """How many of this node's ranks divide the matrices; the others divide the batch."""
     data_manifest: Hex32 | None = None
-    """The data that the run trains on; another one is refused, naming the folder. None: it is only reported."""
+    """The data that the run trains on; another one is refused, naming what differs. None: it is only reported."""
+    data_source: str = ""
+    """Where the run says that its data is. From a URL the owner's manifest is fetched, to tell which file differs."""
 
 
 class Loaded(Message):

@@ -8,24 +8,29 @@ import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from psyche_node.ipc import BlockingChannel, Message, Ok, serve
 from psyche_node.training import messages as m
 from psyche_node.training.errors import TrainingError
 from psyche_node.training.reader import DataReader
 from psyche_node.training.session import HELDOUT_SEQUENCES, Session
+from psyche_node.training.world import ONE_PROCESS, World
+
+if TYPE_CHECKING:
+    from psyche_node.training.control import Control
 
 log = logging.getLogger(__name__)
 
-OpenData = Callable[[Path, bytes | None], DataReader]
-"""Opens a prepared folder, whose manifest must have the digest if one is given."""
+OpenData = Callable[[Path, bytes | None, str], DataReader]
+"""Opens a prepared folder, whose manifest must have the digest if one is given, and knows where the run's data is."""
 
 
 class Trainer:
     """Answers requests. ``handle`` raises what goes wrong; the loop turns that into a Failure."""
 
-    def __init__(self, open_data: OpenData, end: Callable[[], None]) -> None:
-        self._open_data, self._end = open_data, end
+    def __init__(self, open_data: OpenData, end: Callable[[], None], world: World = ONE_PROCESS) -> None:
+        self._open_data, self._end, self._world = open_data, end, world
         self._session: Session | None = None
 
     def handle(self, request: Message) -> Message:
@@ -43,9 +48,16 @@ class Trainer:
         if self._session is not None:
             raise TrainingError("this process has loaded a model already; start another process for another model")
         expected = None if request.data_manifest is None else bytes.fromhex(request.data_manifest)
-        data = self._open_data(Path(request.data), expected)
+        data = self._world.together(lambda: self._open_data(Path(request.data), expected, request.data_source))
         session = self._session = Session(
-            Path(request.model), data, request.terms, request.device, request.micro_batch, request.threads
+            Path(request.model),
+            data,
+            request.terms,
+            request.device,
+            request.micro_batch,
+            request.threads,
+            self._world,
+            request.tensor_parallel,
         )
         for reason in session.reasons:
             log.debug("%s", reason)
@@ -59,7 +71,7 @@ class Trainer:
             update_bytes=session.optimizer.layout.update_bytes,
             parameters=session.parameters,
             unigram_entropy=data.unigram_entropy,
-            device=session.device.words,
+            device=session.device.words if self._world.size == 1 else f"{self._world.size} x {session.device.words}",
             reasons=session.reasons,
         )
 
@@ -69,7 +81,7 @@ class Trainer:
             case m.Train():
                 return self._train(session, request)
             case m.Apply():
-                blobs = [Path(path).read_bytes() for path in request.paths]
+                blobs = self._world.files([Path(path) for path in request.paths])
                 session.apply(request.round, blobs, request.included)
                 return m.Applied(
                     fingerprint=session.fingerprint(),
@@ -92,10 +104,11 @@ class Trainer:
 
     def _train(self, session: Session, request: m.Train) -> m.Trained:
         result = session.train(request.round, request.positions, run=bytes.fromhex(request.run), member=request.member)
-        # Renamed into place, so that the supervisor never finds half an update.
-        temporary = Path(f"{request.out_path}.writing")
-        temporary.write_bytes(result.blob)
-        os.replace(temporary, request.out_path)
+        if self._world.rank == 0:
+            # Renamed into place, so that the supervisor never finds half an update.
+            temporary = Path(f"{request.out_path}.writing")
+            temporary.write_bytes(result.blob)
+            os.replace(temporary, request.out_path)
         return m.Trained(
             loss=result.loss,
             tokens=result.tokens,
@@ -105,8 +118,11 @@ class Trainer:
         )
 
 
-def run_trainer(fd: int, open_data: OpenData) -> None:
-    """Serve the supervisor at the other end of the socket ``fd`` until it closes it or asks to shut down."""
+def run_trainer(fd: int, open_data: OpenData, world: World = ONE_PROCESS, control: Control | None = None) -> None:
+    """Serve the supervisor at the other end of the socket ``fd`` until it closes it or asks to shut down.
+
+    ``control`` leads to the other ranks of ``world``, where ``run_rank`` runs.
+    """
     channel = BlockingChannel(fd)
 
     def end() -> None:
@@ -114,8 +130,30 @@ def run_trainer(fd: int, open_data: OpenData) -> None:
         with socket.socket(fileno=os.dup(fd)) as same:
             same.shutdown(socket.SHUT_RD)
 
-    trainer = Trainer(open_data, end)
+    trainer = Trainer(open_data, end, world)
     try:
-        serve(channel, trainer.handle)
+        if control is None:
+            serve(channel, trainer.handle)
+        else:
+            lead(channel, trainer.handle, control, end)
     finally:
         channel.close()
+
+
+def run_rank(open_data: OpenData, world: World, control: Control) -> None:
+    """Do what rank 0 does, until it ends. Raises OutOfStep when this rank cannot go on with the others."""
+    from psyche_node.training.control import follow
+
+    follow(Trainer(open_data, lambda: None, world).handle, control)
+
+
+def lead(
+    channel: BlockingChannel, handle: Callable[[Message], Message], control: Control, end: Callable[[], None]
+) -> None:
+    from psyche_node.training.control import Lead
+
+    everywhere = Lead(handle, control, end)
+    try:
+        serve(channel, everywhere)
+    finally:
+        everywhere.close()

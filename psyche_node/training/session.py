@@ -20,13 +20,15 @@ from optimizer.errors import UnknownRound
 from psyche_node.training.checkpoint import save_checkpoint
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError
-from psyche_node.training.forward import LossFunction, logits
+from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.hashing import model_root, weights_sha256
-from psyche_node.training.model import load_model, parameter_count
+from psyche_node.training.model import build_model, parameter_count
 from psyche_node.training.reader import DataReader, PackedBatch
 from psyche_node.training.schedule import lr_bits
 from psyche_node.training.separation import check_separation
 from psyche_node.training.terms import TrainingTerms, fp32
+from psyche_node.training.weights import load_into
+from psyche_node.training.world import ONE_PROCESS, World
 
 HELDOUT_SEQUENCES = 64
 """Held-out sequences of an evaluation, unless asked otherwise."""
@@ -55,28 +57,36 @@ class Trainable:
 
 
 def prepare_model(
-    folder: Path, data: DataReader, device: str, micro_batch: int, threads: int, z_loss: float = 0.0
+    folder: Path,
+    data: DataReader,
+    device: str,
+    micro_batch: int,
+    threads: int,
+    z_loss: float = 0.0,
+    world: World = ONE_PROCESS,
+    tensor_parallel: int = 1,
 ) -> Trainable:
-    """Load a model and make sure that it can be trained on ``data``.
+    """Load a model, divide it over the ranks, and make sure that it can be trained on ``data``.
 
     Raises:
         ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
         SeparationError: packed documents see each other.
-        TrainingError: there is no such device.
+        TrainingError: there is no such device, or the ranks cannot be divided by ``tensor_parallel``.
     """
-    chosen = choose_device(device, data.sequence_length, micro_batch, threads)
-    model, reasons = load_model(folder, chosen.torch)
+    chosen = world.together(lambda: choose_device(world.device(device), data.sequence_length, micro_batch, threads))
+    model, reasons = world.together(lambda: build_model(folder))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if vocabulary < data.vocabulary:
         raise ModelError(
             f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
             "the data with this model's tokenizer"
         )
+    root = Root(model)
+    reasons += world.shard(model, root, chosen.torch, tensor_parallel)
+    world.together(lambda: load_into(model, folder, chosen.torch))
     with chosen.compute():
-        separation = check_separation(
-            lambda tokens, places: logits(model, tokens, places), data.vocabulary, chosen.torch
-        )
-    loss = LossFunction(model, z_loss)
+        loss = LossFunction(model, z_loss, root)
+        separation = check_separation(loss.logits, data.vocabulary, chosen.torch)
     return Trainable(model, chosen, loss, [*chosen.reasons, *reasons, separation, loss.reason])
 
 
@@ -91,6 +101,9 @@ class Session:
         micro_batch: sequences per forward pass; 0 chooses. The gradient is the mean over all trained tokens of the
             member's share, whatever this is.
         threads: CPU threads; 0 lets PyTorch choose.
+        world: the processes that hold this replica together. Each has a session, and calls its methods with the same
+            arguments in the same order.
+        tensor_parallel: how many of them divide the matrices.
 
     Raises: see ``prepare_model``.
     """
@@ -103,8 +116,12 @@ class Session:
         device: str = "auto",
         micro_batch: int = 0,
         threads: int = 0,
+        world: World = ONE_PROCESS,
+        tensor_parallel: int = 1,
     ) -> None:
-        ready = prepare_model(model_dir, data, device, micro_batch, threads, fp32(terms.z_loss_bits))
+        z_loss = fp32(terms.z_loss_bits)
+        ready = prepare_model(model_dir, data, device, micro_batch, threads, z_loss, world, tensor_parallel)
+        self._world = world
         self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons
         self.terms, self._data, self._model_dir = terms, data, model_dir
         self._seed = bytes.fromhex(terms.data_seed) or data.digest
@@ -132,11 +149,11 @@ class Session:
 
     def model_root(self) -> bytes:
         """The 32-byte root of the current weights."""
-        return model_root(self.model)
+        return model_root(self.model, self._world)
 
     def weights_sha256(self) -> str:
         """The SHA-256 of the current weights, in hexadecimal."""
-        return weights_sha256(self.model)
+        return weights_sha256(self.model, self._world)
 
     def fingerprint(self) -> int:
         """The 64-bit fingerprint of the current weights."""
@@ -152,18 +169,19 @@ class Session:
         before = self.fingerprint()
         self.optimizer.set_lr(lr_bits(self.terms, round))
         self.optimizer.zero_grad(set_to_none=True)
-        batch = self._data.batch(positions, self._seed)
+        batch = self._world.together(lambda: self._data.batch(positions, self._seed))
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
             with self.optimizer.lookahead():
-                loss = accumulate(self._loss, batch, self.device)
-                norm = clip_gradient(self.model, fp32(self.terms.clip_norm_bits))
+                loss = accumulate(self._loss, batch, self.device, self._world)
+                self._world.complete(self.model)
+                norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))
         blob = self.optimizer.encode(run=run, round=round, member=member)
         self._updates[round] = blob
         return TrainResult(blob, loss, tokens, time.perf_counter() - started, before, norm)
 
-    def apply(self, round: int, blobs: Sequence[bytes], included: bool | None) -> None:
+    def apply(self, round: int, blobs: Sequence[bytes | memoryview], included: bool | None) -> None:
         """Step by the updates of ``round`` that count; no blob is a void round, which changes nothing.
 
         ``included`` says whether the own update of the round is among them (then it leaves the momentum for good) or
@@ -184,8 +202,8 @@ class Session:
         At most ``sequences`` of them, the same ones every time; None takes all. (0, 0) if none is held out.
         """
         if sequences not in self._heldout:
-            self._heldout[sequences] = self._data.heldout(sequences)
-        return heldout_loss(self._loss, self._heldout[sequences], self.device)
+            self._heldout[sequences] = self._world.together(lambda: self._data.heldout(sequences))
+        return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
 
     def save(self, folder: Path, provenance: dict[str, str] | None = None) -> None:
         """Write the current weights as a Hugging Face folder. Raises OSError."""
@@ -197,44 +215,48 @@ class Session:
             "parameters": f"{self.parameters:,}",
             "optimizer": f"DisTrO, topk {self.terms.topk}, peak learning rate {fp32(self.terms.peak_lr_bits):g}",
         }
-        save_checkpoint(self.model, self._model_dir, folder, rows)
+        save_checkpoint(self.model, self._model_dir, folder, rows, self._world)
 
 
-def accumulate(loss: LossFunction, batch: PackedBatch, device: Device) -> float:
-    """Add the gradient of the mean loss over all trained tokens of ``batch``; return that mean, in nats."""
+def accumulate(loss: LossFunction, batch: PackedBatch, device: Device, world: World = ONE_PROCESS) -> float:
+    """Add the gradient of the mean loss over all trained tokens of ``batch``; return that mean, in nats.
+
+    The ranks of ``world`` divide the sequences; ``world.complete`` is left to do.
+    """
     tokens = int(batch.trained.sum())
     total = 0.0
-    for part in micro_batches(batch, device):
+    for part in micro_batches(batch, device, world):
         with device.compute():
             summed = loss(*part)
-        (summed / tokens).backward()  # type: ignore[no-untyped-call]
+        # FSDP2 takes the mean over the data-parallel ranks; this makes it their sum.
+        (summed * (world.data_parallel / tokens)).backward()  # type: ignore[no-untyped-call]
         total += float(summed.detach())
-    return total / tokens
+    return world.sum(total) / tokens
 
 
 @torch.no_grad()
-def heldout_loss(loss: LossFunction, batch: PackedBatch, device: Device) -> tuple[float, int]:
+def heldout_loss(
+    loss: LossFunction, batch: PackedBatch, device: Device, world: World = ONE_PROCESS
+) -> tuple[float, int]:
     """Return the mean loss over the trained tokens of ``batch`` and their number; (0, 0) if there is none."""
     tokens = int(batch.trained.sum())
     total = 0.0
-    for part in micro_batches(batch, device):
+    for part in micro_batches(batch, device, world):
         with device.compute():
             total += float(loss(*part))
-    return (total / tokens if tokens else 0.0), tokens
+    return (world.sum(total) / tokens if tokens else 0.0), tokens
 
 
-def clip_gradient(model: Any, norm: float) -> float:
-    """Clip the gradient of ``model`` to ``norm`` (0: leave it); return its norm before."""
-    limit = norm if norm > 0 else float("inf")
-    return float(torch.nn.utils.clip_grad_norm_(model.parameters(), limit))
+def micro_batches(
+    batch: PackedBatch, device: Device, world: World = ONE_PROCESS
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Yield (tokens_BL, trained_BL, places_BL) on the device; sequences without a trained token are left out.
 
-
-def micro_batches(batch: PackedBatch, device: Device) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (tokens_BL, trained_BL, places_BL) on the device; sequences without a trained token are left out."""
-    rows = np.flatnonzero(batch.trained.any(axis=1))
-    for start in range(0, len(rows), device.micro_batch):
-        part = rows[start : start + device.micro_batch]
+    Every rank of ``world`` gets as many, of which some may have no trained token.
+    """
+    for part, counts in world.divide(np.flatnonzero(batch.trained.any(axis=1)), device.micro_batch):
+        trained = batch.trained[part] & counts
         tokens_BL, trained_BL, places_BL = (
-            torch.from_numpy(values[part]).to(device.torch) for values in (batch.tokens, batch.trained, batch.places)
+            torch.from_numpy(values).to(device.torch) for values in (batch.tokens[part], trained, batch.places[part])
         )
         yield tokens_BL, trained_BL, places_BL

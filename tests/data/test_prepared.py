@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 import os
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
@@ -136,6 +138,15 @@ def test_an_edited_manifest_is_refused(chat: Path, tokenizer: Path, tmp_path: Pa
         Manifest.read(tmp_path)
 
 
+def test_preparing_again_leaves_nothing_of_the_last_time(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    first = prepare(chat, tokenizer, tmp_path, LENGTH)
+    (tmp_path / "notes.bin").write_bytes(b"not ours")
+    second = prepare(chat, tokenizer, tmp_path, 2 * LENGTH)
+    files = {shard.file for shard in (*second.train, *second.heldout)}
+    assert set(os.listdir(tmp_path)) == {*files, "manifest.json", "notes.bin"}
+    assert first.train[0].file not in files
+
+
 def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     records = [{"prompt": "q", "completion": "alpha " * n} for n in (2, 60, 61)]
@@ -147,7 +158,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path)
     assert (cut.train, cut.too_long, cut.cut, cut.untrained) == (3, 0, 2, 1), (
         "a prompt that leaves no answer trains nothing"
     )
-    with pytest.raises(DataError, match="none of its 4 samples can be trained on"):
+    with pytest.raises(DataError, match="none of the 4 samples can be trained on"):
         prepare(path, tokenizer, tmp_path / "n", 4)
     with pytest.raises(DataError, match="not in"):
         prepare(path, tokenizer, tmp_path / "n", 48, heldout=1.0)
@@ -166,3 +177,38 @@ def test_samples_of_a_group_stay_together(tokenizer: Path, tmp_path: Path) -> No
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     counts = prepare(path, tokenizer, tmp_path / "out", 48, heldout=0.2).counts
     assert counts.heldout % 5 == 0 < counts.heldout < 200
+
+
+GOLDEN_SHARD = "34b68be1cd3f0f2c65c2686e7e805eea712abe10c55fee62854ca5231d0c78ee.bin"
+
+
+def test_known_bytes(tokenizer: Path, tmp_path: Path) -> None:
+    """The format of a shard, and which sequence lies where, are part of what a run's data is."""
+    path = tmp_path / "tokens.jsonl"
+    lines = [{"input_ids": [(7 * n + i) % 300 for i in range(2 + n * n % 13)]} for n in range(30)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    manifest = prepare(path, tokenizer, tmp_path / "out", 16, heldout=0)
+    assert [shard.file for shard in manifest.train] == [GOLDEN_SHARD]
+    assert (manifest.format, manifest.pad, manifest.token_bytes) == (2, 2, 2)
+
+
+def test_sequences_lie_in_order_of_attention_cost(packed: Path) -> None:
+    dataset = PackedDataset(packed)
+    batch = dataset.batch(range(len(dataset)), SEED)
+    number = np.cumsum(batch.places == 0, axis=1)
+    padding = batch.tokens == dataset.manifest.pad
+    lengths = [np.bincount(row[~pad]) for row, pad in zip(number, padding, strict=True)]
+    costs = np.empty(len(dataset), dtype=np.int64)
+    costs[dataset.indices(range(len(dataset)), SEED)] = [int((one**2).sum()) for one in lengths]
+    assert (np.diff(costs) >= 0).all()
+
+
+@pytest.mark.parametrize("threads", ["1", "5"])
+def test_the_number_of_threads_changes_no_byte(
+    threads: str, chat: Path, tokenizer: Path, packed: Path, tmp_path: Path
+) -> None:
+    command = [sys.executable, "-m", "psyche_node.cli", "data", "prepare", str(chat), "--json", "--heldout", "0.1"]
+    options = ["--tokenizer", str(tokenizer), "--out", str(tmp_path), "--sequence-length", str(LENGTH)]
+    environment = {**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, env=environment)
+    assert json.loads(done.stdout)["manifest"] == PackedDataset(packed).digest.hex(), done.stderr

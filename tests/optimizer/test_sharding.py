@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 import pytest
-from sharded_world import World
+
+from tests.gloo_world import World
 
 Ranks = Callable[[int, str], None]
 
@@ -16,7 +17,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
 
     def run(size: int, case: str) -> None:
         if size not in worlds:
-            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"))
+            worlds[size] = World(size, tmp_path_factory.mktemp(f"world{size}"), "sharded_cases")
         worlds[size].run(case)
 
     yield run

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny import RandomData, terms
 
-from psyche_node.chat import ChatError, generate
+from psyche_node.generation import Engine
 from psyche_node.training import Session
 
 LOAD = """
@@ -85,17 +85,24 @@ def test_saving_again_replaces_the_folder(checkpoint: tuple[Session, Path]) -> N
     assert [p.name for p in folder.parent.iterdir()] == [folder.name], "no temporary folder stays"
 
 
-def test_chat_answers_and_is_deterministic(checkpoint: tuple[Session, Path]) -> None:
+def test_it_can_be_talked_to(checkpoint: tuple[Session, Path]) -> None:
     _, folder = checkpoint
-    answer = generate(folder, "hello there", max_tokens=12)
-    assert isinstance(answer, str)
-    assert answer == generate(folder, "hello there", max_tokens=12)
-    assert "<|" not in answer
+    engine = Engine.load(folder, device="cpu")
+    prompt = engine.encode([{"role": "user", "content": "hello there"}])
+    first, again = (engine.generate([prompt], 12, advice=engine.advice)[0] for _ in range(2))
+    assert first == again
+    assert engine.advice.temperature == 0.0
+    assert "<|" not in first.text
 
 
-def test_chat_refuses_other_folders(tmp_path: Path) -> None:
-    with pytest.raises(ChatError, match=r"has no config\.json"):
-        generate(tmp_path, "hello")
-    (tmp_path / "config.json").write_text('{"model_type": "seed_oss"}')
-    with pytest.raises(ChatError, match="cannot be loaded"):
-        generate(tmp_path, "hello")
+def test_advice_about_sampling_stays_in_it(checkpoint: tuple[Session, Path], tmp_path: Path) -> None:
+    """What a base model's folder advises is still there after a run, and so is what a small model needs."""
+    session, folder = checkpoint
+    assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.1
+    session.model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
+    try:
+        session.save(tmp_path / "advised")
+    finally:
+        session.model.generation_config.update(do_sample=False, temperature=None, top_p=None)
+    kept = json.loads((tmp_path / "advised" / "generation_config.json").read_text())
+    assert (kept["do_sample"], kept["temperature"], kept["top_p"]) == (True, 0.6, 0.95)

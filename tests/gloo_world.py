@@ -1,15 +1,17 @@
 """Processes of a gloo group that run cases by name: started once, since importing torch takes longer than any case.
 
-Every rank runs the same function of `sharded_cases`. If one raises or hangs, the test fails with what each rank said,
+Every rank runs the same function of a module of cases. If one raises or hangs, the test fails with what each rank said,
 and the next test starts the group anew.
 """
 
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import multiprocessing
 import os
 import traceback
+from collections.abc import Mapping
 from datetime import timedelta
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -21,10 +23,15 @@ PRELOAD = ["numpy", "pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.
 
 
 class World:
-    """`size` ranks, or none while nothing has run. `folder` is for their logs and their meeting place."""
+    """`size` ranks, or none while nothing has run.
 
-    def __init__(self, size: int, folder: Path) -> None:
-        self.size, self._folder, self._starts = size, folder, 0
+    `cases` is the module with the cases, `folder` is for logs and the meeting place; `environment` comes on top of what
+    is inherited.
+    """
+
+    def __init__(self, size: int, folder: Path, cases: str, environment: Mapping[str, str] | None = None) -> None:
+        self.size, self._folder, self._cases, self._starts = size, folder, cases, 0
+        self._environment = dict(environment or {})
         self._ranks: list[tuple[multiprocessing.process.BaseProcess, Connection]] = []
 
     def run(self, case: str) -> None:
@@ -53,7 +60,8 @@ class World:
         context.set_forkserver_preload(PRELOAD)
         for rank in range(self.size):
             ours, theirs = context.Pipe()
-            arguments = (rank, self.size, self._folder / f"store{self._starts}", self._log(rank), theirs)
+            store = self._folder / f"store{self._starts}"
+            arguments = (rank, self.size, self._cases, store, self._log(rank), theirs, self._environment)
             process = context.Process(target=_serve, args=arguments, daemon=True)
             process.start()
             theirs.close()
@@ -72,15 +80,18 @@ class World:
         return self._folder / f"rank{rank}.{self._starts}.log"
 
 
-def _serve(rank: int, size: int, store: Path, log: Path, pipe: Connection) -> None:
+def _serve(
+    rank: int, size: int, cases: str, store: Path, log: Path, pipe: Connection, environment: dict[str, str]
+) -> None:
+    os.environ.update(environment)
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
-    import sharded_cases
     import torch
     import torch.distributed as dist
 
     torch.set_num_threads(1)
+    module = importlib.import_module(cases)
     dist.init_process_group(
         "gloo",
         store=dist.FileStore(str(store), size),
@@ -96,7 +107,7 @@ def _serve(rank: int, size: int, store: Path, log: Path, pipe: Connection) -> No
             return
         faulthandler.dump_traceback_later(TIMEOUT * 0.8)
         try:
-            getattr(sharded_cases, case)()
+            getattr(module, case)()
             pipe.send("")
         except BaseException:
             pipe.send(traceback.format_exc())

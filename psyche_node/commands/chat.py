@@ -1,0 +1,155 @@
+"""`psyche-node chat` (and `psyche-sim chat`): ask a model, or talk with it."""
+
+from __future__ import annotations
+
+import json
+import secrets
+import sys
+from contextlib import closing
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from psyche_node.commands.ending import failures
+from psyche_node.generation import GenerationError, PromptError
+from psyche_node.generation.conversation import Conversation, Manner
+
+_HELP = (
+    "/new forgets what was said, /thinking on|off switches reasoning; Ctrl-C ends an answer, Ctrl-D the conversation."
+)
+
+
+class Switch(StrEnum):
+    ON = "on"
+    OFF = "off"
+
+
+def chat(
+    folder: Annotated[Path, typer.Argument(help="Hugging Face model folder, such as runs/TIME/model.")],
+    question: Annotated[
+        str | None, typer.Argument(help="What to ask. Without it: a conversation, or standard input if that is piped.")
+    ] = None,
+    thinking: Annotated[
+        Switch | None, typer.Option(help="Reason before the answer; default: as the chat template has it.")
+    ] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest reply, reasoning included, in tokens.")] = 1024,
+    temperature: Annotated[
+        float | None,
+        typer.Option(min=0.0, max=100.0, help="0: the likeliest token. Default: the folder's advice, or 0."),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option(min=0, max=2**62, help="Of sampling: the same one gives the same answer.")
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
+    as_json: Annotated[bool, typer.Option("--json", help="Print one answer as a JSON object.")] = False,
+) -> None:
+    """Ask a model something, or talk with it. Reasoning is shown dimmed, and only on a terminal."""
+    interactive = question is None and sys.stdin.isatty()
+    if interactive and as_json:
+        raise typer.BadParameter("--json prints one answer: give a QUESTION, or pipe one in")
+    if question is None and not interactive:
+        question = sys.stdin.read().strip()
+    if question is not None and not question.strip():
+        raise typer.BadParameter("the question is empty")
+    manner = Manner(
+        max_tokens=max_tokens,
+        temperature=temperature,
+        seed=secrets.randbelow(1 << 62) if seed is None else seed,
+        system=system,
+        thinking=None if thinking is None else thinking is Switch.ON,
+    )
+    # Imported late: `--help` does not wait for torch.
+    from psyche_node.generation import Engine
+
+    with failures(GenerationError):
+        engine = Engine.load(folder, device)
+        if thinking is not None and not engine.prompts.thinks:
+            _note(f"the chat template of {folder} has no switch for reasoning: --thinking changes nothing")
+        conversation = Conversation(engine, manner)
+        if question is None:
+            _talk(conversation, folder)
+        elif as_json:
+            _answer_json(conversation, question)
+        else:
+            _answer(conversation, question, Console(highlight=False))
+
+
+def _talk(conversation: Conversation, folder: Path) -> None:
+    """Read questions from the terminal until Ctrl-D."""
+    import readline  # noqa: F401  (editing and history of the input line)
+
+    console = Console(highlight=False)
+    console.print(Text(f"{folder}. {_HELP}", style="dim"))
+    while True:
+        try:
+            line = console.input("[bold]> [/bold]").strip()
+        except EOFError:
+            console.print()
+            return
+        if line == "/new":
+            conversation.forget()
+        elif line in ("/thinking on", "/thinking off"):
+            conversation.think(line.endswith("on"))
+        elif line.startswith("/"):
+            console.print(Text(_HELP, style="dim"))
+        elif line:
+            try:
+                _answer(conversation, line, console)
+            except KeyboardInterrupt:
+                console.print(Text(" (ended)", style="dim"))
+            except PromptError as error:
+                console.print(Text(f"{error}. /new begins again", style="red"))
+
+
+def _answer(conversation: Conversation, question: str, console: Console) -> None:
+    """Print the answer while it comes: on a terminal with its reasoning, else the answer alone."""
+    terminal, reasoned, said = console.is_terminal, False, False
+    with closing(conversation.ask(question)) as pieces:
+        for parts in pieces:
+            if parts.reasoning and terminal:
+                console.print(_printable(parts.reasoning, "dim"), end="", soft_wrap=True)
+            reasoned |= bool(parts.reasoning)
+            if parts.answer and reasoned and terminal and not said:
+                console.print("\n")
+            said |= bool(parts.answer)
+            if parts.answer and terminal:
+                console.print(_printable(parts.answer), end="", soft_wrap=True)
+            elif parts.answer:
+                sys.stdout.write(parts.answer)
+                sys.stdout.flush()
+    typer.echo()
+    completion = conversation.last
+    if completion.finish_reason == "length":
+        where = "in the middle of its reasoning" if reasoned and not said else "before its end"
+        _note(f"cut off after {len(completion.token_ids)} tokens, {where}; --max-tokens allows more")
+
+
+def _answer_json(conversation: Conversation, question: str) -> None:
+    reasoning = answer = ""
+    with closing(conversation.ask(question)) as pieces:
+        for parts in pieces:
+            reasoning, answer = reasoning + parts.reasoning, answer + parts.answer
+    completion = conversation.last
+    values = {
+        "answer": answer.strip(),
+        "reasoning": reasoning.strip(),
+        "finish_reason": completion.finish_reason,
+        "prompt_tokens": completion.prompt_tokens,
+        "completion_tokens": len(completion.token_ids),
+    }
+    typer.echo(json.dumps(values, ensure_ascii=False))
+
+
+def _printable(text: str, style: str = "") -> Text:
+    """No escape sequence that a model was taught to write reaches a terminal."""
+    shown = (one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
+    return Text("".join(shown), style=style)
+
+
+def _note(text: str) -> None:
+    typer.secho(text, dim=True, err=True)

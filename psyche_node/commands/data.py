@@ -1,0 +1,188 @@
+"""`psyche-node data`: from files of samples to the prepared folder that nodes train on."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+import typer
+
+from psyche_node import log as logs
+from psyche_node.exits import exit_for
+
+if TYPE_CHECKING:
+    from psyche_node.data.manifest import Manifest
+    from psyche_node.data.prepare import Progress
+
+app = typer.Typer(no_args_is_help=True, help="Prepare, look at and check training data.")
+Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
+_REPORT_EVERY = 0.2
+_REPORT_EVERY_IN_A_LOG = 10.0
+_LISTED = 20
+
+
+@app.command()
+def prepare(
+    sources: Annotated[
+        list[str],
+        typer.Argument(help="Data files, folders, http(s) URLs (#sha256=HEX pins one), hf://datasets/OWNER/NAME."),
+    ],
+    tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer and its chat template.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    sequence_length: Annotated[int, typer.Option(help="Tokens per packed sequence.")] = 16_384,
+    heldout: Annotated[float, typer.Option(help="Fraction of the samples that is kept for evaluation.")] = 0.05,
+    seed: Annotated[int, typer.Option(help="Which samples those are.")] = 0,
+    too_long: Annotated[
+        Literal["drop", "cut"], typer.Option(help="What happens to samples that do not fit into one sequence.")
+    ] = "drop",
+    form: Annotated[
+        Literal["auto", "messages", "sharegpt", "completion", "text", "tokens"],
+        typer.Option("--format", help="How records are read; auto: by their keys."),
+    ] = "auto",
+    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
+    max_gb: Annotated[float, typer.Option(help="Largest file to download, in GB.")] = 1000.0,
+    as_json: Json = False,
+) -> None:
+    """Tokenize, pack and write a folder that nodes train on. The same inputs give the same bytes on every host."""
+    from psyche_node.data.locate import find_files
+    from psyche_node.data.prepare import prepare as write
+    from psyche_node.data.samples import SampleFormat
+    from psyche_node.data.sources import cache_folder
+
+    with failures():
+        downloads = cache or cache_folder() / "downloads"
+        files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
+        with _progress() as progress:
+            manifest = write(
+                files, tokenizer, out, sequence_length, heldout, seed, too_long, SampleFormat(form), progress
+            )
+        if as_json:
+            typer.echo(json.dumps(_values(out, files, manifest)))
+        else:
+            _summary(out, files, manifest)
+
+
+@app.command()
+def check(
+    folder: Annotated[Path, typer.Argument(help="Prepared folder.")],
+    against: Annotated[
+        str | None,
+        typer.Option(help="What it should be: the SHA-256 of a manifest, or a manifest, its folder or its URL."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Verify every file of a prepared folder, and compare it with the run's or another host's."""
+    from psyche_node.data.compare import verify
+
+    with failures():
+        with _line() as say:
+            manifest = verify(folder, against, lambda done, files: say(f"verified {done} of {files} files"))
+        values = {"manifest": manifest.digest.hex(), "files": len(manifest.train) + len(manifest.heldout)}
+        if as_json:
+            typer.echo(json.dumps({"folder": str(folder), "ok": True, **values}))
+        else:
+            typer.echo(f"{folder}: all {values['files']} files are what the manifest says")
+            typer.echo(f"manifest  {values['manifest']}")
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """End the command with the error's message and exit code."""
+    from psyche_node.data.errors import DataError
+
+    logs.configure("data")
+    try:
+        yield
+    except (DataError, OSError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(exit_for(error)) from None
+
+
+def _note(line: str) -> None:
+    typer.echo(line, err=True)
+
+
+@contextmanager
+def _line() -> Iterator[Callable[..., None]]:
+    """Say what goes on: in one line on a terminal, that is written over; in a line now and then in a log."""
+    live = sys.stderr.isatty()
+    last = time.monotonic()
+
+    def say(line: str, at_once: bool = False) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if at_once or now - last >= (_REPORT_EVERY if live else _REPORT_EVERY_IN_A_LOG):
+            last = now
+            typer.echo(f"\r\x1b[2K{line}" if live else line, err=True, nl=not live)
+
+    try:
+        yield say
+    finally:
+        if live:
+            typer.echo("\r\x1b[2K", err=True, nl=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    started = time.monotonic()
+
+    def show(so_far: Progress) -> None:
+        doing = "packing and writing" if so_far.file is None else f"reading {so_far.file.name}"
+        rate = so_far.tokens / max(time.monotonic() - started, 1e-9) / 1e6
+        say(
+            f"{doing}: {so_far.samples:,} samples, {so_far.tokens:,} tokens, {rate:.1f} M tokens/s",
+            at_once=so_far.file is None,
+        )
+
+    with _line() as say:
+        yield show
+
+
+def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:
+    return {
+        "folder": str(out),
+        "manifest": manifest.digest.hex(),
+        "sources": [
+            {"file": str(path), **source.model_dump()} for path, source in zip(files, manifest.sources, strict=True)
+        ],
+        "counts": manifest.counts.model_dump(),
+        "sequences": manifest.sequences,
+        "heldout_sequences": manifest.heldout_sequences,
+        "sequence_length": manifest.sequence_length,
+        "tokens": manifest.tokens,
+        "trained_tokens": manifest.trained_tokens,
+        "heldout_trained_tokens": manifest.heldout_trained_tokens,
+        "efficiency": manifest.efficiency,
+    }
+
+
+def _summary(out: Path, files: list[Path], manifest: Manifest) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table("file", "samples", "training", "held out", "too long", "cut", "untrained", box=None)
+    parts = list(zip(files, manifest.sources, strict=True))
+    rows = [(path.name, source.counts) for path, source in parts[:_LISTED]]
+    if len(parts) > _LISTED:
+        rows.append((f"and {len(parts) - _LISTED} more", manifest.counts.total(s.counts for _, s in parts[_LISTED:])))
+    if len(parts) > 1:
+        rows.append(("all", manifest.counts))
+    for name, counts in rows:
+        numbers = (counts.samples, counts.train, counts.heldout, counts.too_long, counts.cut, counts.untrained)
+        table.add_row(name, *(f"{number:,}" for number in numbers))
+    console = Console(highlight=False, soft_wrap=True)
+    console.print(table)
+    long = "cut to fit" if manifest.too_long == "cut" else "dropped"
+    console.print(f"too long   more than {manifest.sequence_length:,} tokens: {long}; untrained: no token has a loss")
+    share = manifest.trained_tokens / max(manifest.tokens, 1)
+    console.print(f"tokens     {manifest.tokens:,}, of which {manifest.trained_tokens:,} ({share:.1%}) are trained")
+    console.print(
+        f"packed     {manifest.sequences:,} sequences of {manifest.sequence_length:,} tokens, "
+        f"{manifest.efficiency:.2%} full; held out {manifest.heldout_sequences:,}"
+    )
+    console.print(f"manifest   {manifest.digest.hex()}  ({out})")

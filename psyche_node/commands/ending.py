@@ -1,0 +1,23 @@
+"""How a command ends that cannot do what it was asked to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import typer
+
+from psyche_node.exits import Exit, exit_for
+
+
+@contextmanager
+def failures(*known: type[Exception]) -> Iterator[None]:
+    """End the command with the message and exit code of an error of these classes, or of Ctrl-C."""
+    expected: tuple[type[Exception], ...] = (OSError, *known)
+    try:
+        yield
+    except expected as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(exit_for(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(Exit.INTERRUPTED) from None

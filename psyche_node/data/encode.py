@@ -1,0 +1,86 @@
+"""From samples of any kind to documents: token ids, and which of them are trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from psyche_node.data.errors import BadSample
+from psyche_node.data.formats import Sample
+from psyche_node.data.samples import AnySample, Text
+from psyche_node.data.spill import Document
+from psyche_node.data.template import ChatTemplate
+from psyche_node.data.tokenized import Tokens
+
+# Tokenized together, which keeps the tokenizer's threads busy. The characters bound memory: a token takes some 150
+# bytes until it is an integer.
+_CHUNK_SAMPLES = 2048
+_CHUNK_CHARACTERS = 1 << 21
+
+
+class Encoder:
+    """Encodes samples with the tokenizer and the chat template of a folder.
+
+    Raises:
+        DataError: the folder cannot be used.
+    """
+
+    def __init__(self, tokenizer: Path) -> None:
+        self.template = ChatTemplate(tokenizer)
+        self.vocabulary = self.template.vocabulary
+        ends = (self.template.token_id(name) for name in ("pad_token", "eos_token"))
+        self.pad = next((token for token in ends if token is not None), 0)
+
+    def documents(self, samples: Iterable[AnySample]) -> Iterator[tuple[AnySample, Document]]:
+        """Yield each sample with its document, in order. Raises BadSample for one that cannot be encoded."""
+        for chunk in _chunks(samples):
+            yield from zip(chunk, self._encoded(type(chunk[0]), chunk), strict=True)
+
+    def _encoded(self, kind: type[AnySample], samples: list[AnySample]) -> Iterable[Document]:
+        if kind is Sample:
+            return self.template.encode([one for one in samples if isinstance(one, Sample)])
+        if kind is Text:
+            return self._texts([one for one in samples if isinstance(one, Text)])
+        return [self._tokens(one) for one in samples if isinstance(one, Tokens)]
+
+    def _texts(self, samples: list[Text]) -> Iterator[Document]:
+        """Text between the tokens for its beginning, if the tokenizer has one, and its end."""
+        first, last = (self.template.token_id(name) for name in ("bos_token", "eos_token"))
+        encodings = self.template.tokenizer.encode_batch([one.text for one in samples], add_special_tokens=False)
+        for encoding in encodings:
+            ids = [token for token in (first, *encoding.ids, last) if token is not None]
+            trained = np.ones(len(ids), dtype=np.bool_)
+            trained[:1] = False
+            yield np.array(ids, dtype=np.uint32), trained
+
+    def _tokens(self, sample: Tokens) -> Document:
+        if (largest := int(sample.ids.max())) >= self.vocabulary:
+            raise BadSample(
+                sample.where,
+                f"the token {largest} is beyond the vocabulary of {self.vocabulary}",
+                f"Name the tokenizer that made the tokens; this is {self.template.folder}",
+            )
+        return sample.ids, sample.trained
+
+
+def _chunks(samples: Iterable[AnySample]) -> Iterator[list[AnySample]]:
+    """Samples of one kind in a row, as many as are encoded together."""
+    chunk: list[AnySample] = []
+    characters = 0
+    for sample in samples:
+        full = len(chunk) == _CHUNK_SAMPLES or characters >= _CHUNK_CHARACTERS
+        if chunk and (full or type(sample) is not type(chunk[0])):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(sample)
+        characters += _size(sample)
+    if chunk:
+        yield chunk
+
+
+def _size(sample: AnySample) -> int:
+    if isinstance(sample, Sample):
+        return sum(len(message["content"]) for message in sample.messages)
+    return len(sample.text) if isinstance(sample, Text) else len(sample.ids)

@@ -1,0 +1,115 @@
+"""What a generated text answers, and whether that is right.
+
+Normalisation is SQuAD's (Rajpurkar et al. 2016): lower case, no punctuation, no articles, single blanks.
+"""
+
+from __future__ import annotations
+
+import re
+import string
+from collections.abc import Callable, Sequence
+from decimal import Decimal, InvalidOperation
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+_ARTICLES = re.compile(r"\b(a|an|the)\b")
+_PUNCTUATION = str.maketrans("", "", string.punctuation)
+
+
+def _valid_pattern(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+    return pattern
+
+
+class Regex(BaseModel):
+    """The last match of a pattern: its first group, or all of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    regex: Annotated[str, AfterValidator(_valid_pattern)]
+
+
+Extractor = Literal["whole", "first_line", "last_number", "boxed"] | Regex
+
+
+def extract(extractors: Sequence[Extractor], text: str) -> str | None:
+    """Return the answer by the first extractor that finds one; None if none does."""
+    for extractor in extractors:
+        found = _by_pattern(extractor, text) if isinstance(extractor, Regex) else EXTRACTORS[extractor](text)
+        if found is not None:
+            return found
+    return None
+
+
+def matches(answer: str | None, accepted: Sequence[str], how: Literal["exact", "normalised", "number"]) -> bool:
+    """Whether an answer is one of the accepted ones."""
+    if answer is None:
+        return False
+    if how == "exact":
+        return answer.strip() in {one.strip() for one in accepted}
+    if how == "normalised":
+        return normalised(answer) in set(map(normalised, accepted))
+    value = _value(answer)
+    return value is not None and any(value == _value(one) for one in accepted)
+
+
+def normalised(text: str) -> str:
+    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())
+
+
+def _whole(text: str) -> str | None:
+    return text.strip() or None
+
+
+def _first_line(text: str) -> str | None:
+    return next((line.strip() for line in text.splitlines() if line.strip()), None)
+
+
+def _last_number(text: str) -> str | None:
+    found = _NUMBER.findall(text)
+    return found[-1].replace(",", "") if found else None
+
+
+def _boxed(text: str) -> str | None:
+    r"""The content of the last ``\boxed{...}``, braces inside it balanced."""
+    start = text.rfind("\\boxed{")
+    if start < 0:
+        return None
+    start += len("\\boxed{")
+    depth = 1
+    for end in range(start, len(text)):
+        depth += {"{": 1, "}": -1}.get(text[end], 0)
+        if depth == 0:
+            return text[start:end].strip()
+    return None
+
+
+def _by_pattern(extractor: Regex, text: str) -> str | None:
+    found = None
+    for found in re.finditer(extractor.regex, text):  # noqa: B007  the last one is wanted
+        pass
+    if found is None:
+        return None
+    group: str | None = found.group(1 if found.re.groups else 0)
+    return None if group is None else group.strip()
+
+
+def _value(text: str) -> Decimal | None:
+    try:
+        value = Decimal(text.strip().replace(",", "").rstrip("."))
+    except InvalidOperation:
+        return None
+    return value if value.is_finite() else None
+
+
+EXTRACTORS: dict[str, Callable[[str], str | None]] = {
+    "whole": _whole,
+    "first_line": _first_line,
+    "last_number": _last_number,
+    "boxed": _boxed,
+}

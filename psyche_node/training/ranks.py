@@ -1,0 +1,253 @@
+"""Several processes that train one replica: the mesh, FSDP2 and tensor parallelism, and what is summed over whom.
+
+The mesh has up to two axes: "data", over which the batch is divided and weights are sharded by FSDP2, and "tensor",
+over which matrices are cut (`tensor_parallel`). Neighbouring ranks are on one tensor axis, so that it stays inside a
+host.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor
+
+from psyche_node.training.control import Control
+from psyche_node.training.errors import RankFailed, TrainingError
+from psyche_node.training.tensor_parallel import TensorParallel, cut_model
+from psyche_node.training.world import Rows, World, mapped
+
+if TYPE_CHECKING:
+    from psyche_node.training.forward import Root
+
+T = TypeVar("T")
+# It warns of every tensor that is gathered over both axes, which is as it has to be.
+logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
+
+PIECE = 16 << 20
+"""Bytes of a file that are sent to other hosts at a time."""
+_START = timedelta(minutes=10)
+"""How long the ranks of a site may take to come together."""
+
+
+def join(listening: int | None = None) -> tuple[World, Control | None]:
+    """Meet the other ranks, if the environment says that there are any (as torchrun or the daemon set it).
+
+    ``listening``: a socket that already listens at MASTER_ADDR:MASTER_PORT, for rank 0 to serve the meeting place at.
+    Raises TrainingError if the environment is incomplete or the others do not come.
+    """
+    environ = os.environ
+    size = int(environ.get("WORLD_SIZE", "1"))
+    if size == 1:
+        return World(), None
+    try:
+        rank, address, port = int(environ["RANK"]), environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    except (KeyError, ValueError) as error:
+        raise TrainingError(
+            f"WORLD_SIZE is {size}, and RANK, MASTER_ADDR or MASTER_PORT is missing or wrong ({error}). Start several "
+            "ranks by torchrun, or by the ranks or gpus setting of psyche-node run"
+        ) from error
+    serves = listening is not None or (rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True")
+    attempt = environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        server = TCPStore(
+            address,
+            port,
+            size if serves else None,
+            is_master=serves,
+            timeout=_START,
+            wait_for_workers=False,
+            master_listen_fd=listening,
+        )
+        # Requests are waited for over a connection of their own: a wait holds its connection, which others need.
+        waiting = TCPStore(address, port, is_master=False, timeout=_START, wait_for_workers=False)
+        control = Control(PrefixStore(f"control{attempt}", waiting), rank, size)
+        backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+        dist.init_process_group(
+            backend, store=PrefixStore(f"group{attempt}", server), rank=rank, world_size=size, timeout=_START
+        )
+    except RuntimeError as error:
+        raise TrainingError(
+            f"rank {rank} of {size} did not meet the others at {address}:{port}: {error}. Look at the logs of the "
+            "other ranks, and at firewalls between the hosts"
+        ) from error
+    return Ranks(rank, size), control
+
+
+class Ranks(World):
+    """This process as one of several, whose default group is up."""
+
+    def __init__(self, rank: int, size: int) -> None:
+        self.rank, self.size = rank, size
+        self._local = int(os.environ.get("LOCAL_RANK", rank))
+        self._one_host = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+        self._talk = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._mesh: DeviceMesh
+        self._cut = TensorParallel()
+        self._copies: set[str] = set()
+
+    def device(self, name: str) -> str:
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("cuda:"):
+            raise TrainingError(f"device {name} is one GPU, and this node has {self.size} ranks: set device to cuda")
+        if name == "cuda":
+            name = f"cuda:{self._local}"
+            if self._local < torch.cuda.device_count():
+                torch.cuda.set_device(self._local)
+        return name
+
+    def shard(self, model: Any, root: Root, device: torch.device, tensor_parallel: int) -> list[str]:
+        if tensor_parallel < 1 or self.size % tensor_parallel:
+            raise TrainingError(f"{self.size} ranks cannot be divided by tensor_parallel, which is {tensor_parallel}")
+        self.data_parallel = self.size // tensor_parallel
+        self._mesh = init_device_mesh(
+            device.type, (self.data_parallel, tensor_parallel), mesh_dim_names=("data", "tensor")
+        )
+        reasons = []
+        if tensor_parallel > 1:
+            self._cut = cut_model(model, self._mesh["tensor"])
+            reasons += self._cut.reasons
+        self._copies = {name for name, p in model.named_parameters() if not isinstance(p, DTensor)}
+        if self.data_parallel > 1:
+            reasons.append(self._shard_fully(model, root, device))
+        return reasons
+
+    def _shard_fully(self, model: Any, root: Root, device: torch.device) -> str:
+        # On a GPU weights travel in bf16, as they are multiplied; gradients are summed in fp32.
+        policy = MixedPrecisionPolicy(
+            param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+            reduce_dtype=torch.float32,
+            cast_forward_inputs=False,
+        )
+        mesh = self._mesh["data"]
+        kinds = set(model._no_split_modules or ())
+        layers = [module for module in model.modules() if type(module).__name__ in kinds]
+        for module in [*layers, root]:
+            # After an evaluation, nothing may stay gathered: the next update is written to the shards.
+            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+        return f"FSDP2 over {self.data_parallel} ranks: {len(layers)} layers, and the rest as one"
+
+    def divide(self, rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
+        mine = rows[self._mesh.get_local_rank("data") :: self.data_parallel]
+        most = -(-len(rows) // self.data_parallel)
+        for start in range(0, most, size):
+            some = mine[start : start + size]
+            yield (some, True) if len(some) else (rows[:1], False)
+
+    @torch.no_grad()
+    def complete(self, model: nn.Module) -> None:
+        """Of what every tensor-parallel rank holds: sum where each saw a part, else take the first one's.
+
+        The copies are equal already where kernels are deterministic, which not all are on a GPU.
+        """
+        if self._mesh["tensor"].size() == 1:
+            return
+        group = self._mesh["tensor"].get_group()
+        for name, parameter in model.named_parameters():
+            if parameter.grad is None or name not in self._copies:
+                continue
+            gradient = _held(parameter.grad)
+            if name in self._cut.partial:
+                dist.all_reduce(gradient, group=group)
+            else:
+                dist.broadcast(gradient, group=group, group_src=0)
+
+    @torch.no_grad()
+    def clip(self, model: nn.Module, norm: float) -> float:
+        gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+        squares = torch.zeros((), dtype=torch.float64, device=self._mesh.device_type)
+        for gradient in gradients:
+            # Every value counts once, however many ranks hold it.
+            copies = self.size // _parts(gradient)
+            squares += torch.linalg.vector_norm(_held(gradient)).double() ** 2 / copies
+        dist.all_reduce(squares)
+        before = math.sqrt(float(squares)) if math.isfinite(float(squares)) else math.nan
+        if 0 < norm < before:
+            for gradient in gradients:
+                _held(gradient).mul_(norm / before)
+        return before
+
+    def sum(self, value: float) -> float:
+        total = torch.tensor(value, dtype=torch.float64, device=self._mesh.device_type)
+        dist.all_reduce(total, group=self._mesh["data"].get_group())
+        return float(total)
+
+    @torch.no_grad()
+    def whole(self, tensor: Tensor) -> Tensor | None:
+        full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        return full.detach().cpu() if self.rank == 0 else None
+
+    def told(self, value: T) -> T:
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self._talk)
+        return box[0]
+
+    def together(self, step: Callable[[], T]) -> T:
+        error: Exception | None = None
+        result: T | None = None
+        try:
+            result = step()
+        except Exception as raised:
+            error = raised
+        said: list[str | None] = [None] * self.size
+        dist.all_gather_object(said, error and f"{type(error).__name__}: {error}", group=self._talk)
+        if error is not None:
+            raise error
+        for rank, words in enumerate(said):
+            if words is not None:
+                raise RankFailed(f"rank {rank} of {self.size}: {words}")
+        return cast(T, result)
+
+    def files(self, paths: Sequence[Path]) -> list[memoryview]:
+        if self._one_host:
+            return self.together(lambda: [mapped(path) for path in paths])
+        sizes = self.together(lambda: [path.stat().st_size for path in paths] if self.rank == 0 else [])
+        # Unlinked once it is mapped everywhere on this host: the memory goes when nobody looks at it any more.
+        with tempfile.TemporaryDirectory(prefix="psyche-updates-") as folder:
+            places = self._fetched(paths, self.told(sizes), Path(folder))
+            return self.together(lambda: [mapped(place) for place in places])
+
+    def _fetched(self, paths: Sequence[Path], sizes: Sequence[int], folder: Path) -> list[Path]:
+        """Send rank 0's files to every other host; return where they are on this one."""
+        told: list[Any] = [None] * self.size
+        dist.all_gather_object(told, (self.rank - self._local, str(folder)), group=self._talk)
+        host = self.rank - self._local
+        there = Path(next(place for first, place in told if first == host))
+        places = list(paths) if host == 0 else [there / str(number) for number in range(len(paths))]
+        writes = host != 0 and self._local == 0
+        for place, size in zip(places, sizes, strict=True):
+            with open(os.devnull if self.rank and not writes else place, "wb" if self.rank else "rb") as file:
+                for start in range(0, size, PIECE):
+                    piece = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
+                    if self.rank == 0:
+                        file.readinto(piece.numpy().data)  # type: ignore[attr-defined]
+                    dist.broadcast(piece, src=0, group=self._talk)
+                    if writes:
+                        file.write(piece.numpy().data)
+        dist.barrier(group=self._talk)
+        return places
+
+
+def _held(gradient: Tensor) -> Tensor:
+    return gradient.to_local() if isinstance(gradient, DTensor) else gradient
+
+
+def _parts(tensor: Tensor) -> int:
+    """Into how many parts a tensor is divided; all other ranks hold copies."""
+    if not isinstance(tensor, DTensor):
+        return 1
+    axes = enumerate(tensor.placements)
+    return math.prod(tensor.device_mesh.size(axis) for axis, how in axes if not how.is_replicate())

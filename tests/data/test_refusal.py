@@ -1,0 +1,146 @@
+"""A node with other data does not join, and says which file differs; `psyche-node data check` says so beforehand."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+from web import served
+
+from psyche_node.cli import app
+from psyche_node.data import Manifest, PackedDataset, prepare
+from psyche_node.exits import Exit, exit_for
+from psyche_node.ipc import Endpoint, RemoteFailure
+from psyche_node.training import messages as m
+from psyche_node.training.terms import TrainingTerms
+
+LENGTH = 96
+
+
+@pytest.fixture(scope="module")
+def owners(chat: Path, tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("owners")
+    prepare(chat, tokenizer, out, LENGTH)
+    return out
+
+
+@pytest.fixture
+def mine(chat: Path, tokenizer: Path, tmp_path: Path) -> Path:
+    """Prepared from a file with one word more."""
+    (tmp_path / "chat.jsonl").write_text(chat.read_text().replace("Say 7:", "Say seven:"))
+    prepare(tmp_path / "chat.jsonl", tokenizer, tmp_path / "mine", LENGTH)
+    return tmp_path / "mine"
+
+
+def refusal(folder: Path, expected: bytes, source: str) -> RemoteFailure:
+    """What a node's training process answers when it is told to load ``folder``."""
+
+    async def scenario() -> RemoteFailure:
+        ours, theirs = socket.socketpair()
+        command = [sys.executable, "-m", "psyche_node.trainer", "--fd", str(theirs.fileno()), "--threads", "1"]
+        process = subprocess.Popen(command, pass_fds=[theirs.fileno()], stderr=subprocess.DEVNULL)
+        theirs.close()
+        endpoint = await Endpoint.over("training", ours, lambda event: None)
+        terms = TrainingTerms(total_rounds=1, peak_lr_bits=0, final_lr_bits=0)
+        load = m.Load(model="none", data=str(folder), terms=terms, data_manifest=expected.hex(), data_source=source)
+        try:
+            with pytest.raises(RemoteFailure) as caught:
+                await endpoint.call(load, m.Loaded)
+        finally:
+            await endpoint.close()
+            await asyncio.to_thread(process.wait, timeout=30)
+        return caught.value
+
+    return asyncio.run(scenario())
+
+
+def test_a_node_names_the_first_file_that_differs_from_the_published_data(owners: Path, mine: Path) -> None:
+    published = {f"/data/{name}": (owners / name).read_bytes() for name in ("manifest.json",)}
+    with served(published) as web:
+        failure = refusal(mine, Manifest.read(owners).digest, f"{web.url}/data")
+    ours, theirs = Manifest.read(mine), Manifest.read(owners)
+    assert exit_for(failure) is Exit.DATA_MISMATCH
+    text = str(failure)
+    assert f"{mine} holds the data {ours.digest.hex()[:16]}, but the run trains on {theirs.digest.hex()[:16]}" in text
+    first = f"The first file that differs is {mine / ours.train[0].file} (training file 1 of 1)"
+    assert f"{first}; the run's is {theirs.train[0].file}" in text
+    assert f"source file 1 of 1 has SHA-256 {ours.sources[0].sha256}, the run's {theirs.sources[0].sha256}" in text
+
+
+def test_a_node_names_the_file_that_is_damaged(owners: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(owners, copy)
+    manifest = Manifest.read(copy)
+    victim = copy / manifest.train[0].file
+    victim.write_bytes(b"\xff" + victim.read_bytes()[1:])
+    failure = refusal(copy, manifest.digest, "")
+    assert exit_for(failure) is Exit.DATA_MISMATCH
+    assert f"{victim} does not hold the bytes that its name says" in str(failure)
+
+
+def test_without_published_data_it_says_how_to_compare(owners: Path, mine: Path) -> None:
+    with pytest.raises(Exception, match=r"get the run's manifest\.json from its owner: `psyche-node data check"):
+        PackedDataset(mine, Manifest.read(owners).digest, published="a path of the owner's")
+    with served({"/manifest.json": (mine / "manifest.json").read_bytes()}) as web:
+        with pytest.raises(Exception, match="is not the run's either"):
+            PackedDataset(mine, Manifest.read(owners).digest, published=web.url)
+        with pytest.raises(Exception, match=r"could not be compared: .* answers 404"):
+            PackedDataset(mine, Manifest.read(owners).digest, published=f"{web.url}/elsewhere")
+
+
+def run(*words: str) -> tuple[int, str]:
+    done = CliRunner().invoke(app, ["data", *words])
+    return done.exit_code, done.output
+
+
+def test_check_compares_with_a_manifest_a_folder_or_a_digest(
+    owners: Path, mine: Path, chat: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    digest = Manifest.read(owners).digest.hex()
+    for good in (digest, str(owners), str(owners / "manifest.json")):
+        code, output = run("check", str(owners), "--against", good, "--json")
+        assert code == 0
+        assert json.loads(output)["manifest"] == digest
+    code, output = run("check", str(mine), "--against", digest)
+    assert code == Exit.DATA_MISMATCH
+    assert f"but the run trains on {digest[:16]}" in output
+    code, output = run("check", str(mine), "--against", str(owners))
+    assert code == Exit.DATA_MISMATCH
+    assert f"The first file that differs is {mine / Manifest.read(mine).train[0].file}" in output
+    other = tmp_path / "longer"
+    prepare(chat, tokenizer, other, 2 * LENGTH)
+    code, output = run("check", str(other), "--against", str(owners))
+    assert code == Exit.DATA_MISMATCH
+    assert f"the sequence length is {2 * LENGTH}, the other's {LENGTH}" in output
+    (mine / Manifest.read(mine).heldout[0].file).unlink()
+    code, output = run("check", str(mine))
+    assert code == Exit.DATA_MISMATCH
+    assert f"{mine / Manifest.read(mine).heldout[0].file} cannot be read" in output
+
+
+def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    (tmp_path / "more.jsonl").write_text('{"text": "plain words"}\n' + json.dumps({"text": "alpha " * 400}) + "\n")
+    words = ["prepare", str(chat), str(tmp_path / "more.jsonl"), "--tokenizer", str(tokenizer)]
+    words += ["--sequence-length", str(LENGTH)]
+    code, output = run(*words, "--out", str(tmp_path / "a"), "--json")
+    assert code == 0, output
+    values = json.loads(output.splitlines()[-1])
+    assert [Path(one["file"]).name for one in values["sources"]] == ["chat.jsonl", "more.jsonl"]
+    assert values["sources"][1]["counts"] == {
+        "samples": 2, "train": 1, "heldout": 0, "too_long": 1, "untrained": 0, "cut": 0
+    }  # fmt: skip
+    assert values["manifest"] == Manifest.read(tmp_path / "a").digest.hex()
+    code, output = run(*words, "--out", str(tmp_path / "b"), "--too-long", "cut")
+    assert code == 0, output
+    assert "more than 96 tokens: cut to fit" in output
+    assert Manifest.read(tmp_path / "b").digest.hex() in output
+    code, output = run("prepare", str(tmp_path / "none"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c"))
+    assert code == Exit.DATA
+    assert "there is no such file or folder" in output
