@@ -55,8 +55,8 @@ def test_show_prints_the_file_or_every_setting() -> None:
     assert (shown["terms"]["sequence_length"], shown["terms"]["schedule"]) == (16384, "cosine")
     assert shown["terms"]["window"] == 3, "defaults are there, too"
     assert json.loads(ask("show", "length-control", "--json"))["data"] == {
-        "trained": "end-of-thinking",
-        "thinking_budget": 30000,
+        "template": "hermes-llama3",
+        "length_control": 30000,
         "vocabulary": 0,
     }
     assert "there are demo" in ask("show", "soup", status=Exit.CONFIG)
