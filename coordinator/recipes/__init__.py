@@ -28,8 +28,8 @@ class About(Settings):
 
 
 class DataSettings(Settings):
-    """What the data of a recipe is prepared with: flags of `psyche-node data prepare`. Loss is on the assistant's tokens
-    always."""
+    """What the data of a recipe is prepared with: flags of `psyche-node data prepare`, which trains the assistant's
+    tokens only."""
 
     template: str = ""
     """Chat template: a shipped one's name; none: the tokenizer's own."""
