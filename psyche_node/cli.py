@@ -60,6 +60,12 @@ def run(
     tensor_parallel: Annotated[int | None, typer.Option(help="So many of them divide each matrix.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a training process; 0: PyTorch's choice.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the weights: auto (the run's), fp32 or bf16.")] = None,
+    activation_checkpointing: Annotated[
+        str | None, typer.Option(help="Compute activations again: auto, on or off.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, sdpa, eager, flex or flash.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Compile the decoder's layers.")] = None,
     share: Annotated[int | None, typer.Option(help="Share of the batch; 0: the measured speed.")] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
@@ -103,6 +109,10 @@ def run(
         "tensor_parallel": tensor_parallel,
         "threads": threads,
         "micro_batch": micro_batch,
+        "precision": precision,
+        "activation_checkpointing": activation_checkpointing,
+        "attention": attention,
+        "compile": compile,
         "share": share,
         "evaluate_every": evaluate_every,
         "check_every": check_every,

@@ -177,7 +177,8 @@ class Node:
             for reason in loaded.reasons:
                 log.info("%s", reason)
             log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
-            layout = Layout.build([(name, tuple(shape)) for name, shape in loaded.shapes], run.terms.topk)
+            shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
+            layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")
             exchange = self._exchange = UpdateExchange(network, store, layout, bytes(chain.addresses.run), journal)
             stack.push_async_callback(exchange.close)
@@ -217,6 +218,8 @@ class Node:
             tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             micro_batch=config.micro_batch,
+            options=config.options,
+            layout_digest=run.terms.layout_digest.hex(),
             data_manifest=run.terms.data_manifest.hex(),
             data_source=run.terms.data_source,
         )
@@ -257,7 +260,7 @@ class Node:
                 "the layout digest",
                 loaded.layout_digest,
                 terms.layout_digest.hex(),
-                "use the run's model and this version's optimizer",
+                "use the run's model, precision auto, and this version's optimizer",
             ),
         ):
             if here != there:

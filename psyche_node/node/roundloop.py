@@ -192,7 +192,15 @@ class RoundLoop:
             seconds=round(time.monotonic() - fetched, 4),
             fingerprint=f"{reply.fingerprint:016x}",
             weights_sha256=reply.weights_sha256,
+            updates_lost=reply.updates_lost,
         )
+        if reply.updates_lost:
+            log.warning(
+                "round %d: %.2g of the weights are so large that their step is lost to rounding: the learning rate is "
+                "too small for them, or the model diverges",
+                number,
+                reply.updates_lost,
+            )
         if included is False:
             log.warning("round %d: my update does not count; it went back into the momentum", number)
         self.wait_seconds += fetched - started

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -62,6 +62,7 @@ def simulate(
         typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="What the weights are kept in: fp32 or bf16.")] = "fp32",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
     slot_ms: Annotated[int, typer.Option(help="Length of the ledger's slot in milliseconds.")] = 50,
@@ -104,6 +105,7 @@ def simulate(
             port=port,
             hold=hold,
             device=device,
+            precision=cast(Any, precision),
             ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),

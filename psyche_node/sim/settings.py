@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -126,6 +126,8 @@ class SimSettings(BaseModel):
     """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
     device: str = "auto"
     """Device of the nodes."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What all nodes keep their weights in; it is part of the run's layout digest."""
     ranks: tuple[Ranks, ...] = (Ranks(ranks=1),)
     """Training processes of the nodes, in turn: with `1`, `2` and `2/2` node 0 has one, node 1 two that shard the
     weights (FSDP2), node 2 two that divide each matrix, node 3 one again."""

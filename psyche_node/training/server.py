@@ -58,12 +58,15 @@ class Trainer:
             request.threads,
             self._world,
             request.tensor_parallel,
+            request.options,
+            None if request.layout_digest is None else bytes.fromhex(request.layout_digest),
         )
         for reason in session.reasons:
             log.debug("%s", reason)
         return m.Loaded(
             shapes=session.shapes,
             layout_digest=session.optimizer.layout.digest.hex(),
+            precision=session.precision,
             model_root=session.model_root().hex(),
             data_manifest=data.digest.hex(),
             samples=len(data),
@@ -83,10 +86,12 @@ class Trainer:
             case m.Apply():
                 blobs = self._world.files([Path(path) for path in request.paths])
                 session.apply(request.round, blobs, request.included)
+                lost = session.optimizer.report().lost if blobs else None
                 return m.Applied(
                     fingerprint=session.fingerprint(),
                     weights_sha256=session.weights_sha256() if request.digest else None,
                     seconds=time.perf_counter() - started,
+                    updates_lost=lost,
                 )
             case m.Evaluate():
                 limit = HELDOUT_SEQUENCES if request.sequences is None else request.sequences

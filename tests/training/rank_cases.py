@@ -23,6 +23,7 @@ from psyche_node.training import ModelError, Session, TrainingError, load_model
 from psyche_node.training.errors import RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
+from psyche_node.training.options import DEFAULTS, Options
 from psyche_node.training.ranks import Ranks
 from psyche_node.training.weight_files import OpenFile
 from psyche_node.training.world import World
@@ -52,7 +53,7 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) -> Session:
+def session(tensor_parallel: int | None, kind: str = "qwen3", options: Options = DEFAULTS, **changes: Any) -> Session:
     """A session of all ranks, or of this process alone if ``tensor_parallel`` is None."""
     world = World() if tensor_parallel is None else ranks()
     return Session(
@@ -63,12 +64,13 @@ def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) ->
         micro_batch=2,
         world=world,
         tensor_parallel=tensor_parallel or 1,
+        options=options,
     )
 
 
 def gradients(one: Session) -> dict[str, Tensor]:
     """The whole gradients of a batch, its loss, and the gradients' norm; on every rank."""
-    from psyche_node.training.session import accumulate
+    from psyche_node.training.gradient import accumulate
 
     world = one._world
     loss = accumulate(one._loss, one._data.batch(POSITIONS, b""), one.device, world)
@@ -124,6 +126,20 @@ def layouts_stay_one_model() -> None:
         assert loss == pytest.approx(losses[0][0], rel=1e-5)
         assert loss < first[0]
         assert tokens == first[1]
+
+
+def bf16_layouts_stay_one_model() -> None:
+    """Rounded by chances that do not depend on who holds a weight; the gradients are the ranks' own."""
+    only_bf16 = Options(precision="bf16")
+    members = [session(None, options=only_bf16), *(session(ways, options=only_bf16) for ways in layouts())]
+    for round in range(3):
+        blobs = [
+            member.train(round, range(number * 5, number * 5 + 5), run=RUN, member=number).blob
+            for number, member in enumerate(members)
+        ]
+        for member in members:
+            member.apply(round, blobs, True)
+        assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
 
 
 def one_gradient_makes_one_update() -> None:

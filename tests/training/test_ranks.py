@@ -54,6 +54,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "gradients_are_those_of_one_process",
         "one_gradient_makes_one_update",
         "layouts_stay_one_model",
+        "bf16_layouts_stay_one_model",
         "a_gradient_that_is_not_finite_is_everybodys",
         "clipping_is_by_the_norm_of_the_whole",
         "shares_need_not_fill_the_ranks",
