@@ -48,6 +48,8 @@ class Ranks(BaseModel):
         ranks, separator, divide = text.partition("/")
         if not ranks.isdecimal() or (separator and not divide.isdecimal()):
             raise ValueError(f"{text!r} is not RANKS or RANKS/TENSOR_PARALLEL, such as 2 or 4/2")
+        if not (int(ranks) and int(divide or 1)):
+            raise ValueError(f"{text!r}: no rank at all trains nothing; 1 is the least of either")
         found = cls(ranks=int(ranks), tensor_parallel=int(divide or 1))
         if found.ranks % found.tensor_parallel:
             raise ValueError(f"{text!r}: {found.ranks} ranks cannot be divided by {found.tensor_parallel}")

@@ -143,7 +143,7 @@ class Session:
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
-            with self.optimizer.lookahead():
+            with self.optimizer.lookahead(), self._world.attempt():
                 loss = accumulate(self._loss, batch, self.device, self._world)
                 self._world.complete(self.model)
                 norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))
@@ -173,7 +173,8 @@ class Session:
         """
         if sequences not in self._heldout:
             self._heldout[sequences] = self._world.together(lambda: self._data.heldout(sequences))
-        return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
+        with self._world.attempt():
+            return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
 
     def save(self, folder: Path, provenance: dict[str, str] | None = None) -> None:
         """Write the current weights as a Hugging Face folder. Raises OSError."""

@@ -15,12 +15,13 @@ import torch
 import torch.distributed as dist
 from tiny import RandomData, bits, terms
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
-from psyche_node.training.errors import RankFailed
+from psyche_node.training.errors import OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
 from psyche_node.training.options import DEFAULTS, Options
@@ -191,6 +192,41 @@ def a_gradient_that_is_not_finite_is_everybodys() -> None:
         blob = one.train(1, POSITIONS, run=RUN, member=0).blob
         one.apply(1, [blob], True)
         assert one.weights_sha256() != before
+
+
+def a_step_that_breaks_off_everywhere_leaves_the_round() -> None:
+    """As when memory runs out on every rank: in the forward pass of a layer, or in its backward pass."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    def forward(module: Any, arguments: Any, output: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def backward(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        return Broken.apply(output)
+
+    for tensor_parallel in layouts():
+        one, other = session(tensor_parallel), session(tensor_parallel)
+        # Older versions of FSDP2 stay where they were: the group has to end.
+        lost = tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state")
+        before = one.weights_sha256()
+        for hook in (forward, backward):
+            handle = one.model.model.layers[1].mlp.register_forward_hook(hook)
+            with pytest.raises(OutOfStep if lost else RuntimeError, match="out of memory"):
+                one.train(0, POSITIONS, run=RUN, member=0)
+            handle.remove()
+            if lost:
+                return
+            assert one.weights_sha256() == before
+            assert one.evaluate() == other.evaluate()
+        assert one.train(1, POSITIONS, run=RUN, member=0).blob == other.train(1, POSITIONS, run=RUN, member=0).blob
 
 
 def clipping_is_by_the_norm_of_the_whole() -> None:

@@ -56,6 +56,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "layouts_stay_one_model",
         "bf16_layouts_stay_one_model",
         "a_gradient_that_is_not_finite_is_everybodys",
+        "a_step_that_breaks_off_everywhere_leaves_the_round",
         "clipping_is_by_the_norm_of_the_whole",
         "shares_need_not_fill_the_ranks",
         "a_checkpoint_is_one_model_folder",
