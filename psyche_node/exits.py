@@ -175,6 +175,8 @@ class Exit(ExitCode):
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
     "coordinator.run_config.ConfigError": Exit.CONFIG,
+    "psyche_node.planning.errors.PlanError": Exit.CONFIG,
+    "psyche_node.relay.spec.BadSpec": Exit.CONFIG,
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.metrics.MetricsUnavailable": Exit.CONFIG,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,

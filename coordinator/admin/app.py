@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from coordinator.admin import auth, keys, ledgers, members, programs, records, runs, steering, watching
+from coordinator.admin import auth, evaluations, keys, ledgers, members, programs, records, runs, steering, watching
 
 app = typer.Typer(
     name="psyche-admin",
@@ -15,7 +15,7 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 run_app = typer.Typer(help="Runs: create, watch, steer, export and close them.", no_args_is_help=True)
-for part in (runs, watching, steering, records):
+for part in (runs, watching, steering, records, evaluations):
     run_app.add_typer(part.app)
 app.add_typer(keys.app, name="keys")
 app.add_typer(ledgers.app, name="ledger")

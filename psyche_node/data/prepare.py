@@ -1,7 +1,7 @@
 """From data files and a tokenizer folder to content-addressed, memory-mapped shards of packed sequences.
 
 Documents wait on disk until all are there, because packing looks at all of them: memory holds 5 bytes per document
-while they are read, and some 80 while they are packed, whatever their lengths.
+while they are read, and some 60 while they are packed, whatever their lengths.
 """
 
 from __future__ import annotations

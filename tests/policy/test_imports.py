@@ -19,7 +19,8 @@ FORBIDDEN = {
     "optimizer": ("coordinator", "psyche_node"),
     "psyche_node/network": ("psyche_node.data", "psyche_node.training", "torch"),
     "psyche_node/data": ("psyche_node.network", "psyche_node.training", "torch"),
-    "psyche_node/training": ("psyche_node.network", "psyche_node.data"),
+    "psyche_node/training": ("psyche_node.network", "psyche_node.data", "psyche_node.evaluation"),
+    "psyche_node/evaluation": ("psyche_node.network", "psyche_node.node", "psyche_node.sim", "coordinator"),
 }
 WHERE_THEY_MEET = ("psyche_node.network", "psyche_node.data", "psyche_node.training")
 IMPORT_NAMES = {
