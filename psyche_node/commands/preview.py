@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from itertools import groupby
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +12,7 @@ from rich.text import Text
 
 from psyche_node.data.preview import Document, Preview, Run
 
-_TRAINED, _MASKED = "bold green", "bright_black"
+_TRAINED, _MASKED, _CONTROL = "bold green", "bright_black", "underline"
 _MARKS = ("⟦", "⟧")
 # A data file must not steer the terminal of whoever looks at it.
 _VISIBLE = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(
@@ -23,7 +24,7 @@ def print_preview(preview: Preview, console: Console) -> None:
     """Print documents between rules, and the sums."""
     coloured = console.is_terminal and not console.no_color
     console.print(Text(preview.title, style="bold"))
-    legend = Text.assemble(("trained", _TRAINED), "  ", ("not trained", _MASKED))
+    legend = Text.assemble(("trained", _TRAINED), "  ", ("not trained", _MASKED), "  ", ("control token", _CONTROL))
     console.print(legend if coloured else Text(f"{_MARKS[0]}trained{_MARKS[1]}  not trained"))
     for number, document in enumerate(preview.documents):
         share = document.trained / document.tokens
@@ -31,7 +32,7 @@ def print_preview(preview: Preview, console: Console) -> None:
         counts = f"{document.tokens:,} tokens" + ("" if document.padding else f", {share:.1%} trained")
         console.print(Rule(f"{name}: {counts}", align="left", characters="─"))
         if not document.padding:
-            console.print(_styled(document, coloured))
+            console.print(_coloured(document) if coloured else _marked(document), soft_wrap=not coloured)
     console.print(Rule(characters="─"))
     tokens, trained, padding, documents = _sums(preview)
     console.print(
@@ -64,14 +65,16 @@ def _sums(preview: Preview) -> tuple[int, int, int, int]:
     return sum(d.tokens for d in real), sum(d.trained for d in real), padding, len(real)
 
 
-def _styled(document: Document, coloured: bool) -> Text:
+def _coloured(document: Document) -> Text:
+    styles = [(_TRAINED if run.trained else _MASKED) + f" {_CONTROL}" * run.control for run in document.runs]
+    return Text.assemble(*zip(map(_shown, document.runs), styles, strict=True))
+
+
+def _marked(document: Document) -> Text:
     text = Text()
-    for run in document.runs:
-        shown = _shown(run)
-        if coloured:
-            text.append(shown, style=_TRAINED if run.trained else _MASKED)
-        else:
-            text.append(f"{_MARKS[0]}{shown}{_MARKS[1]}" if run.trained else shown)
+    for trained, runs in groupby(document.runs, key=lambda run: run.trained):
+        shown = "".join(map(_shown, runs))
+        text.append(f"{_MARKS[0]}{shown}{_MARKS[1]}" if trained else shown)
     return text
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from pathlib import Path
@@ -21,10 +20,11 @@ from psyche_node.data.textcoding import TextCoder
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive tokens of which all are trained, or none. ``text`` is None without a tokenizer."""
+    """Consecutive tokens alike: trained or not, control tokens or not. ``text`` is None without a tokenizer."""
 
     ids: list[int]
     trained: bool
+    control: bool
     text: str | None
 
 
@@ -97,11 +97,13 @@ def is_prepared(path: Path) -> bool:
 
 
 def _runs(ids: npt.NDArray[np.generic], trained: npt.NDArray[np.bool_], tokenizer: Tokenizer | None) -> list[Run]:
-    return list(_each_run(ids.tolist(), trained.tolist(), tokenizer))
-
-
-def _each_run(ids: list[int], trained: list[bool], tokenizer: Tokenizer | None) -> Iterator[Run]:
-    for is_trained, pairs in groupby(zip(trained, ids, strict=True), key=lambda pair: pair[0]):
-        mine = [token for _, token in pairs]
+    control = frozenset() if tokenizer is None else frozenset(tokenizer.get_added_tokens_decoder())
+    tokens = [
+        (is_trained, token in control, token) for is_trained, token in zip(trained.tolist(), ids.tolist(), strict=True)
+    ]
+    runs = []
+    for (is_trained, is_control), alike in groupby(tokens, key=lambda token: token[:2]):
+        mine = [token for _, _, token in alike]
         text = None if tokenizer is None else tokenizer.decode(mine, skip_special_tokens=False)
-        yield Run(mine, is_trained, text)
+        runs.append(Run(mine, is_trained, is_control, text))
+    return runs
