@@ -121,6 +121,17 @@ def show(
 
 
 @app.command()
+def template(
+    name: Annotated[str, typer.Argument(help="hermes-llama3 or chatml.")],
+) -> None:
+    """Print a chat template of this package, to be saved as a model folder's chat_template.jinja."""
+    from psyche_node.data.rendering import find_template
+
+    with failures():
+        typer.echo(find_template(name).source, nl=False)
+
+
+@app.command()
 def check(
     folder: Annotated[Path, typer.Argument(help="Prepared folder.")],
     against: Annotated[

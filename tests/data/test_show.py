@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from typer.testing import CliRunner
 from psyche_node.cli import app
 from psyche_node.commands.preview import print_preview
 from psyche_node.data import ChatTemplate, PackedDataset, prepare
+from psyche_node.data.prepare import tokenizer_digest
 from psyche_node.data.preview import preview_sequence
+from psyche_node.data.rendering import SHIPPED
 from psyche_node.exits import Exit
 
 ANSWER = {"role": "assistant", "content": "alpha, beta \x1b[31m", "spans": [{"start": 5, "end": 11, "train": False}]}
@@ -97,3 +100,11 @@ def test_what_is_not_there_is_named(prepared: Path, file: Path, seed_tokenizer: 
     assert "was prepared with" in show(prepared, "--tokenizer", tokenizer, code=Exit.DATA)
     assert "name a `--tokenizer`" in show(file, code=Exit.DATA)
     assert "has no sample 2" in show(file, 2, "--tokenizer", tokenizer, code=Exit.DATA)
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_template_becomes_the_folders_own(name: str, seed_tokenizer: Path, tmp_path: Path) -> None:
+    shutil.copytree(seed_tokenizer, tmp_path, dirs_exist_ok=True)
+    printed = CliRunner().invoke(app, ["data", "template", name])
+    (tmp_path / "chat_template.jinja").write_text(printed.output)
+    assert tokenizer_digest(ChatTemplate(tmp_path)) == tokenizer_digest(ChatTemplate(seed_tokenizer, name))
