@@ -102,7 +102,7 @@ class Manifest(BaseModel):
     heldout_fraction: float = Field(ge=0, lt=1)
     too_long: Literal["drop", "cut"]
     """What became of samples that do not fit into one sequence."""
-    length_control: int = Field(ge=0)
+    length_control: int = Field(default=0, ge=0)
     """Tokens of reasoning after which it was ended; 0: it was left as it is."""
     train: tuple[Shard, ...]
     """Files of training sequences, which lie in order of attention cost over all of them."""
