@@ -205,8 +205,12 @@ class ChatTemplate:
             prompt, _ = self._render(sample, sample.messages[:index], prompt=True)
             whole, _ = self._render(sample, sample.messages[: index + 1], prompt=False)
             end = len(whole)
-            # ChatML ends a turn with the end token and a line feed; the model is to learn the token, not the line feed.
-            if eos is not None and (found := whole.rfind(eos)) >= len(prompt):
+            # ChatML ends a turn with a token and a line feed; the model is to learn the token, not the line feed. What
+            # the folder calls its end token may be another one.
+            said = whole.rstrip()
+            if len(said) > len(prompt) and said.endswith(self._coder.controls):
+                end = len(said)
+            elif eos is not None and (found := whole.rfind(eos)) >= len(prompt):
                 end = found + len(eos)
             while end > len(prompt) and whole[end - 1].isspace() and not text.startswith(whole[:end]):
                 end -= 1

@@ -54,8 +54,9 @@ class TextCoder:
             ) from error
         added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._added = frozenset(added.values())
-        longest_first = sorted(added, key=lambda text: (-len(text), text))
-        self.spelled = re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
+        self.controls = tuple(sorted(added, key=lambda text: (-len(text), text)))
+        """The texts of all control tokens, longest first."""
+        self.spelled = re.compile("|".join(map(re.escape, self.controls)) or r"(?!)")
         """Matches the text of any control token."""
 
     @property

@@ -209,18 +209,8 @@ def test_prefix_rendering_equals_the_marks_wherever_it_exists(
 
 @pytest.fixture(scope="module")
 def plain(template: ChatTemplate, tmp_path_factory: pytest.TempPathFactory) -> ChatTemplate:
-    # The end of a turn is what transformers knows as the end token; ChatML's is another than Hermes's here.
-    folder = tmp_path_factory.mktemp("plain")
-    shutil.copytree(template.folder, folder, dirs_exist_ok=True)
-    config = json.loads((folder / "tokenizer_config.json").read_bytes())
-    config["eos_token"] = "<|im_end|>" if "<|im_end|>" in template.source else "<|eot_id|>"
-    (folder / "tokenizer_config.json").write_text(json.dumps(config))
-    return unmarked(ChatTemplate(folder, str(_named(template, folder))), folder)
-
-
-def _named(template: ChatTemplate, folder: Path) -> Path:
-    (folder / "marked.jinja").write_text(template.source)
-    return folder / "marked.jinja"
+    """The folder's end token is Hermes's; ChatML ends turns with another."""
+    return unmarked(template, tmp_path_factory.mktemp("plain"))
 
 
 def answer(content: str, **more: Any) -> dict[str, Any]:
