@@ -34,15 +34,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimizer.agreement import agreeing
-from optimizer.codec import Header, encode_header, open_body
+from optimizer.codec import Header, encode_header, open_body, require_one_round
 from optimizer.compiled import choose_engine
-from optimizer.engine import Bodies, Energy, Rule, Sent, Step
+from optimizer.engine import Bodies, Energy, Engine, PlainEngine, Rule, Sent, Step
 from optimizer.errors import MalformedUpdate, NonFiniteGradient, OptimizerError, UnknownRound
 from optimizer.geometry import Geometry
 from optimizer.layout import BLOCK, HEADER_BYTES, Layout, LayoutError
 from optimizer.parameters import Named, check, trained_groups
 from optimizer.rates import kept_share, rate
 from optimizer.report import Report, Watch
+from optimizer.rounding import LOOKAHEAD, STEP, Chance
 from optimizer.sharding import is_sharded, local, site_of
 from optimizer.transform import MOST_VOTES
 
@@ -70,6 +71,9 @@ class DisTrO(torch.optim.Optimizer):
         lookahead: compute gradients at the weights that the trend predicts, together with own updates that are still
             travelling. Needed where updates are applied a round later (overlap).
         clip_votes: a coefficient moves one way, however many members voted for it.
+        stochastic_rounding: keep bf16 parameters as the only weights, without fp32 masters, and round every step by
+            chances that all members draw alike (`rounding`). Saves 4 bytes per parameter. All members need the same
+            setting.
         robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
             setting.
         slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block (float16 gradients are
@@ -92,6 +96,7 @@ class DisTrO(torch.optim.Optimizer):
         window: int = 3,
         lookahead: bool = True,
         clip_votes: bool = True,
+        stochastic_rounding: bool = False,
         robust: bool = False,
         slab_blocks: int = 256,
         engine: str = "auto",
@@ -103,7 +108,7 @@ class DisTrO(torch.optim.Optimizer):
             raise ValueError(f"window is {window}; it must be between 0 and 8, for a memory of 1 to 256 rounds")
         groups = trained_groups(parameters, {"lr": rate(lr), "weight_decay": weight_decay})
         named: Named = {name: p for group in groups for name, p in group["params"]}
-        check(named)
+        check(named, stochastic_rounding)
         group_of = {name: number for number, group in enumerate(groups) for name, _ in group["params"]}
         self.layout = Layout.build([(name, tuple(p.shape)) for name, p in named.items()], topk)
         super().__init__(groups, {"lr": rate(lr), "weight_decay": weight_decay})
@@ -116,10 +121,13 @@ class DisTrO(torch.optim.Optimizer):
         self._geometry = Geometry.build(self.layout, slab_blocks, self._site.parts, self._site.border)
         held = [local(p) for p in self._parameters]
         self._born = [(p.dtype, p.shape, p.device) for p in held]
-        self._masters = [None if p.dtype == torch.float32 else p.detach().float() for p in held]
+        self._masters = [None if stochastic_rounding or p.dtype == torch.float32 else p.detach().float() for p in held]
         self._aside: list[Tensor] = []
         self._device = held[0].device
         self._engine = choose_engine(self._geometry, self._device, engine)
+        self._by_chance = stochastic_rounding
+        # Whatever reads and writes weights: kernels know fp32 ones only.
+        self._stepper: Engine = PlainEngine(self._geometry, self._device) if stochastic_rounding else self._engine
         self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.float32, device=self._device)
         self._trend_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.int16, device=self._device)
         self._sent: dict[int, Sent] = {}
@@ -176,7 +184,8 @@ class DisTrO(torch.optim.Optimizer):
         try:
             with self._watch.phase("lookahead"), torch.no_grad():
                 travelling = list(self._sent.values())
-                self._engine.ahead(self._trend_NC, travelling, kept, self._locals(), self._step(self.lr))
+                step = self._step(self.lr, LOOKAHEAD, b"", self._next)
+                self._stepper.ahead(self._trend_NC, travelling, kept, self._locals(), step)
             yield
         finally:
             with self._watch.phase("lookahead"):
@@ -246,9 +255,9 @@ class DisTrO(torch.optim.Optimizer):
         left_out = [header for number, header in enumerate(headers) if number not in counted]
         bodies = [checked[number] for number in counted]
         with self._watch.phase("apply"):
-            step = self._step(rates)
+            step = self._step(rates, STEP, headers[0].run, headers[0].round)
             self._watch.stepping(self._trend_NC, step.rates)
-            self._engine.apply(self._trend_NC, self._weights(), bodies, step)
+            self._stepper.apply(self._trend_NC, self._weights(), bodies, step)
             self._show(self._masters)
         self._watch.voted(bodies)
         for header, body in zip(headers, checked, strict=True):
@@ -276,11 +285,11 @@ class DisTrO(torch.optim.Optimizer):
 
     @torch.no_grad()
     def fingerprint(self) -> int:
-        """64-bit checksum of the fp32 weights: equal weights, equal number, whatever the threads, device or shards."""
+        """64-bit checksum of the weights as fp32: equal weights, equal number, whatever threads, device or shards."""
         self._not_swapped("take a fingerprint")
         counted = [w if part.counted else None for w, part in zip(self._weights(), self._site.parts, strict=True)]
         with self._watch.phase("fingerprint"):
-            return self._site.total(self._engine.fingerprint(counted))
+            return self._site.total(self._stepper.fingerprint(counted))
 
     def report(self) -> Report:
         """Figures of the last round, and the seconds spent in each phase since the last report."""
@@ -419,11 +428,12 @@ class DisTrO(torch.optim.Optimizer):
             if held is not None:
                 parameter.copy_(held)
 
-    def _step(self, rates: Sequence[float]) -> Step:
-        """What `apply` and `lookahead` do, at these rates of the groups."""
+    def _step(self, rates: Sequence[float], stream: int, run: bytes, round: int) -> Step:
+        """What `apply` and `lookahead` do, at these rates of the groups; chances are those of the run and round."""
         shares = [kept_share(r, float(g["weight_decay"])) for r, g in zip(rates, self.param_groups, strict=True)]
         of_tensors = [rates[group] for group in self._group_of], [shares[group] for group in self._group_of]
-        return Step(*of_tensors, self._limit, self._window)
+        chance = Chance(int.from_bytes(run[:8], "little"), round, stream) if self._by_chance else None
+        return Step(*of_tensors, self._limit, self._window, chance)
 
     def _per_group(self, lr: Rates) -> list[float]:
         groups = len(self.param_groups)
@@ -466,7 +476,7 @@ class DisTrO(torch.optim.Optimizer):
                 header, body = open_body(blob, self.layout)
                 headers.append(header)
                 bodies.append(body)
-            _check_together(headers)
+            require_one_round(headers)
             self._engine.check(bodies)
         except MalformedUpdate as error:
             problem = error
@@ -483,15 +493,3 @@ class DisTrO(torch.optim.Optimizer):
     def _not_swapped(self, what: str) -> None:
         if self._swapped:
             raise OptimizerError(f"cannot {what} inside lookahead(): leave its with-block first")
-
-
-def _check_together(headers: Sequence[Header]) -> None:
-    for header in headers[1:]:
-        if (header.run, header.round) != (headers[0].run, headers[0].round):
-            raise MalformedUpdate(
-                f"it is of round {header.round} of run {header.run.hex()[:16]}…, others are of round "
-                f"{headers[0].round} of run {headers[0].run.hex()[:16]}…: apply one round at a time"
-            )
-    members = [header.member for header in headers]
-    if len(set(members)) < len(members):
-        raise MalformedUpdate(f"member {max(members, key=members.count)} has more than one update in this round")

@@ -18,6 +18,7 @@ from optimizer.codec import Header, decode_blocks, encode_blocks
 from optimizer.fingerprint import sum_of_slab
 from optimizer.geometry import Geometry, Region, Slab
 from optimizer.layout import BLOCK, SIDE
+from optimizer.rounding import Chance, round_by_chance
 from optimizer.transform import butterflies, invert_votes
 from optimizer.trend import follow
 from optimizer.votes import ballots, mean_of_kept, on_device, select, sum_votes, unpack
@@ -53,13 +54,15 @@ class Rule:
 class Step:
     """How votes become a step: sums of votes are limited to +-limit (0: not), the trend follows over 2^window rounds.
 
-    `rates` and `shares` (what weight decay leaves) are by tensor.
+    `rates` and `shares` (what weight decay leaves) are by tensor. `chance`: weights and targets are bf16, and rounded
+    by it (`rounding`); only `PlainEngine` does that.
     """
 
     rates: Sequence[float]
     shares: Sequence[float]
     limit: int
     window: int
+    chance: Chance | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,9 +156,10 @@ class PlainEngine:
         for slab in self._geometry.slabs:
             changes_NC = self._changes([sent.body[slab.rows] for sent in travelling], slab, 0)
             signs_NC = follow(trend_NC[slab.rows], changes_NC, step.window).sign().float()
+            draws_NC = self._draws(slab, step)
             for region in slab.regions:
                 moved = in_tensor(weights[region.tensor], region) - _move(signs_NC, region, step)
-                in_tensor(targets[region.tensor], region).copy_(moved)
+                in_tensor(targets[region.tensor], region).copy_(_rounded(moved, draws_NC, region))
 
     def check(self, bodies: Bodies) -> None:
         for slab in self._geometry.slabs:
@@ -168,11 +172,15 @@ class PlainEngine:
             trend = follow(trend_NC[slab.rows], changes_NC, step.window)
             trend_NC[slab.rows] = trend
             signs_NC = trend.sign().float()
+            draws_NC = self._draws(slab, step)
             for region in slab.regions:
                 held = in_tensor(weights[region.tensor], region)
+                moved = held.float()  # itself, where it is fp32
                 if step.shares[region.tensor] != 1.0:
-                    held.mul_(step.shares[region.tensor])
-                held.sub_(_move(signs_NC, region, step))
+                    moved.mul_(step.shares[region.tensor])
+                moved.sub_(_move(signs_NC, region, step))
+                if draws_NC is not None:
+                    held.copy_(_rounded(moved, draws_NC, region))
 
     def fingerprint(self, weights: Tensors) -> int:
         slabs = self._geometry.slabs
@@ -187,6 +195,11 @@ class PlainEngine:
             votes_NC.clamp_(-limit, limit)
         return invert_votes(votes_NC, min(limit or len(rows), len(rows))).int()
 
+    def _draws(self, slab: Slab, step: Step) -> Tensor | None:
+        if step.chance is None:
+            return None
+        return step.chance.draws(self._geometry.blocks[slab.rows], self._device)
+
     def _add(self, slab: Slab, momentum_NC: Tensor, sent: Sent, factor: float) -> None:
         indices_NK, negative_NK = unpack(on_device(sent.body[slab.rows], self._device), self._code)
         values_NK = ballots(negative_NK) * (sent.scale[slab.rows, None] * factor)
@@ -196,3 +209,7 @@ class PlainEngine:
 def _move(signs_NC: Tensor, region: Region, step: Step) -> Tensor:
     # Adding 0 turns -0 into +0: a weight of -0 without a move stays -0 everywhere.
     return (in_blocks(signs_NC, region) * step.rates[region.tensor]).add_(0.0)
+
+
+def _rounded(moved: Tensor, draws_NC: Tensor | None, region: Region) -> Tensor:
+    return moved if draws_NC is None else round_by_chance(moved, in_blocks(draws_NC, region))

@@ -43,7 +43,7 @@ def trained_groups(
     return made
 
 
-def check(named: Named) -> None:
+def check(named: Named, only_bf16: bool = False) -> None:
     """Raise ValueError, naming the parameter, unless all can be trained."""
     if not named:
         raise ValueError("no parameter requires a gradient; pass model.named_parameters() of a model to train")
@@ -56,6 +56,8 @@ def check(named: Named) -> None:
     for name, parameter in named.items():
         if parameter.dtype not in (torch.float32, torch.bfloat16, torch.float16):
             raise ValueError(f"{name} is {parameter.dtype}; parameters must be float32, bfloat16 or float16")
+        if only_bf16 and parameter.dtype != torch.bfloat16:
+            raise ValueError(f"{name} is {parameter.dtype}; stochastic rounding is for bfloat16 parameters only")
         if not parameter.is_contiguous():
             raise ValueError(f"{name} is not contiguous in memory; store it with .contiguous()")
         if parameter.device != device:

@@ -37,7 +37,8 @@ class Report:
         flips: share of the weights that moved in both of the last two steps and turned round in between. Near 0.5: the
             rate is too high, steps only undo each other.
         ties: share of weights that did not move, the votes for and against being equal.
-        lost: share of weights whose step is below the resolution of fp32 at their magnitude. 0 in healthy training.
+        lost: share of weights whose step is below the resolution of fp32, in which it is made, at their magnitude. 0 in
+            healthy training; rounding to bf16 by chance loses nothing on average.
         sampled: blocks that `agreement`, `flips`, `ties` and `lost` were taken of.
         seconds: by phase, since the last report. On CUDA devices what it took to issue the work.
     """

@@ -244,8 +244,8 @@ def part_of(placement: Placement, tensor: Tensor) -> Part:
     """The rectangle of a placement's matrix that this process holds of `tensor`. Raises LayoutError if it is none."""
     if not is_sharded(tensor):
         return Part.whole(placement)
-    spans = _spans(placement.name, tensor)
-    held, shard = tuple(stop - first for first, stop in spans), local(tensor)
+    extents = spans(placement.name, tensor)
+    held, shard = tuple(stop - first for first, stop in extents), local(tensor)
     if tuple(shard.shape) != held and prod(held) + shard.numel() > 0:
         raise LayoutError(
             f"{placement.name!r} has a local shape of {tuple(shard.shape)}, but {held} by its placements "
@@ -255,9 +255,9 @@ def part_of(placement: Placement, tensor: Tensor) -> Part:
         raise LayoutError(f"{placement.name!r} has a local tensor that is not contiguous; make it so before sharding")
     if not prod(held):
         return NOTHING
-    rows = spans.pop(0) if placement.matrix else (0, 1)
+    rows = extents.pop(0) if placement.matrix else (0, 1)
     first, stop, inner = 0, 1, 1
-    for (low, high), size in zip(reversed(spans), reversed(placement.shape), strict=False):
+    for (low, high), size in zip(reversed(extents), reversed(placement.shape), strict=False):
         if high - low > 1 and (first, stop) != (0, inner):
             raise LayoutError(
                 f"{placement.name!r} of shape {placement.shape} is held in pieces by its placements "
@@ -267,19 +267,25 @@ def part_of(placement: Placement, tensor: Tensor) -> Part:
     return Part(rows, (first, stop))
 
 
-def _spans(name: str, tensor: "DTensor") -> list[Span]:
-    """What this process holds, (first, stop) of every dimension: `torch.chunk` for each axis of the mesh in turn."""
+def spans(name: str, tensor: Tensor) -> list[Span]:
+    """What this process holds of a tensor called `name`, (first, stop) of every dimension; nothing: all are (0, 0).
+
+    Of a DTensor, `torch.chunk` for each axis of its mesh in turn. Raises LayoutError for placements that no contiguous
+    shard fits.
+    """
+    if not is_sharded(tensor):
+        return [(0, size) for size in tensor.shape]
     mesh, coordinate = tensor.device_mesh, tensor.device_mesh.get_coordinate()
     if coordinate is None:
         return [(0, 0) for _ in tensor.shape]
-    spans = [(0, size) for size in tensor.shape]
-    for dimension, (first, stop) in enumerate(spans):
+    found = [(0, size) for size in tensor.shape]
+    for dimension, (first, stop) in enumerate(found):
         for axis in _order(name, tensor, dimension):
             chunk = -(-(stop - first) // mesh.size(axis))
             first = min(first + chunk * coordinate[axis], stop)
             stop = min(first + chunk, stop)
-        spans[dimension] = (first, stop)
-    return spans
+        found[dimension] = (first, stop)
+    return found
 
 
 def _order(name: str, tensor: "DTensor", dimension: int) -> list[int]:

@@ -16,6 +16,8 @@ from psyche_node.commands import recipe
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
 from psyche_node.commands.eval import evaluate
+from psyche_node.commands.plan import plan
+from psyche_node.commands.serve import serve
 from psyche_node.exits import Exit, exit_for
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
@@ -24,8 +26,10 @@ keys = typer.Typer(no_args_is_help=True, help="The node's identity in the networ
 app.add_typer(keys, name="keys")
 app.add_typer(data_commands, name="data")
 app.command()(chat)
+app.command()(serve)
 app.command("eval")(evaluate)
 app.add_typer(recipe.app, name="recipe")
+app.command()(plan)
 log = logging.getLogger(__name__)
 
 

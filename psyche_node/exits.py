@@ -105,7 +105,8 @@ class Exit(ExitCode):
     DATA = (
         40,
         "The data set cannot be read or prepared.",
-        "The message names the file and the line. Formats: messages, ShareGPT `conversations`, prompt/completion.",
+        "The message names the file and the record. Formats: messages, ShareGPT `conversations`, prompt/completion, "
+        "text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,
@@ -174,6 +175,8 @@ class Exit(ExitCode):
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
     "coordinator.run_config.ConfigError": Exit.CONFIG,
+    "psyche_node.planning.errors.PlanError": Exit.CONFIG,
+    "psyche_node.relay.spec.BadSpec": Exit.CONFIG,
     "coordinator.wallet.WalletError": Exit.WALLET,
     "psyche_node.metrics.MetricsUnavailable": Exit.CONFIG,
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,

@@ -54,7 +54,9 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("rank 0, and no other, has --fd: it is started by psyche-node run")
 
     def open_data(folder: Path, expect: bytes | None, published: str) -> PackedDataset:
-        return PackedDataset(folder, expect, published=published)
+        # One rank of a host reads it all; ranks load together, so if it refuses, all do.
+        verify = int(os.environ.get("LOCAL_RANK", "0")) == 0
+        return PackedDataset(folder, expect, verify, published)
 
     def open_tasks(session: Session, model: Path, files: Sequence[Path]) -> TasksBetween:
         # Imported late: generation and its parts take a second that a node without tasks need not wait.

@@ -3,15 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Final
 
-from coordinator.admin.sending import LAMPORTS_PER_SIGNATURE
-from coordinator.layout import MAX_WITNESSES
+from coordinator.run_costs import LAMPORTS_PER_SIGNATURE, signatures_per_checkpoint, signatures_per_round
 from coordinator.snapshot import Snapshot
-
-# One closes the commitments, one the attestations. Several nodes may send the same tick; those that come too late are
-# refused before they cost anything.
-_TICKS_PER_ROUND: Final = 2
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,17 +27,15 @@ def estimate(now: Snapshot, tokens_per_round: float) -> Costs:
         tokens_per_round: tokens in included updates, as measured.
     """
     limits, active = now.run.limits, now.header.active
-    elected = min(active, limits.witnesses or MAX_WITNESSES)
-    per_round = LAMPORTS_PER_SIGNATURE * (active + elected + _TICKS_PER_ROUND) if active else 0
+    per_round = LAMPORTS_PER_SIGNATURE * signatures_per_round(active, limits.witnesses)
     rounds = max(limits.total_rounds - now.run.round, 0)
-    # A checkpoint takes a vote of everybody and a tick.
     checkpoints = -(-rounds // limits.rounds_per_epoch)
     rent = now.lamports[1] + now.lamports[2]
     run_rent = rent_of_run(now)
     return Costs(
         deposit=rent + run_rent,
         fees_per_round=per_round,
-        fees_left=per_round * rounds + LAMPORTS_PER_SIGNATURE * checkpoints * (active + 1 if active else 0),
+        fees_left=per_round * rounds + LAMPORTS_PER_SIGNATURE * checkpoints * signatures_per_checkpoint(active),
         rewards_owed=now.reward_owed,
         rewards_left=int(rounds * tokens_per_round * now.run.reward_rate / 1_000_000),
         rewards_funded=now.lamports[0] - run_rent,

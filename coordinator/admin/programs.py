@@ -14,7 +14,7 @@ from solders.pubkey import Pubkey
 from coordinator.admin.failures import ProgramDiffers
 from coordinator.admin.options import RPC_DEFAULT, AsJson, DryRun, Payer, PriorityFee, Rpc, Yes
 from coordinator.admin.output import address_of, confirm, read_file, show, sol
-from coordinator.admin.sending import Manner, Step, fee_of, show_dry_run, simulate
+from coordinator.admin.sending import Manner, Step, show_dry_run, simulate
 from coordinator.admin.session import chain_at, go
 from coordinator.chain import Chain, TransactionFailed
 from coordinator.deploy import (
@@ -30,6 +30,7 @@ from coordinator.deploy import (
 )
 from coordinator.idl import NO_ADDRESS, legacy, modern
 from coordinator.program import program_bytes
+from coordinator.run_costs import fee_of
 from coordinator.wallet import load_keypair, load_or_create_keypair
 
 app = typer.Typer(help="The on-chain program.", no_args_is_help=True)

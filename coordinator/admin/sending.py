@@ -18,9 +18,9 @@ from solders.transaction import Transaction
 
 from coordinator.admin.output import confirm, show, sol
 from coordinator.chain import Chain, ChainUnavailable, ProgramError, TransactionFailed
+from coordinator.run_costs import fee_of
 from coordinator.transactions import COMPUTE_UNITS, MAX_TRANSACTION_BYTES
 
-LAMPORTS_PER_SIGNATURE: Final = 5000
 _UNPAID: Final = ("AccountNotFound", "InsufficientFundsForFee")
 
 
@@ -123,11 +123,6 @@ async def simulate(chain: Chain, manner: Manner, step: Step) -> Simulated:
         lamports=fee if after is None else before - after,
         signers=tuple(message.account_keys[:signatures]),
     )
-
-
-def fee_of(signatures: int, priority_fee: int) -> int:
-    """Lamports that a transaction costs; `priority_fee` is micro-lamports per compute unit."""
-    return LAMPORTS_PER_SIGNATURE * signatures + -(-priority_fee * COMPUTE_UNITS // 1_000_000)
 
 
 def show_dry_run(

@@ -80,7 +80,8 @@ def check(
     from psyche_node.data.compare import verify
 
     with failures():
-        manifest = verify(folder, against)
+        with _line() as say:
+            manifest = verify(folder, against, lambda done, files: say(f"verified {done} of {files} files"))
         values = {"manifest": manifest.digest.hex(), "files": len(manifest.train) + len(manifest.heldout)}
         if as_json:
             typer.echo(json.dumps({"folder": str(folder), "ok": True, **values}))
@@ -107,27 +108,39 @@ def _note(line: str) -> None:
 
 
 @contextmanager
-def _progress() -> Iterator[Callable[[Progress], None]]:
-    """One line on a terminal that is written over; a line now and then in a log."""
+def _line() -> Iterator[Callable[..., None]]:
+    """Say what goes on: in one line on a terminal, that is written over; in a line now and then in a log."""
     live = sys.stderr.isatty()
-    started = last = time.monotonic()
+    last = time.monotonic()
 
-    def show(so_far: Progress) -> None:
+    def say(line: str, at_once: bool = False) -> None:
         nonlocal last
         now = time.monotonic()
-        if so_far.file is not None and now - last < (_REPORT_EVERY if live else _REPORT_EVERY_IN_A_LOG):
-            return
-        last = now
-        doing = "packing and writing" if so_far.file is None else f"reading {so_far.file.name}"
-        rate = so_far.tokens / max(now - started, 1e-9) / 1e6
-        line = f"{doing}: {so_far.samples:,} samples, {so_far.tokens:,} tokens, {rate:.1f} M tokens/s"
-        typer.echo(f"\r\x1b[2K{line}" if live else line, err=True, nl=not live)
+        if at_once or now - last >= (_REPORT_EVERY if live else _REPORT_EVERY_IN_A_LOG):
+            last = now
+            typer.echo(f"\r\x1b[2K{line}" if live else line, err=True, nl=not live)
 
     try:
-        yield show
+        yield say
     finally:
         if live:
             typer.echo("\r\x1b[2K", err=True, nl=False)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[Progress], None]]:
+    started = time.monotonic()
+
+    def show(so_far: Progress) -> None:
+        doing = "packing and writing" if so_far.file is None else f"reading {so_far.file.name}"
+        rate = so_far.tokens / max(time.monotonic() - started, 1e-9) / 1e6
+        say(
+            f"{doing}: {so_far.samples:,} samples, {so_far.tokens:,} tokens, {rate:.1f} M tokens/s",
+            at_once=so_far.file is None,
+        )
+
+    with _line() as say:
+        yield show
 
 
 def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+from collections.abc import Callable
 from itertools import zip_longest
 from pathlib import Path
 
@@ -23,8 +24,10 @@ _SETTINGS = {
 }
 
 
-def verify(folder: Path, against: str | None = None) -> Manifest:
-    """Read every file of ``folder`` and return its manifest.
+def verify(
+    folder: Path, against: str | None = None, progress: Callable[[int, int], None] = lambda done, files: None
+) -> Manifest:
+    """Read every file of ``folder`` and return its manifest. ``progress`` hears how many of the files are done.
 
     ``against`` is what it should be: the SHA-256 of a manifest in hexadecimal, or a manifest (path, folder or URL).
 
@@ -33,7 +36,9 @@ def verify(folder: Path, against: str | None = None) -> Manifest:
         DataMismatch: names the first file that is missing or differs.
     """
     mine = Manifest.read(folder)
-    for shard in (*mine.train, *mine.heldout):
+    shards = (*mine.train, *mine.heldout)
+    for done, shard in enumerate(shards):
+        progress(done, len(shards))
         check_size(folder / shard.file, shard.sequences, mine.form)
         check_bytes(folder / shard.file)
     if against is None:

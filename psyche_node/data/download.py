@@ -31,6 +31,7 @@ _TRIES = 5
 _FIRST_PAUSE = 0.2
 _LONGEST_PAUSE = 5.0
 _TIMEOUT = httpx2.Timeout(30.0, connect=10.0)
+_FETCH_SECONDS = 60.0
 _PIN = "sha256="
 
 
@@ -71,14 +72,17 @@ def download(url: str, cache: Path, limit: int, headers: dict[str, str] | None =
 
 
 def fetch(url: str, limit: int) -> bytes:
-    """Return a small file. Raises DataError if it cannot be had or has more than ``limit`` bytes."""
+    """Return a small file. Raises DataError if it cannot be had in a minute, or has more than ``limit`` bytes."""
     found = bytearray()
+    end = time.monotonic() + _FETCH_SECONDS
     try:
         with httpx2.stream("GET", url, timeout=_TIMEOUT, follow_redirects=True) as response:
             if response.status_code != 200:
                 raise DataError(f"{url} answers {response.status_code}. Check the URL")
             for chunk in response.iter_bytes():
                 found += chunk
+                if time.monotonic() > end:
+                    raise DataError(f"{url} took more than {_FETCH_SECONDS:.0f} s. Check the network")
                 if len(found) > limit:
                     raise DataError(f"{url} has more than {limit} bytes. Check the URL")
     except (httpx2.HTTPError, httpx2.InvalidURL) as error:
@@ -158,7 +162,6 @@ class _Transfer:
         digest = sha256_file(Path(self._part.name))
         os.replace(self._part.name, cache / f"{digest}{ending}")
         self._remember(_Entry(url=self._url, etag=self._entry.etag, sha256=digest))
-        log.info("%s has SHA-256 %s", self._url, digest)
         return digest
 
     def _check(self, size: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -15,7 +14,10 @@ from psyche_node.data.spill import Document
 from psyche_node.data.template import ChatTemplate
 from psyche_node.data.tokenized import Tokens
 
-_CHUNK = 2048  # samples tokenized together: bounds memory, keeps the threads of the tokenizer busy
+# Tokenized together, which keeps the tokenizer's threads busy. The characters bound memory: a token takes some 150
+# bytes until it is an integer.
+_CHUNK_SAMPLES = 2048
+_CHUNK_CHARACTERS = 1 << 21
 
 
 class Encoder:
@@ -33,11 +35,8 @@ class Encoder:
 
     def documents(self, samples: Iterable[AnySample]) -> Iterator[tuple[AnySample, Document]]:
         """Yield each sample with its document, in order. Raises BadSample for one that cannot be encoded."""
-        stream = iter(samples)
-        while chunk := list(itertools.islice(stream, _CHUNK)):
-            for kind, group in itertools.groupby(chunk, type):
-                alike = list(group)
-                yield from zip(alike, self._encoded(kind, alike), strict=True)
+        for chunk in _chunks(samples):
+            yield from zip(chunk, self._encoded(type(chunk[0]), chunk), strict=True)
 
     def _encoded(self, kind: type[AnySample], samples: list[AnySample]) -> Iterable[Document]:
         if kind is Sample:
@@ -64,3 +63,24 @@ class Encoder:
                 f"Name the tokenizer that made the tokens; this is {self.template.folder}",
             )
         return sample.ids, sample.trained
+
+
+def _chunks(samples: Iterable[AnySample]) -> Iterator[list[AnySample]]:
+    """Samples of one kind in a row, as many as are encoded together."""
+    chunk: list[AnySample] = []
+    characters = 0
+    for sample in samples:
+        full = len(chunk) == _CHUNK_SAMPLES or characters >= _CHUNK_CHARACTERS
+        if chunk and (full or type(sample) is not type(chunk[0])):
+            yield chunk
+            chunk, characters = [], 0
+        chunk.append(sample)
+        characters += _size(sample)
+    if chunk:
+        yield chunk
+
+
+def _size(sample: AnySample) -> int:
+    if isinstance(sample, Sample):
+        return sum(len(message["content"]) for message in sample.messages)
+    return len(sample.text) if isinstance(sample, Text) else len(sample.ids)

@@ -26,7 +26,7 @@ def find_files(
 
     ``source`` is a file; a folder (of `Dataset.save_to_disk`, or any with data files in it); ``http(s)://...``; or
     ``hf://datasets/OWNER/NAME[@REVISION][/PATH]``. Of a set with splits the training split is taken; ``note`` hears
-    what is passed over. ``limit`` bounds the bytes of each remote file.
+    what is passed over, and the SHA-256 of what was fetched. ``limit`` bounds the bytes of each remote file.
 
     Raises:
         DataError: there is nothing that can be read, or it cannot be fetched.
@@ -34,7 +34,9 @@ def find_files(
     if is_url(source):
         from psyche_node.data.download import download  # late: who reads files does not wait for an HTTP client
 
-        return [download(source, cache, limit)]
+        path = download(source, cache, limit)
+        note(f"{source} has SHA-256 {path.name[:64]}")
+        return [path]
     if source.startswith(HUB):
         return _hub(source, cache, limit, note)
     path = Path(source)

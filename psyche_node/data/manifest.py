@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from psyche_node.data.errors import DataError, DataMismatch
 NAME = "manifest.json"
 FORMAT = 2
 MAX_BYTES = 64 * 1024 * 1024
+SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +39,7 @@ class Shard(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    file: str = Field(pattern=r"^[0-9a-f]{64}\.bin$")
+    file: str = Field(pattern=SHARD_NAME)
     """Its name: the SHA-256 of its bytes."""
     sequences: int = Field(gt=0)
 

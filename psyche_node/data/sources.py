@@ -12,17 +12,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
-from psyche_node.data.prepare import prepare
+from psyche_node.data.prepare import prepare, tokenizer_digest
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
+from psyche_node.data.template import ChatTemplate
 from psyche_node.data.tokenizer import train_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class DataFolders:
-    """Where a run's data is: the files of samples, the tokenizer folder, the packed folder and its manifest."""
+    """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest."""
 
     files: tuple[Path, ...]
     tokenizer: Path
@@ -42,13 +44,15 @@ def build_data(
 ) -> DataFolders:
     """Return the data for a run, building what ``cache`` does not hold yet.
 
-    ``source`` is what `find_files` takes; without it: the chat about the standard library. Without ``tokenizer``: one
-    trained on the data. What is built is kept under a hash of everything that it depends on, so nothing in ``cache`` is
-    ever stale.
+    ``source`` is what `find_files` takes, or a prepared folder; without it: the chat about the standard library.
+    Without ``tokenizer``: one trained on the data. What is built is kept under a hash of everything that it depends
+    on, so nothing in ``cache`` is ever stale.
 
     Raises:
         DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.
     """
+    if source is not None and (Path(source) / NAME).is_file():
+        return _prepared(Path(source), tokenizer, sequence_length)
     files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads")
     code = _code_digest()
     content = [sha256_file(path) for path in files]
@@ -60,6 +64,20 @@ def build_data(
     folder = tokenizer
     packed = _once(cache, key, NAME, lambda out: prepare(files, folder, out, sequence_length, heldout, seed))
     return DataFolders(tuple(files), tokenizer, packed, Manifest.read(packed))
+
+
+def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int) -> DataFolders:
+    manifest = Manifest.read(folder)
+    if tokenizer is None:
+        raise DataError(f"{folder} is prepared, for a tokenizer of its own. Name the model folder that has it")
+    if tokenizer_digest(ChatTemplate(tokenizer)) != manifest.tokenizer:
+        raise DataError(f"{folder} was prepared with another tokenizer or chat template than {tokenizer}. Name its own")
+    if manifest.sequence_length != sequence_length:
+        raise DataError(
+            f"{folder} has sequences of {manifest.sequence_length} tokens, not {sequence_length}. Set the sequence "
+            f"length to {manifest.sequence_length}"
+        )
+    return DataFolders((), tokenizer, folder, manifest)
 
 
 def cache_folder() -> Path:

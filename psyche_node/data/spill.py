@@ -59,15 +59,15 @@ class Spill:
     def reader(self) -> SpillReader:
         """What has been appended so far; to be closed before the next ``append``."""
         self._file.flush()
-        return SpillReader(self._file, np.array(self._lengths, dtype=np.int64))
+        return SpillReader(self._file, np.array(self._lengths, dtype=np.int32))
 
 
 class SpillReader:
     """Documents by number. ``lengths`` (n,) are in tokens."""
 
-    def __init__(self, file: IO[bytes], lengths: npt.NDArray[np.int64]) -> None:
+    def __init__(self, file: IO[bytes], lengths: npt.NDArray[np.int32]) -> None:
         self.lengths = lengths
-        self._ends = np.cumsum(lengths)
+        self._ends = np.cumsum(lengths, dtype=np.int64)
         empty = not len(lengths)
         self._tokens = np.empty(0, "<u4") if empty else np.memmap(file, dtype="<u4", mode="r")
 

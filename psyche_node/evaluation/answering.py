@@ -51,7 +51,7 @@ def answer(engine: Engine, requests: Sequence[Request], cut: Cut = never) -> Ste
         while growing:
             order = list(growing)
             pieces = [growing[index].next_piece() for index in order]
-            listeners = [lambda _, whole=piece.temperature > 0.0: whole or not cut() for piece in pieces]
+            listeners = [lambda _piece, _done, whole=piece.temperature > 0.0: whole or not cut() for piece in pieces]
             for index, done in zip(order, engine.run(pieces, listeners), strict=True):
                 one = growing[index]
                 one.tokens += done.token_ids

@@ -13,7 +13,7 @@ from psyche_node.generation.text import Detokenizer, StopText
 Listener = Callable[[str, Completion | None], bool]
 """Called per token with what is new of the text (it may be empty) and, the last time, the whole completion.
 
-Returns False to end this sequence.
+Returns False to end this sequence, which is then told as any other end is.
 """
 
 
@@ -50,16 +50,19 @@ class Answer:
                 self.finish_reason = "length"
         if self.finish_reason is not None:
             piece += self._rest()
-        if piece:
-            self._pieces.append(piece)
-        done = None if self.finish_reason is None else self.completion()
-        if not self._listener(piece, done) and done is None:
+        if not self._tell(piece) and self.finish_reason is None:
             self.finish_reason = "length"
+            self._tell(self._rest())
 
     def completion(self) -> Completion:
         """The finished answer."""
         reason = self.finish_reason or "length"
         return Completion(tuple(self._tokens), "".join(self._pieces), reason, len(self._request.prompt))
+
+    def _tell(self, piece: str) -> bool:
+        if piece:
+            self._pieces.append(piece)
+        return self._listener(piece, None if self.finish_reason is None else self.completion())
 
     def _rest(self) -> str:
         piece = self._stop.feed(self._words.finish())

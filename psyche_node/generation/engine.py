@@ -38,6 +38,8 @@ class Engine:
     Attributes:
         advice: what the folder's ``generation_config.json`` advises.
         context: tokens that prompt and answer may have together; None if the config does not say.
+        eos: tokens that end an answer.
+        vocabulary: rows of the embedding; token ids are below it.
         prompts: the tokenizer and its chat template.
         reasons: the choices made while loading (device, dtype), each with its reason.
     """
@@ -51,6 +53,7 @@ class Engine:
         self.advice = Advice.of(loaded.generation)
         text_config = loaded.model.config.get_text_config()
         self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.vocabulary: int = loaded.model.get_input_embeddings().weight.shape[0]
         self.eos = _end_tokens(loaded)
         self._hidden = frozenset(loaded.hidden)
         self._lock = threading.Lock()

@@ -12,6 +12,8 @@ import torch
 from torch import nn
 
 from psyche_node.training.errors import ModelError
+from psyche_node.training.weight_files import INDEX, SINGLE
+from psyche_node.training.weights import load_into
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -23,7 +25,6 @@ TOKENIZER_FILES = (
     "vocab.json",
     "merges.txt",
 )
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 
 DEMO_MODEL: Mapping[str, Any] = {
     "model_type": "seed_oss",
@@ -64,7 +65,7 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
 
     _no_bars()
 
-    if isinstance(source, Path) and source.is_dir() and any((source / name).is_file() for name in _WEIGHTS):
+    if isinstance(source, Path) and source.is_dir() and any((source / name).is_file() for name in (SINGLE, INDEX)):
         model, _ = load_model(source, torch.device("cpu"))
     else:
         config = _config(source, tokenizer)
@@ -83,12 +84,19 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
 
 
 def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
-    """Return a causal language model in fp32 in training mode, and a line for each setting that was changed.
+    """Return a causal language model in fp32 on ``device``, to be trained, and a line for each changed setting.
 
     Raises:
         ModelError: there is no such model, or its folder lacks weights.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    model, reasons = build_model(folder)
+    load_into(model, folder, device)
+    return model, reasons
+
+
+def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
+    """As ``load_model``, but on the meta device: to be divided, if it is to be, and filled by ``load_into``."""
+    from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 
     _no_bars()
 
@@ -97,18 +105,12 @@ def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True)
         reasons = without_dropout(config)
-        model, info = cast(Any, AutoModelForCausalLM).from_pretrained(
-            folder, config=config, dtype=torch.float32, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        with torch.device("meta"):
+            model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
+        if model.can_generate() and (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder)
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    lacking = sorted(info["missing_keys"]) + sorted(map(str, info["mismatched_keys"]))
-    if lacking:
-        raise ModelError(
-            f"{folder} lacks {len(lacking)} tensors of its own config, the first being {lacking[0]}. "
-            "Fetch the whole model"
-        )
-    model = model.to(device)
     model.train()
     return model, reasons
 

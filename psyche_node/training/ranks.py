@@ -116,7 +116,6 @@ class Ranks(World):
         self._mesh = init_device_mesh(
             device.type, (self.data_parallel, tensor_parallel), mesh_dim_names=("data", "tensor")
         )
-        model.to(device)
         reasons = []
         if tensor_parallel > 1:
             self._cut = cut_model(model, self._mesh["tensor"])

@@ -22,11 +22,12 @@ from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError
 from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.hashing import model_root, weights_sha256
-from psyche_node.training.model import load_model, parameter_count
+from psyche_node.training.model import build_model, parameter_count
 from psyche_node.training.reader import DataReader, PackedBatch
 from psyche_node.training.schedule import lr_bits
 from psyche_node.training.separation import check_separation
 from psyche_node.training.terms import TrainingTerms, fp32
+from psyche_node.training.weights import load_into
 from psyche_node.training.world import ONE_PROCESS, World
 
 HELDOUT_SEQUENCES = 64
@@ -73,7 +74,7 @@ def prepare_model(
         TrainingError: there is no such device, or the ranks cannot be divided by ``tensor_parallel``.
     """
     chosen = world.together(lambda: choose_device(world.device(device), data.sequence_length, micro_batch, threads))
-    model, reasons = world.together(lambda: load_model(folder, torch.device("cpu")))
+    model, reasons = world.together(lambda: build_model(folder))
     vocabulary = int(model.get_input_embeddings().weight.shape[0])
     if vocabulary < data.vocabulary:
         raise ModelError(
@@ -82,6 +83,7 @@ def prepare_model(
         )
     root = Root(model)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
+    world.together(lambda: load_into(model, folder, chosen.torch))
     with chosen.compute():
         loss = LossFunction(model, z_loss, root)
         separation = check_separation(loss.logits, data.vocabulary, chosen.torch)

@@ -39,7 +39,9 @@ class World:
         return name
 
     def shard(self, model: Any, root: Root, device: torch.device, tensor_parallel: int) -> list[str]:
-        """Divide the weights of ``model``, in place, and put them on ``device``; return a line for each choice.
+        """Divide the weights of ``model``, in place, for ``device``; return a line for each choice.
+
+        The model has no memory yet.
 
         Raises TrainingError if they cannot be divided so.
         """
@@ -48,7 +50,6 @@ class World:
                 f"tensor_parallel is {tensor_parallel}, and this node has one training process: set ranks (or gpus) to "
                 f"a multiple of {tensor_parallel}, or tensor_parallel to 1"
             )
-        model.to(device)
         return []
 
     def divide(self, rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:

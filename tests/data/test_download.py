@@ -16,6 +16,7 @@ from web import Web, served
 from psyche_node.data import DataError
 from psyche_node.data import download as module
 from psyche_node.data.download import download, fetch
+from psyche_node.data.locate import find_files
 
 BYTES = b"".join(b'{"prompt": "%d", "completion": "a"}\n' % n for n in range(20_000))
 DIGEST = hashlib.sha256(BYTES).hexdigest()
@@ -64,6 +65,13 @@ def test_a_file_that_changed_meanwhile_is_not_mixed(web: Web, tmp_path: Path) ->
         download(url, tmp_path, LIMIT)
     web.files["/set/chat.jsonl"] = other = BYTES.replace(b"a", b"b")
     assert download(url, tmp_path, LIMIT).read_bytes() == other
+
+
+def test_the_hash_of_what_was_fetched_is_said(web: Web, tmp_path: Path) -> None:
+    heard: list[str] = []
+    url = f"{web.url}/set/chat.jsonl"
+    assert find_files(url, tmp_path, note=heard.append) == [tmp_path / f"{DIGEST}.jsonl"]
+    assert heard == [f"{url} has SHA-256 {DIGEST}"]
 
 
 def test_without_a_network_the_copy_serves(web: Web, tmp_path: Path) -> None:

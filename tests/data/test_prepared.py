@@ -138,6 +138,15 @@ def test_an_edited_manifest_is_refused(chat: Path, tokenizer: Path, tmp_path: Pa
         Manifest.read(tmp_path)
 
 
+def test_preparing_again_leaves_nothing_of_the_last_time(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    first = prepare(chat, tokenizer, tmp_path, LENGTH)
+    (tmp_path / "notes.bin").write_bytes(b"not ours")
+    second = prepare(chat, tokenizer, tmp_path, 2 * LENGTH)
+    files = {shard.file for shard in (*second.train, *second.heldout)}
+    assert set(os.listdir(tmp_path)) == {*files, "manifest.json", "notes.bin"}
+    assert first.train[0].file not in files
+
+
 def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     records = [{"prompt": "q", "completion": "alpha " * n} for n in (2, 60, 61)]

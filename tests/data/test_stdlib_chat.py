@@ -9,7 +9,15 @@ from pathlib import Path
 
 import pytest
 
-from psyche_node.data import DataError, PackedDataset, build_data, build_stdlib_chat, read_samples
+from psyche_node.data import (
+    DataError,
+    PackedDataset,
+    build_data,
+    build_stdlib_chat,
+    prepare,
+    read_samples,
+    train_tokenizer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +78,20 @@ def test_building_data_is_cached_by_content(stdlib: Path, tmp_path: Path) -> Non
     assert changed.manifest.counts.samples == first.manifest.counts.samples + 1
     assert len(PackedDataset(changed.packed)) == changed.manifest.sequences
     assert not [name for name in os.listdir(tmp_path / "cache") if name.startswith(".")]
+
+
+def test_a_prepared_folder_is_used_as_it_is(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
+    manifest = prepare(chat, tokenizer, tmp_path / "prepared", 96)
+    source = str(tmp_path / "prepared")
+    data = build_data(tmp_path / "cache", source=source, tokenizer=tokenizer, sequence_length=96)
+    assert (data.packed, data.manifest) == (tmp_path / "prepared", manifest)
+    with pytest.raises(DataError, match="sequences of 96 tokens, not 128"):
+        build_data(tmp_path / "cache", source=source, tokenizer=tokenizer, sequence_length=128)
+    with pytest.raises(DataError, match="Name the model folder"):
+        build_data(tmp_path / "cache", source=source, sequence_length=96)
+    train_tokenizer(chat, 300, tmp_path / "other")
+    with pytest.raises(DataError, match="with another tokenizer"):
+        build_data(tmp_path / "cache", source=source, tokenizer=tmp_path / "other", sequence_length=96)
 
 
 def test_an_interpreter_without_docstrings_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

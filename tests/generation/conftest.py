@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from taught import teach
 
 from psyche_node.data import train_tokenizer
 from psyche_node.generation import Engine
@@ -31,12 +32,28 @@ TINY = {
 
 
 @pytest.fixture(scope="session")
-def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    tokenizer, folder = tmp_path_factory.mktemp("tokenizer"), tmp_path_factory.mktemp("model")
+def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("tokenizer")
     line = {"prompt": "hello there", "completion": "general greetings to all of you"}
-    (tokenizer / "chat.jsonl").write_text((json.dumps(line) + "\n") * 4)
-    train_tokenizer(tokenizer / "chat.jsonl", VOCABULARY, tokenizer)
-    make_demo_model(TINY, tokenizer, folder, seed=1)
+    (folder / "chat.jsonl").write_text((json.dumps(line) + "\n") * 4)
+    train_tokenizer(folder / "chat.jsonl", VOCABULARY, folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    make_demo_model(TINY, tokenizer_folder, folder, seed=1)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def taught_folder(tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in size, with a long context window, and what ``taught`` taught it."""
+    folder = tmp_path_factory.mktemp("taught")
+    long = {**TINY, "max_position_embeddings": 32_768, "initializer_range": 0.06}
+    make_demo_model(long, tokenizer_folder, folder, seed=1)
+    teach(folder)
     return folder
 
 

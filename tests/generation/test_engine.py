@@ -114,14 +114,15 @@ def test_closing_a_stream_ends_the_generation(engine: Engine) -> None:
     stream = engine.stream(Request(tuple(PROMPTS[0]), 240))
     next(stream)
     stream.close()
-    heard: list[str] = []
+    heard: list[object] = []
 
     def three(piece: str, done: object) -> bool:
-        heard.append(piece)
+        heard.append(done)
         return len(heard) < 3
 
     first, second = engine.run([Request((7,), 200), Request((8,), 20)], [three, lambda piece, done: True])
-    assert (len(first.token_ids), len(second.token_ids), len(heard)) == (3, 20, 3)
+    assert (len(first.token_ids), len(second.token_ids)) == (3, 20)
+    assert heard == [None, None, None, first]
 
 
 def test_the_context_window_bounds_prompt_and_answer(engine: Engine) -> None:

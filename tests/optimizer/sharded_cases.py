@@ -272,6 +272,7 @@ def rounds_equal_those_of_one_process() -> None:
     """Four rounds: lookahead, a missing gradient, an own update that is not included, members left out as hostile."""
     ways = [(shard, torch.float32, {}) for shard in layouts()]
     ways += [(layouts()[0], torch.bfloat16, {"robust": True}), (layouts()[-1], torch.float32, {"engine": "torch"})]
+    ways += [(shard, torch.bfloat16, {"stochastic_rounding": True}) for shard in layouts()]
     for number, (shard, dtype, settings) in enumerate(ways):
         pair, waiting, late = Pair.of(shard, dtype, **settings), list[list[bytes]](), number % 2
         for round in range(4):

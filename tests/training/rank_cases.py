@@ -19,12 +19,16 @@ from torch.distributed.tensor import DTensor
 
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
-from psyche_node.training import Session, TrainingError
+from psyche_node.training import ModelError, Session, TrainingError, load_model
 from psyche_node.training.errors import RankFailed
+from psyche_node.training.forward import Root
+from psyche_node.training.model import build_model
 from psyche_node.training.ranks import Ranks
+from psyche_node.training.weight_files import OpenFile
 from psyche_node.training.world import World
 
 RUN = bytes(range(32))
+READ = OpenFile.read
 POSITIONS = [3, 1, 4, 15, 9, 26, 5]
 
 
@@ -215,6 +219,31 @@ def a_checkpoint_is_one_model_folder() -> None:
         dist.barrier()
 
 
+def each_rank_reads_what_it_holds() -> None:
+    """And no more; buffers that no file has are computed on every rank, and what is tied stays tied."""
+    for kind in kinds():
+        whole, _ = load_model(folder(kind), torch.device("cpu"))
+        for tensor_parallel in layouts():
+            read: list[int] = []
+
+            def counted(self: OpenFile, name: str, extents: Any, read: list[int] = read) -> Tensor:
+                values = READ(self, name, extents)
+                read.append(values.numel())
+                return values
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(OpenFile, "read", counted)
+                model = session(tensor_parallel, kind).model
+            held = [p.to_local() if isinstance(p, DTensor) else p for p in model.parameters()]
+            assert sum(read) == sum(values.numel() for values in held)
+            if tensor_parallel == 1:
+                assert sum(read) < 1.2 * sum(p.numel() for p in whole.parameters()) / dist.get_world_size()
+            for name, buffer in whole.named_buffers():
+                assert torch.equal(model.get_buffer(name), buffer)
+            tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+            assert tied == (whole.get_input_embeddings().weight is whole.get_output_embeddings().weight)
+
+
 def a_step_that_fails_on_one_rank_fails_on_all() -> None:
     world = ranks()
 
@@ -247,7 +276,28 @@ def files_reach_other_hosts() -> None:
             world.files([Path(folder) / "missing"])
 
 
+def heads_that_cannot_be_divided_stay_whole() -> None:
+    """Two key and value heads over four ranks: attention is a copy on each, the rest is cut."""
+    one = session(4, "seed_oss")
+    assert any(line.startswith("self_attn is held whole by each of the 4") for line in one.reasons)
+    cut = {name for name, p in one.model.named_parameters() if isinstance(p, DTensor)}
+    assert not any("self_attn" in name for name in cut)
+    assert {"model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"} <= cut
+    found, expected = gradients(one), gradients(session(None, "seed_oss"))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+
+
 def what_cannot_be_divided_is_refused() -> None:
+    for plan, why in (({}, "has no tensor-parallel plan"), ({"layers.*.mlp.up_proj": "strange"}, "by 'strange'")):
+        model, _ = build_model(folder())
+        model.config.base_model_tp_plan = plan
+        with pytest.raises(ModelError, match=why):
+            ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
+    model, _ = build_model(folder())
+    model.model.layers[1].mlp.extra = torch.nn.Parameter(torch.zeros(3))
+    with pytest.raises(ModelError, match=r"does not say what layers\.1\.mlp\.extra is for"):
+        ranks().shard(model, Root(model), torch.device("cpu"), dist.get_world_size())
     with pytest.raises(TrainingError, match="cannot be divided by tensor_parallel, which is 3"):
         session(3)
     with pytest.raises(TrainingError, match="one training process"):

@@ -58,6 +58,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "clipping_is_by_the_norm_of_the_whole",
         "shares_need_not_fill_the_ranks",
         "a_checkpoint_is_one_model_folder",
+        "each_rank_reads_what_it_holds",
         "a_step_that_fails_on_one_rank_fails_on_all",
         "files_reach_other_hosts",
         "what_cannot_be_divided_is_refused",
@@ -65,3 +66,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
 )
 def test_ranks(ranks: Run, size: int, case: str) -> None:
     ranks(size, case)
+
+
+def test_four_ranks_and_two_heads(ranks: Run) -> None:
+    ranks(4, "heads_that_cannot_be_divided_stay_whole")

@@ -1,0 +1,105 @@
+"""A model's shape: its tensors, and the sizes from which activations follow. Needs a config only, and no weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from psyche_node.planning.errors import PlanError
+
+SHIPPED: Final = Path(__file__).resolve().parent / "models"
+_HEAD_NORMS: Final = frozenset({"qwen3"})
+_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral"})
+
+Shapes = tuple[tuple[str, tuple[int, ...]], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class ModelShape:
+    """A dense decoder: RMS norms, grouped-query attention, gated feed-forward.
+
+    ``tensors`` are the trained parameters, tied ones once. ``head_norms``: queries and keys are normalized per head.
+    ``assumed``: its kind is not one whose activations were checked; they are counted as Llama's.
+    """
+
+    name: str
+    kind: str
+    tensors: Shapes
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    intermediate: int
+    vocabulary: int
+    tied: bool
+    head_norms: bool
+    assumed: bool
+
+    @property
+    def parameters(self) -> int:
+        return sum(math.prod(shape) for _, shape in self.tensors)
+
+    @property
+    def layer_parameters(self) -> int:
+        """Parameters of one decoder layer."""
+        table = (1 if self.tied else 2) * self.vocabulary * self.hidden
+        return (self.parameters - table - self.hidden) // self.layers
+
+    def flops_per_token(self, length: int) -> float:
+        """Floating-point operations of forward and backward, for documents of ``length`` tokens.
+
+        Six for each parameter that is multiplied, and causal attention's twelve for each pair of query and key value
+        (Chowdhery et al. 2022, PaLM, appendix B), of which half are masked.
+        """
+        multiplied = self.layers * self.layer_parameters + self.vocabulary * self.hidden
+        return 6.0 * multiplied + 6.0 * self.layers * self.heads * self.head_dim * length
+
+
+def config_of(source: str) -> tuple[str, dict[str, Any]]:
+    """Name and config of a folder with a config.json, a JSON file, or a shipped model. Raises PlanError."""
+    path = Path(source)
+    shipped = {file.stem.lower(): file for file in SHIPPED.glob("*.json")}
+    file = path / "config.json" if path.is_dir() else path
+    if not file.is_file():
+        if source.lower() not in shipped:
+            names = ", ".join(sorted(file.stem for file in shipped.values()))
+            raise PlanError(f"--model {source}: no folder with a config.json, no JSON file, and none of {names}")
+        file = shipped[source.lower()]
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise PlanError(f"{file} cannot be read as a model's config: {error}") from error
+    if not isinstance(config, dict):
+        raise PlanError(f"{file} is not a model's config: it holds no JSON object")
+    return (path.resolve().name if path.is_dir() else file.stem), config
+
+
+def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShape:
+    """Raises PlanError for a config that is not a dense decoder's."""
+    needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
+    lacking = [key for key in needed if not isinstance(config.get(key), int)]
+    experts = any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    if lacking or experts:
+        why = "it is a mixture of experts" if experts else f"its config has no {', '.join(lacking)}"
+        raise PlanError(f"{name} cannot be planned: {why}. Plans are for dense decoders such as Llama, Qwen3, Seed-OSS")
+    heads, kind = config["num_attention_heads"], str(config.get("model_type"))
+    return ModelShape(
+        name=name,
+        kind=kind,
+        tensors=tensors,
+        hidden=config["hidden_size"],
+        layers=config["num_hidden_layers"],
+        heads=heads,
+        kv_heads=config.get("num_key_value_heads") or heads,
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        intermediate=config["intermediate_size"],
+        vocabulary=config["vocab_size"],
+        tied=bool(config.get("tie_word_embeddings", False)),
+        head_norms=kind in _HEAD_NORMS,
+        assumed=kind not in _KNOWN,
+    )

@@ -1,0 +1,48 @@
+"""Bodies within bounds, and clients that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+
+from starlette.requests import ClientDisconnect, Request
+
+from psyche_node.serving.errors import ApiError
+
+LARGEST_BODY = 8 << 20
+"""Bytes: several times what fits the longest context windows."""
+_SECONDS = 60.0
+"""For a body to arrive; a slow one keeps its memory for so long at most."""
+
+
+async def read_json(request: Request) -> object:
+    """Return a request's body.
+
+    Raises:
+        ApiError: it is not JSON, is too large, or takes too long. Only application/json is taken: a web page can make
+            its reader's browser send other types to a server on localhost without asking that server first.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise ApiError(415, "send the body as JSON, with the header Content-Type: application/json")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(_SECONDS):
+            async for piece in request.stream():
+                body += piece
+                if len(body) > LARGEST_BODY:
+                    raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large")
+    except TimeoutError:
+        raise ApiError(408, f"the body did not arrive within {_SECONDS:g} s") from None
+    except ClientDisconnect:
+        raise ApiError(499, "the client has closed the connection") from None
+    try:
+        return json.loads(bytes(body))
+    except (ValueError, RecursionError) as error:
+        raise ApiError(400, f"the body is not JSON: {error}") from None
+
+
+async def gone(request: Request) -> None:
+    """Return when the client has hung up. Call it after the body was read."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,126 @@
+"""The server's process: its address, its key file, its end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import os
+import signal
+import socket
+import stat
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import uvicorn
+from starlette.applications import Starlette
+
+from psyche_node.serving.app import create_app
+from psyche_node.serving.errors import ServeError
+from psyche_node.serving.scheduler import LARGEST_BATCH, Scheduler
+from psyche_node.serving.service import Service
+
+if TYPE_CHECKING:
+    from psyche_node.generation import Engine
+
+log = logging.getLogger(__name__)
+
+_SHORTEST_KEY = 16
+_GRACE_SECONDS = 10
+"""For answers that are being written when the server is told to stop."""
+_SPARE_CONNECTIONS = 64
+"""Beside those that are answered or wait: health checks, and clients that are being refused."""
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """How to serve.
+
+    Attributes:
+        name: what clients call the model.
+        longest: tokens of the longest answer.
+        waiting: requests that may wait for their turn.
+        key: clients must have it; None serves everyone who can connect.
+    """
+
+    name: str
+    longest: int
+    waiting: int
+    key: str | None = None
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Take an address, before a large model is loaded for nothing; connections are refused until it is.
+
+    Raises:
+        ServeError: there is no such address here, or it is taken.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        taken = socket.socket(family, kind, protocol)
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        taken.bind(address)
+    except (OSError, OverflowError) as error:
+        raise ServeError(f"cannot listen on {host} port {port}: {error}. Choose another --host or --port") from None
+    return taken
+
+
+def read_key(path: Path) -> str:
+    """Return the API key in a file of mode 0600.
+
+    Raises:
+        ServeError: others can read the file, or what it holds is no key.
+    """
+    try:
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
+            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
+            if mode & 0o077:
+                raise ServeError(f"{path} has mode {mode:04o}: others can read the key. Run: chmod 600 {path}")
+            key = file.read(4097).strip()
+    except OSError as error:
+        raise ServeError(f"the key file {path} cannot be read: {error.strerror}") from None
+    if not _SHORTEST_KEY <= len(key) <= 4096 or not all(33 <= byte <= 126 for byte in key):
+        raise ServeError(
+            f"{path} holds no key: it must be one line of at least {_SHORTEST_KEY} letters and digits. "
+            f"Make one: (umask 077; openssl rand -hex 32 > {path})"
+        )
+    return key.decode("ascii")
+
+
+def serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
+    """Serve until SIGTERM or Ctrl-C, which end as KeyboardInterrupt once answers under way are finished or cut off."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    asyncio.run(_serve(engine, taken, terms))
+
+
+async def _serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
+    scheduler = Scheduler(engine, terms.waiting)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(_: Starlette) -> AsyncIterator[None]:
+        running = asyncio.create_task(scheduler.run())
+        yield
+        scheduler.stop()
+        await running
+
+    app = create_app(Service(engine, terms.name, scheduler, terms.longest), terms.key, lifespan)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        server_header=False,
+        ws="none",
+        limit_concurrency=terms.waiting + LARGEST_BATCH + _SPARE_CONNECTIONS,
+        timeout_graceful_shutdown=_GRACE_SECONDS,
+    )
+    host, port = taken.getsockname()[:2]
+    if terms.key is None and not ipaddress.ip_address(host).is_loopback:
+        log.warning("everyone who can reach %s port %d can use this model; --api-key-file asks for a key", host, port)
+    log.info("%s at http://%s:%d/v1", terms.name, f"[{host}]" if ":" in host else host, port)
+    await uvicorn.Server(config).serve(sockets=[taken])

@@ -1,0 +1,244 @@
+"""`psyche-node plan`: known sizes, arithmetic that can be done by hand, and advice that holds."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from optimizer.layout import Layout
+from psyche_node.cli import app
+from psyche_node.exits import Exit
+from psyche_node.planning.errors import PlanError
+from psyche_node.planning.exchange import LINE, exchange
+from psyche_node.planning.gpus import GPUS, parse_gpus
+from psyche_node.planning.memory import memory
+from psyche_node.planning.meta import tensors_of
+from psyche_node.planning.plan import Asked, Plan, plan
+from psyche_node.planning.shape import ModelShape, config_of, shape_of
+from psyche_node.relay.spec import LinkSpec
+
+
+def shape(name: str) -> ModelShape:
+    found, config = config_of(name)
+    return shape_of(found, config, tensors_of(found, config))
+
+
+@pytest.fixture(scope="module")
+def seed() -> ModelShape:
+    return shape("Seed-OSS-36B")
+
+
+def asked(**changes: Any) -> Asked:
+    values: dict[str, Any] = {
+        "gpus": 8,
+        "gpu": GPUS["H200"],
+        "members": 24,
+        "link": LinkSpec.parse("1gbit/50ms"),
+        "sequence": 16384,
+        "batch": 384,
+        "rounds": 9000,
+        "rounds_per_epoch": 250,
+        "topk": 8,
+        "update_bytes": 105_913_080,
+        "overlap": True,
+    }
+    return Asked(**{**values, **changes})
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [
+        ("Seed-OSS-36B", 36_151_104_512),
+        ("Llama-3.1-8B", 8_030_261_248),
+        ("Llama-3.1-70B", 70_553_706_496),
+        ("qwen3-14b", 14_768_307_200),
+    ],
+)
+def test_known_models_have_their_known_sizes(name: str, parameters: int) -> None:
+    assert shape(name).parameters == parameters
+
+
+def test_updates_of_the_36b_are_as_large_as_its_layout_says(seed: ModelShape) -> None:
+    layout = Layout.build(seed.tensors, 8)
+    assert layout.update_bytes == 105_913_080
+    # Twelve bytes a block of 4,096: little more than one for every 341 parameters.
+    assert layout.update_bytes == pytest.approx(seed.parameters * 12 / 4096, rel=1e-4)
+
+
+def test_state_is_eighteen_bytes_a_parameter_over_the_gpus(seed: ModelShape) -> None:
+    made = plan(seed, asked())
+    one = made.memory
+    state = one.weights + one.gradients + one.momentum + one.trend + one.aside
+    assert state == pytest.approx(18 * seed.parameters / 8, rel=1e-3)
+    assert made.fits
+    assert made.work.checkpointing
+
+
+def test_checkpointing_keeps_one_input_a_layer(seed: ModelShape) -> None:
+    work = plan(seed, asked()).work
+    kept = 64 * 2 * 5120 * 16384
+    assert kept < memory(seed, work).activations < 1.4 * kept
+    assert memory(seed, replace(work, checkpointing=False)).activations > 15 * kept
+
+
+def test_what_does_not_fit_gets_advice_that_holds(seed: ModelShape) -> None:
+    small = plan(seed, asked(gpu=GPUS["H100"]))
+    assert not small.fits
+    *_, last = small.tries
+    totals = [small.memory.total, *(step.total for step in small.tries)]
+    assert totals == sorted(totals, reverse=True), "nothing that does not help"
+    assert last.fits
+    words = dict(step.change.split() for step in small.tries)  # of a flag that came twice, what came last
+    again = asked(
+        gpu=GPUS["H100"],
+        tensor_parallel=int(words["--tensor-parallel"]),
+        bf16=words["--precision"] == "bf16",
+        sequence=int(words["--seq"]),
+        checkpointing=True,
+    )
+    assert plan(seed, again).memory.total == last.total
+
+
+def test_a_model_that_fits_nowhere_gets_a_number_of_gpus(seed: ModelShape) -> None:
+    one = plan(seed, asked(gpus=1, gpu=GPUS["RTX4090"], batch=24, members=24))
+    (*_, last) = one.tries
+    assert last.change.startswith("--gpus ")
+    enough = int(last.change.split()[1].split("x")[0])
+    assert 10 < enough < 40
+
+
+def test_more_of_everything_needs_more(seed: ModelShape) -> None:
+    def total(**changes: Any) -> int:
+        return plan(seed, asked(checkpointing=True, **changes)).memory.total
+
+    base = total()
+    assert total(sequence=32768) > base
+    assert total(micro_batch=2) > base
+    assert total(lookahead=False) < base
+    assert total(bf16=True) < base
+    assert plan(seed, asked(checkpointing=False)).memory.total > base
+
+
+def test_speed_is_flops_by_hand(seed: ModelShape) -> None:
+    made = plan(seed, asked(mfu=0.5, batch=384, checkpointing=False))
+    multiplied = seed.parameters - 155136 * 5120 - 5120
+    flops = 6 * multiplied + 6 * 64 * 80 * 128 * 16384
+    assert made.member_tokens_per_second == pytest.approx(8 * 989.4e12 * 0.5 / flops, rel=1e-6)
+    assert made.compute_seconds == pytest.approx(384 * 16384 / (24 * made.member_tokens_per_second))
+    short = plan(seed, asked(mfu=0.5, checkpointing=False, document=1000))
+    assert short.member_tokens_per_second > 1.2 * made.member_tokens_per_second
+
+
+def test_a_round_waits_for_the_slower_of_training_and_line_with_overlap(seed: ModelShape) -> None:
+    together, apart = plan(seed, asked()), plan(seed, asked(overlap=False))
+    assert apart.round_seconds == pytest.approx(together.compute_seconds + together.exchange.seconds + 3.2)
+    assert together.round_seconds == max(together.compute_seconds, together.exchange.seconds + 3.2)
+    slow = plan(seed, asked(link=LinkSpec.parse("100mbit/50ms")))
+    assert slow.round_seconds == slow.exchange.seconds + 3.2
+    assert any("exchange takes longer" in note for note in slow.notes)
+
+
+def test_idle_ranks_are_counted(seed: ModelShape) -> None:
+    full, uneven = plan(seed, asked(batch=384)), plan(seed, asked(batch=200))
+    assert uneven.member_tokens_per_second == pytest.approx(full.member_tokens_per_second * 200 / 384)
+    assert any("leave some idle" in note for note in uneven.notes)
+
+
+def test_everybody_gets_every_other_update_and_uploads_as_much() -> None:
+    alone = exchange(1000, 1, 1e6, 1e6, 0.05)
+    assert (alone.received, alone.sent, alone.seconds) == (0, 0, 0.0)
+    of_many = exchange(10**8, 24, 125e6, 250e6, 0.0)
+    assert of_many.received == of_many.sent == 23 * 10**8
+    # The upload is the narrower one; the tree's steps are pieces.
+    assert of_many.seconds == pytest.approx(23 * 10**8 / (125e6 * LINE), rel=0.01)
+    assert exchange(10**8, 24, 0.0, 0.0, 0.0).seconds == 0.0
+
+
+@pytest.mark.parametrize("text", ["8xH2000", "0xH100", "x", "", "8 H100", "99999xH100"])
+def test_gpus_that_are_none_are_named(text: str) -> None:
+    with pytest.raises(PlanError, match="such as 8xH200"):
+        parse_gpus(text)
+
+
+def test_gpus() -> None:
+    assert parse_gpus("8xh200") == (8, GPUS["H200"])
+    assert parse_gpus("RTX4090") == (1, GPUS["RTX4090"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"tensor_parallel": 3}, "has to divide"),
+        ({"gpus": 16, "tensor_parallel": 16}, "8 key-value"),
+        ({"batch": 9}, "leaves some"),
+    ],
+)
+def test_what_does_not_go_together_is_refused(seed: ModelShape, changes: dict[str, Any], said: str) -> None:
+    with pytest.raises(PlanError, match=said):
+        plan(seed, asked(**changes))
+
+
+def test_other_architectures_are_planned_or_refused_with_the_reason(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+    file = tmp_path / "config.json"
+    file.write_text(
+        json.dumps({"model_type": "gemma", "vocab_size": 512, "num_key_value_heads": 4, "head_dim": 16, **sizes})
+    )
+    assert shape(str(tmp_path)).assumed
+    file.write_text(json.dumps({"model_type": "mixtral", "vocab_size": 512, "num_local_experts": 8, **sizes}))
+    with pytest.raises(PlanError, match="mixture of experts"):
+        shape(str(file))
+    file.write_text(json.dumps({"model_type": "gpt2"}))
+    with pytest.raises(PlanError, match="has no hidden_size"):
+        shape(str(file))
+    file.write_text(json.dumps({"model_type": "no such kind", "vocab_size": 512, **sizes}))
+    with pytest.raises(PlanError, match="no causal language model can be built"):
+        shape(str(file))
+    file.write_text("{")
+    with pytest.raises(PlanError, match="cannot be read"):
+        shape(str(file))
+
+
+def test_the_command_prints_a_plan_and_its_json() -> None:
+    words = [
+        "plan",
+        "--model",
+        "Seed-OSS-36B",
+        "--gpus",
+        "8xH200",
+        "--seq",
+        "16384",
+        "--members",
+        "24",
+        "--link",
+        "1gbit",
+    ]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    for said in ("36,151,104,512 parameters", "105,913,080 bytes", "it fits", "50 transactions", "20.8 s"):
+        assert said in done.output
+    shown = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
+    assert shown["memory"]["total"] == sum(size for name, size in shown["memory"].items() if name != "total")
+    assert shown["exchange"]["update_bytes"] == 105_913_080
+    assert set(shown) >= {field for field in Plan.__slots__ if field != "memory"}
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (["--gpus", "8xH2"], "kinds: B200"),
+        (["--model", "nowhere"], "none of Llama-3.1-70B"),
+        (["--link", "fast"], "RATE"),
+        (["--recipe", "soup"], "there is no recipe"),
+    ],
+)
+def test_wrong_flags_say_what_is_right(change: list[str], said: str) -> None:
+    words = ["plan", "--model", "Llama-3.1-8B", "--gpus", "8xH200", *change]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == Exit.CONFIG
+    assert said in done.output
