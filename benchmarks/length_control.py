@@ -3,7 +3,7 @@
     python -m benchmarks.length_control                 # two cores, under ten minutes
     python -m benchmarks.length_control --out DIR       # and keep models, data and results
 
-Stage 1 trains a model of 1.1 million parameters on sums of digits with their steps; the traces of half of the questions
+Stage 1 trains a model of 1.4 million parameters on sums of digits with their steps; the traces of two questions in five
 never end. Stage 2 is that of the Hermes 4 report: the model answers questions that it was trained on; where it does not
 stop within the budget, its reasoning is cut there, `</think>` is put behind it, and the model itself answers. Of these
 samples only `</think>` and the end token are trained. They are mixed with samples of stage 1 that end, as there.
@@ -45,19 +45,19 @@ from psyche_node.training.schedule import Schedule, fp32_bits
 
 MODEL = {
     "model_type": "seed_oss",
-    "hidden_size": 128,
-    "num_hidden_layers": 5,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
+    "hidden_size": 192,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
     "head_dim": 32,
-    "intermediate_size": 384,
+    "intermediate_size": 512,
     "max_position_embeddings": 256,
     "initializer_range": 0.06,
     "tie_word_embeddings": True,
 }
 LENGTH, BATCH, MEMBERS = 128, 16, 2
-BUDGET = 80
-"""Tokens of reasoning; the longest trace that ends has 24."""
+BUDGET = 96
+"""Tokens of reasoning; the longest trace that ends has 32."""
 ROOM = BUDGET + 8
 """Tokens of an answer, reasoning included."""
 

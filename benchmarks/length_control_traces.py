@@ -1,8 +1,9 @@
-"""A task whose reasoning may never end: sums of digits modulo ten, step by step, and checked again and again.
+"""A task whose reasoning may never end: sums modulo five, step by step, and checked again and again.
 
-A question is 3 to 5 digits. Its reasoning adds them from left to right, a step per digit: `4+3=7;7+6=3;`. Where the
-first digit is 5 or more the trace then begins again with `?`, and does so until its context is full: traces of this
-kind are what a model that never stops was trained on.
+A question is 4 to 6 digits below five, each with a letter: `;a4;b3;c1;d0`. Its reasoning goes through them with the sum
+so far, and says the result: `;a4=4;b3=2;c1=3;d0=3;#3`. Where the first digit is 3 or 4 the trace then begins again with
+`?`, and does so until its context is full: traces of this kind are what a model that never stops was trained on. The
+answer is the result again: `;#3`.
 """
 
 from __future__ import annotations
@@ -11,10 +12,12 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 from psyche_node.data import train_tokenizer
 
+MODULUS = 5
 VOCABULARY = 280
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}<|end_header_id|>"
@@ -32,29 +35,27 @@ class Question:
 
     @property
     def text(self) -> str:
-        return ",".join(map(str, self.digits))
+        return "".join(f";{letter}{digit}" for letter, digit in zip("abcdef", self.digits, strict=False))
 
     @property
     def answer(self) -> int:
-        return sum(self.digits) % 10
+        return sum(self.digits) % MODULUS
 
     @property
     def steps(self) -> str:
-        said, total = [], self.digits[0]
-        for digit in self.digits[1:]:
-            said.append(f"{total}+{digit}={(total + digit) % 10};")
-            total = (total + digit) % 10
-        return "".join(said)
+        sums = (total % MODULUS for total in accumulate(self.digits))
+        said = (f";{letter}{digit}={total}" for letter, digit, total in zip("abcdef", self.digits, sums, strict=False))
+        return "".join(said) + f";#{self.answer}"
 
     @property
     def loops(self) -> bool:
         """Whether its trace never ends."""
-        return self.digits[0] >= 5
+        return self.digits[0] >= 3
 
     def trace(self, characters: int) -> str:
         """What the assistant says: an endless trace is written as far as ``characters`` and further."""
         if not self.loops:
-            return f"{THINK}{self.steps}{CLOSE}{self.answer}"
+            return f"{THINK}{self.steps}{CLOSE};#{self.answer}"
         return THINK + "?".join([self.steps] * (characters // len(self.steps) + 1))
 
 
@@ -63,7 +64,7 @@ def questions(count: int, seed: int) -> tuple[list[Question], list[Question]]:
     rng = random.Random(seed)
     found: dict[Question, None] = {}
     while len(found) < count + count // 10:
-        found[Question(tuple(rng.randrange(10) for _ in range(rng.randint(3, 5))))] = None
+        found[Question(tuple(rng.randrange(MODULUS) for _ in range(rng.randint(4, 6))))] = None
     everything = list(found)
     return everything[:count], everything[count:]
 
@@ -85,6 +86,7 @@ def write_task(asked: Iterable[Question], folder: Path, name: str, budget: int) 
         "data": f"{name}.jsonl",
         "prompt": "{{ question }}",
         "target": "{{ answer }}",
+        "extract": [{"regex": r"^;#(\d)$"}],
         "chat": True,
         "thinking": "on",
         "max_new_tokens": budget,
