@@ -70,6 +70,9 @@ def run(
     evaluate_every: Annotated[
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
     ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option("--tasks", help="Task file to evaluate while the node waits; repeat.")
+    ] = None,
     check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
     update_timeout: Annotated[float | None, typer.Option(help="Seconds to look for an update that counts.")] = None,
     fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
@@ -115,6 +118,7 @@ def run(
         "compile": compile,
         "share": share,
         "evaluate_every": evaluate_every,
+        "tasks": tuple(tasks or ()),
         "check_every": check_every,
         "update_timeout": update_timeout,
         "faults": tuple(fault or ()),

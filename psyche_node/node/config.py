@@ -95,6 +95,9 @@ class NodeConfig(BaseModel):
     """Share of the batch, in proportion to the other members' shares. 0: the measured tokens per second."""
     evaluate_every: int = Field(default=0, ge=0)
     """Rounds between evaluations of the held-out loss on this node. 0: only at the end."""
+    tasks: tuple[Path, ...] = ()
+    """Task files that are evaluated with the held-out loss, but in time that the node spends waiting. Their results go
+    into its journal and metrics, and their SHA-256 on chain. The weights are kept once more meanwhile."""
     check_every: int = Field(default=0, ge=0)
     """Rounds between SHA-256 digests of all weights in the journal. 0: only at the end."""
     update_timeout: float = Field(default=120.0, gt=0)
@@ -153,6 +156,11 @@ class NodeConfig(BaseModel):
             raise ValueError(
                 f"{self.training_ranks} training processes cannot be divided by tensor_parallel, which is "
                 f"{self.tensor_parallel}"
+            )
+        if self.tasks and self.training_ranks > 1:
+            raise ValueError(
+                f"tasks need the whole model in one process, and {self.training_ranks} divide it: leave tasks out, and "
+                "use `psyche-node eval` on the checkpoints"
             )
         return self
 

@@ -94,8 +94,7 @@ def memory(shape: ModelShape, work: Work, *, outside: int | None = None, scratch
         workspace=CONTEXT + NCCL * several if outside is None else outside,
     )
     moments = [replace(state, **moment) for moment in _moments(shape, work, held)]
-    gradients = held * (4 if work.data_parallel > 1 else work.weight_bytes)
-    moments.append(replace(state, gradients=gradients, workspace=state.workspace + scratch))
+    moments.append(replace(state, gradients=held * work.weight_bytes, workspace=state.workspace + scratch))
     return max(moments, key=lambda one: one.total)
 
 
@@ -116,8 +115,7 @@ def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     c = 4 if work.compute == "fp32" else 2
     s = 2 if work.compute == "bf16" else 4
     several = work.data_parallel * work.tensor_parallel
-    # Those of FSDP2 are summed in fp32; others have the type of their weights.
-    weight = 4 if work.data_parallel > 1 else work.weight_bytes
+    weight = work.weight_bytes  # also of FSDP2's gradients, which are summed in fp32 and kept in the weights' type
     gradient = held * weight
     before = gradient if work.micro_batches > 1 else 0
     layer = layer_bytes(shape, work)

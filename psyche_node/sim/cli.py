@@ -45,6 +45,10 @@ def simulate(
     baseline: Annotated[str | None, typer.Option(help="adamw: compare with AdamW on the same tokens.")] = None,
     check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="Task file that the first node evaluates while it waits; repeat."),
+    ] = None,
     topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe to train by, made to fit: psyche-node recipe list.")] = DEMO,
     peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -99,6 +103,7 @@ def simulate(
             baseline=baseline is not None,
             check_every=check_every,
             evaluate_every=evaluate_every,
+            tasks=tuple(tasks or ()),
             rpc=rpc,
             wallet=wallet,
             slot_ms=slot_ms,

@@ -116,6 +116,8 @@ class SimSettings(BaseModel):
     """Rounds between comparisons of all replicas' SHA-256; 0: only at the end."""
     evaluate_every: int = Field(default=10, ge=0)
     """Rounds between evaluations of the held-out loss; 0: only at the end."""
+    tasks: tuple[Path, ...] = ()
+    """Task files that the first node evaluates as often, in time that it spends waiting."""
     slot_ms: int = Field(default=50, ge=10, le=10_000)
     """Length of the ledger's slot in milliseconds."""
     port: int = Field(default=0, ge=0, le=65_534)
@@ -142,6 +144,13 @@ class SimSettings(BaseModel):
     def _data_exists(self) -> Self:
         if self.data is not None and "://" not in self.data and not Path(self.data).exists():
             raise ValueError(f"--data {self.data}: no such file or folder; name one with samples")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> Self:
+        for task in self.tasks:
+            if not task.is_file():
+                raise ValueError(f"--tasks {task}: no such file; name a task file")
         return self
 
     @model_validator(mode="after")

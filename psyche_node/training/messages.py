@@ -115,6 +115,31 @@ class Evaluated(Message):
     seconds: float
 
 
+class OpenTasks(Message):
+    """Read the task files that ``WorkOnTasks`` evaluates, once, and say what is wrong with them. -> Ok"""
+
+    files: list[str]
+
+
+class HoldWeights(Message):
+    """Keep a copy of the current weights, and begin to evaluate the tasks on it. -> Ok"""
+
+    round: int
+    """Rounds that these weights contain."""
+
+
+class WorkOnTasks(Message):
+    """Go on with the evaluation until the next request comes, or for ``seconds``. -> TasksWorked"""
+
+    seconds: float
+
+
+class TasksWorked(Message):
+    results: str | None
+    """The results as canonical JSON, once, when they are complete."""
+    seconds: float
+
+
 class Root(Message):
     """-> RootIs"""
 
