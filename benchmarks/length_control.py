@@ -5,8 +5,8 @@
 
 Stage 1 trains a model of 1.4 million parameters on walks over numbers, step by step; the traces of half of the
 questions never end. Stage 2 is that of the Hermes 4 report: the model answers questions that it was trained on; where
-it does not stop within the budget, its reasoning is cut there, `</think>` is put behind it, and the model itself
-answers. Of these samples only `</think>` and the end token are trained. They are mixed with samples of stage 1 that
+it does not stop within the budget, its reasoning is cut there, and `</think>` and the answer are put behind it. Of
+these samples only `</think>` and the end token are trained. They are mixed with samples of stage 1 that
 end, as there.
 
 Both stages are trained by two members with the product's sessions and optimizer. Beside stage 2, as its baseline: the
@@ -102,7 +102,7 @@ def train(start: Path, data: Path, stage: Stage, out: Path) -> list[float]:
 
 
 def controlled(model: Path, asked: Sequence[Question]) -> list[dict[str, list[int]]]:
-    """Samples of stage 2: what the model says where it does not stop, cut, closed and answered by itself.
+    """Samples of stage 2: what the model says where it does not stop, cut, closed and answered.
 
     Of their labels only `</think>` and the end token are trained.
     """
@@ -111,17 +111,17 @@ def controlled(model: Path, asked: Sequence[Question]) -> list[dict[str, list[in
     prompts = [engine.encode([{"role": "user", "content": one.text}], thinking=True) for one in asked]
     traces = engine.generate(prompts, BUDGET)
     cut = [
-        (*prompt, *trace.token_ids, close)
-        for prompt, trace in zip(prompts, traces, strict=True)
+        ((*prompt, *trace.token_ids, close), one)
+        for prompt, trace, one in zip(prompts, traces, asked, strict=True)
         if trace.finish_reason == "length" and close not in trace.token_ids
     ]
     samples = []
-    for prompt, answer in zip(cut, engine.generate(cut, ROOM - BUDGET), strict=True):
-        if answer.finish_reason == "stop":
-            ids = [*prompt, *answer.token_ids, end]
-            trained = {len(prompt) - 1, len(ids) - 1}
-            labels = [token if place in trained else -100 for place, token in enumerate(ids)]
-            samples.append({"input_ids": ids, "labels": labels})
+    for prompt, one in cut:
+        ids = [*prompt, *engine.prompts.encode(one.answer), end]
+        trained = {len(prompt) - 1, len(ids) - 1}
+        samples.append(
+            {"input_ids": ids, "labels": [token if place in trained else -100 for place, token in enumerate(ids)]}
+        )
     return samples
 
 
@@ -208,8 +208,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="new folder to keep everything in; default: none is kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, nargs=2, default=[120, 24], help="of stage 1 and of stage 2")
-    parser.add_argument("--rates", nargs=2, default=["0.0025", "0.0005"], help="peak learning rates of the two")
+    parser.add_argument("--rounds", type=int, nargs=2, default=[160, 24], help="of stage 1 and of stage 2")
+    parser.add_argument("--rates", nargs=2, default=["0.003", "0.0005"], help="peak learning rates of the two")
     parser.add_argument("--traces", type=int, default=4000, help="samples of stage 1")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
