@@ -122,7 +122,7 @@ def _with_attention(
                 separation = check_separation(loss.logits, vocabulary, device.torch)
         except ModelError:
             raise
-        except (SeparationError, RuntimeError, ValueError, ImportError, NotImplementedError) as error:
+        except (SeparationError, RuntimeError, ValueError, ImportError) as error:
             if number + 1 == len(choices):
                 if isinstance(error, SeparationError):
                     raise
