@@ -98,13 +98,18 @@ def _network(stats: Stats) -> Iterator[Metric]:
     traffic = CounterMetricFamily(
         "psyche_network_bytes", "Bytes of message bodies, without TLS and TCP.", labels=("direction", "kind")
     )
-    for direction, total, blob in (
-        ("sent", stats.bytes_sent, stats.blob_bytes_sent),
-        ("received", stats.bytes_received, stats.blob_bytes_received),
+    bulk = CounterMetricFamily(
+        "psyche_network_bulk_bytes", "Of the bytes of blobs, those over bulk connections.", labels=("direction",)
+    )
+    for direction, total, blob, over_bulk in (
+        ("sent", stats.bytes_sent, stats.blob_bytes_sent, stats.bulk_bytes_sent),
+        ("received", stats.bytes_received, stats.blob_bytes_received, stats.bulk_bytes_received),
     ):
         traffic.add_metric((direction, "blob"), blob)
         traffic.add_metric((direction, "other"), total - blob)
+        bulk.add_metric((direction,), over_bulk)
     yield traffic
+    yield bulk
     yield GaugeMetricFamily("psyche_network_peers", "Peers with a libp2p connection.", stats.peers)
     yield GaugeMetricFamily("psyche_network_members", "Members with a libp2p connection.", len(stats.connected))
     yield GaugeMetricFamily("psyche_network_private", "1 if nobody can open a connection here.", bool(stats.private))

@@ -28,6 +28,8 @@ class Addresses:
     grpc_port: int
     forwarded_p2p: str = ""
     forwarded_grpc: str = ""
+    bulk_port: int = 0
+    forwarded_bulk: str = ""
 
     def p2p(self, outside: str = "") -> tuple[str, ...]:
         """Return libp2p addresses, the best one first. ``outside`` is the IP at which others see a node behind NAT."""
@@ -38,6 +40,13 @@ class Addresses:
     def grpc(self, outside: str = "") -> str:
         """Return the address that updates are fetched from."""
         return self.forwarded_grpc or join_address(outside or self.host, self.grpc_port)
+
+    def bulk(self, outside: str = "") -> str:
+        """Return the address of the bulk server, empty if it is none that others could reach."""
+        if self.forwarded_bulk or self.forwarded_grpc:
+            # A router that forwards the other ports alone leads nowhere from its own address.
+            return self.forwarded_bulk
+        return join_address(outside or self.host, self.bulk_port)
 
 
 def announced_host(listen_host: str, bootstrap: list[tuple[bytes, str]]) -> str:

@@ -9,13 +9,15 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psyche_node.network.bulk.lanes import Lanes, Pieces
 from psyche_node.network.guard import MAX_DEADLINE_SECONDS
 from psyche_node.network.holdings import Holdings, Partial
-from psyche_node.network.links import CallFailed, Cause, Links, Stream
+from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import MAX_BLOB_BYTES, Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
-from psyche_node.network.service import KINDS, MAX_PIECES_PER_FETCH, MAX_PIECES_PER_MANIFEST
+from psyche_node.network.sending import KINDS, MAX_PIECES_PER_FETCH
+from psyche_node.network.service import MAX_PIECES_PER_MANIFEST
 from psyche_node.network.store import (
     DIGEST_BYTES,
     PIECE_BYTES,
@@ -66,6 +68,7 @@ class Tools:
     reader: Reader
     holdings: Holdings
     links: Links
+    lanes: Lanes
     quality: Quality
     begun: Callable[[Want], None]
     """Told, in a download's thread, when the first piece of a blob of several is here."""
@@ -75,7 +78,7 @@ class Tools:
 
 @dataclass(slots=True)
 class _Run:
-    stream: Stream
+    stream: Pieces
     pieces: range
     arrived: int = 0
     began: float = 0.0
@@ -88,6 +91,7 @@ class Download:
     def __init__(self, tools: Tools, want: Want, choice: Choice) -> None:
         self._tools, self._want, self._choice = tools, want, choice
         self._source = choice.source
+        self._lane = tools.lanes.lane(choice.source, want.length)
         self._open: deque[_Run] = deque()
         expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
         self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
@@ -149,6 +153,8 @@ class Download:
             if self._gave_up is None:
                 raise
             raise CallFailed(Cause.SLOW, self._gave_up) from error
+        finally:
+            self._lane.close()
 
     def _run(self) -> bool:
         if piece_count(self._want.length) == 1:
@@ -173,7 +179,7 @@ class Download:
     def _single_piece(self) -> None:
         # A blob of one piece needs no manifest: its length and its bytes give its digest.
         want = self._want
-        pieces: list[bytes] = []
+        pieces: list[bytes | memoryview] = []
         for piece in self._fetch(range(1)).stream:
             pieces.append(piece)
             if len(pieces) > 1:
@@ -338,7 +344,7 @@ class Download:
         deadline = CALL_SECONDS + math.ceil((size + self._coming() * PIECE_BYTES) / MIN_BYTES_PER_SECOND)
         deadline = min(deadline, LONGEST_CALL_SECONDS)
         kind = _WIRE_KINDS[want.kind]
-        stream = self._tools.links.fetch(self._source, want.digest, pieces[0], len(pieces), deadline, kind)
+        stream = self._lane.fetch(want.digest, pieces[0], len(pieces), deadline, kind)
         run = _Run(stream, pieces)
         with self._lock:
             if self._cancelled:

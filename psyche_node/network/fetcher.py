@@ -16,6 +16,7 @@ import trio
 
 from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.bulk.lanes import Lanes
 from psyche_node.network.directory import Directory
 from psyche_node.network.download import (
     CALL_SECONDS,
@@ -67,6 +68,7 @@ class Fetcher:
         reader: Reader,
         holdings: Holdings,
         links: Links,
+        lanes: Lanes,
         directory: Directory,
         announcements: Announcements,
         quality: Quality,
@@ -74,6 +76,7 @@ class Fetcher:
         take_announcement: Callable[[bytes, bytes], object],
     ) -> None:
         self._store, self._reader, self._holdings, self._links = store, reader, holdings, links
+        self._lanes = lanes
         self._directory, self._announcements, self._quality = directory, announcements, quality
         self._reporter, self._take = reporter, take_announcement
         self._wants: dict[tuple[int, bytes, int], Want] = {}
@@ -102,7 +105,9 @@ class Fetcher:
         def hurry() -> bool:
             return any(want.kind is Kind.UPDATE and want.running for want in list(self._wants.values()))
 
-        self._tools = Tools(self._store, self._reader, self._holdings, self._links, self._quality, begun, hurry)
+        self._tools = Tools(
+            self._store, self._reader, self._holdings, self._links, self._lanes, self._quality, begun, hurry
+        )
         async with trio.open_nursery() as nursery:
             self._nursery = nursery
             while True:

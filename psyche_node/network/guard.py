@@ -7,10 +7,11 @@ docs/decisions/0023-hostile-peers.md has the limits and what each is for.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -76,6 +77,14 @@ class Pace:
         return min(self._burst, left + (now - since) * self._rate), now
 
 
+class NotAdmitted(Exception):
+    """A call is refused, which is not reported yet. ``peer`` is a node key, or an address when there is no key."""
+
+    def __init__(self, peer: bytes | str, reason: str, why: Why) -> None:
+        super().__init__(reason)
+        self.peer, self.why = peer, why
+
+
 class Guard:
     """The gate of the server. ``caller`` says who a call is from, and refuses it unless that is a member."""
 
@@ -107,24 +116,53 @@ class Guard:
         where = str(context.peer())
         if auth.get("ssl_tls_version") != [b"TLSv1.3"]:
             self._refuse(context, where, f"it spoke {auth.get('ssl_tls_version')}, not TLS 1.3", Why.PROTOCOL)
-        chain = auth.get("x509_pem_cert") or [b""]
-        try:
-            key = identify(chain[0]).node_key
-        except ExpiredCertificate as error:
-            self._refuse(context, where, str(error), Why.EXPIRED)
-        except BadCertificate as error:
-            self._refuse(context, where, str(error), Why.IDENTITY)
-        if self._directory.slot(key) is None:
-            reason = f"its key is not that of a member of the run (it called from {where})"
-            self._refuse(context, key, reason, Why.NOT_A_MEMBER)
+        key = self._member(context, (auth.get("x509_pem_cert") or [b""])[0], where)
         remaining = context.time_remaining()
         if remaining is None or remaining > MAX_DEADLINE_SECONDS:
             reason = f"set a deadline of at most {MAX_DEADLINE_SECONDS:.0f} s"
             self._refuse(context, key, reason, Why.PROTOCOL, grpc.StatusCode.INVALID_ARGUMENT)
-        if not self._pace.allows(key):
-            reason = f"more than {CALLS_PER_SECOND:.0f} calls a second"
-            self._refuse(context, key, reason, Why.TOO_MANY, grpc.StatusCode.RESOURCE_EXHAUSTED)
+        try:
+            self.pace(key)
+        except NotAdmitted as error:
+            self._refuse(context, key, str(error), error.why, grpc.StatusCode.RESOURCE_EXHAUSTED)
         return key
+
+    def member(self, pem: bytes, where: str) -> bytes:
+        """Return the node key that the certificate of a TLS 1.3 peer names. Raises NotAdmitted unless it is a member's.
+
+        ``where`` is the address that it calls from.
+        """
+        try:
+            key = identify(pem).node_key
+        except BadCertificate as error:
+            why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY
+            raise NotAdmitted(where, str(error), why) from None
+        if self._directory.slot(key) is None:
+            reason = f"its key is not that of a member of the run (it called from {where})"
+            raise NotAdmitted(key, reason, Why.NOT_A_MEMBER)
+        return key
+
+    def pace(self, key: bytes) -> None:
+        """Count a call of a member. Raises NotAdmitted when it makes too many."""
+        if not self._pace.allows(key):
+            raise NotAdmitted(key, f"more than {CALLS_PER_SECOND:.0f} calls a second", Why.TOO_MANY)
+
+    @contextlib.contextmanager
+    def call(self, key: bytes) -> Iterator[None]:
+        """Be in a call of a member that does not come by gRPC. Raises NotAdmitted."""
+        self.pace(key)
+        if not self._open.enter(key):
+            raise NotAdmitted(key, f"more than {MAX_CALLS_PER_PEER} calls at a time", Why.TOO_MANY)
+        try:
+            yield
+        finally:
+            self._open.leave(key)
+
+    def _member(self, context: Context, pem: bytes, where: str) -> bytes:
+        try:
+            return self.member(pem, where)
+        except NotAdmitted as error:
+            self._refuse(context, error.peer, str(error), error.why)
 
     def _guarded(self, behaviour: Callable[[bytes, Any, Context], Any]) -> Callable[[Any, Context], Any]:
         def guarded(request: Any, context: Context) -> Any:

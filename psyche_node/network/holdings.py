@@ -40,7 +40,7 @@ class Partial:
         self._changed = threading.Condition()
         self._ended = False
 
-    def write(self, index: int, piece: bytes) -> bool:
+    def write(self, index: int, piece: bytes | memoryview) -> bool:
         """Verify a piece and keep it. Returns False when it is not the piece committed to."""
         if not self._assembly.write(index, piece):
             return False

@@ -88,7 +88,7 @@ def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None)
     context.minimum_version = ssl.TLSVersion.TLSv1_3
     context.set_alpn_protocols(["h2"])
     if own is not None:
-        _show(context, own)
+        show(context, own)
     with (
         socket.create_connection(split_address(address), timeout=timeout) as raw,
         context.wrap_socket(raw) as connection,
@@ -99,7 +99,8 @@ def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None)
     return identify(ssl.DER_cert_to_PEM_cert(der).encode())
 
 
-def _show(context: ssl.SSLContext, own: Leaf) -> None:
+def show(context: ssl.SSLContext, own: Leaf) -> None:
+    """Have this node's certificate shown to the other side."""
     # ssl reads keys from files only; this one is in memory, and gone when it is closed.
     descriptor = os.memfd_create("leaf")
     try:

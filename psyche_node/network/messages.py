@@ -36,6 +36,9 @@ class Configure(Message):
     """IP address to listen on. For 0.0.0.0 or ::, the interface towards the bootstrap node is what is announced."""
     p2p_port: int = Field(default=0, ge=0, le=65535)
     grpc_port: int = Field(default=0, ge=0, le=65535)
+    bulk_port: int = Field(default=0, ge=0, le=65535)
+    announce_bulk: str = ""
+    """As ``announce_grpc``, for the bulk port. With ``announce_grpc`` and without this one, none is announced."""
     announce_grpc: str = ""
     """``IP:port`` that others reach the gRPC port at, if it is another than where it listens: a forwarded port."""
     announce_p2p: str = ""
@@ -60,6 +63,7 @@ class Ready(Message):
     p2p_port: int
     """The TCP ports on which it listens."""
     grpc_port: int
+    bulk_port: int
 
 
 class MemberEntry(Message):
@@ -157,6 +161,9 @@ class Stats(Message):
     blob_bytes_sent: int
     """Of ``bytes_sent``, the pieces of blobs."""
     blob_bytes_received: int
+    bulk_bytes_sent: int = 0
+    """Of ``blob_bytes_sent``, what went over bulk connections."""
+    bulk_bytes_received: int = 0
     peers: int
     """Peers with a libp2p connection, members or not."""
     private: bool | None = None

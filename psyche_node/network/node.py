@@ -18,6 +18,8 @@ from psyche_node.ipc import Message, Ok
 from psyche_node.network.acquaintances import Acquaintances
 from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
 from psyche_node.network.announcements import Announcements, Outcome, Verdict
+from psyche_node.network.bulk.lanes import Lanes
+from psyche_node.network.bulk.server import BulkServer
 from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
@@ -81,7 +83,7 @@ class NetworkNode:
         self._bootstrap = [parse_bootstrap(address) for address in configure.bootstrap]
         self._configure = configure
         self._host = announced_host(configure.listen_host, self._bootstrap)
-        for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p)):
+        for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p, configure.announce_bulk)):
             split_address(forwarded)
         self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
@@ -102,11 +104,13 @@ class NetworkNode:
         self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
         self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
+        self._lanes = Lanes(self._links, lambda: self._leaf, self._directory, self._reporter, self._traffic)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
             self._holdings,
             self._links,
+            self._lanes,
             self._directory,
             self._announcements,
             self._quality,
@@ -169,11 +173,26 @@ class NetworkNode:
             more=[self._dialback.handlers(), self._receiver.handlers()],
             unix_path=self._sockets.path(SERVER_SOCKET),
         )
+        bulk: BulkServer | None = None
         try:
+            bulk = BulkServer(
+                configure.listen_host,
+                configure.bulk_port,
+                lambda: self._leaf,
+                guard,
+                service.pieces,
+                self._reporter,
+            )
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
                 self._addresses = Addresses(
-                    self._host, self._swarm.port, server.port, configure.announce_p2p, configure.announce_grpc
+                    self._host,
+                    self._swarm.port,
+                    server.port,
+                    configure.announce_p2p,
+                    configure.announce_grpc,
+                    bulk.port,
+                    configure.announce_bulk,
                 )
                 await self._renew_record()
                 nursery.start_soon(self._fetcher.run)
@@ -193,10 +212,14 @@ class NetworkNode:
                     grpc_address=self._addresses.grpc(),
                     p2p_port=self._swarm.port,
                     grpc_port=server.port,
+                    bulk_port=bulk.port,
                 )
                 self._nursery = None
         finally:
+            self._lanes.close()
             self._links.close()
+            if bulk is not None:
+                bulk.stop()
             server.stop()
             self._sockets.close()
 
@@ -238,6 +261,7 @@ class NetworkNode:
         wallets = {bytes.fromhex(entry.node_key): entry.wallet for entry in message.members if entry.wallet}
         self._directory.set_members(members, wallets)
         self._links.retain(set(members.values()))
+        self._lanes.retain(set(members.values()))
         self._paths.retain(set(members.values()))
         self._traffic.retain()
         self._report_connections()
@@ -272,6 +296,8 @@ class NetworkNode:
             bytes_received=received_in_all,
             blob_bytes_sent=self._traffic.blob_sent,
             blob_bytes_received=self._traffic.blob_received,
+            bulk_bytes_sent=self._traffic.bulk_sent,
+            bulk_bytes_received=self._traffic.bulk_received,
             peers=len(connected),
             private=self._reachability.standing.private,
             connected=sorted(self._up),
@@ -426,6 +452,7 @@ class NetworkNode:
             self._leaf.expires,
             self._reachability.private,
             standing.ip if standing.private else "",
+            "" if self._reachability.private else self._addresses.bulk(outside),
         )
         known = self._directory.record(self._key.public)
         if known is not None and replace(known, seq=record.seq) == record:

@@ -90,7 +90,10 @@ class Reporter:
 
 
 class Traffic:
-    """Counts bytes of message bodies: by key of peers that ``named`` says yes to, and of all together. Any thread."""
+    """Counts bytes of message bodies: by key of peers that ``named`` says yes to, and of all together. Any thread.
+
+    ``blob`` are bytes of pieces, and ``bulk`` those of them that go over bulk connections.
+    """
 
     def __init__(self, named: Callable[[bytes], bool] = lambda key: True) -> None:
         self._named = named
@@ -100,16 +103,20 @@ class Traffic:
         self._sent = self._received = 0
         self.blob_sent = 0
         self.blob_received = 0
+        self.bulk_sent = 0
+        self.bulk_received = 0
 
-    def sent(self, peer: bytes, count: int, *, blob: bool = False) -> None:
+    def sent(self, peer: bytes, count: int, *, blob: bool = False, bulk: bool = False) -> None:
         with self._lock:
             self._count(peer, count, 0)
             self.blob_sent += count if blob else 0
+            self.bulk_sent += count if bulk else 0
 
-    def received(self, peer: bytes, count: int, *, blob: bool = False) -> None:
+    def received(self, peer: bytes, count: int, *, blob: bool = False, bulk: bool = False) -> None:
         with self._lock:
             self._count(peer, 0, count)
             self.blob_received += count if blob else 0
+            self.bulk_received += count if bulk else 0
 
     def _count(self, peer: bytes, sent: int, received: int) -> None:
         self._sent += sent

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
@@ -13,16 +12,13 @@ from psyche_node.faults import Faults
 from psyche_node.network.announcements import MAX_BITMAP, Announcements
 from psyche_node.network.guard import Context
 from psyche_node.network.holdings import Holdings
-from psyche_node.network.messages import MAX_MEMBERS, Kind
+from psyche_node.network.messages import MAX_MEMBERS
 from psyche_node.network.reports import Traffic
-from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, Manifest, StoreError
-from psyche_node.network.turns import Rank, rank
-from psyche_node.network.uploads import Uploads
+from psyche_node.network.sending import PieceServer, Refused, Status
+from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.wire import node_pb2 as wire
 
-log = logging.getLogger(__name__)
 SERVICE = "psyche.node.v1.Node"
-MAX_PIECES_PER_FETCH = 64
 MAX_ANNOUNCEMENTS_PER_CALL = 64
 MAX_DIGESTS_PER_HAVE = 32
 MAX_PIECES_PER_MANIFEST = PIECE_BYTES // DIGEST_BYTES
@@ -31,9 +27,11 @@ MAX_PARTIAL_BYTES = 128 * 1024
 # The largest request is a SinceRequest that looks for a blob of every member.
 MAX_REQUEST_BYTES = 64 * 1024
 MAX_MESSAGE_BYTES = PIECE_BYTES + 64 * 1024
-
-
-KINDS = {wire.UPDATE: Kind.UPDATE, wire.CHECKPOINT: Kind.CHECKPOINT, wire.MODEL: Kind.MODEL}
+_CODES = {
+    Status.INVALID: grpc.StatusCode.INVALID_ARGUMENT,
+    Status.NOT_FOUND: grpc.StatusCode.NOT_FOUND,
+    Status.EXHAUSTED: grpc.StatusCode.RESOURCE_EXHAUSTED,
+}
 
 
 class NodeService:
@@ -54,8 +52,8 @@ class NodeService:
         ``take_offer(digest, from_key)`` is told who offers which blob to this node, and ``heard`` who calls.
         """
         self._announcements, self._take, self._take_offer = announcements, take_announcement, take_offer
-        self._holdings, self._traffic, self._faults, self._heard = holdings, traffic, faults, heard
-        self._uploads = Uploads()
+        self._holdings, self._traffic, self._heard = holdings, traffic, heard
+        self.pieces = PieceServer(announcements, holdings, traffic, faults, heard)
 
     def handlers(self) -> Any:
         """Return gRPC's handler of all methods. Requests and replies are raw bytes here; each method parses its own."""
@@ -127,49 +125,22 @@ class NodeService:
         return self._reply(wire.Manifest(length=manifest.length, pieces=b"".join(page)), caller)
 
     def fetch(self, caller: bytes, raw: bytes, context: Context) -> Iterator[bytes]:
-        request = wire.FetchRequest()
-        self._parse(request, caller, raw, context)
-        self._check_digest(request.digest, context)
-        upload = self._uploads.enter(caller, self._rank(request), context.cancel)
-        if upload is None:
-            context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "too many open streams; ask another holder, or try again")
-        assert upload is not None
-        # A callback, not try/finally: gRPC just drops the generator of a call that was cancelled.
-        if not context.add_callback(lambda: self._uploads.leave(upload)):
-            self._uploads.leave(upload)
-            return
-        manifest = self._found(request.digest, context)
-        last = request.first + request.count
-        if not 1 <= request.count <= MAX_PIECES_PER_FETCH or last > len(manifest.pieces):
-            self._bad(context, f"1 to {MAX_PIECES_PER_FETCH} pieces of the {len(manifest.pieces)} that there are")
         try:
-            for piece in self._holdings.pieces(request.digest, range(request.first, last)):
-                if not self._uploads.next_piece(upload, request.digest, manifest.length, len(piece)):
-                    context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "you had this blob more than twice")
-                served = self._faults.served(piece)
-                self._traffic.sent(caller, len(served), blob=True)
-                yield served
-        except StoreError as error:
-            log.error("%s", error)
-            context.abort(grpc.StatusCode.NOT_FOUND, "this node lost the blob")
-
-    def _rank(self, request: wire.FetchRequest) -> Rank:
-        kind, round = self._holdings.known(request.digest) or (
-            KINDS.get(request.kind, Kind.MODEL),
-            self._announcements.current,
-        )
-        return rank(kind, round, self._announcements.current)
+            sending = self.pieces.open(caller, raw, context.cancel)
+            # A callback, not try/finally: gRPC just drops the generator of a call that was cancelled.
+            if not context.add_callback(sending.close):
+                sending.close()
+                return
+            yield from sending.pieces()
+        except Refused as refused:
+            context.abort(_CODES[refused.status], str(refused))
 
     def _found(self, digest: bytes, context: Context) -> Manifest:
         try:
-            manifest = self._holdings.manifest(digest)
-        except StoreError as error:
-            log.error("%s", error)
-            manifest = None
-        if manifest is None:
-            context.abort(grpc.StatusCode.NOT_FOUND, "this node does not hold the blob")
-        assert manifest is not None
-        return manifest
+            return self.pieces.found(digest)
+        except Refused as refused:
+            context.abort(_CODES[refused.status], str(refused))
+            raise AssertionError("abort returned") from None
 
     def _parse(self, message: Message, caller: bytes, raw: bytes, context: Context) -> None:
         self._traffic.received(caller, len(raw))

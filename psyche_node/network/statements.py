@@ -80,6 +80,8 @@ class NodeRecord:
     """Nobody outside its own network can open a connection to it."""
     observed_ip: str = ""
     """Of a private node: the IP address that others see its connections come from."""
+    bulk_address: str = ""
+    """Where pieces may be fetched over TLS without gRPC; empty: nowhere."""
 
     @property
     def node_id(self) -> str:
@@ -97,6 +99,7 @@ class NodeRecord:
             tls_expires=self.tls_expires,
             is_private=self.is_private,
             observed_ip=self.observed_ip,
+            bulk_address=self.bulk_address,
         ).SerializeToString(deterministic=True)
 
     def sign(self, key: NodeKey) -> bytes:
@@ -116,6 +119,8 @@ class NodeRecord:
         for address in addresses:
             split_multiaddr(address)
         split_address(body.grpc_address)
+        if body.bulk_address:
+            split_address(body.bulk_address)
         if body.observed_ip:
             _require(body.is_private, "it names an observed address, and only a private node does")
             same = split_address(join_address(body.observed_ip, 1))[0] == body.observed_ip
@@ -131,6 +136,7 @@ class NodeRecord:
             body.tls_expires,
             body.is_private,
             body.observed_ip,
+            body.bulk_address,
         )
         _require(record.body() == signed.body, "its body is not in the one canonical encoding")
         return record

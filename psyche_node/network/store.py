@@ -273,7 +273,7 @@ class Assembly:
             if piece_digest(piece) == digest:
                 yield index
 
-    def write(self, index: int, piece: bytes) -> bool:
+    def write(self, index: int, piece: bytes | memoryview) -> bool:
         """Verify a piece and keep it. Returns False, and keeps nothing, when it is not the piece committed to."""
         manifest = self.manifest
         if not 0 <= index < len(manifest.pieces) or len(piece) != piece_length(manifest.length, index):

@@ -52,6 +52,9 @@ class NodeConfig(BaseModel):
     """TCP port of libp2p. 0 picks a free one."""
     grpc_port: int = Field(default=0, ge=0, le=65535)
     """TCP port that updates are fetched from. 0 picks a free one."""
+    bulk_port: int = Field(default=0, ge=0, le=65535)
+    """TCP port for updates in bulk, by TLS alone, which costs less CPU time. 0 picks a free one. Members that cannot
+    reach it fetch from the other port."""
     mdns: bool = False
     """Announce this node on the local network by mDNS and look for members there. For hosts on one LAN; a rented host
     would answer strangers on UDP port 5353."""
@@ -66,6 +69,8 @@ class NodeConfig(BaseModel):
     forwards."""
     announce_grpc: str = ""
     """The same for the port that updates are fetched from. A node whose ports are forwarded sets both."""
+    announce_bulk: str = ""
+    """The same for the bulk port, if it is forwarded, too."""
     device: str = "auto"
     """`auto` (CUDA if there is one), `cpu`, `cuda` or `cuda:1`."""
     gpus: int = Field(default=0, ge=0)
@@ -105,7 +110,7 @@ class NodeConfig(BaseModel):
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
 
-    @field_validator("announce_p2p", "announce_grpc")
+    @field_validator("announce_p2p", "announce_grpc", "announce_bulk")
     @classmethod
     def _ip_and_port(cls, address: str) -> str:
         if not address:
@@ -138,10 +143,15 @@ class NodeConfig(BaseModel):
 
     @model_validator(mode="after")
     def _ports_fit(self) -> Self:
-        if self.p2p_port and self.p2p_port == self.grpc_port:
-            raise ValueError(f"p2p_port and grpc_port are both {self.p2p_port}; each needs a port of its own")
+        ports: dict[int, str] = {}
+        for name in ("p2p_port", "grpc_port", "bulk_port"):
+            port = getattr(self, name)
+            if port and ports.setdefault(port, name) != name:
+                raise ValueError(f"{ports[port]} and {name} are both {port}; each needs a port of its own")
         if bool(self.announce_p2p) != bool(self.announce_grpc):
             raise ValueError("announce_p2p and announce_grpc go together: set both, or neither")
+        if self.announce_bulk and not self.announce_grpc:
+            raise ValueError("announce_bulk goes with announce_p2p and announce_grpc: set all three")
         return self
 
     @model_validator(mode="after")

@@ -38,6 +38,7 @@ from psyche_node.node.processes import Child
 
 log = logging.getLogger(__name__)
 MODULE = "psyche_node.network"
+_PORTS = ("p2p_port", "grpc_port", "bulk_port")
 PATIENCE = 120.0
 # Asked this often whether it still answers, and given this long; a busy machine takes some seconds.
 CHECK_EVERY = 15.0
@@ -69,7 +70,7 @@ class Network:
         self._up = asyncio.Event()
         self._gave_up: IpcError | None = None
         self._configure: Configure | None = None
-        self._any_port = (False, False)
+        self._any_port: tuple[str, ...] = ()
         self._node_id: str | None = None
         self._members: SetMembers | None = None
         self._wants: dict[tuple[int, Kind], dict[tuple[str, int], WantEntry]] = {}
@@ -82,7 +83,7 @@ class Network:
     async def start(self, configure: Configure) -> Ready:
         """Start the first process and configure it. Raises RemoteFailure when it refuses, and IpcError."""
         self._configure = configure
-        self._any_port = (configure.p2p_port == 0, configure.grpc_port == 0)
+        self._any_port = tuple(name for name in _PORTS if not getattr(configure, name))
         return await self._begin()
 
     async def keep(self) -> None:
@@ -177,15 +178,12 @@ class Network:
             ready = await child.endpoint.call(self._configure, Ready)
         except RemoteFailure:
             # The port may be somebody else's by now; the members hear of a new one.
-            any_p2p, any_grpc = self._any_port
-            chosen = {"p2p_port": 0} if any_p2p else {}
-            chosen |= {"grpc_port": 0} if any_grpc else {}
-            self._configure = self._configure.model_copy(update=chosen)
+            self._configure = self._configure.model_copy(update=dict.fromkeys(self._any_port, 0))
             raise
         if ready.node_id != (began := self._node_id or ready.node_id):
             raise KeyChanged(began, ready.node_id)
         self._node_id = ready.node_id
-        self._configure = self._configure.model_copy(update={"p2p_port": ready.p2p_port, "grpc_port": ready.grpc_port})
+        self._configure = self._configure.model_copy(update={name: getattr(ready, name) for name in _PORTS})
         self._up.set()
         return ready
 
@@ -311,7 +309,14 @@ class Network:
         self._tell(message)
 
 
-_COUNTS = ("bytes_sent", "bytes_received", "blob_bytes_sent", "blob_bytes_received")
+_COUNTS = (
+    "bytes_sent",
+    "bytes_received",
+    "blob_bytes_sent",
+    "blob_bytes_received",
+    "bulk_bytes_sent",
+    "bulk_bytes_received",
+)
 
 
 def _nothing() -> Stats:

@@ -40,6 +40,8 @@ OWNER_NEEDS = 2 * LAMPORTS_PER_SOL
 LEDGER_TIMEOUT = 30.0
 RELAY_TIMEOUT = 30.0
 HOST = "127.0.0.1"
+# Of a node: libp2p, gRPC, bulk.
+PORTS = 3
 PREPARE_TIMEOUT = 600.0
 POLL_SECONDS = 0.25
 FINISH_SECONDS = 300.0
@@ -53,10 +55,12 @@ class SimulationFailed(Exception):
 class Place:
     """The ports of a node, and those that the others reach them by; 0 is its own choice."""
 
-    p2p: int
-    grpc: int
-    announced_p2p: int
+    p2p: int = 0
+    grpc: int = 0
+    bulk: int = 0
+    announced_p2p: int = 0
     announced_grpc: int = 0
+    announced_bulk: int = 0
 
 
 @dataclass(slots=True)
@@ -210,18 +214,18 @@ class World:
         if self.settings.link is None:
             # The others know the first one's address beforehand; all choose their other ports themselves.
             first = _reserve(stack)
-            self.places = [Place(first, 0, first), *(Place(0, 0, 0) for _ in range(1, count))]
+            self.places = [Place(first, announced_p2p=first), *(Place() for _ in range(1, count))]
             return
-        ports = [(_reserve(stack), _reserve(stack)) for _ in range(count)]
+        ports = [tuple(_reserve(stack) for _ in range(PORTS)) for _ in range(count)]
         arguments = ["--link", self.settings.link]
-        for pair in ports:
-            arguments += ["--to", ",".join(f"{HOST}:{port}" for port in pair)]
+        for own in ports:
+            arguments += ["--to", ",".join(f"{HOST}:{port}" for port in own)]
         log = self.settings.out / "logs" / "relay.log"
         relay = self.relay = Managed("relay", "psyche_node.relay", arguments, log, pipe=True)
         stack.push_async_callback(relay.stop)
         lines = iter(json.loads(await relay.first_line(RELAY_TIMEOUT)))
         ends = [int(line["at"].rpartition(":")[2]) for line in lines]
-        self.places = [Place(*pair, *ends[2 * index : 2 * index + 2]) for index, pair in enumerate(ports)]
+        self.places = [Place(*own, *ends[PORTS * index : PORTS * (index + 1)]) for index, own in enumerate(ports)]
 
     async def _create_run(self) -> None:
         settings, prepared = self.settings, self.prepared
@@ -249,6 +253,7 @@ class World:
             "--data": str(folder / "data"),
             "--p2p-port": str(place.p2p),
             "--grpc-port": str(place.grpc),
+            "--bulk-port": str(place.bulk),
             "--device": settings.device,
             "--ranks": str(settings.ranks_of(index).ranks),
             "--tensor-parallel": str(settings.ranks_of(index).tensor_parallel),
@@ -262,6 +267,7 @@ class World:
         if place.announced_grpc:
             arguments["--announce-p2p"] = f"{HOST}:{place.announced_p2p}"
             arguments["--announce-grpc"] = f"{HOST}:{place.announced_grpc}"
+            arguments["--announce-bulk"] = f"{HOST}:{place.announced_bulk}"
         if settings.nodes - settings.private <= index < settings.nodes:
             arguments["--reachable"] = "no"
         if index > 0:

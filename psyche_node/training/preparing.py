@@ -12,7 +12,7 @@ import torch
 from optimizer.layout import Layout
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
-from psyche_node.training.errors import ModelError, SeparationError, TrainingError
+from psyche_node.training.errors import ModelError, OutOfStep, SeparationError, TrainingError
 from psyche_node.training.fit import Site, checkpoint_activations, choose_fit
 from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.model import build_model
@@ -79,7 +79,7 @@ def prepare_model(
     world.together(lambda: load_into(model, folder, chosen.torch))
     if options.compile:
         reasons.append(compile_layers(model))
-    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss)
+    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
     site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
     fit = choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site)
     # Ranks go through the same micro-batches.
@@ -110,17 +110,23 @@ def compile_layers(model: Any, backend: str = "inductor") -> str:
 
 
 def _with_attention(
-    model: Any, root: Root, choices: Sequence[tuple[str, str]], vocabulary: int, device: Device, z_loss: float
+    model: Any,
+    root: Root,
+    choices: Sequence[tuple[str, str]],
+    vocabulary: int,
+    device: Device,
+    z_loss: float,
+    world: World,
 ) -> tuple[LossFunction, list[str]]:
     """The loss, with the first implementation of attention that works and separates documents; and why."""
     reasons: list[str] = []
     for number, (name, reason) in enumerate(choices):
         model.set_attn_implementation(NAMES[name])
         try:
-            with device.compute():
+            with world.attempt(), device.compute():
                 loss = LossFunction(model, z_loss, root)
                 separation = check_separation(loss.logits, vocabulary, device.torch)
-        except ModelError:
+        except (ModelError, OutOfStep):
             raise
         except (SeparationError, RuntimeError, ValueError, ImportError) as error:
             if number + 1 == len(choices):

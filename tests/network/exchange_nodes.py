@@ -16,6 +16,8 @@ from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.bulk.lanes import Lanes
+from psyche_node.network.bulk.server import BulkServer
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import Tree
@@ -54,11 +56,13 @@ class ExchangeNode:
         self.quality = Quality()
         self.announcements = Announcements(RUN, self.directory)
         self.links = Links(lambda: self.leaf, self.directory, self.reporter, self.traffic)
+        self.lanes = Lanes(self.links, lambda: self.leaf, self.directory, self.reporter, self.traffic)
         self.fetcher = Fetcher(
             self.store,
             self.reader,
             self.holdings,
             self.links,
+            self.lanes,
             self.directory,
             self.announcements,
             self.quality,
@@ -74,7 +78,11 @@ class ExchangeNode:
             self._offered,
             self.quality.heard,
         )
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, Guard(self.directory, self.reporter), self.service)
+        guard = Guard(self.directory, self.reporter)
+        self.server = Server("127.0.0.1", 0, lambda: self.leaf, guard, self.service)
+        self.bulk = BulkServer("127.0.0.1", 0, lambda: self.leaf, guard, self.service.pieces, self.reporter)
+        # Where others are told that the bulk server is; empty: nowhere.
+        self.bulk_address = f"127.0.0.1:{self.bulk.port}"
 
     def _offered(self, digest: bytes, sender: bytes) -> None:
         trio.from_thread.run_sync(self.fetcher.invited, digest, sender, trio_token=self._token)
@@ -92,7 +100,14 @@ class ExchangeNode:
         address = f"127.0.0.1:{self.server.port}"
         now = time.time_ns() // 1_000_000
         return NodeRecord(
-            RUN, self.key.public, now, ("/ip4/127.0.0.1/tcp/1",), address, self.leaf.der_hash, self.leaf.expires
+            RUN,
+            self.key.public,
+            now,
+            ("/ip4/127.0.0.1/tcp/1",),
+            address,
+            self.leaf.der_hash,
+            self.leaf.expires,
+            bulk_address=self.bulk_address,
         )
 
     async def fetched(self, digest: bytes, seconds: float = 60.0) -> Fetched:
@@ -124,10 +139,12 @@ class ExchangeNode:
     def kill(self) -> None:
         """Stop answering: connections are refused from now on."""
         self.server.stop()
+        self.bulk.stop()
 
     def close(self) -> None:
+        self.lanes.close()
         self.links.close()
-        self.server.stop()
+        self.kill()
 
 
 @contextlib.asynccontextmanager

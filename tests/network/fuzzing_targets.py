@@ -169,7 +169,9 @@ class Targets:
         self.links._link = lambda peer, ask=False: SimpleNamespace(channel=self.peer)  # type: ignore[assignment,method-assign]
         node = self.node
         begun = lambda want: None  # noqa: E731
-        self.tools = Tools(node._store, node._reader, node._holdings, node._links, node._quality, begun, lambda: False)
+        self.tools = Tools(
+            node._store, node._reader, node._holdings, node._links, node._lanes, node._quality, begun, lambda: False
+        )
         self.direct: DirectAnnouncements = node._swarm.direct
         self.values = KademliaRecords(RUN, self.directory)
         # A timer is a thread, which costs more than the rest of a push; the times themselves are tested elsewhere.

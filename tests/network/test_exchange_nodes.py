@@ -450,7 +450,7 @@ async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_
 async def test_a_source_that_takes_one_call_at_a_time_is_no_failure(tmp_path: Path) -> None:
     data = os.urandom(32 * PIECE_BYTES)
     async with nodes(tmp_path, 2) as made:
-        made[0].service._uploads._streams._per_peer = 1
+        made[0].service.pieces._uploads._streams._per_peer = 1
         digest = made[0].put(data, 1)
         made[1].fetcher.want(1, 0, digest, len(data))
         await made[1].fetched(digest)

@@ -340,7 +340,7 @@ def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(
     for key in keys:
         fetch = attack.channel(issue(key)).unary_stream(f"/{SERVICE}/Fetch")
         stalled.append(fetch(request, timeout=500))
-    until(lambda: len(victim.service._uploads._streams._open) == MAX_STREAMS)
+    until(lambda: len(victim.service.pieces._uploads._streams._open) == MAX_STREAMS)
     with pytest.raises(CallFailed) as failure:
         list(attack.friend.links.fetch(victim.key.public, digest, 0, 1, PATIENCE))
     assert failure.value.cause is Cause.BUSY
@@ -360,7 +360,7 @@ def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(
     assert victim.service._traffic.blob_sent < MAX_STREAMS * 32 * MIB
     for call in stalled:
         call.cancel()
-    until(lambda: not victim.service._uploads._streams._open)
+    until(lambda: not victim.service.pieces._uploads._streams._open)
 
 
 def test_a_server_whose_reply_is_too_large_is_given_up(attack: Attack) -> None:

@@ -167,7 +167,8 @@ if how == "refuses" or (how == "wants-any-port" and configure["body"]["p2p_port"
     say(configure, "Failure", reason="Is the port taken?")
     sys.exit(2)
 node_id = "another" if how == "another-key" else "x"
-say(configure, "Ready", node_id=node_id, multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002)
+say(configure, "Ready", node_id=node_id, multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002,
+    bulk_port=4003)
 if how == "dies":
     sys.exit(3)
 while True:

@@ -122,6 +122,7 @@ class NodeRecord(_message.Message):
     TLS_EXPIRES_FIELD_NUMBER: _builtins.int
     IS_PRIVATE_FIELD_NUMBER: _builtins.int
     OBSERVED_IP_FIELD_NUMBER: _builtins.int
+    BULK_ADDRESS_FIELD_NUMBER: _builtins.int
     run: _builtins.bytes
     node_key: _builtins.bytes
     seq: _builtins.int
@@ -136,6 +137,8 @@ class NodeRecord(_message.Message):
     """nobody outside its own network can open a connection to it"""
     observed_ip: _builtins.str
     """of a private node: where its connections come from, as others see it; or empty"""
+    bulk_address: _builtins.str
+    """IP:port of the bulk server (docs/reference/wire.md), with the same certificate; or empty"""
     @_builtins.property
     def p2p_addresses(self) -> _containers.RepeatedScalarFieldContainer[_builtins.str]:
         """libp2p multiaddrs without the /p2p part, at most 8"""
@@ -152,10 +155,11 @@ class NodeRecord(_message.Message):
         tls_expires: _builtins.int = ...,
         is_private: _builtins.bool = ...,
         observed_ip: _builtins.str = ...,
+        bulk_address: _builtins.str = ...,
     ) -> None: ...
     _HasFieldArgType: _TypeAlias = _Never  # noqa: Y015
     def HasField(self, field_name: _HasFieldArgType) -> _builtins.bool: ...
-    _ClearFieldArgType: _TypeAlias = _typing.Literal["grpc_address", b"grpc_address", "is_private", b"is_private", "node_key", b"node_key", "observed_ip", b"observed_ip", "p2p_addresses", b"p2p_addresses", "run", b"run", "seq", b"seq", "tls_expires", b"tls_expires", "tls_leaf", b"tls_leaf"]  # noqa: Y015
+    _ClearFieldArgType: _TypeAlias = _typing.Literal["bulk_address", b"bulk_address", "grpc_address", b"grpc_address", "is_private", b"is_private", "node_key", b"node_key", "observed_ip", b"observed_ip", "p2p_addresses", b"p2p_addresses", "run", b"run", "seq", b"seq", "tls_expires", b"tls_expires", "tls_leaf", b"tls_leaf"]  # noqa: Y015
     def ClearField(self, field_name: _ClearFieldArgType) -> None: ...
     def WhichOneof(self, oneof_group: _Never) -> None: ...
 
