@@ -3,10 +3,11 @@
     python -m benchmarks.length_control                 # two cores, under ten minutes
     python -m benchmarks.length_control --out DIR       # and keep models, data and results
 
-Stage 1 trains a model of 1.4 million parameters on sums of digits with their steps; the traces of two questions in five
-never end. Stage 2 is that of the Hermes 4 report: the model answers questions that it was trained on; where it does not
-stop within the budget, its reasoning is cut there, `</think>` is put behind it, and the model itself answers. Of these
-samples only `</think>` and the end token are trained. They are mixed with samples of stage 1 that end, as there.
+Stage 1 trains a model of 1.4 million parameters on walks over numbers, step by step; the traces of half of the
+questions never end. Stage 2 is that of the Hermes 4 report: the model answers questions that it was trained on; where
+it does not stop within the budget, its reasoning is cut there, `</think>` is put behind it, and the model itself
+answers. Of these samples only `</think>` and the end token are trained. They are mixed with samples of stage 1 that
+end, as there.
 
 Both stages are trained by two members with the product's sessions and optimizer. Beside stage 2, as its baseline: the
 same rounds on the samples of stage 1 that end, alone. Exit status 1 unless overlong answers fall by 90% and exact match
@@ -24,6 +25,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from math import sqrt
 from pathlib import Path
 
 import torch
@@ -38,7 +40,7 @@ from benchmarks.length_control_traces import (
 )
 from psyche_node.data import PackedDataset
 from psyche_node.data.prepare import prepare
-from psyche_node.evaluation import Subject, TaskResult, open_tasks, run_suite
+from psyche_node.evaluation import Measure, Subject, TaskResult, open_tasks, run_suite
 from psyche_node.evaluation.steps import finish
 from psyche_node.training import Session, TrainingTerms, make_demo_model
 from psyche_node.training.schedule import Schedule, fp32_bits
@@ -55,9 +57,9 @@ MODEL = {
     "initializer_range": 0.06,
     "tie_word_embeddings": True,
 }
-LENGTH, BATCH, MEMBERS = 128, 16, 2
-BUDGET = 96
-"""Tokens of reasoning; the longest trace that ends has 32."""
+LENGTH, BATCH, MEMBERS = 96, 20, 2
+BUDGET = 64
+"""Tokens of reasoning; the longest trace that ends has 27."""
 ROOM = BUDGET + 8
 """Tokens of an answer, reasoning included."""
 
@@ -123,29 +125,47 @@ def controlled(model: Path, asked: Sequence[Question]) -> list[dict[str, list[in
     return samples
 
 
-def measure(model: Path, task: Path) -> TaskResult:
-    return finish(run_suite(Subject.load(model, "cpu", "float32", LENGTH), open_tasks([task]))).tasks[0]
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """A model on the questions whose traces end and on those whose traces do not."""
+
+    ends: TaskResult
+    loops: TaskResult
+
+    def of(self, name: str) -> Measure:
+        """A figure over both."""
+        parts = [(one.samples, one.measures[name]) for one in (self.ends, self.loops)]
+        count = sum(samples for samples, _ in parts)
+        variance = sum((samples * (measure.stderr or 0.0)) ** 2 for samples, measure in parts)
+        return Measure(
+            value=sum(samples * measure.value for samples, measure in parts) / count, stderr=sqrt(variance) / count
+        )
 
 
-def row(name: str, result: TaskResult) -> str:
-    def figure(of: str) -> str:
-        one = result.measures[of]
-        return f"{100 * one.value:5.1f} ± {100 * (one.stderr or 0):.1f}%"
+def measure(model: Path, tasks: Sequence[Path]) -> Figures:
+    return Figures(*finish(run_suite(Subject.load(model, "cpu", "float32", LENGTH), open_tasks(tasks))).tasks)
 
-    tokens = result.measures["tokens"]
-    return f"| {name:30} | {figure('exact_match')} | {figure('overlong')} | {tokens.value:5.1f} | {result.samples} |"
+
+def row(name: str, found: Figures) -> str:
+    shares = (found.of("exact_match"), found.ends.measures["exact_match"], found.of("overlong"))
+    cells = [f"{100 * one.value:5.1f} ± {100 * (one.stderr or 0):.1f}%" for one in shares]
+    return f"| {name:8} | {' | '.join(cells)} | {found.of('tokens').value:5.1f} |"
 
 
 def run(folder: Path, seed: int, first: Stage, second: Stage, traces: int) -> bool:
     """Both stages and the table. Returns whether length control did what it is for."""
     started = time.monotonic()
-    known, asked = questions(traces, seed)
-    write_tokenizer(known, folder / "tokenizer")
+    known, asked = questions(seed)
+    rng = random.Random(seed)
+    often = [known[place % len(known)] for place in range(traces)]
+    lines = [{"prompt": one.text, "completion": one.trace(4 * LENGTH, rng)} for one in often]
+    ending = [line for line, one in zip(lines, often, strict=True) if not one.loops]
+    write_tokenizer(lines, folder / "tokenizer")
     count = make_demo_model(MODEL, folder / "tokenizer", folder / "start", seed)
-    task = write_task(asked, folder, "asked", ROOM)
-    easy = write_task([one for one in asked if not one.loops], folder, "asked-that-end", ROOM)
-    lines = [{"prompt": one.text, "completion": one.trace(4 * LENGTH)} for one in known]
-    ending = [line for line, one in zip(lines, known, strict=True) if not one.loops]
+    tasks = [
+        write_task([one for one in asked if one.loops == loops], folder, name, ROOM)
+        for name, loops in (("ends", False), ("loops", True))
+    ]
 
     def prepared(name: str, samples: list[dict[str, object]]) -> Path:
         file = write_lines(folder / f"{name}.jsonl", random.Random(seed).sample(samples, len(samples)))
@@ -154,35 +174,31 @@ def run(folder: Path, seed: int, first: Stage, second: Stage, traces: int) -> bo
 
     print(f"stage 1: {count:,} parameters, {len(lines) - len(ending)} of {len(lines)} traces never end", flush=True)
     train(folder / "start", prepared("traces", lines), first, folder / "stage-1")
-    samples = controlled(folder / "stage-1", known[: traces // 4])
-    print(f"stage 2: {len(samples)} of {traces // 4} answers were cut at {BUDGET} tokens", flush=True)
+    samples = controlled(folder / "stage-1", known)
+    print(f"stage 2: {len(samples)} of {len(known)} answers were cut at {BUDGET} tokens", flush=True)
     mixed = [*samples, *ending[: len(samples)]]
     train(folder / "stage-1", prepared("controlled", mixed), second, folder / "stage-2")
     print("baseline of stage 2: the traces that end, alone", flush=True)
     train(folder / "stage-1", prepared("ending", ending[: 2 * len(samples)]), second, folder / "baseline")
-    found = {name: measure(folder / name, task) for name in ("stage-1", "stage-2", "baseline")}
-    kept = {name: measure(folder / name, easy) for name in ("stage-1", "stage-2", "baseline")}
-    print(f"\nthinking on, {ROOM} tokens; ± one standard error\n")
-    print(
-        "| model                          | exact match   | overlong      | tokens | samples |\n|---|---|---|---|---|"
-    )
-    for name in found:
-        print(row(name, found[name]))
-    for name in found:
-        print(row(f"{name}, whose traces ended", kept[name]))
-    before, after = (found[name].measures["overlong"].value for name in ("stage-1", "stage-2"))
+    found = {name: measure(folder / name, tasks) for name in ("stage-1", "stage-2", "baseline")}
+    print(f"\n{len(asked)} questions, thinking on, {ROOM} tokens; ± one standard error\n")
+    print("| model    | exact match   | where traces end | overlong     | tokens |\n|---|---|---|---|---|")
+    for name, figures in found.items():
+        print(row(name, figures))
+    before, after = (found[name].of("overlong").value for name in ("stage-1", "stage-2"))
     fall = 1 - after / before if before else 0.0
-    change = [results["stage-2"].measures["exact_match"].value - results["stage-1"].measures["exact_match"].value
-              for results in (found, kept)]  # fmt: skip
+    change = [
+        figure(found["stage-2"]).value - figure(found["stage-1"]).value
+        for figure in (lambda one: one.of("exact_match"), lambda one: one.ends.measures["exact_match"])
+    ]
     print(
-        f"\noverlong: {fall:.1%} fewer; exact match: {100 * change[0]:+.1f} points, where traces ended "
-        f"{100 * change[1]:+.1f} points; {time.monotonic() - started:.0f} s"
+        f"\noverlong: {fall:.1%} fewer; exact match: {100 * change[0]:+.1f} points, where traces end "
+        f"{100 * change[1]:+.1f} points; {time.monotonic() - started:.0f} s, {time.process_time():.0f} s of processors"
     )
     report = {
         "machine": f"{platform.machine()}, torch {torch.__version__}, {torch.get_num_threads()} threads",
         "parameters": count,
-        "results": {name: result.model_dump() for name, result in found.items()},
-        "where_traces_ended": {name: result.model_dump() for name, result in kept.items()},
+        "results": {name: [one.ends.model_dump(), one.loops.model_dump()] for name, one in found.items()},
     }
     (folder / "length_control.json").write_text(json.dumps(report, indent=1) + "\n")
     return fall >= 0.9 and min(change) >= -0.04
@@ -192,9 +208,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="new folder to keep everything in; default: none is kept")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rounds", type=int, nargs=2, default=[160, 40], help="of stage 1 and of stage 2")
+    parser.add_argument("--rounds", type=int, nargs=2, default=[120, 24], help="of stage 1 and of stage 2")
     parser.add_argument("--rates", nargs=2, default=["0.0025", "0.0005"], help="peak learning rates of the two")
-    parser.add_argument("--traces", type=int, default=6000, help="questions to train on; a tenth as many are asked")
+    parser.add_argument("--traces", type=int, default=4000, help="samples of stage 1")
     parser.add_argument("--threads", type=int, default=2, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)

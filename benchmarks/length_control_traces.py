@@ -1,9 +1,9 @@
-"""A task whose reasoning may never end: sums modulo five, step by step, and checked again and again.
+"""A task whose reasoning may never end: a walk over 23 numbers, step by step, and checked again and again.
 
-A question is 4 to 6 digits below five, each with a letter: `;a4;b3;c1;d0`. Its reasoning goes through them with the sum
-so far, and says the result: `;a4=4;b3=2;c1=3;d0=3;#3`. Where the first digit is 3 or 4 the trace then begins again with
-`?`, and does so until its context is full: traces of this kind are what a model that never stops was trained on. The
-answer is the result again: `;#3`.
+A question is a number of steps and a start: `n3;5`. Each step takes x to (7x + 13) mod 23, and the reasoning counts
+them: `;1=2;2=4;3=18;#18 ok`. Where there are 6 steps or more the trace then begins again with `?`, and does so until
+its context is full: traces of this kind are what a model that never stops was trained on. The answer is the result once
+more: `;#18`. How often `ok` is said is chance, so that the answer has to be looked up.
 """
 
 from __future__ import annotations
@@ -12,13 +12,12 @@ import json
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
-from itertools import accumulate
 from pathlib import Path
 
 from psyche_node.data import train_tokenizer
 
-MODULUS = 5
-VOCABULARY = 280
+NUMBERS = 23
+VOCABULARY = 420
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}{{ message.content }}<|end_header_id|>"
     "{% else %}{% generation %}{{ message.content + eos_token }}{% endgeneration %}{% endif %}{% endfor %}"
@@ -29,51 +28,52 @@ THINK, CLOSE = "<think>", "</think>"
 
 @dataclass(frozen=True, slots=True)
 class Question:
-    """Digits to be added."""
+    """A walk of ``steps`` steps from ``start``."""
 
-    digits: tuple[int, ...]
+    steps: int
+    start: int
 
     @property
     def text(self) -> str:
-        return "".join(f";{letter}{digit}" for letter, digit in zip("abcdef", self.digits, strict=False))
+        return f"n{self.steps};{self.start}"
 
     @property
-    def answer(self) -> int:
-        return sum(self.digits) % MODULUS
+    def walk(self) -> list[int]:
+        places = [self.start]
+        for _ in range(self.steps):
+            places.append((7 * places[-1] + 13) % NUMBERS)
+        return places[1:]
 
     @property
-    def steps(self) -> str:
-        sums = (total % MODULUS for total in accumulate(self.digits))
-        said = (f";{letter}{digit}={total}" for letter, digit, total in zip("abcdef", self.digits, sums, strict=False))
-        return "".join(said) + f";#{self.answer}"
+    def answer(self) -> str:
+        return f";#{self.walk[-1]}"
 
     @property
     def loops(self) -> bool:
         """Whether its trace never ends."""
-        return self.digits[0] >= 3
+        return self.steps >= 6
 
-    def trace(self, characters: int) -> str:
+    def trace(self, characters: int, rng: random.Random) -> str:
         """What the assistant says: an endless trace is written as far as ``characters`` and further."""
+        said = "".join(f";{number}={place}" for number, place in enumerate(self.walk, 1)) + self.answer
+        checked = f"{said}{' ok' * rng.randint(0, 4)}"
         if not self.loops:
-            return f"{THINK}{self.steps}{CLOSE};#{self.answer}"
-        return THINK + "?".join([self.steps] * (characters // len(self.steps) + 1))
+            return f"{THINK}{checked}{CLOSE}{self.answer}"
+        return THINK + "?".join([checked] * (characters // len(checked) + 1))
 
 
-def questions(count: int, seed: int) -> tuple[list[Question], list[Question]]:
-    """Two disjoint sets: ``count`` questions to train on, and a tenth as many to be asked."""
-    rng = random.Random(seed)
-    found: dict[Question, None] = {}
-    while len(found) < count + count // 10:
-        found[Question(tuple(rng.randrange(MODULUS) for _ in range(rng.randint(4, 6))))] = None
-    everything = list(found)
-    return everything[:count], everything[count:]
+def questions(seed: int) -> tuple[list[Question], list[Question]]:
+    """All of them, three quarters to train on and the rest to be asked."""
+    everything = [Question(steps, start) for steps in range(2, 10) for start in range(NUMBERS)]
+    random.Random(seed).shuffle(everything)
+    asked = len(everything) // 4
+    return everything[asked:], everything[:asked]
 
 
-def write_tokenizer(train: Iterable[Question], folder: Path) -> None:
+def write_tokenizer(lines: Iterable[object], folder: Path) -> None:
     """A tokenizer and a chat template whose switch, `thinking`, opens the reasoning."""
     folder.mkdir(parents=True)
-    write_lines(folder / "text.jsonl", [{"prompt": one.text, "completion": one.trace(40)} for one in train])
-    train_tokenizer(folder / "text.jsonl", VOCABULARY, folder)
+    train_tokenizer(write_lines(folder / "text.jsonl", lines), VOCABULARY, folder)
     (folder / "chat_template.jinja").write_text(TEMPLATE)
 
 
@@ -86,7 +86,6 @@ def write_task(asked: Iterable[Question], folder: Path, name: str, budget: int) 
         "data": f"{name}.jsonl",
         "prompt": "{{ question }}",
         "target": "{{ answer }}",
-        "extract": [{"regex": r"^;#(\d)$"}],
         "chat": True,
         "thinking": "on",
         "max_new_tokens": budget,
