@@ -92,6 +92,7 @@ class Download:
         self._tools, self._want, self._choice = tools, want, choice
         self._source = choice.source
         self._lane = tools.lanes.lane(choice.source, want.length)
+        tools.lanes.prepare(choice.source, want.length)
         self._open: deque[_Run] = deque()
         expected = int(tools.quality.speed(choice.source) * RUN_SECONDS / PIECE_BYTES)
         self._limit = min(max(expected, SMALLEST_RUN), MAX_PIECES_PER_FETCH)
@@ -219,7 +220,8 @@ class Download:
             first = want.plan is None and not want.asked and self._choice.held is None
             want.asked = True
         if first:
-            self._fetch(range(min(self._limit, piece_count(want.length))))
+            limit = SMALLEST_RUN if self._lane.soon else self._limit
+            self._fetch(range(min(limit, piece_count(want.length))))
 
     def _claim_first_run(self, plan: Plan) -> None:
         """Take what has been asked for, unless some of it is here or another source brings it."""
@@ -312,7 +314,7 @@ class Download:
 
     def _ahead(self, plan: Plan) -> None:
         """Ask for more while what was asked for and has not come is a run or less; half, if other sources want some."""
-        limit = self._limit
+        limit = SMALLEST_RUN if self._lane.soon else self._limit
         enough = limit if self._alone else limit // 2
         if self._want.kind is not Kind.UPDATE and self._tools.hurry():
             limit, enough = SMALLEST_RUN, 0

@@ -132,6 +132,8 @@ class Fetcher:
         want.invited.update(self._early.take(digest))
         want.offers.update((holder, None) for holder in want.invited)
         self._wants[round, digest, length] = want
+        for peer in self._chooser.parent(want):
+            self._lanes.prepare(peer, length)
         self._nursery.start_soon(self._pursue, want)
         self._ask_now.set()
 

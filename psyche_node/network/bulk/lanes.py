@@ -84,6 +84,18 @@ class Lanes:
         """Return the way to ``peer`` for a blob of ``length`` bytes; the caller closes it."""
         return Lane(self, peer, worth=length >= WORTH_BYTES)
 
+    def prepare(self, peer: bytes, length: int) -> None:
+        """Have a connection ready for a blob that will be fetched from ``peer``, if it is long enough to be worth it."""
+        with self._lock:
+            basis = self._basis(peer)
+            there = bool(self._idle.get(peer))
+        if basis is not None and not there and length >= WORTH_BYTES:
+            self._open(peer, basis)
+
+    def coming(self, peer: bytes) -> bool:
+        """Return whether a connection is being made just now."""
+        return peer in self._opening
+
     def take(self, peer: bytes, *, worth: bool) -> tuple[Basis, BulkConnection] | None:
         """Return a connection, for one thread until it gives it back; or None, and, if it is ``worth`` it, make one."""
         while True:
@@ -222,6 +234,11 @@ class Lane:
     def __init__(self, lanes: Lanes, peer: bytes, *, worth: bool) -> None:
         self._lanes, self._peer, self._worth = lanes, peer, worth
         self._held: tuple[Basis, BulkConnection] | None = None
+
+    @property
+    def soon(self) -> bool:
+        """Whether what is fetched now comes by gRPC, and the rest by a connection that is being made: ask for little."""
+        return self._held is None and self._worth and self._lanes.coming(self._peer)
 
     def fetch(self, digest: bytes, first: int, count: int, timeout: float, kind: wire.Kind.ValueType) -> Pieces:
         """Start to fetch pieces, as ``Links.fetch`` does. Raises CallFailed."""
