@@ -41,6 +41,7 @@ from psyche_node.network import (
     statements,
     store,
 )
+from psyche_node.network.bulk import frames
 from psyche_node.network.nat import rendezvous
 from psyche_node.network.wire import node_pb2 as wire
 
@@ -337,6 +338,8 @@ def bounds() -> Row:
         "partial_bytes_per_since": service.MAX_PARTIAL_BYTES,
         "children_per_node": fanout.ARITY,
         "request_bytes": service.MAX_REQUEST_BYTES,
+        "bulk_request_bytes": frames.MAX_REQUEST,
+        "bulk_reason_bytes": frames.MAX_REASON,
         "reply_bytes": service.MAX_MESSAGE_BYTES,
         "streams": guard.MAX_STREAMS,
         "streams_per_peer": guard.MAX_STREAMS_PER_PEER,
@@ -382,6 +385,21 @@ def refused() -> list[Row]:
     return [{"announcement": name, "signed": raw.hex()} for name, raw in cases.items()]
 
 
+def bulk_rows() -> dict[str, object]:
+    """What travels inside TLS on a bulk connection."""
+    request = wire.FetchRequest(digest=bytes(range(32)), first=3, count=2, kind=wire.CHECKPOINT).SerializeToString()
+    piece = bytes(range(7))
+    return {
+        "alpn": frames.ALPN,
+        "request": {"message": request.hex(), "frame": frames.request_frame(request).hex()},
+        "piece": {"bytes": piece.hex(), "frame": (frames.piece_header(piece) + piece).hex()},
+        "ends": [
+            {"status": int(status), "reason": reason, "frame": frames.end_frame(status, reason).hex()}
+            for status, reason in ((sending.Status.OK, ""), (sending.Status.NOT_FOUND, "not here \u2013 any more"))
+        ],
+    }
+
+
 SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "names": names,
     "bounds": bounds,
@@ -401,6 +419,7 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "calls": call_rows,
     "pushes": push_rows,
     "punches": punch_rows,
+    "bulk_frames": bulk_rows,
     "statuses": statuses,
 }
 
