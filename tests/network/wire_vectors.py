@@ -92,12 +92,13 @@ RECORDS = (
     record(OTHER, 1, ("/ip4/192.0.2.7/tcp/1", "/ip6/2001:db8::7/tcp/65535"), "[2001:db8::7]:65535"),
     record(KEY, 2, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True, observed_ip="203.0.113.9"),
     record(OTHER, 3, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True),
+    record(KEY, 4, ("/ip4/192.0.2.7/tcp/4001",), "192.0.2.7:4002", bulk_address="192.0.2.7:4003"),
 )
 
 
 def record_rows() -> list[Row]:
     rows = []
-    for key, said in zip((KEY, OTHER) * 2, RECORDS, strict=True):
+    for key, said in zip((KEY, OTHER, KEY, OTHER, KEY), RECORDS, strict=True):
         rows.append(
             {
                 "seed": key.seed.hex(),
@@ -109,6 +110,7 @@ def record_rows() -> list[Row]:
                 "tls_expires": said.tls_expires,
                 "is_private": said.is_private,
                 "observed_ip": said.observed_ip,
+                "bulk_address": said.bulk_address,
                 "body": said.body().hex(),
                 "signed": said.sign(key).hex(),
             }
@@ -385,7 +387,7 @@ def refused() -> list[Row]:
     return [{"announcement": name, "signed": raw.hex()} for name, raw in cases.items()]
 
 
-def bulk_rows() -> dict[str, object]:
+def bulk_rows() -> Row:
     """What travels inside TLS on a bulk connection."""
     request = wire.FetchRequest(digest=bytes(range(32)), first=3, count=2, kind=wire.CHECKPOINT).SerializeToString()
     piece = bytes(range(7))
