@@ -1,7 +1,7 @@
 """How many signatures a run pays for, and what they cost: the counts are those of the daemon's own behaviour.
 
-The demonstration (four members, 100 rounds, one epoch) pays for 1,000 in its rounds, and for 15 in joining, getting
-ready, voting and the transitions between; a test holds these numbers against a run.
+The demonstration (four members, 100 rounds, one epoch) pays for 1,000 in its rounds, and for 19 in joining, getting
+ready, voting and the transitions between; tests/e2e holds the count against a run.
 """
 
 from __future__ import annotations

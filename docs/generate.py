@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import json
 import sys
 import textwrap
 import types
@@ -25,6 +26,7 @@ from coordinator.events import EVENTS
 from coordinator.recipes import About, DataSettings
 from coordinator.run_config import LimitSettings, RunSettings, TermSettings
 from psyche_node import exits
+from psyche_node.evaluation.task import Task
 from psyche_node.node.config import NodeConfig
 from psyche_node.sim.recipe import DEMO, SimRecipe, recipe_for
 from psyche_node.sim.result import Record, RunResult
@@ -161,6 +163,7 @@ def settings() -> str:
         ("psyche-admin run create: [terms]", TermSettings),
         ("psyche-sim", SimSettings),
         ("psyche-sim: how the model is trained", SimRecipe),
+        ("psyche-node eval: a task file", Task),
         ("Recipes: [about]", About),
         ("Recipes: [data]", DataSettings),
     ):
@@ -197,6 +200,8 @@ def _default(value: object) -> str:
         return "see below"
     if value in ((), None, ""):
         return "none"
+    if isinstance(value, str) and not value.strip():
+        return f"`{json.dumps(value)}`"
     return f"`{str(value).lower() if isinstance(value, bool) else value}`"
 
 

@@ -110,7 +110,7 @@ class DisTrO(torch.optim.Optimizer):
         named: Named = {name: p for group in groups for name, p in group["params"]}
         check(named, stochastic_rounding)
         group_of = {name: number for number, group in enumerate(groups) for name, _ in group["params"]}
-        self.layout = Layout.build([(name, tuple(p.shape)) for name, p in named.items()], topk)
+        self.layout = Layout.build([(name, tuple(p.shape)) for name, p in named.items()], topk, stochastic_rounding)
         super().__init__(groups, {"lr": rate(lr), "weight_decay": weight_decay})
         self.decay = rate(decay)
         self._window, self._lookahead, self._limit, self._robust = window, lookahead, int(clip_votes), robust

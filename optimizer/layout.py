@@ -78,8 +78,12 @@ class Layout:
     update_bytes: int
 
     @classmethod
-    def build(cls, shapes: Sequence[tuple[str, tuple[int, ...]]], topk: int) -> "Layout":
-        """Lay out tensors given as (name, shape), in any order. Raises LayoutError with the tensor at fault."""
+    def build(cls, shapes: Sequence[tuple[str, tuple[int, ...]]], topk: int, only_bf16: bool = False) -> "Layout":
+        """Lay out tensors given as (name, shape), in any order. Raises LayoutError with the tensor at fault.
+
+        ``only_bf16``: steps are rounded to bf16. It changes the digest, so that members who keep their weights
+        otherwise refuse each other's updates, and nothing else.
+        """
         code = BlockCode(topk)
         ordered = sorted((name, tuple(int(d) for d in shape)) for name, shape in shapes)
         if not ordered:
@@ -93,7 +97,9 @@ class Layout:
         blocks = max(p.first + p.blocks for p in placements)
         if blocks > MAX_BLOCKS:
             raise LayoutError(f"{blocks} blocks are more than {MAX_BLOCKS}; the shapes cannot be those of a model")
-        return cls(placements, blocks, topk, code, _digest(ordered, topk), HEADER_BYTES + blocks * code.bytes)
+        return cls(
+            placements, blocks, topk, code, _digest(ordered, topk, only_bf16), HEADER_BYTES + blocks * code.bytes
+        )
 
     @property
     def numel(self) -> int:
@@ -123,10 +129,11 @@ def _place(ordered: Sequence[tuple[str, tuple[int, ...]]]) -> Iterator[Placement
         used += numel
 
 
-def _digest(ordered: Sequence[tuple[str, tuple[int, ...]]], topk: int) -> bytes:
-    """SHA-256 of: "psyche layout 2", block side u32, topk u32, tensors u64, then per tensor in order its name (u32
-    length, UTF-8), dimensions (u32 count, u64 each). All little-endian."""
-    digest = hashlib.sha256(b"psyche layout 2" + struct.pack("<IIQ", SIDE, topk, len(ordered)))
+def _digest(ordered: Sequence[tuple[str, tuple[int, ...]]], topk: int, only_bf16: bool) -> bytes:
+    """SHA-256 of: "psyche layout 2" (and " bf16" for weights in bf16 only), block side u32, topk u32, tensors u64, then
+    per tensor in order its name (u32 length, UTF-8), dimensions (u32 count, u64 each). All little-endian."""
+    kind = b"psyche layout 2" + b" bf16" * only_bf16
+    digest = hashlib.sha256(kind + struct.pack("<IIQ", SIDE, topk, len(ordered)))
     for name, shape in ordered:
         text = name.encode()
         digest.update(struct.pack(f"<I{len(text)}sI{len(shape)}Q", len(text), text, len(shape), *shape))

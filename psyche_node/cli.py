@@ -62,9 +62,18 @@ def run(
     tensor_parallel: Annotated[int | None, typer.Option(help="So many of them divide each matrix.")] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a training process; 0: PyTorch's choice.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
+    precision: Annotated[str | None, typer.Option(help="Of the weights: auto (the run's), fp32 or bf16.")] = None,
+    activation_checkpointing: Annotated[
+        str | None, typer.Option(help="Compute activations again: auto, on or off.")
+    ] = None,
+    attention: Annotated[str | None, typer.Option(help="auto, sdpa, eager, flex or flash.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Compile the decoder's layers.")] = None,
     share: Annotated[int | None, typer.Option(help="Share of the batch; 0: the measured speed.")] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
+    ] = None,
+    tasks: Annotated[
+        list[Path] | None, typer.Option("--tasks", help="Task file to evaluate while the node waits; repeat.")
     ] = None,
     check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
     update_timeout: Annotated[float | None, typer.Option(help="Seconds to look for an update that counts.")] = None,
@@ -107,8 +116,13 @@ def run(
         "tensor_parallel": tensor_parallel,
         "threads": threads,
         "micro_batch": micro_batch,
+        "precision": precision,
+        "activation_checkpointing": activation_checkpointing,
+        "attention": attention,
+        "compile": compile,
         "share": share,
         "evaluate_every": evaluate_every,
+        "tasks": tuple(tasks or ()),
         "check_every": check_every,
         "update_timeout": update_timeout,
         "faults": tuple(fault or ()),

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import select
 import socket
 import struct
 import threading
@@ -118,6 +119,12 @@ class BlockingChannel:
 
     def event(self, message: Message) -> None:
         self.reply(0, message)
+
+    def waiting(self) -> bool:
+        """Whether the next frame is on its way, or the supervisor is gone: long work is then to be interrupted."""
+        poller = select.poll()
+        poller.register(self._socket, select.POLLIN)
+        return bool(poller.poll(0))
 
     def close(self) -> None:
         self._socket.close()

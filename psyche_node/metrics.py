@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, start_http_server
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from psyche_node.evaluation import Results
 from psyche_node.ipc import IpcError, Message
 from psyche_node.network.messages import Fetched, FetchFailed, NetworkRestarted, Stats
 
@@ -38,6 +39,7 @@ class NodeMetrics(Collector):
         self._ask = ask
         self._lock = threading.Lock()
         self._fetched = self._failed = self._restarts = 0
+        self._results: Results | None = None
 
     def on_event(self, message: Message) -> None:
         """Count an event of the network process, if it is one that is counted."""
@@ -46,6 +48,11 @@ class NodeMetrics(Collector):
             self._failed += isinstance(message, FetchFailed)
             self._restarts += isinstance(message, NetworkRestarted)
 
+    def on_results(self, results: Results) -> None:
+        """Show these figures of tasks from now on."""
+        with self._lock:
+            self._results = results
+
     def collect(self) -> Iterator[Metric]:
         try:
             stats = self._ask()
@@ -53,7 +60,7 @@ class NodeMetrics(Collector):
             log.warning("metrics without those of the network process: %s", str(error) or type(error).__name__)
             stats = None
         with self._lock:
-            fetched, failed, restarts = self._fetched, self._failed, self._restarts
+            fetched, failed, restarts, results = self._fetched, self._failed, self._restarts, self._results
         yield GaugeMetricFamily("psyche_network_up", "1 while the network process answers.", stats is not None)
         yield CounterMetricFamily("psyche_network_restarts", "Restarts of the network process.", restarts)
         blobs = CounterMetricFamily(
@@ -64,6 +71,8 @@ class NodeMetrics(Collector):
         yield blobs
         if stats is not None:
             yield from _network(stats)
+        if results is not None:
+            yield from _tasks(results)
 
     @contextlib.contextmanager
     def served(self, address: str) -> Iterator[int]:
@@ -114,6 +123,21 @@ def _network(stats: Stats) -> Iterator[Metric]:
     for refusal in stats.refusals:
         refusals.add_metric((refusal.what, refusal.why), refusal.count)
     yield refusals
+
+
+def _tasks(results: Results) -> Iterator[Metric]:
+    yield GaugeMetricFamily("psyche_task_round", "Rounds that the evaluated weights contain.", results.round or 0)
+    labels = ("task", "thinking", "measure")
+    figures = GaugeMetricFamily("psyche_task", "Figures of the newest evaluation of each task.", labels=labels)
+    errors = GaugeMetricFamily("psyche_task_stderr", "Standard errors of these figures.", labels=labels)
+    for task in results.tasks:
+        switch = {True: "on", False: "off", None: ""}[task.thinking]
+        for name, measure in task.measures.items():
+            figures.add_metric((task.task, switch, name), measure.value)
+            if measure.stderr is not None:
+                errors.add_metric((task.task, switch, name), measure.stderr)
+    yield figures
+    yield errors
 
 
 def split_address(address: str) -> tuple[str, int]:

@@ -13,7 +13,13 @@ import logging
 import os
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from psyche_node.evaluation.between import TasksBetween
+    from psyche_node.training.session import Session
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -52,6 +58,12 @@ def main(arguments: list[str] | None = None) -> int:
         verify = int(os.environ.get("LOCAL_RANK", "0")) == 0
         return PackedDataset(folder, expect, verify, published)
 
+    def open_tasks(session: Session, model: Path, files: Sequence[Path]) -> TasksBetween:
+        # Imported late: generation and its parts take a second that a node without tasks need not wait.
+        from psyche_node.evaluation.between import TasksBetween
+
+        return TasksBetween(session, model, files)
+
     world, control = ONE_PROCESS, None
     try:
         if several:
@@ -60,9 +72,9 @@ def main(arguments: list[str] | None = None) -> int:
 
             world, control = join(options.store_fd)
         if options.fd is not None:
-            run_trainer(options.fd, open_data, world, control)
+            run_trainer(options.fd, open_data, open_tasks, world, control)
         elif control is not None:
-            run_rank(open_data, world, control)
+            run_rank(open_data, open_tasks, world, control)
     except (TrainingError, ConnectionError) as error:
         logging.getLogger(__name__).error("%s", error)
         return 1

@@ -7,7 +7,7 @@ set. `psyche-admin run create --recipe NAME` and `psyche-sim --recipe NAME` begi
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from pydantic import Field, model_validator
 
@@ -28,13 +28,13 @@ class About(Settings):
 
 
 class DataSettings(Settings):
-    """What the data of a recipe has to be prepared for: the same is to be told to `psyche-node data prepare`."""
+    """What the data of a recipe is prepared with: flags of `psyche-node data prepare`, which trains the assistant's
+    tokens only."""
 
-    trained: Literal["assistant", "end-of-thinking"] = "assistant"
-    """Tokens with a loss: those of the assistant's messages, or, in samples whose reasoning overran, only the ones that
-    end the reasoning and the message."""
-    thinking_budget: int = Field(default=0, ge=0)
-    """Tokens after which reasoning is ended; 0: wherever the sample ends it."""
+    template: str = ""
+    """Chat template: a shipped one's name; none: the tokenizer's own."""
+    length_control: int = Field(default=0, ge=0)
+    """Tokens after which reasoning is ended, and only its end trained; 0: wherever the sample ends it."""
     vocabulary: int = Field(default=0, ge=0)
     """Tokens of a tokenizer that is trained on the data, for models that bring none; 0: the model brings one."""
 

@@ -87,7 +87,7 @@ def _talk(conversation: Conversation, folder: Path) -> None:
     console.print(Text(f"{folder}. {_HELP}", style="dim"))
     while True:
         try:
-            line = console.input("[bold]> [/bold]").strip()
+            line = input("> ").strip()  # readline's own prompt: it is still there when a line is edited
         except EOFError:
             console.print()
             return

@@ -18,6 +18,7 @@ from psyche_node.exits import exit_for
 if TYPE_CHECKING:
     from psyche_node.data.manifest import Manifest
     from psyche_node.data.prepare import Progress
+    from psyche_node.data.preview import Preview
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, look at and check training data.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -44,6 +45,14 @@ def prepare(
         Literal["auto", "messages", "sharegpt", "completion", "text", "tokens"],
         typer.Option("--format", help="How records are read; auto: by their keys."),
     ] = "auto",
+    template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: hermes-llama3, chatml, or a file; by default the tokenizer's own."),
+    ] = None,
+    length_control: Annotated[
+        int,
+        typer.Option(help="End reasoning after this many tokens, and train only its end there; 0: never."),
+    ] = 0,
     cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     max_gb: Annotated[float, typer.Option(help="Largest file to download, in GB.")] = 1000.0,
     as_json: Json = False,
@@ -59,12 +68,67 @@ def prepare(
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
         with _progress() as progress:
             manifest = write(
-                files, tokenizer, out, sequence_length, heldout, seed, too_long, SampleFormat(form), progress
+                files,
+                tokenizer,
+                out,
+                sequence_length,
+                heldout,
+                seed,
+                too_long,
+                SampleFormat(form),
+                template,
+                length_control,
+                progress,
             )
         if as_json:
             typer.echo(json.dumps(_values(out, files, manifest)))
         else:
             _summary(out, files, manifest)
+
+
+@app.command()
+def show(
+    source: Annotated[Path, typer.Argument(help="Prepared folder, or a file of samples.")],
+    number: Annotated[int, typer.Argument(min=0, help="Which sequence, or sample, counted from 0.")] = 0,
+    tokenizer: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder of the tokenizer; without it, a prepared folder is shown in numbers."),
+    ] = None,
+    template: Annotated[str | None, typer.Option(help="Chat template, as in `prepare`; for a file.")] = None,
+    length_control: Annotated[int, typer.Option(help="Budget for reasoning, as in `prepare`; for a file.")] = 0,
+    form: Annotated[
+        Literal["auto", "messages", "sharegpt", "completion", "text", "tokens"],
+        typer.Option("--format", help="How records are read; auto: by their keys."),
+    ] = "auto",
+    heldout: Annotated[bool, typer.Option("--heldout", help="Of the sequences that are kept for evaluation.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Show which tokens are trained: of a packed sequence, or of a sample as it would be prepared."""
+    from psyche_node.data.encode import Encoder
+    from psyche_node.data.errors import DataError
+    from psyche_node.data.preview import is_prepared, preview_sample, preview_sequence
+    from psyche_node.data.samples import SampleFormat
+
+    with failures():
+        if is_prepared(source):
+            preview = preview_sequence(source, number, tokenizer, heldout=heldout)
+        elif tokenizer is None:
+            raise DataError(f"{source} is no prepared folder. To show a file of samples, name a `--tokenizer`")
+        else:
+            encoder = Encoder(tokenizer, template, length_control)
+            preview = preview_sample(source, number, encoder, SampleFormat(form))
+        _show(preview, as_json)
+
+
+@app.command()
+def template(
+    name: Annotated[str, typer.Argument(help="hermes-llama3 or chatml.")],
+) -> None:
+    """Print a chat template of this package, to be saved as a model folder's chat_template.jinja."""
+    from psyche_node.data.rendering import find_template
+
+    with failures():
+        typer.echo(find_template(name).source, nl=False)
 
 
 @app.command()
@@ -143,6 +207,17 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
         yield show
 
 
+def _show(preview: Preview, as_json: bool) -> None:
+    from rich.console import Console
+
+    from psyche_node.commands.preview import preview_values, print_preview
+
+    if as_json:
+        typer.echo(json.dumps(preview_values(preview)))
+    else:
+        print_preview(preview, Console(highlight=False))
+
+
 def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:
     return {
         "folder": str(out),
@@ -185,4 +260,8 @@ def _summary(out: Path, files: list[Path], manifest: Manifest) -> None:
         f"packed     {manifest.sequences:,} sequences of {manifest.sequence_length:,} tokens, "
         f"{manifest.efficiency:.2%} full; held out {manifest.heldout_sequences:,}"
     )
+    if manifest.length_control:
+        console.print(
+            f"closed     {manifest.counts.closed:,} samples: reasoning ended after {manifest.length_control:,} tokens"
+        )
     console.print(f"manifest   {manifest.digest.hex()}  ({out})")

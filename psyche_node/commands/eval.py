@@ -61,7 +61,8 @@ def evaluate(
         dataset = None if data is None else PackedDataset(data)
         length = 2048 if dataset is None else dataset.sequence_length
         subject = Subject.load(folder, device, dtype, length)
-        results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
+        with Console(stderr=True).status("evaluating"):
+            results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
         if out is not None:
             out.write_bytes(results.canonical() + b"\n")
         if as_json:

@@ -21,6 +21,7 @@ _SETTINGS = {
     "seed": "seed of the held-out split",
     "heldout_fraction": "held-out fraction",
     "too_long": "treatment of samples that are too long",
+    "length_control": "budget for reasoning",
 }
 
 

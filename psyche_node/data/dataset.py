@@ -132,6 +132,14 @@ class PackedDataset:
         """Return the sequences of ``positions``, in that order. Raises ValueError for a negative one."""
         return self._read(self._train, self.indices(positions, seed))
 
+    def sequence(self, number: int, *, heldout: bool = False) -> Batch:
+        """Return a sequence by its number in the shards, as a batch of one. Raises DataError if there is none."""
+        split = self._heldout if heldout else self._train
+        if not 0 <= number < len(split):
+            side = "held-out sequence" if heldout else "sequence"
+            raise DataError(f"{self.folder} has no {side} {number}. It has {len(split)}, counted from 0")
+        return self._read(split, [number])
+
     def heldout(self, limit: int | None = None) -> Batch:
         """Return the held-out sequences, or ``limit`` of them, spread evenly: they lie in order of cost."""
         count = len(self._heldout)

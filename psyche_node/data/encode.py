@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from psyche_node.data.errors import BadSample
+from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.formats import Sample
+from psyche_node.data.lengthcontrol import close_reasoning
 from psyche_node.data.samples import AnySample, Text
 from psyche_node.data.spill import Document
 from psyche_node.data.template import ChatTemplate
@@ -21,22 +22,32 @@ _CHUNK_CHARACTERS = 1 << 21
 
 
 class Encoder:
-    """Encodes samples with the tokenizer and the chat template of a folder.
+    """Encodes samples with the tokenizer of a folder and a chat template, by default the folder's own.
+
+    ``length_control`` is a budget for reasoning in tokens, or 0 for none; see ``close_reasoning``.
 
     Raises:
-        DataError: the folder cannot be used.
+        DataError: the folder or the template cannot be used, or the budget is negative.
     """
 
-    def __init__(self, tokenizer: Path) -> None:
-        self.template = ChatTemplate(tokenizer)
+    def __init__(self, tokenizer: Path, template: str | None = None, length_control: int = 0) -> None:
+        if length_control < 0:
+            raise DataError(f"a reasoning budget of {length_control} tokens is no budget. Hermes 4 has 30000")
+        self.template = ChatTemplate(tokenizer, template)
+        self._budget = length_control
         self.vocabulary = self.template.vocabulary
         ends = (self.template.token_id(name) for name in ("pad_token", "eos_token"))
         self.pad = next((token for token in ends if token is not None), 0)
 
     def documents(self, samples: Iterable[AnySample]) -> Iterator[tuple[AnySample, Document]]:
         """Yield each sample with its document, in order. Raises BadSample for one that cannot be encoded."""
-        for chunk in _chunks(samples):
+        for chunk in _chunks(map(self._controlled, samples)):
             yield from zip(chunk, self._encoded(type(chunk[0]), chunk), strict=True)
+
+    def _controlled(self, sample: AnySample) -> AnySample:
+        if not self._budget or not isinstance(sample, Sample):
+            return sample
+        return close_reasoning(sample, self.template.tokenizer, self._budget)
 
     def _encoded(self, kind: type[AnySample], samples: list[AnySample]) -> Iterable[Document]:
         if kind is Sample:

@@ -6,8 +6,8 @@ Every record is one sample or an error that names the file and the record; nothi
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from psyche_node.data.errors import BadSample
 from psyche_node.data.readers import decode
@@ -31,6 +31,17 @@ _KNOWN = (
 )
 
 
+_SWITCH = "thinking"
+
+
+class Part(NamedTuple):
+    """The characters [start, end) of an assistant message's content, and whether they are trained."""
+
+    start: int
+    end: int
+    train: bool
+
+
 @dataclass(frozen=True, slots=True)
 class Sample:
     """One conversation.
@@ -38,6 +49,11 @@ class Sample:
     ``messages`` are as the chat template takes them. ``train`` says for each assistant message whether its tokens are
     trained (a message may carry ``"train": false``). ``key`` is what the held-out split hashes: the sample's ``group``
     if it has one (samples of a group stay together), else its conversation. ``where`` is ``file:line``.
+
+    ``parts`` says by assistant message (counted from 0) which parts of its content differ from its ``train``: its
+    ``spans``. ``options`` are variables of the template, such as the switch for reasoning. Where it is
+    ``closed``, only the end of the last message's reasoning and the end of that message are trained (see
+    ``lengthcontrol``).
     """
 
     messages: tuple[dict[str, Any], ...]
@@ -45,6 +61,9 @@ class Sample:
     tools: tuple[Any, ...] | None
     key: bytes
     where: str
+    parts: dict[int, tuple[Part, ...]] = field(default_factory=dict)
+    options: dict[str, Any] = field(default_factory=dict)
+    closed: bool = False
 
 
 def parse_sample(line: bytes, where: str) -> Sample:
@@ -66,8 +85,10 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
     else:
         found = ", ".join(sorted(map(str, record))[:8]) or "nothing"
         raise BadSample(where, f"no known format: the keys are {found}", f"Note that {_KNOWN}")
-    train = tuple(bool(m.pop("train", True)) for m in messages if m["role"] == "assistant")
-    if not any(train):
+    said = [message for message in messages if message["role"] == "assistant"]
+    train = tuple(bool(message.pop("train", True)) for message in said)
+    parts = {number: spans for number, message in enumerate(said) if (spans := message.pop("spans", None))}
+    if not any(train) and not any(part.train for spans in parts.values() for part in spans):
         raise BadSample(
             where,
             "there is no assistant message to train on",
@@ -80,7 +101,8 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
     if group is not None and not isinstance(group, str):
         raise BadSample(where, f"`group` is {_kind(group)}", "Make it a string; samples of one group stay together")
     key = group if group is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False)
-    return Sample(tuple(messages), train, None if tools is None else tuple(tools), key.encode(), where)
+    tools = None if tools is None else tuple(tools)
+    return Sample(tuple(messages), train, tools, key.encode(), where, parts, _options(record, where))
 
 
 def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
@@ -95,9 +117,52 @@ def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
         if role not in _ROLES:
             raise BadSample(where, f"{at} has the role {role!r}", f"Use one of {', '.join(sorted(_ROLES))}")
         _check_train(message, at, where)
-        content = _content(message.get("content"), at, where, optional=bool(message.get("tool_calls")))
-        result.append({**message, "content": content})
+        reasoning = message.get("reasoning_content", message.get("reasoning"))
+        optional = bool(message.get("tool_calls") or reasoning)
+        content = _content(message.get("content"), at, where, optional=optional)
+        kept = {key: value for key, value in message.items() if key not in ("reasoning", "reasoning_content")}
+        if reasoning:
+            kept["reasoning_content"] = _content(reasoning, f"the reasoning of {at}", where)
+        if kept.get("spans") is not None:
+            kept["spans"] = _spans(kept["spans"], content, role, at, where)
+        result.append({**kept, "content": content})
     return result
+
+
+def _spans(value: Any, content: str, role: str, at: str, where: str) -> tuple[Part, ...]:
+    """The spans of a message, in order: objects with ``start``, ``end`` and, if not true, ``train``."""
+    remedy = 'Write {"start": 0, "end": 5, "train": false}: characters of the content, in order, without overlap'
+    if role != "assistant":
+        raise BadSample(where, f"{at} has spans, and is from the {role}", "Only what the assistant says is trained")
+    if not isinstance(value, list):
+        raise BadSample(where, f"`spans` of {at} is {_kind(value)}", remedy)
+    parts: list[Part] = []
+    for span in value:
+        known = isinstance(span, dict) and {"start", "end"} <= span.keys() <= {"start", "end", "train"}
+        numbers = known and type(span["start"]) is int and type(span["end"]) is int
+        if not numbers or type(span.get("train", True)) is not bool:
+            raise BadSample(where, f"`spans` of {at} has {json.dumps(span)}", remedy)
+        part = Part(span["start"], span["end"], span.get("train", True))
+        after = parts[-1].end if parts else 0
+        if not after <= part.start < part.end <= len(content):
+            what = f"`spans` of {at} has {json.dumps(span)}, after {after} and within {len(content)} characters"
+            raise BadSample(where, what, remedy)
+        parts.append(part)
+    return tuple(parts)
+
+
+def _options(record: dict[str, Any], where: str) -> dict[str, Any]:
+    """What a record says to the template: its switch for reasoning, by the names that templates have for it."""
+    options = record.get("chat_template_kwargs")
+    if options is not None and not isinstance(options, dict):
+        raise BadSample(where, f"`chat_template_kwargs` is {_kind(options)}", "Make it an object")
+    switch = record.get(_SWITCH)
+    if switch is not None and not isinstance(switch, bool):
+        raise BadSample(where, f"`{_SWITCH}` is {_kind(switch)}", "Make it true or false")
+    result: dict[str, Any] = {} if switch is None else {_SWITCH: switch, "enable_thinking": switch}
+    if switch is False:
+        result["thinking_budget"] = 0  # Seed-OSS
+    return result | (options or {})
 
 
 def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
@@ -118,6 +183,8 @@ def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
         message: dict[str, Any] = {"role": role, "content": _content(text, at, where)}
         if "train" in turn:
             message["train"] = turn["train"]
+        if turn.get("spans") is not None:
+            message["spans"] = _spans(turn["spans"], message["content"], role, at, where)
         result.append(message)
     return result
 

@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from psyche_node.data.errors import DataError, DataMismatch
 
 NAME = "manifest.json"
-FORMAT = 2
+FORMAT = 3
 MAX_BYTES = 64 * 1024 * 1024
 SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
 
@@ -60,6 +60,8 @@ class Counts(BaseModel):
     samples: int = Field(default=0, ge=0)
     cut: int = Field(default=0, ge=0)
     """Of the packed samples, those that lost their end to fit into one sequence."""
+    closed: int = Field(default=0, ge=0)
+    """Of the packed samples, those of which only the end is trained, because their reasoning overran the budget."""
 
     @classmethod
     def total(cls, parts: Iterable[Counts]) -> Counts:
@@ -100,6 +102,8 @@ class Manifest(BaseModel):
     heldout_fraction: float = Field(ge=0, lt=1)
     too_long: Literal["drop", "cut"]
     """What became of samples that do not fit into one sequence."""
+    length_control: int = Field(default=0, ge=0)
+    """Tokens of reasoning after which it was ended; 0: it was left as it is."""
     train: tuple[Shard, ...]
     """Files of training sequences, which lie in order of attention cost over all of them."""
     heldout: tuple[Shard, ...]

@@ -15,6 +15,7 @@ from typing import Literal
 from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
+from psyche_node.data.formats import Sample
 from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
@@ -40,6 +41,7 @@ class _Settings:
     seed: int
     too_long: TooLong
     form: SampleFormat
+    length_control: int
 
 
 @dataclass(slots=True)
@@ -68,6 +70,8 @@ def prepare(
     seed: int = 0,
     too_long: TooLong = "drop",
     form: SampleFormat = SampleFormat.AUTO,
+    template: str | None = None,
+    length_control: int = 0,
     progress: Callable[[Progress], None] = lambda so_far: None,
 ) -> Manifest:
     """Write the folder ``out`` from one data file or several, and return its manifest, which is written last.
@@ -75,6 +79,7 @@ def prepare(
     The same inputs give the same bytes on every host. ``heldout`` is the fraction of samples kept for evaluation,
     chosen by a hash of each sample keyed with ``seed``, so that adding samples moves no other one across. ``too_long``
     says what happens to a sample of more than ``sequence_length`` tokens; the manifest counts it either way.
+    ``template`` and ``length_control`` are those of `Encoder`.
 
     Raises:
         BadSample: a record is not a sample, or the chat template refuses it.
@@ -87,8 +92,8 @@ def prepare(
     files = [sources] if isinstance(sources, Path) else list(sources)
     if not files:
         raise DataError("there is no file to prepare. Name at least one")
-    settings = _Settings(sequence_length, heldout, seed, too_long, form)
-    encoder = Encoder(tokenizer)
+    settings = _Settings(sequence_length, heldout, seed, too_long, form, length_control)
+    encoder = Encoder(tokenizer, template, length_control)
     if encoder.vocabulary > LARGEST_TOKEN:
         raise DataError(f"{tokenizer} has tokens beyond {LARGEST_TOKEN}. Use another tokenizer")
     with Spill(out) as spill:
@@ -139,6 +144,7 @@ def _read_file(
         if not trained.any():
             counts["untrained"] += 1
             continue
+        counts["closed"] += int(isinstance(sample, Sample) and sample.closed)
         ticket = _ticket(sample.key, settings.seed)
         held = ticket < held_below
         if not held and ticket < read.nearest.ticket:
@@ -180,6 +186,7 @@ def _write(out: Path, spill: Spill, encoder: Encoder, settings: _Settings, read:
         seed=settings.seed,
         heldout_fraction=settings.heldout,
         too_long=settings.too_long,
+        length_control=settings.length_control,
         train=train.shards,
         heldout=held.shards,
         tokens=train.tokens,

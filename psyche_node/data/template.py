@@ -1,8 +1,11 @@
-"""A tokenizer folder's chat template: from messages to tokens, and which of them are trained.
+"""A tokenizer folder and a chat template: from messages to tokens, and which of them are trained.
 
-The environment is the one transformers renders with (sandboxed Jinja, ``{% generation %}`` marks), so that the tokens
-and the mask equal ``apply_chat_template(..., return_assistant_tokens_mask=True)``; a test compares them. Done here with
-jinja2 and tokenizers alone, because importing transformers takes longer than preparing the demo's data.
+Tokens and masks equal ``apply_chat_template(..., return_assistant_tokens_mask=True)`` of transformers; a test compares
+them. Done here with jinja2 and tokenizers alone, because importing transformers takes longer than preparing the demo's
+data.
+
+A token is trained if all of its characters are. One that reaches out of what the assistant said, such as line feeds of
+the header and the answer in one token, is never what the model has to say next: a prompt ends with the header.
 """
 
 from __future__ import annotations
@@ -10,114 +13,112 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Sequence
-from datetime import datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, NamedTuple
 
-import jinja2
-import jinja2.ext
-import jinja2.nodes
-import jinja2.parser
-import jinja2.sandbox
 import numpy as np
 import numpy.typing as npt
-from tokenizers import Encoding, Tokenizer
 
 from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.formats import Sample
+from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
+from psyche_node.data.rendering import Span, Template, find_template
+from psyche_node.data.textcoding import Coded, TextCoder
 
-_MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
+_ENDS = ("</think>", "</seed:think>")
+_SAYABLE = frozenset(
+    [
+        *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        *("<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "</seed:cot_budget_reflect>"),
+        *("<seed:tool_call>", "</seed:tool_call>"),
+    ]
+)
+"""Control tokens that the assistant's own text may spell: it generates them between its words."""
 
 
-class _Generation(jinja2.ext.Extension):
-    """``{% generation %}...{% endgeneration %}``: notes where what the assistant says begins and ends in the text."""
+class Rendered(NamedTuple):
+    """A conversation as text, the characters that are trained, and more that the tokens of it depend on.
 
-    tags = frozenset(["generation"])  # type: ignore[assignment]
+    ``spans`` ascend and do not touch. Of each in ``ends`` only its last token is trained. ``quoted`` are places inside
+    spellings of control tokens that are text.
+    """
 
-    def __init__(self, environment: jinja2.Environment) -> None:
-        super().__init__(environment)
-        self.blocks: list[str] = []
-        self.spans: list[tuple[int, int]] = []
-        environment.extend(generation=self)
-
-    def parse(self, parser: jinja2.parser.Parser) -> jinja2.nodes.Node:
-        line = next(parser.stream).lineno
-        body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        return jinja2.nodes.CallBlock(self.call_method("_mark"), [], [], body).set_lineno(line)
-
-    def _mark(self, caller: Any) -> str:
-        text = str(caller())
-        start = sum(map(len, self.blocks))
-        self.spans.append((start, start + len(text)))
-        return text
+    text: str
+    spans: list[Span]
+    ends: list[Span]
+    quoted: list[int]
 
 
 class ChatTemplate:
-    """The tokenizer and chat template of a Hugging Face folder (``tokenizer.json``, ``chat_template.jinja``).
+    """The tokenizer of a Hugging Face folder and a chat template: ``chosen``, by default the folder's own.
+
+    ``chosen`` is one of ``rendering.SHIPPED`` or a file.
 
     Raises:
-        DataError: the folder has no fast tokenizer or no chat template, or the template does not parse.
+        DataError: the folder has no fast tokenizer or no chat template, or the template does not parse, or it needs
+            control tokens that the tokenizer lacks.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, chosen: str | None = None) -> None:
         self.folder = folder
-        try:
-            self.tokenizer: Tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(
-                f"{folder}/tokenizer.json cannot be read ({error}). Save the tokenizer with transformers' "
-                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, which writes one"
-            ) from error
-        self.tokenizer.no_padding()
-        self.tokenizer.no_truncation()
+        self._coder = TextCoder(folder)
+        self.tokenizer = self._coder.tokenizer
         config = self._config()
         self.special = {name: _token_text(config.get(name)) for name in _SPECIAL if config.get(name) is not None}
-        self.source = self._source(config)
-        self.marked = bool(_MARKED.search(self.source))
-        environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols]
-        )
-        environment.filters["tojson"] = _tojson
-        environment.globals["raise_exception"] = _raise
-        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        self._generation: _Generation = environment.generation  # type: ignore[attr-defined]
-        try:
-            self._template = environment.from_string(self.source)
-        except jinja2.TemplateError as error:
+        self._template = self._own(config) if chosen is None else find_template(chosen)
+        self.source = self._template.source
+        self.marked = self._template.marked
+        if missing := sorted(c for c in self._template.controls if self.tokenizer.token_to_id(c) is None):
             raise DataError(
-                f"the chat template of {folder} does not parse: {error}. Mend chat_template.jinja"
-            ) from error
+                f"the tokenizer {folder} has no token {missing[0]}, which {self._template.where} is made of. Add "
+                f"{', '.join(missing)} to it as special tokens, or choose another template"
+            )
 
     @property
     def vocabulary(self) -> int:
         """One more than the largest token id."""
-        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return self._coder.vocabulary
 
     def token_id(self, name: str) -> int | None:
         """The id of ``bos_token``, ``eos_token``, ``pad_token`` or ``unk_token``; None if the folder has none."""
         text = self.special.get(name)
         return None if text is None else self.tokenizer.token_to_id(text)
 
-    def render(self, sample: Sample) -> tuple[str, list[tuple[int, int]]]:
-        """Return the text of a conversation and the character spans [start, end) that are trained.
+    def render(self, sample: Sample) -> Rendered:
+        """Return the text of a conversation and what of it is trained.
 
         Raises:
             BadSample: the template refuses the conversation, or cannot tell its spans.
         """
-        text, spans = self._render(sample, sample.messages, prompt=False)
-        if not self.marked or not spans:
-            spans = self._prefix_spans(sample, text)
-        if len(spans) != len(sample.train):
-            if not all(sample.train):
+        text, turns = self._render(sample, sample.messages, prompt=False)
+        if not self.marked or not turns:
+            turns = self._prefix_spans(sample, text)
+        places = self._places(sample, text)
+        if len(turns) != len(sample.train):
+            if not all(sample.train) or sample.parts or sample.closed:
                 raise BadSample(
                     sample.where,
-                    f"the chat template marks {len(spans)} spans for {len(sample.train)} assistant messages, so it is "
-                    "not clear which one `train: false` means",
+                    f"the chat template marks {len(turns)} spans for {len(sample.train)} assistant messages, so it is "
+                    "not clear which one `train` or `spans` means",
                     "Use a template with one generation block per assistant message",
                 )
-            return text, spans
-        return text, [span for span, train in zip(spans, sample.train, strict=True) if train]
+            return Rendered(text, turns, [], places[QUOTE])
+        if sample.closed:
+            last = sample.messages[-1]
+            answered = bool(last["content"] or last.get("tool_calls"))
+            end_of_reasoning = self._end_of_reasoning(sample, text, Span(places[CLOSE][0], turns[-1].end))
+            return Rendered(text, [end_of_reasoning], turns[-1:] * answered, places[QUOTE])
+        bounds = iter(places[BOUND])
+        spans: list[Span] = []
+        for number, (turn, train) in enumerate(zip(turns, sample.train, strict=True)):
+            at = turn.start
+            for part in sample.parts.get(number, ()):
+                start, end = next(bounds), next(bounds)
+                spans += [Span(at, start)] * train + [Span(start, end)] * part.train
+                at = end
+            spans += [Span(at, turn.end)] * train
+        return Rendered(text, _joined(spans), [], places[QUOTE])
 
     def encode(self, samples: Sequence[Sample]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
         """Return per sample its token ids (L,) and which of them are trained (L,), never the first.
@@ -126,38 +127,75 @@ class ChatTemplate:
             BadSample: see ``render``.
         """
         rendered = [self.render(sample) for sample in samples]
-        encodings = self.tokenizer.encode_batch([text for text, _ in rendered], add_special_tokens=False)
-        result = []
-        for encoding, (_, spans) in zip(encodings, rendered, strict=True):
-            ids = np.array(encoding.ids, dtype=np.uint32)
-            trained = np.zeros(len(ids), dtype=np.bool_)
-            for start, end in spans:
-                first, last = _tokens_of(encoding, start, end)
-                trained[first : last + 1] = True
-            trained[:1] = False
-            result.append((ids, trained))
-        return result
+        coded = self._coder.encode([one.text for one in rendered], [one.quoted for one in rendered])
+        return [(np.array(c.ids, dtype=np.uint32), _mask(c, one)) for c, one in zip(coded, rendered, strict=True)]
 
-    def _render(
-        self, sample: Sample, messages: Sequence[dict[str, Any]], *, prompt: bool
-    ) -> tuple[str, list[tuple[int, int]]]:
-        blocks: list[str] = []
-        spans: list[tuple[int, int]] = []
-        self._generation.blocks, self._generation.spans = blocks, spans
-        tools = None if sample.tools is None else list(sample.tools)
-        context = {**self.special, "messages": list(messages), "tools": tools, "documents": None}
+    def _render(self, sample: Sample, messages: Sequence[Any], *, prompt: bool) -> tuple[str, list[Span]]:
+        inlined = messages if self._template.reasons else [_inlined(message) for message in messages]
+        return self._fill(sample, list(inlined), sample.tools, prompt=prompt)
+
+    def _fill(self, sample: Sample, messages: list[Any], tools: Any, *, prompt: bool) -> tuple[str, list[Span]]:
+        context = {
+            **sample.options,
+            **self.special,
+            "messages": messages,
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": prompt,
+        }
         try:
-            for block in self._template.generate(**context, add_generation_prompt=prompt):
-                blocks.append(block)
+            return self._template.render(context)
         except Exception as error:  # a template is a program of its own: whatever it raises is about this sample
             raise BadSample(
                 sample.where,
-                f"the chat template of {self.folder} refuses it: {error}",
+                f"{self._template.where} refuses it: {error}",
                 "Change the order or the roles of its messages, or the template",
             ) from error
-        return "".join(blocks), spans
 
-    def _prefix_spans(self, sample: Sample, text: str) -> list[tuple[int, int]]:
+    def _places(self, sample: Sample, text: str) -> dict[str, list[int]]:
+        """Places by mark; see ``marked``. Most samples need none."""
+        spelled = self._coder.spelled
+        said = [_SAYABLE if message["role"] == "assistant" else frozenset() for message in sample.messages]
+        quotes = spells(sample.tools, spelled) or any(map(spells, sample.messages, [spelled] * len(said), said))
+        if not (sample.parts or sample.closed or quotes):
+            return {QUOTE: [], BOUND: [], CLOSE: []}
+        if holds_mark(text):
+            raise BadSample(sample.where, "it holds a noncharacter, U+FDD0 to U+FDD2", "Remove it")
+        messages, number, expected = [], 0, 0
+        for message, allowed in zip(sample.messages, said, strict=True):
+            changed = dict(message)
+            if message["role"] == "assistant":
+                bounds = [place for part in sample.parts.get(number, ()) for place in (part.start, part.end)]
+                expected += len(bounds)
+                changed["content"] = mark_bounds(message["content"], bounds)
+                number += 1
+            if sample.closed and message is sample.messages[-1]:
+                changed["reasoning_content"] += CLOSE
+            messages.append(mark_spellings(changed, spelled, allowed) if quotes else changed)
+        if not self._template.reasons:
+            messages = [_inlined(message) for message in messages]
+        marked, _ = self._fill(sample, messages, mark_spellings(sample.tools, spelled), prompt=False)
+        stripped, places = strip_marks(marked)
+        if stripped != text or len(places[BOUND]) != expected or len(places[CLOSE]) != sample.closed:
+            raise BadSample(
+                sample.where,
+                f"{self._template.where} changes the messages in a way that hides where their parts come to lie",
+                "Spell no control token in a message, let spans begin and end at words, or use a simpler template",
+            )
+        return places
+
+    def _end_of_reasoning(self, sample: Sample, text: str, within: Span) -> Span:
+        found = [(at, tag) for tag in _ENDS if (at := text.find(tag, *within)) >= 0]
+        if not found:
+            raise BadSample(
+                sample.where,
+                f"{self._template.where} does not close the reasoning of a message",
+                f"Use a template that writes {_ENDS[0]} after `reasoning_content`",
+            )
+        at, tag = min(found)
+        return Span(at, at + len(tag))
+
+    def _prefix_spans(self, sample: Sample, text: str) -> list[Span]:
         """For templates without marks: what rendering one more assistant message adds to the prompt for it."""
         spans = []
         eos = self.special.get("eos_token")
@@ -166,20 +204,24 @@ class ChatTemplate:
                 continue
             prompt, _ = self._render(sample, sample.messages[:index], prompt=True)
             whole, _ = self._render(sample, sample.messages[: index + 1], prompt=False)
-            if not whole.startswith(prompt) or not text.startswith(prompt):
+            end = len(whole)
+            # ChatML ends a turn with a token and a line feed; the model is to learn the token, not the line feed. What
+            # the folder calls its end token may be another one.
+            said = whole.rstrip()
+            if len(said) > len(prompt) and said.endswith(self._coder.controls):
+                end = len(said)
+            elif eos is not None and (found := whole.rfind(eos)) >= len(prompt):
+                end = found + len(eos)
+            while end > len(prompt) and whole[end - 1].isspace() and not text.startswith(whole[:end]):
+                end -= 1
+            if not whole.startswith(prompt) or not text.startswith(whole[:end]):
                 raise BadSample(
                     sample.where,
-                    f"the chat template of {self.folder} has no generation marks and renders message {index} "
-                    "differently inside the whole conversation, so its trained tokens cannot be found",
+                    f"{self._template.where} has no generation marks and renders message {index} differently inside "
+                    "the whole conversation, so its trained tokens cannot be found",
                     "Put {% generation %} and {% endgeneration %} around the assistant's words in the template",
                 )
-            end = len(whole)
-            # ChatML ends a turn with the end token and a line feed; the model is to learn the token, not the line feed.
-            if eos is not None and (found := whole.rfind(eos)) >= len(prompt):
-                end = found + len(eos)
-            while end > len(prompt) and text[:end] != whole[:end]:
-                end -= 1
-            spans.append((len(prompt), end))
+            spans.append(Span(len(prompt), end))
         return spans
 
     def _config(self) -> dict[str, Any]:
@@ -192,37 +234,59 @@ class ChatTemplate:
             raise DataError(f"{path} is not a JSON object. Save the tokenizer with transformers")
         return config
 
-    def _source(self, config: dict[str, Any]) -> str:
-        path = self.folder / "chat_template.jinja"
+    def _own(self, config: dict[str, Any]) -> Template:
+        where, path = f"the chat template of {self.folder}", self.folder / "chat_template.jinja"
         if path.is_file():
-            return path.read_text(encoding="utf-8")
+            return Template(path.read_text(encoding="utf-8"), where)
         template = config.get("chat_template")
         if isinstance(template, list):  # named templates, as older folders have them
             template = next((t.get("template") for t in template if t.get("name") == "default"), None)
         if not isinstance(template, str):
-            raise DataError(f"{self.folder} has no chat template. Put one into {path.name}")
-        return template
+            raise DataError(
+                f"{self.folder} has no chat template. Put one into {path.name}, or choose one with `--template`"
+            )
+        return Template(template, where)
 
 
-def _tokens_of(encoding: Encoding, start: int, end: int) -> tuple[int, int]:
-    """First and last token of the characters [start, end); (0, -1) if no token covers any of them."""
-    first = last = None
-    while start < end and (first := encoding.char_to_token(start)) is None:
-        start += 1
-    while end > start and (last := encoding.char_to_token(end - 1)) is None:
-        end -= 1
-    return (0, -1) if first is None or last is None else (first, last)
+def split_reasoning(content: str) -> tuple[str, str, bool] | None:
+    """Return (reasoning, answer, whether it is closed) of content that begins with ``<think>``; None for any other."""
+    found = re.match(r"\s*<think>\n?", content)
+    if found is None:
+        return None
+    reasoning, closed, answer = content[found.end() :].partition("</think>")
+    return (reasoning.removesuffix("\n") if closed else reasoning), answer.lstrip("\n"), bool(closed)
+
+
+def _inlined(message: dict[str, Any]) -> dict[str, Any]:
+    """The message as templates take it that do not know reasoning."""
+    if "reasoning_content" not in message:
+        return message
+    rest = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return {**rest, "content": f"<think>\n{message['reasoning_content']}\n</think>\n{message['content']}"}
+
+
+def _joined(spans: Sequence[Span]) -> list[Span]:
+    """Without empty ones; those that touch become one, so that a token across both is trained."""
+    result: list[Span] = []
+    for span in spans:
+        if span.start >= span.end:
+            continue
+        if result and result[-1].end == span.start:
+            span = Span(result.pop().start, span.end)
+        result.append(span)
+    return result
+
+
+def _mask(coded: Coded, rendered: Rendered) -> npt.NDArray[np.bool_]:
+    trained = np.zeros(len(coded.ids), dtype=np.bool_)
+    for span in rendered.spans:
+        inside = coded.inside(*span)
+        trained[inside.start : inside.stop] = True
+    for span in rendered.ends:
+        trained[coded.inside(*span)[-1:]] = True
+    trained[:1] = False
+    return trained
 
 
 def _token_text(value: Any) -> str:
     return str(value["content"]) if isinstance(value, dict) else str(value)
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise(message: str) -> NoReturn:
-    raise jinja2.TemplateError(message)

@@ -90,12 +90,10 @@ def _boxed(text: str) -> str | None:
 
 
 def _by_pattern(extractor: Regex, text: str) -> str | None:
-    found = None
-    for found in re.finditer(extractor.regex, text):  # noqa: B007  the last one is wanted
-        pass
-    if found is None:
+    found = list(re.finditer(extractor.regex, text))
+    if not found:
         return None
-    group: str | None = found.group(1 if found.re.groups else 0)
+    group: str | None = found[-1].group(1 if found[-1].re.groups else 0)
     return None if group is None else group.strip()
 
 

@@ -19,6 +19,8 @@ from psyche_node.generation import Request, begins_inside, split_reasoning
 from psyche_node.generation.reasoning import BEGIN, END, SEED_BEGIN, SEED_END
 
 _SEEDS = 1 << 31
+_ENCODED = 32
+"""Examples that are tokenized in one step."""
 
 
 def evaluate(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut = never) -> Steps[TaskResult]:
@@ -35,7 +37,7 @@ def evaluate(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut =
     task = loaded.task
     if task.kind == "generate_until":
         return (yield from _generated(subject, loaded, thinking, cut))
-    pairs, owners = _pairs(subject, loaded)
+    pairs, owners = yield from _pairs(subject, loaded)
     scores = yield from score_pairs(subject.model, subject.device.torch, pairs)
     by_example: list[list[Score]] = [[] for _ in loaded.examples]
     for owner, score in zip(owners, scores, strict=True):
@@ -54,7 +56,7 @@ def prompt_text(subject: Subject, task: Task, example: Example, thinking: bool |
     for prompt, said in (*example.shots, (example.prompt, None)):
         messages.append({"role": "user", "content": prompt})
         messages += [{"role": "assistant", "content": said}] if said is not None else []
-    if thinking is not None and not subject.engine.prompts.thinks and thinking:
+    if thinking and not subject.engine.prompts.thinks:
         raise EvaluationError(
             f"task {task.name}: the model's chat template has no switch for reasoning; set thinking to off, or use a "
             "template that has one"
@@ -62,10 +64,10 @@ def prompt_text(subject: Subject, task: Task, example: Example, thinking: bool |
     return subject.engine.prompts.render(messages, thinking=thinking)
 
 
-def _pairs(subject: Subject, loaded: Loaded) -> tuple[list[Pair], list[int]]:
+def _pairs(subject: Subject, loaded: Loaded) -> Steps[tuple[list[Pair], list[int]]]:
     """(context with continuation, the example it belongs to) of every choice or target."""
     task, encode = loaded.task, subject.engine.prompts.encode
-    pairs, owners = [], []
+    pairs, owners = list[Pair](), list[int]()
     for index, example in enumerate(loaded.examples):
         context = prompt_text(subject, task, example, False if task.chat else None)
         prefix = () if task.chat else subject.opening(context)
@@ -73,6 +75,8 @@ def _pairs(subject: Subject, loaded: Loaded) -> tuple[list[Pair], list[int]]:
             said = continuation if task.chat else task.delimiter + continuation
             pairs.append(encode_pair(encode, prefix, context, said, subject.context))
             owners.append(index)
+        if index % _ENCODED == 0:
+            yield
     return pairs, owners
 
 
@@ -98,7 +102,7 @@ def _said(loaded: Loaded, by_example: Sequence[Sequence[Score]]) -> dict[str, Me
 
 def _generated(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut) -> Steps[TaskResult]:
     task, engine = loaded.task, subject.engine
-    requests, inside = [], []
+    requests, inside = list[Request](), list[str | None]()
     for index, example in enumerate(loaded.examples):
         text = prompt_text(subject, task, example, thinking)
         tokens = (*(() if task.chat else subject.opening(text)), *engine.prompts.encode(text))
@@ -106,6 +110,8 @@ def _generated(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut
         for sample in range(task.samples):
             seed = (task.seed * 1_000_003 + index * task.samples + sample) % _SEEDS
             requests.append(Request(tokens, task.max_new_tokens, task.temperature, task.top_p, seed, tuple(task.stop)))
+        if index % _ENCODED == 0:
+            yield
     replies = yield from answer(engine, requests, cut)
     groups = [slice(start, start + task.samples) for start in range(0, len(replies), task.samples)]
     graded = [

@@ -78,8 +78,11 @@ class Results(Part):
 
     format: Literal[1] = 1
     """Version of this format."""
-    model_root: str | None
-    """Root of the weights; null if they were loaded in another precision than fp32."""
+    model_root: str | None = None
+    """Root of the weights of a model folder; null if they were loaded in another precision than fp32."""
+    fingerprint: str | None = None
+    """64-bit fingerprint (16 hexadecimal digits) of a node's weights: the one that the members of the next round put on
+    chain with their updates; null for a model folder."""
     round: int | None = None
     """Rounds of the run that the weights contain; null for a model folder."""
     heldout: Heldout | None = None

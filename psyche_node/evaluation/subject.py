@@ -22,7 +22,7 @@ class Subject:
         engine: generates, and encodes prompts.
         device: where and in which precision it computes, and how many sequences a forward pass takes.
         context: tokens of its context window; None if the config does not say.
-        exact: the weights are fp32, so that their root is the one on chain.
+        exact: the weights are the run's own or fp32, so that their root is the one on chain.
     """
 
     def __init__(self, model: Any, engine: Engine, device: Device) -> None:
@@ -40,7 +40,9 @@ class Subject:
     @classmethod
     def lent(cls, model: Any, folder: Path, device: Device) -> Subject:
         """A model that is being trained; ``folder`` has its tokenizer. Raises GenerationError."""
-        return cls(model, Engine(around(model, folder, device.torch)), device)
+        subject = cls(model, Engine(around(model, folder, device.torch)), device)
+        subject.exact = True  # whatever its precision, it is the run's
+        return subject
 
     def opening(self, text: str) -> tuple[int, ...]:
         """The tokens before plain text: bos where the tokenizer adds it; before no text at all bos or eos, so that its

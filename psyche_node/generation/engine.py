@@ -29,6 +29,8 @@ from psyche_node.generation.sampling import PerSequence
 
 _CUDA_TOKENS, _CPU_TOKENS = 131_072, 16_384
 """Prompt and answer of all sequences of a batch: bounds the key-value cache."""
+_SEQUENCES = 256
+"""At most in one batch, however short: each costs some work on the host for every token."""
 _SEEDS = 1 << 63
 
 
@@ -188,7 +190,7 @@ class Engine:
         """Return how many tokens the answer may have.
 
         Raises:
-            PromptError: none at all; shorten the prompt.
+            PromptError: there is no room for even one.
         """
         if self.context is None:
             return request.max_new_tokens
@@ -201,7 +203,9 @@ class Engine:
         return min(left, request.max_new_tokens)
 
     def fits(self, requests: Sequence[Request]) -> bool:
-        """Whether these make one batch: prompts and answers padded to the longest are within the bound."""
+        """Whether these make one batch: prompts and answers padded to the longest are within the bounds."""
+        if len(requests) > _SEQUENCES:
+            return False
         width = max(len(request.prompt) for request in requests)
         longest = max(self.room(request) for request in requests)
         most = _CUDA_TOKENS if self.device.type == "cuda" else _CPU_TOKENS

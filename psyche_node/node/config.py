@@ -13,6 +13,7 @@ from coordinator.fees import DEFAULT_FEE_CAP
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
+from psyche_node.training.options import Options
 
 
 class ConfigError(Exception):
@@ -84,10 +85,24 @@ class NodeConfig(BaseModel):
     """CPU threads of each training process. 0 lets PyTorch choose. Replicas are identical whatever this is."""
     micro_batch: int = Field(default=0, ge=0)
     """Sequences per forward pass. 0 chooses by device. Lower it if memory runs out; replicas stay identical."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What weights are kept in. `auto`: as the run says, which is part of its layout digest. `bf16` needs 4 bytes per
+    weight less, and rounds each step by chances that all members share."""
+    activation_checkpointing: Literal["auto", "on", "off"] = "auto"
+    """Compute activations again going backward instead of keeping them: a third more time, much less memory. `auto`: if
+    they do not fit."""
+    attention: Literal["auto", "sdpa", "eager", "flex", "flash"] = "auto"
+    """Implementation of attention. `auto` takes the fastest one that is installed and passes the separation test."""
+    compile: bool = False
+    """Compile the decoder's layers with torch.compile when the node starts: minutes, and faster steps on a GPU. What
+    the node sends may then differ in bits from what it sends otherwise; replicas stay identical."""
     share: int = Field(default=0, ge=0, le=1_000_000)
     """Share of the batch, in proportion to the other members' shares. 0: the measured tokens per second."""
     evaluate_every: int = Field(default=0, ge=0)
     """Rounds between evaluations of the held-out loss on this node. 0: only at the end."""
+    tasks: tuple[Path, ...] = ()
+    """Task files that are evaluated with the held-out loss, but in time that the node spends waiting. Their results go
+    into its journal and metrics, and their SHA-256 on chain. The weights are kept once more meanwhile."""
     check_every: int = Field(default=0, ge=0)
     """Rounds between SHA-256 digests of all weights in the journal. 0: only at the end."""
     update_timeout: float = Field(default=120.0, gt=0)
@@ -152,6 +167,11 @@ class NodeConfig(BaseModel):
                 f"{self.training_ranks} training processes cannot be divided by tensor_parallel, which is "
                 f"{self.tensor_parallel}"
             )
+        if self.tasks and self.training_ranks > 1:
+            raise ValueError(
+                f"tasks need the whole model in one process, and {self.training_ranks} divide it: leave tasks out, and "
+                "use `psyche-node eval` on the checkpoints"
+            )
         return self
 
     @field_validator("faults")
@@ -172,6 +192,11 @@ class NodeConfig(BaseModel):
             except ValueError as error:
                 raise ValueError(f"{error}; write IP:port, for example 127.0.0.1:9464") from error
         return address
+
+    @property
+    def options(self) -> Options:
+        """How the training process runs the model."""
+        return Options(**{name: getattr(self, name) for name in Options.model_fields})
 
     @property
     def training_ranks(self) -> int:

@@ -17,6 +17,7 @@ from coordinator.state import Member, MemberStatus, Phase, Run
 from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
+from psyche_node.evaluation import Results
 from psyche_node.faults import Fault, Faults
 from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import IpcError, Message, Ok
@@ -36,6 +37,7 @@ from psyche_node.network.store import BlobStore
 from psyche_node.node.changes import Changes
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
@@ -74,6 +76,7 @@ class _Parts:
     exchange: UpdateExchange
     store: BlobStore
     journal: Journal
+    tasks: IdleTasks
     run: Run
     """As it was when model and data were loaded."""
     loaded: Loaded
@@ -138,6 +141,7 @@ class Node:
             faults=self._faults,
             share=Share(parts.chain, self._config.share),
             cadence=Cadence(evaluate=self._config.evaluate_every, check=self._config.check_every),
+            tasks=parts.tasks,
             run_key=bytes(parts.chain.addresses.run),
             member=member,
             loaded=parts.run,
@@ -177,7 +181,8 @@ class Node:
             for reason in loaded.reasons:
                 log.info("%s", reason)
             log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
-            layout = Layout.build([(name, tuple(shape)) for name, shape in loaded.shapes], run.terms.topk)
+            shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
+            layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")
             exchange = self._exchange = UpdateExchange(network, store, layout, bytes(chain.addresses.run), journal)
             stack.push_async_callback(exchange.close)
@@ -188,7 +193,13 @@ class Node:
                 multiaddrs=ready.multiaddrs,
                 device=loaded.device,
             )
-            yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, run, loaded)
+            tasks = IdleTasks(config.tasks, trainer, chain, journal, config.folder, self._tell_results)
+            await tasks.open()
+            yield _Parts(chain, ChainView(chain), trainer, network, exchange, store, journal, tasks, run, loaded)
+
+    def _tell_results(self, results: Results) -> None:
+        if self._metrics is not None:
+            self._metrics.on_results(results)
 
     def _serve_metrics(self, address: str, stack: contextlib.AsyncExitStack) -> None:
         loop = asyncio.get_running_loop()
@@ -217,6 +228,8 @@ class Node:
             tensor_parallel=config.tensor_parallel,
             threads=config.threads,
             micro_batch=config.micro_batch,
+            options=config.options,
+            layout_digest=run.terms.layout_digest.hex(),
             data_manifest=run.terms.data_manifest.hex(),
             data_source=run.terms.data_source,
         )
@@ -259,7 +272,7 @@ class Node:
                 "the layout digest",
                 loaded.layout_digest,
                 terms.layout_digest.hex(),
-                "use the run's model and this version's optimizer",
+                "use the run's model, precision auto, and this version's optimizer",
             ),
         ):
             if here != there:
@@ -374,6 +387,7 @@ class Node:
         run = parts.view.pulse.run
         weights = await parts.trainer.call(Weights(), WeightsAre)
         await loop.evaluate(run.final_rounds - 1)
+        await parts.tasks.finish(run.final_rounds)
         stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
             "finished",

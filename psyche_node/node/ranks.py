@@ -173,6 +173,7 @@ def _loopback_interface() -> str | None:
 
 def _tail(path: Path) -> str:
     try:
-        return "\n".join(path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:])
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()[-_TAIL_LINES:]
+        return "\n".join(lines) or "(nothing. Exit status -9 is often the kernel's out-of-memory killer)"
     except OSError as error:
         return f"cannot be read: {error}"

@@ -21,6 +21,7 @@ from psyche_node.ipc import Caller, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
 from psyche_node.node.share import Share
 from psyche_node.node.view import ChainView
@@ -88,6 +89,7 @@ class RoundLoop:
         faults: Faults,
         share: Share,
         cadence: Cadence,
+        tasks: IdleTasks,
         run_key: bytes,
         member: int,
         loaded: Run,
@@ -103,7 +105,7 @@ class RoundLoop:
             faults,
         )
         self._share, self._cadence, self._run_key, self._member = share, cadence, run_key, member
-        self._folder, self._update_timeout = folder, update_timeout
+        self._folder, self._update_timeout, self._tasks = folder, update_timeout, tasks
         self._loaded, self._applied = loaded, loaded.model_round
         self._trained = -1
         self._only_follows = False
@@ -122,7 +124,8 @@ class RoundLoop:
         waiting_since = time.monotonic()
         while True:
             # One thing at a time, and then a look at the newest state: the run may have gone on meanwhile.
-            run = (await self._view.until(self._has_work)).run
+            with self._tasks.spare():
+                run = (await self._view.until(self._has_work)).run
             if self._trained >= 0:
                 self.wait_seconds += time.monotonic() - waiting_since
             if run.final_rounds > self._applied:
@@ -169,7 +172,8 @@ class RoundLoop:
             if record is None:
                 raise _away(number, self._view.pulse.run.round)
             await self._exchange.follow(number, record.commitments.values())
-        paths = await self._exchange.obtain(number, members, self._update_timeout)
+        with self._tasks.spare():
+            paths = await self._exchange.obtain(number, members, self._update_timeout)
         included = self._member in members if number in self._sent else None
         self._sent.discard(number)
         fetched = time.monotonic()
@@ -192,12 +196,21 @@ class RoundLoop:
             seconds=round(time.monotonic() - fetched, 4),
             fingerprint=f"{reply.fingerprint:016x}",
             weights_sha256=reply.weights_sha256,
+            updates_lost=reply.updates_lost,
         )
+        if reply.updates_lost:
+            log.warning(
+                "round %d: %.2g of the weights are so large that their step is lost to rounding: the learning rate is "
+                "too small for them, or the model diverges",
+                number,
+                reply.updates_lost,
+            )
         if included is False:
             log.warning("round %d: my update does not count; it went back into the momentum", number)
         self.wait_seconds += fetched - started
         if self._cadence.evaluates(number):
             await self.evaluate(number)
+            await self._tasks.begin(number + 1)
         await self._exchange.forget(max(0, number - KEPT_ROUNDS))
 
     async def _train(self, number: int) -> None:

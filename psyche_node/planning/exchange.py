@@ -8,8 +8,6 @@ from typing import Final
 
 PIECE: Final = 1 << 20
 """Bytes of the messages in which an update is passed on while it arrives."""
-COPIES: Final = 2
-"""Copies of an update that its author, and everybody else at most, uploads: docs/decisions/0019-fan-out-by-tree.md."""
 LINE: Final = 0.95
 """Share of a line's rate that updates get. `python -m benchmarks.network` has 0.99, of lines up to 1 Gbit/s."""
 CHAIN_SECONDS: Final = 3.2
@@ -29,8 +27,9 @@ class Exchange:
 def exchange(update_bytes: int, members: int, up: float, down: float, rtt: float) -> Exchange:
     """Lines of ``up`` and ``down`` bytes per second (0: no limit).
 
-    Everybody gets the update of everybody else, and passes on as much as it gets: all trees together give each member
-    every place once. A tree of n members is log2(n) steps deep, each a piece and a round trip and a half.
+    Everybody gets the update of everybody else, and uploads at most two copies of each: all trees together give each
+    member every place once, so that it uploads as much as it gets (docs/decisions/0019-fan-out-by-tree.md). A tree of n
+    members is log2(n) steps deep, each a piece and a round trip and a half.
     """
     others = members - 1
     received = sent = others * update_bytes

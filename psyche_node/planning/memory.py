@@ -33,7 +33,8 @@ one GPU, or tensor parallelism alone. bf16: weights are gathered in bf16, and so
 class Work:
     """How one GPU trains: ``data_parallel`` x ``tensor_parallel`` GPUs hold the model.
 
-    ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters. ``masked``: attention takes a
+    ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters unless ``masters`` is False
+    (stochastic rounding). ``masked``: attention takes a
     mask instead of document lengths, as on a CPU; one is kept per layer.
     """
 
@@ -47,6 +48,7 @@ class Work:
     weight_bytes: int = 4
     micro_batches: int = 2
     masked: bool = False
+    masters: bool = True
 
     @property
     def tokens(self) -> int:
@@ -81,19 +83,18 @@ def memory(shape: ModelShape, work: Work, *, outside: int | None = None, scratch
     blocks = ceil(held / BLOCK) * BLOCK
     several = work.data_parallel * work.tensor_parallel > 1
     state = Memory(
-        weights=held * work.weight_bytes + (4 * held if work.weight_bytes == 2 else 0),
+        weights=held * work.weight_bytes + (4 * held if work.weight_bytes == 2 and work.masters else 0),
         gradients=0,
         momentum=4 * blocks,
         trend=2 * blocks,
-        aside=4 * held if work.lookahead and work.weight_bytes == 4 else 0,
+        aside=held * work.weight_bytes if work.lookahead and not (work.weight_bytes == 2 and work.masters) else 0,
         activations=0,
         head=0,
         gathered=0,
         workspace=CONTEXT + NCCL * several if outside is None else outside,
     )
     moments = [replace(state, **moment) for moment in _moments(shape, work, held)]
-    gradients = held * (4 if work.data_parallel > 1 else work.weight_bytes)
-    moments.append(replace(state, gradients=gradients, workspace=state.workspace + scratch))
+    moments.append(replace(state, gradients=held * work.weight_bytes, workspace=state.workspace + scratch))
     return max(moments, key=lambda one: one.total)
 
 
@@ -114,8 +115,7 @@ def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     c = 4 if work.compute == "fp32" else 2
     s = 2 if work.compute == "bf16" else 4
     several = work.data_parallel * work.tensor_parallel
-    # Those of FSDP2 are summed in fp32; others have the type of their weights.
-    weight = 4 if work.data_parallel > 1 else work.weight_bytes
+    weight = work.weight_bytes  # also of FSDP2's gradients, which are summed in fp32 and kept in the weights' type
     gradient = held * weight
     before = gradient if work.micro_batches > 1 else 0
     layer = layer_bytes(shape, work)

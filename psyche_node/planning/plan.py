@@ -93,6 +93,8 @@ def plan(shape: ModelShape, asked: Asked) -> Plan:
             work = replace(work, checkpointing=True)
             notes.append("activation checkpointing: without, it does not fit; it costs a quarter of the speed")
     needed, fits = memory(shape, work), _fits(shape, work, asked.gpu)
+    if asked.bf16:
+        notes.append("the precision of the weights is the run's: members that keep them in fp32 cannot take part")
     if shape.assumed:
         notes.append(f"activations of {shape.kind} models are counted as Llama's")
     length = min(asked.document or asked.sequence, asked.sequence)
@@ -157,6 +159,7 @@ def _work(shape: ModelShape, asked: Asked, checkpointing: bool | None) -> Work:
         checkpointing=bool(checkpointing),
         lookahead=asked.lookahead,
         weight_bytes=2 if asked.bf16 else 4,
+        masters=not asked.bf16,
         micro_batches=ceil(share / micro),
     )
     return _divided(work, asked.gpus // tensor, tensor)
@@ -204,7 +207,7 @@ def _more_tensor_parallel(shape: ModelShape, work: Work, asked: Asked) -> Iterat
 
 def _bf16(shape: ModelShape, work: Work, asked: Asked) -> Iterator[tuple[str, Work]]:
     if work.weight_bytes == 4:
-        yield "--precision bf16", replace(work, weight_bytes=2, compute="bf16")
+        yield "--precision bf16", replace(work, weight_bytes=2, masters=False, compute="bf16")
 
 
 def _shorter(shape: ModelShape, work: Work, asked: Asked) -> Iterator[tuple[str, Work]]:

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import typer
 from pydantic import ValidationError
@@ -45,6 +45,10 @@ def simulate(
     baseline: Annotated[str | None, typer.Option(help="adamw: compare with AdamW on the same tokens.")] = None,
     check_every: Annotated[int, typer.Option(help="Rounds between comparisons of all replicas' SHA-256.")] = 10,
     evaluate_every: Annotated[int, typer.Option(help="Rounds between held-out evaluations.")] = 10,
+    tasks: Annotated[
+        list[Path] | None,
+        typer.Option("--tasks", help="Task file that the first node evaluates while it waits; repeat."),
+    ] = None,
     topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe to train by, made to fit: psyche-node recipe list.")] = DEMO,
     peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -62,6 +66,7 @@ def simulate(
         typer.Option(help="Training processes of a node, such as 2 or 4/2 (two divide each matrix); in turn."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="What the weights are kept in: fp32 or bf16.")] = "fp32",
     rpc: Annotated[str | None, typer.Option(help="Solana RPC endpoint to use instead of a ledger of its own.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Owner's keypair file, funded; with --rpc.")] = None,
     slot_ms: Annotated[int, typer.Option(help="Length of the ledger's slot in milliseconds.")] = 50,
@@ -98,12 +103,14 @@ def simulate(
             baseline=baseline is not None,
             check_every=check_every,
             evaluate_every=evaluate_every,
+            tasks=tuple(tasks or ()),
             rpc=rpc,
             wallet=wallet,
             slot_ms=slot_ms,
             port=port,
             hold=hold,
             device=device,
+            precision=cast(Any, precision),
             ranks=tuple(Ranks.parse(text) for text in ranks or ["1"]),
             same_hosts=same_hosts,
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),

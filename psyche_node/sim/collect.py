@@ -31,6 +31,8 @@ from psyche_node.sim.result import (
     ReplicaCheck,
     RoundRecord,
     RunResult,
+    TaskEvaluation,
+    TaskFigure,
     dense_allreduce_bytes,
     mean_loss,
     replicas,
@@ -82,6 +84,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         replicas_identical=identical,
         weights_sha256=sha,
         checks=checks,
+        evaluations=_evaluations(world),
         checkpoint=_checkpoint(world),
         nodes=nodes,
         ledger=ledger,
@@ -202,6 +205,35 @@ def _checks(world: World) -> list[ReplicaCheck]:
             if line["weights_sha256"]:
                 found.setdefault(int(line["round"]) + 1, {})[node.name] = str(line["weights_sha256"])
     return [ReplicaCheck(round=number, weights_sha256=hashes) for number, hashes in sorted(found.items())]
+
+
+def _evaluations(world: World) -> list[TaskEvaluation]:
+    found = []
+    for node in world.nodes:
+        for line in node.all("tasks"):
+            figures = [
+                TaskFigure(
+                    task=one["task"],
+                    thinking=one["thinking"],
+                    measure=name,
+                    value=measure["value"],
+                    stderr=measure["stderr"],
+                    samples=one["samples"],
+                )
+                for one in line["results"]
+                for name, measure in one["measures"].items()
+            ]
+            found.append(
+                TaskEvaluation(
+                    node=node.name,
+                    round=line["round"],
+                    sha256=line["sha256"],
+                    signature=line["signature"],
+                    seconds=line["seconds"],
+                    figures=figures,
+                )
+            )
+    return sorted(found, key=lambda one: one.round)
 
 
 def _timeline(world: World) -> Iterator[RoundRecord]:

@@ -39,9 +39,10 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
     )
     folder = settings.out / "initial-model"
     parameters = make_demo_model(DEMO_MODEL if source is None else source, data.tokenizer, folder, settings.seed)
-    model, _ = load_model(folder, torch.device("cpu"))
+    only_bf16 = settings.precision == "bf16"
+    model, _ = load_model(folder, torch.device("cpu"), torch.bfloat16 if only_bf16 else torch.float32)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    layout = Layout.build(shapes, recipe.topk)
+    layout = Layout.build(shapes, recipe.topk, only_bf16)
     return Prepared(
         model=folder,
         data=data.packed,

@@ -20,6 +20,7 @@ from markupsafe import Markup
 
 from psyche_node.sim import charts, units
 from psyche_node.sim.result import Event, NodeResult, RunResult
+from psyche_node.sim.tasks import tasks_view
 
 _SHOWN_EVENTS = 250
 _WIDTH = 1080
@@ -120,6 +121,7 @@ def _view(result: RunResult) -> dict[str, Any]:
             for check in result.checks
         ],
         "ledger": _ledger_rows(result),
+        "tasks": tasks_view(result),
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,
         "events_left_out": len(result.events) - sum(event["times"] for event in events),

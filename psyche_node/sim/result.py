@@ -184,6 +184,40 @@ class RoundRecord(Record):
         return median(waits) if (waits := [m.wait_seconds for m in self.members if m.went_on]) else None
 
 
+class TaskFigure(Record):
+    """One figure of a task."""
+
+    task: str
+    """Name of the task."""
+    thinking: bool | None
+    """Whether the chat template's reasoning switch was on; null where the task has none."""
+    measure: str
+    """Which figure: accuracy, accuracy_normalised, exact_match, overlong, unclosed, tokens, loss."""
+    value: float
+    """The mean over the samples."""
+    stderr: float | None
+    """Standard error of the mean; null for a single sample."""
+    samples: Count
+    """Examples."""
+
+
+class TaskEvaluation(Record):
+    """What one node found in time that it spent waiting (`--tasks`)."""
+
+    node: str
+    """Name of the node."""
+    round: Count
+    """Rounds that the weights contained."""
+    sha256: str
+    """SHA-256 of the results; `psyche-node eval --verify` compares a file of results with the chain."""
+    signature: str | None
+    """Transaction that recorded it; null if the chain was away."""
+    seconds: Seconds
+    """Time that it took of the training process."""
+    figures: list[TaskFigure]
+    """The figures, task by task."""
+
+
 class ReplicaCheck(Record):
     """One comparison of all replicas (`--check-every`)."""
 
@@ -263,6 +297,8 @@ class RunResult(Record):
     """The SHA-256 they have in common; null if they differ."""
     checks: list[ReplicaCheck] = Field(default_factory=list)
     """The comparisons made during the run."""
+    evaluations: list[TaskEvaluation] = Field(default_factory=list)
+    """The evaluations of tasks, in order of their rounds."""
     checkpoint: str | None
     """Hugging Face folder of the final model."""
     nodes: list[NodeResult]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -48,6 +48,8 @@ class Ranks(BaseModel):
         ranks, separator, divide = text.partition("/")
         if not ranks.isdecimal() or (separator and not divide.isdecimal()):
             raise ValueError(f"{text!r} is not RANKS or RANKS/TENSOR_PARALLEL, such as 2 or 4/2")
+        if not (int(ranks) and int(divide or 1)):
+            raise ValueError(f"{text!r}: no rank at all trains nothing; 1 is the least of either")
         found = cls(ranks=int(ranks), tensor_parallel=int(divide or 1))
         if found.ranks % found.tensor_parallel:
             raise ValueError(f"{text!r}: {found.ranks} ranks cannot be divided by {found.tensor_parallel}")
@@ -114,6 +116,8 @@ class SimSettings(BaseModel):
     """Rounds between comparisons of all replicas' SHA-256; 0: only at the end."""
     evaluate_every: int = Field(default=10, ge=0)
     """Rounds between evaluations of the held-out loss; 0: only at the end."""
+    tasks: tuple[Path, ...] = ()
+    """Task files that the first node evaluates as often, in time that it spends waiting."""
     slot_ms: int = Field(default=50, ge=10, le=10_000)
     """Length of the ledger's slot in milliseconds."""
     port: int = Field(default=0, ge=0, le=65_534)
@@ -126,6 +130,8 @@ class SimSettings(BaseModel):
     """Keep the ledger up after the run, until Ctrl-C, for `psyche-admin run show`."""
     device: str = "auto"
     """Device of the nodes."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """What all nodes keep their weights in; it is part of the run's layout digest."""
     ranks: tuple[Ranks, ...] = (Ranks(ranks=1),)
     """Training processes of the nodes, in turn: with `1`, `2` and `2/2` node 0 has one, node 1 two that shard the
     weights (FSDP2), node 2 two that divide each matrix, node 3 one again."""
@@ -138,6 +144,13 @@ class SimSettings(BaseModel):
     def _data_exists(self) -> Self:
         if self.data is not None and "://" not in self.data and not Path(self.data).exists():
             raise ValueError(f"--data {self.data}: no such file or folder; name one with samples")
+        return self
+
+    @model_validator(mode="after")
+    def _tasks_exist(self) -> Self:
+        for task in self.tasks:
+            if not task.is_file():
+                raise ValueError(f"--tasks {task}: no such file; name a task file")
         return self
 
     @model_validator(mode="after")

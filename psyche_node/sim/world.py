@@ -277,6 +277,8 @@ class World:
         flags = [part for pair in arguments.items() for part in pair]
         for rpc in self.node_rpc:
             flags += ["--rpc", rpc]
+        for task in settings.tasks if index == 0 else ():
+            flags += ["--tasks", str(task)]
         process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / "logs" / f"{name}.log")
         self.memory.watch(name, process.process.pid)
         node = SimNode(

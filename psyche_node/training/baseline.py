@@ -16,13 +16,12 @@ from pathlib import Path
 import torch
 
 from psyche_node.training.errors import TrainingError
+from psyche_node.training.gradient import accumulate
+from psyche_node.training.preparing import Trainable, prepare_model
 from psyche_node.training.reader import DataReader
 from psyche_node.training.session import (
     HELDOUT_SEQUENCES,
-    Trainable,
-    accumulate,
     heldout_loss,
-    prepare_model,
 )
 from psyche_node.training.terms import TrainingTerms, fp32
 from psyche_node.training.world import ONE_PROCESS

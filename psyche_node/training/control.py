@@ -89,6 +89,8 @@ class Lead:
             reply = self._handle(request)
         except Exception as error:
             self._settled(_words(error))
+            if isinstance(error, OutOfStep):
+                self._end()
             raise
         failed = self._settled(None)
         if failed:
@@ -116,15 +118,15 @@ class Lead:
 def follow(handle: Handle, control: Control) -> None:
     """Handle what rank 0 says until it says Shutdown. Raises OutOfStep when this rank cannot go on with the others."""
     while not isinstance(request := control.receive(), Shutdown):
-        failure: str | None = None
         try:
             handle(request)
         except Exception as error:
-            failure = _words(error)
             log.info("%s failed", type(request).__name__, exc_info=True)
-        if failure is not None and 0 not in control.settle(failure):
-            raise OutOfStep(f"{type(request).__name__} failed on this rank alone: {failure}")
-        if failure is None:
+            if 0 not in control.settle(_words(error)):
+                raise OutOfStep(f"{type(request).__name__} failed on this rank and not on rank 0: {error}") from error
+            if isinstance(error, OutOfStep):
+                raise
+        else:
             control.settle(None)
     with contextlib.suppress(OutOfStep):
         control.settle(None, _GOODBYE)  # rank 0 need not wait for this answer

@@ -11,8 +11,8 @@ import torch
 from psyche_node.training.errors import TrainingError
 
 # A forward pass of about this many tokens keeps a core's caches warm; larger ones were no faster.
-_CPU_TOKENS = 2048
-_GPU_TOKENS = 32768
+CPU_TOKENS = 2048
+GPU_TOKENS = 32768
 
 
 @dataclass(slots=True)
@@ -25,14 +25,16 @@ class Device:
     reasons: list[str] = field(default_factory=list)
 
     def compute(self) -> contextlib.AbstractContextManager[object]:
-        """The context for forward passes: bf16 on a GPU, with fp32 weights; fp32 on a CPU."""
+        """The context for forward passes: bf16 on a GPU; on a CPU what the weights are in."""
         if self.torch.type == "cuda":
             return torch.autocast("cuda", dtype=torch.bfloat16)
         return contextlib.nullcontext()
 
 
-def choose_device(name: str, sequence_length: int, micro_batch: int, threads: int) -> Device:
+def choose_device(name: str, sequence_length: int, micro_batch: int | None, threads: int) -> Device:
     """Return the device called ``name`` ("auto" picks), and set this process's CPU threads if ``threads`` is not 0.
+
+    ``micro_batch``: 0 chooses by the device alone; None leaves it at 1, to be chosen with the model (`fit`).
 
     Raises:
         TrainingError: there is no such device here.
@@ -62,14 +64,16 @@ def choose_device(name: str, sequence_length: int, micro_batch: int, threads: in
         )
     if device.type == "cuda":
         words = torch.cuda.get_device_name(device)
-        reasons.append("bf16 compute, fp32 weights: matrix units are fastest in bf16, signed steps need fp32 weights")
+        reasons.append("bf16 compute: matrix units are fastest in bf16, and it has the range of fp32")
     else:
         words = f"CPU, {torch.get_num_threads()} thread(s)"
-        reasons.append("fp32 compute: a CPU gains nothing from bf16 at this size")
-    if micro_batch:
+        reasons.append("compute in the weights' own precision: few CPUs have matrix units for bf16")
+    if micro_batch is None:
+        micro_batch = 1
+    elif micro_batch:
         reasons.append(f"micro-batch {micro_batch}: as asked")
     else:
-        tokens = _GPU_TOKENS if device.type == "cuda" else _CPU_TOKENS
+        tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
         micro_batch = max(1, tokens // sequence_length)
         reasons.append(f"micro-batch {micro_batch}: about {tokens} tokens per forward pass on a {device.type} device")
     return Device(device, micro_batch, words, reasons)

@@ -15,6 +15,10 @@ class SeparationError(TrainingError):
     """Packed documents see each other: training would learn from unrelated text."""
 
 
+class OutOfMemory(TrainingError):
+    """A step needed more memory than there is. It was given up, and nothing has changed."""
+
+
 class RankFailed(TrainingError):
     """A step failed on another of this node's ranks; the message names it."""
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from psyche_node.training.attention import lays_end_to_end
 from psyche_node.training.errors import ModelError
 from psyche_node.training.loss import VocabularyCut, cross_entropy_sum
 
@@ -38,15 +39,21 @@ class Root(nn.Module):
 
 def hidden_states(model: nn.Module, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
     """Return the last hidden states (B, L, D), documents separated by the restarts of ``places_BL``."""
-    decoder = cast(Any, model).base_model
-    output = decoder(input_ids=tokens_BL, position_ids=places_BL, attention_mask=None, use_cache=False)
-    return cast(Tensor, output.last_hidden_state)
+    return _called(model, cast(Any, model).base_model, "last_hidden_state", tokens_BL, places_BL)
 
 
 def logits(model: nn.Module, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
     """Return the logits (B, L, V), documents separated. For tests and for models whose head is not one matrix."""
-    output = cast(Any, model)(input_ids=tokens_BL, position_ids=places_BL, attention_mask=None, use_cache=False)
-    return cast(Tensor, output.logits)
+    return _called(model, model, "logits", tokens_BL, places_BL)
+
+
+def _called(model: nn.Module, module: nn.Module, what: str, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
+    shape = tokens_BL.shape
+    if lays_end_to_end(model):
+        tokens_BL, places_BL = tokens_BL.reshape(1, -1), places_BL.reshape(1, -1)
+    output = module(input_ids=tokens_BL, position_ids=places_BL, attention_mask=None, use_cache=False)
+    found: Tensor = getattr(output, what)
+    return found.reshape(*shape, found.shape[-1])
 
 
 class LossFunction:
@@ -66,6 +73,10 @@ class LossFunction:
             if self._short
             else "loss from full logits: this model's logits are not its hidden states times one matrix"
         )
+
+    @property
+    def model(self) -> nn.Module:
+        return self._root.model
 
     def __call__(self, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
         """Return the sum (a fp32 scalar, differentiable) over the places that ``trained_BL`` marks as targets."""
@@ -99,6 +110,9 @@ def _loss_sum_of_logits(
     return total
 
 
+_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+
+
 def _cut(head: nn.Module) -> VocabularyCut | None:
     """The part of the vocabulary whose rows are here, if tensor parallelism has cut the head."""
     return cast(VocabularyCut | None, getattr(head, "cut", None))
@@ -108,6 +122,10 @@ def _cut(head: nn.Module) -> VocabularyCut | None:
 def _logits_are_one_product(model: nn.Module) -> bool:
     head = cast(Any, model).get_output_embeddings()
     if not (isinstance(head, nn.Linear) or _cut(head)) or head.bias is not None:
+        return False
+    # A cap shows on large logits only, which a model that is not trained has not.
+    config = cast(Any, model).config.get_text_config()
+    if any(getattr(config, name, None) not in (None, 1.0) for name in _CHANGES_LOGITS):
         return False
     tokens_BL = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
     places_BL = torch.arange(8, device=head.weight.device)[None]

@@ -7,6 +7,7 @@ from typing import Annotated
 from pydantic import Field
 
 from psyche_node.ipc import Message
+from psyche_node.training.options import DEFAULTS, Options, Precision
 from psyche_node.training.terms import TrainingTerms
 
 Hex32 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
@@ -29,6 +30,10 @@ class Load(Message):
     """Sequences per forward pass. 0: chosen here. Smaller needs less memory."""
     tensor_parallel: int = 1
     """How many of this node's ranks divide the matrices; the others divide the batch."""
+    options: Options = DEFAULTS
+    """How the model is run."""
+    layout_digest: Hex32 | None = None
+    """Of the run: it says what precision weights are kept in. None: as ``options`` say."""
     data_manifest: Hex32 | None = None
     """The data that the run trains on; another one is refused, naming what differs. None: it is only reported."""
     data_source: str = ""
@@ -39,6 +44,8 @@ class Loaded(Message):
     shapes: list[tuple[str, tuple[int, ...]]]
     """Names and shapes of the trained tensors, in the layout's order."""
     layout_digest: Hex32
+    precision: Precision = "fp32"
+    """What the weights are kept in."""
     model_root: Hex32
     data_manifest: Hex32
     samples: int
@@ -90,6 +97,8 @@ class Applied(Message):
     fingerprint: int
     weights_sha256: str | None = None
     seconds: float = 0.0
+    updates_lost: float | None = None
+    """Share of the weights whose step was lost to rounding, of a sample; None if there was no step. 0 is healthy."""
 
 
 class Evaluate(Message):
@@ -103,6 +112,31 @@ class Evaluated(Message):
     loss: float
     """Mean over the held-out tokens, in nats."""
     tokens: int
+    seconds: float
+
+
+class OpenTasks(Message):
+    """Read the task files that ``WorkOnTasks`` evaluates, once, and say what is wrong with them. -> Ok"""
+
+    files: list[str]
+
+
+class HoldWeights(Message):
+    """Keep a copy of the current weights, and begin to evaluate the tasks on it. -> Ok"""
+
+    round: int
+    """Rounds that these weights contain."""
+
+
+class WorkOnTasks(Message):
+    """Go on with the evaluation until the next request comes, or for ``seconds``. -> TasksWorked"""
+
+    seconds: float
+
+
+class TasksWorked(Message):
+    results: str | None
+    """The results as canonical JSON, once, when they are complete."""
     seconds: float
 
 

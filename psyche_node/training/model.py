@@ -83,13 +83,13 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
     return parameter_count(model)
 
 
-def load_model(folder: Path, device: torch.device) -> tuple[Any, list[str]]:
-    """Return a causal language model in fp32 on ``device``, to be trained, and a line for each changed setting.
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> tuple[Any, list[str]]:
+    """Return a causal language model in ``dtype`` on ``device``, to be trained, and a line for each changed setting.
 
     Raises:
         ModelError: there is no such model, or its folder lacks weights.
     """
-    model, reasons = build_model(folder)
+    model, reasons = build_model(folder, dtype)
     load_into(model, folder, device)
     return model, reasons
 
@@ -103,13 +103,19 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     if not (folder / "config.json").is_file():
         raise ModelError(f"{folder} has no config.json. Name a Hugging Face model folder")
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        if hasattr(config, "vision_config"):
+            raise ModelError(f"{folder} has a part for images, which text does not train. Save its text model alone")
         reasons = without_dropout(config)
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+        if "trust_remote_code" in str(error):
+            raise ModelError(
+                f"{folder} needs code of its own, which is not run here. Use a model that transformers itself has"
+            ) from error
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     model.train()
     return model, reasons

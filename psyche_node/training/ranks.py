@@ -7,6 +7,7 @@ host.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from psyche_node.training.control import Control
-from psyche_node.training.errors import RankFailed, TrainingError
+from psyche_node.training.errors import OutOfStep, RankFailed, TrainingError
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
 from psyche_node.training.world import Rows, World, mapped
 
@@ -97,6 +98,7 @@ class Ranks(World):
         self._mesh: DeviceMesh
         self._cut = TensorParallel()
         self._copies: set[str] = set()
+        self._root: Root | None = None  # what FSDP2 shards
 
     def device(self, name: str) -> str:
         if name == "auto":
@@ -104,9 +106,13 @@ class Ranks(World):
         if name.startswith("cuda:"):
             raise TrainingError(f"device {name} is one GPU, and this node has {self.size} ranks: set device to cuda")
         if name == "cuda":
+            if self._local >= (seen := torch.cuda.device_count()):
+                raise TrainingError(
+                    f"rank {self.rank} is number {self._local} of its host, where PyTorch sees {seen} GPUs: set "
+                    "gpus to that, or device to cpu"
+                )
+            torch.cuda.set_device(self._local)
             name = f"cuda:{self._local}"
-            if self._local < torch.cuda.device_count():
-                torch.cuda.set_device(self._local)
         return name
 
     def shard(self, model: Any, root: Root, device: torch.device, tensor_parallel: int) -> list[str]:
@@ -132,7 +138,7 @@ class Ranks(World):
             reduce_dtype=torch.float32,
             cast_forward_inputs=False,
         )
-        mesh = self._mesh["data"]
+        self._root, mesh = root, self._mesh["data"]
         kinds = set(model._no_split_modules or ())
         layers = [module for module in model.modules() if type(module).__name__ in kinds]
         for module in [*layers, root]:
@@ -146,6 +152,22 @@ class Ranks(World):
         for start in range(0, most, size):
             some = mine[start : start + size]
             yield (some, True) if len(some) else (rows[:1], False)
+
+    @contextlib.contextmanager
+    def attempt(self) -> Iterator[None]:
+        try:
+            yield
+        except Exception as error:
+            if self._root is not None:
+                if (reset := getattr(self._root, "reset_iter_state", None)) is None:
+                    raise OutOfStep(
+                        f"after {type(error).__name__} ({error}) FSDP2 of PyTorch {torch.__version__} cannot go on. "
+                        "PyTorch 2.13 can"
+                    ) from error
+                # Before it is sharded again: what gathered parameters have of a gradient would be added to the next.
+                self._root.zero_grad()
+                reset()
+            raise
 
     @torch.no_grad()
     def complete(self, model: nn.Module) -> None:

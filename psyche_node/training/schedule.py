@@ -8,6 +8,7 @@ from typing import Protocol
 
 _POINT = 128  # binary places of the fixed-point cosine
 _PI = 0x3243F6A8885A308D313198A2E03707344  # pi * 2**128, rounded down
+_SMALLEST_NORMAL = 0x00800000
 
 
 class Schedule(IntEnum):
@@ -46,8 +47,14 @@ def lr_bits(terms: Scheduled, round: int) -> int:
     """Return the learning rate of ``round`` as an fp32 bit pattern, the same on every host.
 
     In warm-up round r of w it is (r + 1) / w of the peak. The exact value is rounded to the nearest fp32 number, ties
-    to even. After the last round it stays where it is. Raises ValueError for a round before the first.
+    to even; what is below the smallest normal number, which not all hardware multiplies by, is 0. After the last round
+    it stays where it is. Raises ValueError for a round before the first.
     """
+    bits = _bits(terms, round)
+    return bits if bits >= _SMALLEST_NORMAL else 0
+
+
+def _bits(terms: Scheduled, round: int) -> int:
     if round < terms.first_round:
         raise ValueError(f"round {round} is before the first round of these terms, {terms.first_round}")
     round -= terms.first_round
@@ -102,7 +109,12 @@ def fp32_bits(value: Fraction) -> int:
 
 
 def _cos_pi(turn: Fraction) -> Fraction:
-    """Cosine of pi * turn for turn in [0, 1], to about 120 binary places, by its Taylor series in fixed point."""
+    """Cosine of pi * turn for turn in [0, 1], to about 120 binary places, by its Taylor series in fixed point.
+
+    Where it is 1, 0 or -1 it is exact: a schedule that ends at 0 ends there.
+    """
+    if (2 * turn).denominator == 1:
+        return 1 - 2 * turn
     angle = _PI * turn.numerator // turn.denominator
     square = angle * angle >> _POINT
     term = total = 1 << _POINT

@@ -3,7 +3,7 @@
 It changes one document of a pack and requires the logits of the others not to move. A test that cannot fail proves
 nothing, so it first runs the same change with the documents joined into one and requires that the logits *do* move.
 
-Legend: B sequences (one), L places, V vocabulary.
+Legend: B sequences (two, of which one is changed), L places, V vocabulary.
 """
 
 from __future__ import annotations
@@ -33,15 +33,17 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device) ->
     """
     length = sum(_LENGTHS)
     generator = torch.Generator().manual_seed(20)
-    tokens = torch.randint(vocabulary, (1, length), generator=generator)
+    tokens = torch.randint(vocabulary, (2, length), generator=generator)
     changed = tokens.clone()
     first = _LENGTHS[_CHANGED]
-    changed[:, :first] = (tokens[:, :first] + 1 + torch.arange(first)) % vocabulary
-    separate = torch.cat([torch.arange(n) for n in _LENGTHS])[None]
-    joined = torch.arange(length)[None]
+    changed[0, :first] = (tokens[0, :first] + 1 + torch.arange(first)) % vocabulary
+    separate = torch.cat([torch.arange(n) for n in _LENGTHS]).repeat(2, 1)
+    joined = torch.arange(length).repeat(2, 1)
 
     def moved(places: Tensor) -> tuple[float, float]:
-        before, after = (forward(t.to(device), places.to(device)).float()[:, first:] for t in (tokens, changed))
+        before, after = (forward(t.to(device), places.to(device)).float() for t in (tokens, changed))
+        # Whether rows of a batch see each other is asked along with it.
+        before, after = (torch.cat([logits[0, first:], logits[1]]) for logits in (before, after))
         scale = max(float(before.abs().max()), 1e-30)
         return float((before - after).abs().max()) / scale, scale
 
@@ -50,8 +52,10 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device) ->
     if leak > _TOLERANCE:
         raise SeparationError(
             f"changing one document of a pack moved the logits of the others by {leak:.1e} of the largest one, so "
-            "packed documents see each other on this model and device. Use another attention implementation (sdpa or "
-            "eager) or another version of transformers; training like this would teach the model unrelated text"
+            "packed documents see each other on this model and device, and training would teach it unrelated text. "
+            "Models that remember otherwise than by attention over rotary positions (Mamba, RWKV, hybrids, ALiBi, "
+            "learned positions in OPT and BERT) cannot be trained on packs; with any other, set attention to sdpa, or "
+            "use another version of transformers"
         )
     if control <= _TOLERANCE:
         return (

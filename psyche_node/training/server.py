@@ -6,9 +6,9 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from psyche_node.ipc import BlockingChannel, Message, Ok, serve
 from psyche_node.training import messages as m
@@ -26,12 +26,37 @@ OpenData = Callable[[Path, bytes | None, str], DataReader]
 """Opens a prepared folder, whose manifest must have the digest if one is given, and knows where the run's data is."""
 
 
-class Trainer:
-    """Answers requests. ``handle`` raises what goes wrong; the loop turns that into a Failure."""
+class Tasks(Protocol):
+    """Tasks that are evaluated between rounds (psyche_node.evaluation.between)."""
 
-    def __init__(self, open_data: OpenData, end: Callable[[], None], world: World = ONE_PROCESS) -> None:
-        self._open_data, self._end, self._world = open_data, end, world
+    def hold(self, round: int) -> None: ...
+
+    def work(self, wanted: Callable[[], bool], seconds: float) -> str | None: ...
+
+
+OpenTasks = Callable[[Session, Path, Sequence[Path]], Tasks]
+"""Opens task files for a session, whose tokenizer is in a folder."""
+
+
+class Trainer:
+    """Answers requests. ``handle`` raises what goes wrong; the loop turns that into a Failure.
+
+    ``wanted`` says whether another request is waiting.
+    """
+
+    def __init__(
+        self,
+        open_data: OpenData,
+        open_tasks: OpenTasks,
+        end: Callable[[], None],
+        wanted: Callable[[], bool],
+        world: World = ONE_PROCESS,
+    ) -> None:
+        self._open_data, self._open_tasks, self._end, self._wanted = open_data, open_tasks, end, wanted
+        self._world = world
         self._session: Session | None = None
+        self._model_dir = Path()
+        self._tasks: Tasks | None = None
 
     def handle(self, request: Message) -> Message:
         """Return the reply to one request. Raises TrainingError for one that does not fit."""
@@ -58,12 +83,16 @@ class Trainer:
             request.threads,
             self._world,
             request.tensor_parallel,
+            request.options,
+            None if request.layout_digest is None else bytes.fromhex(request.layout_digest),
         )
+        self._model_dir = Path(request.model)
         for reason in session.reasons:
             log.debug("%s", reason)
         return m.Loaded(
             shapes=session.shapes,
             layout_digest=session.optimizer.layout.digest.hex(),
+            precision=session.precision,
             model_root=session.model_root().hex(),
             data_manifest=data.digest.hex(),
             samples=len(data),
@@ -83,15 +112,19 @@ class Trainer:
             case m.Apply():
                 blobs = self._world.files([Path(path) for path in request.paths])
                 session.apply(request.round, blobs, request.included)
+                lost = session.optimizer.report().lost if blobs else None
                 return m.Applied(
                     fingerprint=session.fingerprint(),
                     weights_sha256=session.weights_sha256() if request.digest else None,
                     seconds=time.perf_counter() - started,
+                    updates_lost=lost,
                 )
             case m.Evaluate():
                 limit = HELDOUT_SEQUENCES if request.sequences is None else request.sequences
                 loss, tokens = session.evaluate(limit)
                 return m.Evaluated(loss=loss, tokens=tokens, seconds=time.perf_counter() - started)
+            case m.OpenTasks() | m.HoldWeights() | m.WorkOnTasks():
+                return self._on_tasks(session, request, started)
             case m.Root():
                 return m.RootIs(model_root=session.model_root().hex())
             case m.Weights():
@@ -101,6 +134,25 @@ class Trainer:
                 session.save(Path(request.folder), {**request.provenance, **rounds})
                 return Ok()
         raise TrainingError(f"the training process knows no {type(request).__name__}")
+
+    def _on_tasks(
+        self, session: Session, request: m.OpenTasks | m.HoldWeights | m.WorkOnTasks, started: float
+    ) -> Message:
+        if self._world.size > 1:
+            raise TrainingError(
+                f"{self._world.size} ranks hold this model, and tasks need all of it in one process: leave `tasks` "
+                "out, and evaluate the checkpoint with `psyche-node eval`"
+            )
+        if isinstance(request, m.OpenTasks):
+            self._tasks = self._open_tasks(session, self._model_dir, [Path(file) for file in request.files])
+            return Ok()
+        if self._tasks is None:
+            raise TrainingError(f"{type(request).__name__} came before OpenTasks; send OpenTasks first")
+        if isinstance(request, m.HoldWeights):
+            self._tasks.hold(request.round)
+            return Ok()
+        results = self._tasks.work(self._wanted, request.seconds)
+        return m.TasksWorked(results=results, seconds=time.perf_counter() - started)
 
     def _train(self, session: Session, request: m.Train) -> m.Trained:
         result = session.train(request.round, request.positions, run=bytes.fromhex(request.run), member=request.member)
@@ -118,7 +170,13 @@ class Trainer:
         )
 
 
-def run_trainer(fd: int, open_data: OpenData, world: World = ONE_PROCESS, control: Control | None = None) -> None:
+def run_trainer(
+    fd: int,
+    open_data: OpenData,
+    open_tasks: OpenTasks,
+    world: World = ONE_PROCESS,
+    control: Control | None = None,
+) -> None:
     """Serve the supervisor at the other end of the socket ``fd`` until it closes it or asks to shut down.
 
     ``control`` leads to the other ranks of ``world``, where ``run_rank`` runs.
@@ -130,7 +188,7 @@ def run_trainer(fd: int, open_data: OpenData, world: World = ONE_PROCESS, contro
         with socket.socket(fileno=os.dup(fd)) as same:
             same.shutdown(socket.SHUT_RD)
 
-    trainer = Trainer(open_data, end, world)
+    trainer = Trainer(open_data, open_tasks, end, channel.waiting, world)
     try:
         if control is None:
             serve(channel, trainer.handle)
@@ -140,11 +198,11 @@ def run_trainer(fd: int, open_data: OpenData, world: World = ONE_PROCESS, contro
         channel.close()
 
 
-def run_rank(open_data: OpenData, world: World, control: Control) -> None:
+def run_rank(open_data: OpenData, open_tasks: OpenTasks, world: World, control: Control) -> None:
     """Do what rank 0 does, until it ends. Raises OutOfStep when this rank cannot go on with the others."""
     from psyche_node.training.control import follow
 
-    follow(Trainer(open_data, lambda: None, world).handle, control)
+    follow(Trainer(open_data, open_tasks, lambda: None, lambda: False, world).handle, control)
 
 
 def lead(

@@ -6,28 +6,25 @@ Legend: B sequences of a micro-batch, L places.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from torch import Tensor
 
 from optimizer import DisTrO
 from optimizer.errors import UnknownRound
 from psyche_node.training.checkpoint import save_checkpoint
-from psyche_node.training.device import Device, choose_device
-from psyche_node.training.errors import ModelError
-from psyche_node.training.forward import LossFunction, Root
+from psyche_node.training.device import Device
+from psyche_node.training.forward import LossFunction
+from psyche_node.training.gradient import accumulate, micro_batches
 from psyche_node.training.hashing import model_root, weights_sha256
-from psyche_node.training.model import build_model, parameter_count
+from psyche_node.training.model import parameter_count
+from psyche_node.training.options import DEFAULTS, Options, Precision
+from psyche_node.training.preparing import prepare_model, runs_in_bf16
 from psyche_node.training.reader import DataReader, PackedBatch
 from psyche_node.training.schedule import lr_bits
-from psyche_node.training.separation import check_separation
 from psyche_node.training.terms import TrainingTerms, fp32
-from psyche_node.training.weights import load_into
 from psyche_node.training.world import ONE_PROCESS, World
 
 HELDOUT_SEQUENCES = 64
@@ -46,50 +43,6 @@ class TrainResult:
     gradient_norm: float
 
 
-@dataclass(frozen=True, slots=True)
-class Trainable:
-    """A model ready for training: on its device, checked, with its loss; and why it is as it is."""
-
-    model: Any
-    device: Device
-    loss: LossFunction
-    reasons: list[str]
-
-
-def prepare_model(
-    folder: Path,
-    data: DataReader,
-    device: str,
-    micro_batch: int,
-    threads: int,
-    z_loss: float = 0.0,
-    world: World = ONE_PROCESS,
-    tensor_parallel: int = 1,
-) -> Trainable:
-    """Load a model, divide it over the ranks, and make sure that it can be trained on ``data``.
-
-    Raises:
-        ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
-        SeparationError: packed documents see each other.
-        TrainingError: there is no such device, or the ranks cannot be divided by ``tensor_parallel``.
-    """
-    chosen = world.together(lambda: choose_device(world.device(device), data.sequence_length, micro_batch, threads))
-    model, reasons = world.together(lambda: build_model(folder))
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if vocabulary < data.vocabulary:
-        raise ModelError(
-            f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
-            "the data with this model's tokenizer"
-        )
-    root = Root(model)
-    reasons += world.shard(model, root, chosen.torch, tensor_parallel)
-    world.together(lambda: load_into(model, folder, chosen.torch))
-    with chosen.compute():
-        loss = LossFunction(model, z_loss, root)
-        separation = check_separation(loss.logits, data.vocabulary, chosen.torch)
-    return Trainable(model, chosen, loss, [*chosen.reasons, *reasons, separation, loss.reason])
-
-
 class Session:
     """Everything that a training process holds.
 
@@ -104,6 +57,8 @@ class Session:
         world: the processes that hold this replica together. Each has a session, and calls its methods with the same
             arguments in the same order.
         tensor_parallel: how many of them divide the matrices.
+        options: how the model is run.
+        layout_digest: of the run, which says what precision the weights are kept in; None: fp32, unless asked.
 
     Raises: see ``prepare_model``.
     """
@@ -118,9 +73,22 @@ class Session:
         threads: int = 0,
         world: World = ONE_PROCESS,
         tensor_parallel: int = 1,
+        options: Options = DEFAULTS,
+        layout_digest: bytes | None = None,
     ) -> None:
         z_loss = fp32(terms.z_loss_bits)
-        ready = prepare_model(model_dir, data, device, micro_batch, threads, z_loss, world, tensor_parallel)
+        ready = prepare_model(
+            model_dir,
+            data,
+            device,
+            micro_batch,
+            threads,
+            z_loss,
+            world,
+            tensor_parallel,
+            options,
+            lambda shapes: runs_in_bf16(options.precision, shapes, terms.topk, layout_digest),
+        )
         self._world = world
         self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons
         self.terms, self._data, self._model_dir = terms, data, model_dir
@@ -134,7 +102,9 @@ class Session:
             lookahead=terms.lookahead,
             clip_votes=terms.clip_votes,
             window=terms.window,
+            stochastic_rounding=ready.only_bf16,
         )
+        self.precision: Precision = "bf16" if ready.only_bf16 else "fp32"
         self._heldout: dict[int | None, PackedBatch] = {}
         self._updates: dict[int, bytes] = {}  # own ones that were neither included nor left out yet
 
@@ -163,7 +133,7 @@ class Session:
         """Train the sequences at ``positions`` and make this member's update of ``round``; weights do not change.
 
         Without any trained token, the update is what momentum still holds. Raises what ``DisTrO.encode`` raises, such
-        as NonFiniteGradient; then this member leaves the round out, and nothing has changed.
+        as NonFiniteGradient, and OutOfMemory; then this member leaves the round out, and nothing has changed.
         """
         started = time.perf_counter()
         before = self.fingerprint()
@@ -173,7 +143,7 @@ class Session:
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
-            with self.optimizer.lookahead():
+            with self.optimizer.lookahead(), self._world.attempt():
                 loss = accumulate(self._loss, batch, self.device, self._world)
                 self._world.complete(self.model)
                 norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))
@@ -203,7 +173,8 @@ class Session:
         """
         if sequences not in self._heldout:
             self._heldout[sequences] = self._world.together(lambda: self._data.heldout(sequences))
-        return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
+        with self._world.attempt():
+            return heldout_loss(self._loss, self._heldout[sequences], self.device, self._world)
 
     def save(self, folder: Path, provenance: dict[str, str] | None = None) -> None:
         """Write the current weights as a Hugging Face folder. Raises OSError."""
@@ -218,22 +189,6 @@ class Session:
         save_checkpoint(self.model, self._model_dir, folder, rows, self._world)
 
 
-def accumulate(loss: LossFunction, batch: PackedBatch, device: Device, world: World = ONE_PROCESS) -> float:
-    """Add the gradient of the mean loss over all trained tokens of ``batch``; return that mean, in nats.
-
-    The ranks of ``world`` divide the sequences; ``world.complete`` is left to do.
-    """
-    tokens = int(batch.trained.sum())
-    total = 0.0
-    for part in micro_batches(batch, device, world):
-        with device.compute():
-            summed = loss(*part)
-        # FSDP2 takes the mean over the data-parallel ranks; this makes it their sum.
-        (summed * (world.data_parallel / tokens)).backward()  # type: ignore[no-untyped-call]
-        total += float(summed.detach())
-    return world.sum(total) / tokens
-
-
 @torch.no_grad()
 def heldout_loss(
     loss: LossFunction, batch: PackedBatch, device: Device, world: World = ONE_PROCESS
@@ -245,18 +200,3 @@ def heldout_loss(
         with device.compute():
             total += float(loss(*part))
     return (world.sum(total) / tokens if tokens else 0.0), tokens
-
-
-def micro_batches(
-    batch: PackedBatch, device: Device, world: World = ONE_PROCESS
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Yield (tokens_BL, trained_BL, places_BL) on the device; sequences without a trained token are left out.
-
-    Every rank of ``world`` gets as many, of which some may have no trained token.
-    """
-    for part, counts in world.divide(np.flatnonzero(batch.trained.any(axis=1)), device.micro_batch):
-        trained = batch.trained[part] & counts
-        tokens_BL, trained_BL, places_BL = (
-            torch.from_numpy(values).to(device.torch) for values in (batch.tokens[part], trained, batch.places[part])
-        )
-        yield tokens_BL, trained_BL, places_BL

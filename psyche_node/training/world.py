@@ -7,6 +7,7 @@ them, in one order.
 
 from __future__ import annotations
 
+import contextlib
 import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -59,6 +60,10 @@ class World:
         """
         for start in range(0, len(rows), size):
             yield rows[start : start + size], True
+
+    def attempt(self) -> contextlib.AbstractContextManager[None]:
+        """The context of forward and backward passes: if they break off, the next ones can be made all the same."""
+        return contextlib.nullcontext()
 
     def complete(self, model: nn.Module) -> None:
         """Make the gradients, which so far are of this rank's own doing, those of the whole replica."""

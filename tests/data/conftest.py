@@ -62,3 +62,35 @@ def tokenizer(chat: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer")
     train_tokenizer(chat, 400, folder)
     return folder
+
+
+SEED_TOKENS = (
+    *("<seed:bos>", "<seed:pad>", "<seed:eos>", "<seed:think>", "</seed:think>"),
+    *("<seed:cot_budget_reflect>", "</seed:cot_budget_reflect>", "<seed:tool_call>", "</seed:tool_call>"),
+)
+HEADER_TOKENS = ("<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>", "<think>", "</think>")
+CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
+
+
+@pytest.fixture(scope="session")
+def seed_tokenizer(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo's byte-level BPE with Seed-OSS's control tokens, Hermes's headers and ChatML, without a template."""
+    from tokenizers import AddedToken, Tokenizer
+
+    folder = tmp_path_factory.mktemp("seed")
+    seed = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
+    seed.add_special_tokens(
+        [AddedToken(text, special=True, normalized=False) for text in SEED_TOKENS + HEADER_TOKENS + CHATML_TOKENS]
+    )
+    seed.add_tokens([AddedToken("<tool_call>", special=False), AddedToken("</tool_call>", special=False)])
+    seed.save(str(folder / "tokenizer.json"))
+    config = {
+        "backend": "tokenizers",
+        "bos_token": "<seed:bos>",
+        "eos_token": "<|eot_id|>",
+        "pad_token": "<seed:pad>",
+        "clean_up_tokenization_spaces": False,
+        "tokenizer_class": "PreTrainedTokenizerFast",
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    return folder

@@ -134,7 +134,7 @@ def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, t
     values = json.loads(output.splitlines()[-1])
     assert [Path(one["file"]).name for one in values["sources"]] == ["chat.jsonl", "more.jsonl"]
     assert values["sources"][1]["counts"] == {
-        "samples": 2, "train": 1, "heldout": 0, "too_long": 1, "untrained": 0, "cut": 0
+        "samples": 2, "train": 1, "heldout": 0, "too_long": 1, "untrained": 0, "cut": 0, "closed": 0
     }  # fmt: skip
     assert values["manifest"] == Manifest.read(tmp_path / "a").digest.hex()
     code, output = run(*words, "--out", str(tmp_path / "b"), "--too-long", "cut")

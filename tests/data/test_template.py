@@ -50,7 +50,7 @@ def test_masks_equal_the_generation_mask_of_transformers(chat: Path, tokenizer: 
 
 def test_golden_rendering(tokenizer: Path) -> None:
     one = sample(("system", "S"), ("user", "Q"), ("assistant", "A"))
-    text, spans = ChatTemplate(tokenizer).render(one)
+    text, spans, _, _ = ChatTemplate(tokenizer).render(one)
     assert text == (
         "<|begin_of_text|><|start_header_id|>system<|end_header_id|>\n\nS<|eot_id|>"
         "<|start_header_id|>user<|end_header_id|>\n\nQ<|eot_id|>"
@@ -65,7 +65,7 @@ def test_generation_prompt_is_what_precedes_an_answer(tokenizer: Path) -> None:
     prompt = AutoTokenizer.from_pretrained(tokenizer).apply_chat_template(
         [{"role": "user", "content": "Q"}], add_generation_prompt=True, tokenize=False
     )
-    text, spans = ChatTemplate(tokenizer).render(sample(("user", "Q"), ("assistant", "A")))
+    text, spans, _, _ = ChatTemplate(tokenizer).render(sample(("user", "Q"), ("assistant", "A")))
     assert text[: spans[0][0]] == prompt
 
 

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from e2e_harness import Simulate, until
 
+from coordinator.program import program_bytes
+from coordinator.run_costs import LAMPORTS_PER_SIGNATURE, run_fees
+
 pytestmark = pytest.mark.e2e
 ROUNDS = 6
 
@@ -51,6 +54,11 @@ def test_nodes_train_one_model_and_the_chain_tells_the_story(started, tmp_path: 
     credits = {member["wallet"]: member["credit"] for member in shown["members"]}
     assert credits == {node["wallet"]: node["credit"] for node in report["nodes"]}
     assert sum(credits.values()) == sum(record["tokens"] for record in report["timeline"])
+
+    # Fees are those that a plan foretells; the owner's are the writes of the program, and a few more.
+    planned = run_fees(3, ROUNDS, ROUNDS).whole_run // LAMPORTS_PER_SIGNATURE
+    writes = len(program_bytes()) // 900
+    assert abs(report["ledger"]["lamports"] // LAMPORTS_PER_SIGNATURE - planned - writes) <= 15
 
     # The model is a Hugging Face folder that another process loads and talks to.
     model = Path(report["checkpoint"])

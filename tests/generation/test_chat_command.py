@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import pty
+import re
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -119,11 +121,12 @@ def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monk
     assert "three" not in rendered[-1]
 
 
-def test_on_a_terminal(model_folder: Path) -> None:
-    """A pseudo-terminal on all three: two questions, a command, and Ctrl-D."""
+def test_on_a_terminal(taught_folder: Path) -> None:
+    """A pseudo-terminal on all three: reasoning apart from its answer, Ctrl-C in a long one, a command, Ctrl-D."""
     ours, theirs = pty.openpty()
+    command = [sys.executable, "-m", "psyche_node.cli", "chat", str(taught_folder), "--device", "cpu"]
     process = subprocess.Popen(
-        [sys.executable, "-m", "psyche_node.cli", "chat", str(model_folder), *ARGUMENTS],
+        [*command, "--thinking", "on", "--max-tokens", "20000"],
         stdin=theirs,
         stdout=theirs,
         stderr=theirs,
@@ -132,8 +135,16 @@ def test_on_a_terminal(model_folder: Path) -> None:
     os.close(theirs)
     try:
         screen = read_until(ours, b"> ")
-        os.write(ours, b"hello\n")
-        screen += read_until(ours, b"allows more") + read_until(ours, b"> ")
+        os.write(ours, b"why\n")
+        screen += read_until(ours, "Because é.".encode()) + read_until(ours, b"> ")
+        os.write(ours, b"/new\n")
+        screen += read_until(ours, b"> ")
+        os.write(ours, b"/thinking off\n")
+        screen += read_until(ours, b"> ")
+        os.write(ours, b"sing\n")
+        screen += read_until(ours, b"la la la")
+        process.send_signal(signal.SIGINT)
+        screen += read_until(ours, b"(ended)") + read_until(ours, b"> ")
         os.write(ours, b"/what\n")
         screen += read_until(ours, b"forgets what was said") + read_until(ours, b"> ")
         os.write(ours, b"\x04")
@@ -142,7 +153,9 @@ def test_on_a_terminal(model_folder: Path) -> None:
         process.kill()
         process.wait()
         os.close(ours)
-    assert b"cut off after 12 tokens" in screen
+    dimmed = re.findall(rb"\x1b\[2m(.*?)\x1b\[0m", screen.partition(b"> ")[2].partition(b"Because")[0])
+    assert b"".join(dimmed) == b"hm, hm"
+    assert b"<think>" not in screen
     assert b"Traceback" not in screen
 
 

@@ -33,6 +33,7 @@ from network_driver import RUN, Process
 from prometheus_client.parser import text_string_to_metric_families
 from test_grpc_identity import extension_of, forge
 
+from psyche_node.evaluation import Measure, Results, TaskResult
 from psyche_node.identity import NodeKey
 from psyche_node.ipc import IpcError
 from psyche_node.metrics import MetricsUnavailable, NodeMetrics, split_address
@@ -334,6 +335,23 @@ def test_what_is_served_is_what_was_counted(metrics: NodeMetrics) -> None:
         }
         with pytest.raises(MetricsUnavailable, match="Choose another"), metrics.served(f"127.0.0.1:{port}"):
             pass
+
+
+def test_figures_of_tasks_are_served(metrics: NodeMetrics) -> None:
+    measures = {"overlong": Measure(value=0.25, stderr=0.1), "tokens": Measure(value=9.0, stderr=None)}
+    task = TaskResult(
+        task="sums", kind="generate_until", thinking=True, samples=4, repeats=1, few_shot=0, truncated=0,
+        measures=measures, task_sha256="aa", data_sha256="bb",
+    )  # fmt: skip
+    metrics.on_results(Results(round=12, tasks=[task]))
+    with metrics.served("127.0.0.1:0") as port:
+        served = scrape(port)
+    assert {name: value for name, value in served.items() if name[0].startswith("psyche_task")} == {
+        ("psyche_task_round",): 12,
+        ("psyche_task", "overlong", "sums", "on"): 0.25,
+        ("psyche_task", "tokens", "sums", "on"): 9.0,
+        ("psyche_task_stderr", "overlong", "sums", "on"): 0.1,
+    }
 
 
 def test_metrics_without_a_network_process_say_so() -> None:

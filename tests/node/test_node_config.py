@@ -35,6 +35,27 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
     assert config.rpc == ("http://127.0.0.1:8899",)
 
 
+def test_a_gpu_each_is_a_rank_each(tmp_path: Path) -> None:
+    assert load(tmp_path, GOOD).training_ranks == 1
+    assert load(tmp_path, GOOD + "gpus = 8\ntensor_parallel = 4\n").training_ranks == 8
+    assert load(tmp_path, GOOD + "ranks = 2\n").training_ranks == 2
+    # torchrun may have started more of them.
+    assert load(tmp_path, GOOD + "tensor_parallel = 8\n").tensor_parallel == 8
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ("gpus = 8\nranks = 2\n", "gpus is enough"),
+        ('gpus = 8\ndevice = "cuda:1"\n', "leave device out"),
+        ("gpus = 8\ntensor_parallel = 3\n", "cannot be divided by tensor_parallel, which is 3"),
+    ],
+)
+def test_ranks_that_do_not_fit_are_refused(tmp_path: Path, lines: str, why: str) -> None:
+    with pytest.raises(ConfigError, match=why):
+        load(tmp_path, GOOD + lines)
+
+
 @pytest.mark.parametrize(
     ("line", "key"),
     [

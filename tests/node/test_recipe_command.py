@@ -55,8 +55,8 @@ def test_show_prints_the_file_or_every_setting() -> None:
     assert (shown["terms"]["sequence_length"], shown["terms"]["schedule"]) == (16384, "cosine")
     assert shown["terms"]["window"] == 3, "defaults are there, too"
     assert json.loads(ask("show", "length-control", "--json"))["data"] == {
-        "trained": "end-of-thinking",
-        "thinking_budget": 30000,
+        "template": "hermes-llama3",
+        "length_control": 30000,
         "vocabulary": 0,
     }
     assert "there are demo" in ask("show", "soup", status=Exit.CONFIG)
@@ -118,3 +118,13 @@ def test_a_simulation_has_the_recipes_shape_and_a_small_models_size() -> None:
     assert (made.sequence_length, made.batch, made.peak_lr) == (demo.sequence_length, demo.batch, demo.peak_lr)
     assert SimSettings(out=Path("out")).recipe == demo
     assert recipe_for("demo", 1000).warmup_rounds == demo.warmup_rounds == 5
+
+
+def test_a_simulation_ramps_in_proportion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sft = recipe_file("hermes-sft").read_text()
+    (tmp_path / "ramped.toml").write_text(sft + "ramp_batch = 96\nramp_rounds = 900\n")
+    (tmp_path / "demo.toml").write_text(recipe_file("demo").read_text())
+    monkeypatch.setattr("coordinator.recipes.FOLDER", tmp_path)
+    made = recipe_for("ramped", 900)
+    assert (made.ramp_batch, made.ramp_rounds, made.batch) == (6, 90, 24)
+    assert (recipe_for("ramped", 4).ramp_batch, recipe_for("ramped", 4).ramp_rounds) == (0, 0), "no room for it"

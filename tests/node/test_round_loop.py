@@ -21,6 +21,7 @@ from psyche_node.faults import Faults
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
+from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal, JournalReader
 from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop, TermsChanged
 from psyche_node.node.share import Share
@@ -159,6 +160,7 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
                 faults=Faults(),
                 share=Share(chain, 1000),  # type: ignore[arg-type]
                 cadence=Cadence(evaluate=0, check=0),
+                tasks=IdleTasks((), trainer, chain, journal, folder),  # type: ignore[arg-type]
                 run_key=bytes(32),
                 member=ME,
                 loaded=pulse_of().run,

@@ -17,6 +17,8 @@ from psyche_node.sim.result import (
     ReplicaCheck,
     RoundRecord,
     RunResult,
+    TaskEvaluation,
+    TaskFigure,
     dense_allreduce_bytes,
     replicas,
 )
@@ -43,6 +45,7 @@ def synthetic_run(
     tamper: bool = False,
     void: bool = True,
     round_seconds: float = 2.6,
+    tasks: bool = False,
     texts: str = "",
 ) -> RunResult:
     """Build a plausible run. ``texts`` is appended to every name and message that a peer could choose."""
@@ -218,6 +221,30 @@ def synthetic_run(
         replicas_identical=identical,
         weights_sha256=common,
         checks=checks,
+        evaluations=[
+            TaskEvaluation(
+                node=results[0].name,
+                round=at,
+                sha256=rng.randbytes(32).hex(),
+                signature=base58(rng, 88) if at else None,
+                seconds=1.5,
+                figures=[
+                    TaskFigure(
+                        task=f"sums{texts}",
+                        thinking=thinking,
+                        measure=measure,
+                        value=at / rounds,
+                        stderr=error,
+                        samples=200,
+                    )
+                    for thinking in (True, False)
+                    for measure, error in (("exact_match", 0.03), ("overlong", None), ("tokens", 4.5))
+                ],
+            )
+            for at in range(0, rounds + 1, max(1, rounds // 9))
+        ]
+        if tasks
+        else [],
         checkpoint=f"runs/2026-03-02/checkpoint{texts}",
         nodes=results,
         baseline=Baseline(

@@ -278,6 +278,23 @@ def test_curve_has_one_point_a_round_in_their_order(tmp_path: Path) -> None:
     assert result.heldout_loss == 1.5
 
 
+def test_tasks_are_told_with_their_figures(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    measures = {"accuracy": {"value": 0.5, "stderr": 0.1}, "accuracy_normalised": {"value": 1.0, "stderr": None}}
+    line = {"kind": "tasks", "time": START, "sha256": "ab", "file": "x", "seconds": 2.0}
+    results = [{"task": "sums", "thinking": None, "samples": 9, "measures": measures}]
+    stage.node(0).lines = [
+        {**line, "round": number, "signature": signature, "results": results}
+        for number, signature in ((7, None), (3, "s"))
+    ]
+    found = stage.collect("interrupted").evaluations
+    assert [(one.round, one.signature, one.seconds) for one in found] == [(3, "s", 2.0), (7, None, 2.0)]
+    assert [(f.task, f.measure, f.value, f.stderr, f.samples) for f in found[0].figures] == [
+        ("sums", "accuracy", 0.5, 0.1, 9),
+        ("sums", "accuracy_normalised", 1.0, None, 9),
+    ]
+
+
 def test_ledger_that_is_gone_or_silent_costs_the_counts_and_not_the_report(tmp_path: Path) -> None:
     class Silent:
         program_id = wallet(9)

@@ -26,6 +26,7 @@ from psyche_node.sim.result import (
     mean_loss,
     replicas,
 )
+from psyche_node.sim.tasks import tasks_view
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}\x1b[31m\u202e"
 ISSUE_FIELDS = {
@@ -132,8 +133,8 @@ def test_only_its_own_script_may_run() -> None:
 
 
 def test_hostile_text_is_shown_as_text() -> None:
-    plain = Page(render_html(synthetic_run(tamper=True)))
-    hostile_html = render_html(synthetic_run(tamper=True, texts=HOSTILE))
+    plain = Page(render_html(synthetic_run(tamper=True, tasks=True)))
+    hostile_html = render_html(synthetic_run(tamper=True, tasks=True, texts=HOSTILE))
     hostile = Page(hostile_html)
 
     def shape(page: Page) -> list[str]:
@@ -202,6 +203,23 @@ def test_the_page_shows_the_runs_numbers() -> None:
     assert result.reduction is not None
     assert f"{units.times_text(result.reduction)} less" in text
     assert "node-3 was killed" in text
+
+
+def test_tasks_have_a_row_per_figure_and_columns_that_fit() -> None:
+    result = synthetic_run(tasks=True)
+    view = tasks_view(result)
+    assert view is not None
+    assert len(result.evaluations) == 11
+    assert (view["rounds"], view["left_out"]) == (["0", "12", "24", "36", "48", "60"], 5)
+    by_figure = {(row["thinking"], row["measure"]): row["figures"] for row in view["rows"]}
+    assert by_figure["thinking", "exact match"][:2] == [("0.0%", "± 3.0"), ("20.0%", "± 3.0")]
+    assert by_figure["not thinking", "overlong"][-1] == ("100.0%", "")
+    assert by_figure["thinking", "tokens"][1] == ("0.200", "± 4.500")
+    assert [one["on_chain"] for one in view["recorded"]] == [False, *[True] * 10]
+    text = "".join(Page(render_html(result)).text)
+    assert "Tasks" in text
+    assert "5 more evaluations" in text
+    assert tasks_view(synthetic_run()) is None
 
 
 def test_different_replicas_are_loud() -> None:

@@ -14,7 +14,7 @@ from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.cli import app
 from psyche_node.sim.recipe import recipe_for
-from psyche_node.sim.settings import Kill, Prepared, SimSettings
+from psyche_node.sim.settings import Kill, Prepared, Ranks, SimSettings
 
 
 def settings(**changes: Any) -> SimSettings:
@@ -29,6 +29,22 @@ def test_kill_reads_node_and_round() -> None:
 def test_kill_that_is_none_shows_what_one_is(text: str) -> None:
     with pytest.raises(ValueError, match="NODE@ROUND, such as"):
         Kill.parse(text)
+
+
+def test_ranks_are_taken_in_turn() -> None:
+    three = settings(ranks=(Ranks.parse("1"), Ranks.parse("2"), Ranks.parse("4/2")))
+    assert [(three.ranks_of(i).ranks, three.ranks_of(i).tensor_parallel) for i in range(4)] == [
+        (1, 1),
+        (2, 1),
+        (4, 2),
+        (1, 1),
+    ]
+
+
+@pytest.mark.parametrize("text", ["", "two", "2/", "/2", "2/x", "2/2/2", "-2", "0", "4/3", "2/0", "1/2"])
+def test_ranks_that_are_none_are_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"rank|RANKS"):
+        Ranks.parse(text)
 
 
 @pytest.mark.parametrize("kill", [Kill(node=4, round=0), Kill(node=0, round=10)])

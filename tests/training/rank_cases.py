@@ -15,14 +15,16 @@ import torch
 import torch.distributed as dist
 from tiny import RandomData, bits, terms
 from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
-from psyche_node.training.errors import RankFailed
+from psyche_node.training.errors import OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
+from psyche_node.training.options import DEFAULTS, Options
 from psyche_node.training.ranks import Ranks
 from psyche_node.training.weight_files import OpenFile
 from psyche_node.training.world import World
@@ -52,7 +54,7 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) -> Session:
+def session(tensor_parallel: int | None, kind: str = "qwen3", options: Options = DEFAULTS, **changes: Any) -> Session:
     """A session of all ranks, or of this process alone if ``tensor_parallel`` is None."""
     world = World() if tensor_parallel is None else ranks()
     return Session(
@@ -63,12 +65,13 @@ def session(tensor_parallel: int | None, kind: str = "qwen3", **changes: Any) ->
         micro_batch=2,
         world=world,
         tensor_parallel=tensor_parallel or 1,
+        options=options,
     )
 
 
 def gradients(one: Session) -> dict[str, Tensor]:
     """The whole gradients of a batch, its loss, and the gradients' norm; on every rank."""
-    from psyche_node.training.session import accumulate
+    from psyche_node.training.gradient import accumulate
 
     world = one._world
     loss = accumulate(one._loss, one._data.batch(POSITIONS, b""), one.device, world)
@@ -126,6 +129,20 @@ def layouts_stay_one_model() -> None:
         assert tokens == first[1]
 
 
+def bf16_layouts_stay_one_model() -> None:
+    """Rounded by chances that do not depend on who holds a weight; the gradients are the ranks' own."""
+    only_bf16 = Options(precision="bf16")
+    members = [session(None, options=only_bf16), *(session(ways, options=only_bf16) for ways in layouts())]
+    for round in range(3):
+        blobs = [
+            member.train(round, range(number * 5, number * 5 + 5), run=RUN, member=number).blob
+            for number, member in enumerate(members)
+        ]
+        for member in members:
+            member.apply(round, blobs, True)
+        assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
+
+
 def one_gradient_makes_one_update() -> None:
     """Of the same gradient every layout makes the same bytes, round by round, and comes to the same weights."""
     for kind in kinds():
@@ -175,6 +192,41 @@ def a_gradient_that_is_not_finite_is_everybodys() -> None:
         blob = one.train(1, POSITIONS, run=RUN, member=0).blob
         one.apply(1, [blob], True)
         assert one.weights_sha256() != before
+
+
+def a_step_that_breaks_off_everywhere_leaves_the_round() -> None:
+    """As when memory runs out on every rank: in the forward pass of a layer, or in its backward pass."""
+
+    class Broken(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            raise RuntimeError("out of memory")
+
+    def forward(module: Any, arguments: Any, output: Tensor) -> None:
+        raise RuntimeError("out of memory")
+
+    def backward(module: Any, arguments: Any, output: Tensor) -> Tensor:
+        return Broken.apply(output)
+
+    for tensor_parallel in layouts():
+        one, other = session(tensor_parallel), session(tensor_parallel)
+        # Older versions of FSDP2 stay where they were: the group has to end.
+        lost = tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state")
+        before = one.weights_sha256()
+        for hook in (forward, backward):
+            handle = one.model.model.layers[1].mlp.register_forward_hook(hook)
+            with pytest.raises(OutOfStep if lost else RuntimeError, match="out of memory"):
+                one.train(0, POSITIONS, run=RUN, member=0)
+            handle.remove()
+            if lost:
+                return
+            assert one.weights_sha256() == before
+            assert one.evaluate() == other.evaluate()
+        assert one.train(1, POSITIONS, run=RUN, member=0).blob == other.train(1, POSITIONS, run=RUN, member=0).blob
 
 
 def clipping_is_by_the_norm_of_the_whole() -> None:

@@ -98,7 +98,7 @@ def test_what_does_not_fit_gets_advice_that_holds(seed: ModelShape) -> None:
         gpu=GPUS["H100"],
         tensor_parallel=int(words["--tensor-parallel"]),
         bf16=words["--precision"] == "bf16",
-        sequence=int(words["--seq"]),
+        sequence=int(words.get("--seq", "16384")),
         checkpointing=True,
     )
     assert plan(seed, again).memory.total == last.total

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import struct
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -17,20 +19,7 @@ from psyche_node.training.terms import fp32
 
 PEAK, FINAL = 0x3B03126F, 0x38D1B717  # 0.002, 0.0001
 
-VECTORS = {
-    "CONSTANT": (
-        "3983126f 3a83126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f"
-    ),
-    "LINEAR": (
-        "3983126f 3a83126f 3b03126f 3b03126f 3ac9eff4 3a8841dd 3a07ae5f 3a023532 38fd807c 38d1b717 38d1b717 38d1b717"
-    ),
-    "COSINE": (
-        "3983126f 3a83126f 3b03126f 3b03126f 3ae3ec64 3a8779f1 39a682d0 399bca65 38d2e6ff 38d1b717 38d1b717 38d1b717"
-    ),
-    "WSD": (
-        "3983126f 3a83126f 3b03126f 3b03126f 3b03126f 3b03126f 3b03126f 3af9b132 394c78ea 38d1b717 38d1b717 38d1b717"
-    ),
-}
+VECTORS = json.loads((Path(__file__).resolve().parent.parent / "vectors" / "schedules.json").read_text())
 
 
 def schedule(kind: Schedule, **changes: int) -> TrainingTerms:
@@ -69,11 +58,44 @@ def test_cosine_at_exact_angles() -> None:
         assert abs(_cos_pi(Fraction(turn)) - value) < Fraction(1, 1 << 118)
 
 
-def test_vectors() -> None:
+@pytest.mark.parametrize("kind", [Schedule.LINEAR, Schedule.COSINE, Schedule.WSD])
+@pytest.mark.parametrize("rounds", [3, 9, 20, 9000])
+def test_a_schedule_that_ends_at_zero_ends_at_zero(kind: Schedule, rounds: int) -> None:
+    terms = schedule(kind, total_rounds=rounds, warmup_rounds=1, decay_rounds=min(rounds - 1, 20), final_lr_bits=0)
+    assert lr_bits(terms, rounds - 1) == 0
+    assert lr_bits(terms, rounds - 2) >= 0x00800000
+
+
+@pytest.mark.parametrize("kind", list(Schedule))
+def test_no_rate_is_subnormal(kind: Schedule) -> None:
+    terms = schedule(kind, peak_lr_bits=0x00800000, final_lr_bits=1)
+    assert {lr_bits(terms, round) for round in range(101)} <= {0, 0x00800000}
+
+
+def test_edges_of_the_schedules() -> None:
+    one = schedule(Schedule.COSINE, total_rounds=1, warmup_rounds=0)
+    assert lr_bits(one, 0) == lr_bits(one, 5) == PEAK, "a single round is trained at the peak"
+    only_warmup = schedule(Schedule.LINEAR, total_rounds=8, warmup_rounds=8)
+    assert lr_bits(only_warmup, 7) == PEAK
+    no_decay = schedule(Schedule.WSD, decay_rounds=0)
+    assert {lr_bits(no_decay, round) for round in (8, 99, 1000)} == {PEAK}
+    only_decay = schedule(Schedule.WSD, warmup_rounds=0, decay_rounds=100)
+    assert lr_bits(only_decay, 0) < PEAK
+    assert lr_bits(only_decay, 99) == FINAL
+    later = schedule(Schedule.COSINE, first_round=50)
+    assert [lr_bits(later, 50 + round) for round in range(100)] == [
+        lr_bits(schedule(Schedule.COSINE), round) for round in range(100)
+    ]
+    with pytest.raises(ValueError, match="before the first round"):
+        lr_bits(later, 49)
+
+
+@pytest.mark.parametrize("name", VECTORS)
+def test_vectors(name: str) -> None:
     """Part of the protocol: every member must step by exactly these numbers."""
-    rounds = (0, 3, 7, 8, 30, 54, 79, 80, 98, 99, 100, 10**6)
-    found = {kind.name: " ".join(f"{lr_bits(schedule(kind), r):08x}" for r in rounds) for kind in Schedule}
-    assert found == VECTORS
+    known = VECTORS[name]
+    terms = TrainingTerms(**known["terms"])
+    assert {at: f"{lr_bits(terms, int(at)):08x}" for at in known["rates"]} == known["rates"]
 
 
 @pytest.mark.parametrize("kind", list(Schedule))

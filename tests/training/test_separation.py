@@ -7,16 +7,29 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, VOCABULARY
+from tiny import TINY, VOCABULARY, RandomData
 from torch import Tensor
 
 from psyche_node.training import SeparationError, load_model, make_demo_model
-from psyche_node.training.forward import logits
+from psyche_node.training.forward import LossFunction, logits
 from psyche_node.training.separation import check_separation
+from psyche_node.training.session import prepare_model
 
 CPU = torch.device("cpu")
-LLAMA = {k: v for k, v in TINY.items() if k != "model_type"} | {"model_type": "llama", "vocab_size": VOCABULARY}
-QWEN3 = {**LLAMA, "model_type": "qwen3"}
+SEED_OSS = {**TINY, "vocab_size": VOCABULARY}
+LLAMA = {**SEED_OSS, "model_type": "llama"}
+LLAMA_3_1 = {
+    **LLAMA,
+    "rope_scaling": {
+        "rope_type": "llama3",
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 32,
+    },
+}
+QWEN3 = {**SEED_OSS, "model_type": "qwen3"}
+FAMILIES = {"seed_oss": SEED_OSS, "llama": LLAMA, "llama3.1": LLAMA_3_1, "qwen3": QWEN3}
 
 
 @pytest.fixture(scope="module")
@@ -34,11 +47,28 @@ def test_documents_are_separated(model: Any, attention: str) -> None:
     assert line.startswith("packed documents are separated")
 
 
-@pytest.mark.parametrize("config", [LLAMA, QWEN3], ids=["llama", "qwen3"])
-def test_other_families_are_separated_too(config: dict[str, Any], tokenizer: Path, tmp_path: Path) -> None:
-    make_demo_model(config, tokenizer, tmp_path, seed=0)
-    other, _ = load_model(tmp_path, CPU)
-    check_separation(lambda tokens, places: logits(other, tokens, places), VOCABULARY, CPU)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_is_tested_when_it_starts_and_says_so(
+    family: str, tokenizer: Path, data: RandomData, tmp_path: Path
+) -> None:
+    make_demo_model(FAMILIES[family], tokenizer, tmp_path, seed=0)
+    ready = prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
+    assert [line for line in ready.reasons if line.startswith("packed documents are separated")]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_family_starts_with_documents_that_see_each_other(
+    family: str, tokenizer: Path, data: RandomData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def leaking(self: LossFunction, tokens: Tensor, places: Tensor) -> Tensor:
+        joined = torch.arange(tokens.shape[1])[None]
+        return intact(self, tokens, joined)
+
+    intact = LossFunction.logits
+    monkeypatch.setattr(LossFunction, "logits", leaking)
+    make_demo_model(FAMILIES[family], tokenizer, tmp_path, seed=0)
+    with pytest.raises(SeparationError, match="see each other"):
+        prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -22,7 +22,7 @@ from psyche_node.training import (
     weights_sha256,
 )
 from psyche_node.training.device import choose_device
-from psyche_node.training.session import accumulate
+from psyche_node.training.gradient import accumulate
 
 RUN = bytes(range(32))
 

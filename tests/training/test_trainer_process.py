@@ -143,6 +143,10 @@ def test_every_message_survives_the_wire() -> None:
         m.Train(round=2**31, positions=[2**62], run=RUN, member=255, out_path="x"),
         m.Trained(loss=1.5, tokens=3, seconds=0.1, fingerprint_before=2**64 - 1, gradient_norm=0.5),
         m.Apply(round=1, paths=["a", "b"], included=None),
+        m.OpenTasks(files=["a.toml"]),
+        m.HoldWeights(round=3),
+        m.WorkOnTasks(seconds=0.5),
+        m.TasksWorked(results=None, seconds=0.25),
     ]
     for message in messages:
         assert decode_frame(encode_frame(1, message)[4:]) == (1, message)

@@ -17,6 +17,7 @@ from torch import nn
 from psyche_node.training import ModelError, load_model
 from psyche_node.training.weights import load_into
 
+ROOT = Path(__file__).resolve().parents[2]
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -216,7 +217,7 @@ def test_peak_memory_beside_the_model_is_one_file(ranks: int, tmp_path: Path) ->
         text=True,
         check=True,
         timeout=120,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     beside, held = json.loads(done.stdout.splitlines()[-1])
     assert held == pytest.approx(2 * sum(sizes) / ranks, rel=0.05)

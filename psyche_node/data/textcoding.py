@@ -1,0 +1,114 @@
+"""Text to tokens and the characters of each, with control tokens only where the chat template put them.
+
+Legend: L tokens of a text.
+"""
+
+from __future__ import annotations
+
+import bisect
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from tokenizers import Tokenizer
+
+from psyche_node.data.errors import DataError
+
+
+@dataclass(slots=True)
+class Coded:
+    """Token ids (L,), and of each the characters [start, end) that it is made of. Both ascend."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int]]
+
+    def inside(self, start: int, end: int) -> range:
+        """Return the tokens that lie in the characters [start, end) with all of theirs."""
+        first = bisect.bisect_left(self.offsets, start, key=lambda token: token[0])
+        last = bisect.bisect_right(self.offsets, end, key=lambda token: token[1])
+        return range(first, max(first, last))
+
+
+class TextCoder:
+    """The tokenizer in a folder's ``tokenizer.json``.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        path = folder / "tokenizer.json"
+        try:
+            self._state: dict[str, Any] = json.loads(path.read_bytes())
+            # Post-processors take the blanks off a token's characters, which would hide that it reaches out of a span.
+            self._state["post_processor"] = None
+            self.tokenizer = _load(self._state)
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"{path} cannot be read ({error}). Save the tokenizer with transformers' "
+                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, which writes one"
+            ) from error
+        added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
+        self._added = frozenset(added.values())
+        self.controls = tuple(sorted(added, key=lambda text: (-len(text), text)))
+        """The texts of all control tokens, longest first."""
+        self.spelled = re.compile("|".join(map(re.escape, self.controls)) or r"(?!)")
+        """Matches the text of any control token."""
+
+    @property
+    def vocabulary(self) -> int:
+        """One more than the largest token id."""
+        return max(self.tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+
+    @cached_property
+    def _plain(self) -> Tokenizer:
+        """The same tokenizer, to which control tokens are text like any other."""
+        return _load({**self._state, "added_tokens": []})
+
+    def encode(self, texts: Sequence[str], quoted: Sequence[Sequence[int]]) -> list[Coded]:
+        """Encode together, in parallel. A control token around one of a text's places in ``quoted`` becomes text."""
+        encodings = self.tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        coded = [Coded(encoding.ids, encoding.offsets) for encoding in encodings]
+        return [self._unquoted(*one) if one[2] else one[1] for one in zip(texts, coded, quoted, strict=True)]
+
+    def _unquoted(self, text: str, coded: Coded, quoted: Sequence[int]) -> Coded:
+        """Between control tokens that are real, encode again what has some that are not."""
+        result = Coded([], [])
+        start = begin = 0  # first token, and first character, since the last real control token
+        false = False
+        for number, (token, (left, right)) in enumerate(zip(coded.ids, coded.offsets, strict=True)):
+            if token not in self._added:
+                continue
+            at = bisect.bisect_right(quoted, left)
+            if at < len(quoted) and quoted[at] < right:
+                false = True
+                continue
+            self._append(result, text, coded, range(start, number), (begin, left), false)
+            result.ids.append(token)
+            result.offsets.append((left, right))
+            start, begin, false = number + 1, right, False
+        self._append(result, text, coded, range(start, len(coded.ids)), (begin, len(text)), false)
+        return result
+
+    def _append(
+        self, result: Coded, text: str, coded: Coded, tokens: range, characters: tuple[int, int], false: bool
+    ) -> None:
+        if not false:
+            result.ids += coded.ids[tokens.start : tokens.stop]
+            result.offsets += coded.offsets[tokens.start : tokens.stop]
+            return
+        left, right = characters
+        again = self._plain.encode(text[left:right], add_special_tokens=False)
+        result.ids += again.ids
+        result.offsets += [(left + a, left + b) for a, b in again.offsets]
+
+
+def _load(state: dict[str, Any]) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(json.dumps(state))
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    return tokenizer

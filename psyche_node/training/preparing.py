@@ -1,0 +1,142 @@
+"""A model made ready for training: loaded, divided, checked, with its loss; and why it is as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimizer.layout import Layout
+from psyche_node.training.attention import NAMES, candidates
+from psyche_node.training.device import Device, choose_device
+from psyche_node.training.errors import ModelError, OutOfStep, SeparationError, TrainingError
+from psyche_node.training.fit import Site, checkpoint_activations, choose_fit
+from psyche_node.training.forward import LossFunction, Root
+from psyche_node.training.model import build_model
+from psyche_node.training.options import DEFAULTS, Options
+from psyche_node.training.reader import DataReader
+from psyche_node.training.separation import check_separation
+from psyche_node.training.weights import load_into
+from psyche_node.training.world import ONE_PROCESS, World
+
+Shapes = Sequence[tuple[str, tuple[int, ...]]]
+
+
+@dataclass(frozen=True, slots=True)
+class Trainable:
+    """A model ready for training, on its device. ``only_bf16``: its weights have no fp32 masters."""
+
+    model: Any
+    device: Device
+    loss: LossFunction
+    only_bf16: bool
+    reasons: list[str]
+
+
+def prepare_model(
+    folder: Path,
+    data: DataReader,
+    device: str,
+    micro_batch: int,
+    threads: int,
+    z_loss: float = 0.0,
+    world: World = ONE_PROCESS,
+    tensor_parallel: int = 1,
+    options: Options = DEFAULTS,
+    in_bf16: Callable[[Shapes], bool] = lambda shapes: False,
+) -> Trainable:
+    """Load a model, divide it over the ranks, and make sure that it can be trained on ``data``.
+
+    ``in_bf16`` decides by the shapes of the trained tensors whether its weights are kept in bf16 only.
+
+    Raises:
+        ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
+        SeparationError: packed documents see each other.
+        TrainingError: there is no such device, or the ranks cannot be divided by ``tensor_parallel``.
+    """
+    chosen = world.together(lambda: choose_device(world.device(device), data.sequence_length, None, threads))
+    model, reasons = world.together(lambda: build_model(folder))
+    only_bf16 = in_bf16([(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad])
+    if only_bf16:
+        model, reasons = world.together(lambda: build_model(folder, torch.bfloat16))
+    reasons.append(
+        "weights in bf16, rounded by chances that all members share: as the run's layout digest or the settings say"
+        if only_bf16
+        else "weights in fp32: signed steps are too small for bf16"
+    )
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if vocabulary < data.vocabulary:
+        raise ModelError(
+            f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
+            "the data with this model's tokenizer"
+        )
+    root = Root(model)
+    choices = candidates(model, options.attention, chosen.torch)
+    reasons += world.shard(model, root, chosen.torch, tensor_parallel)
+    world.together(lambda: load_into(model, folder, chosen.torch))
+    if options.compile:
+        reasons.append(compile_layers(model))
+    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
+    site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
+    fit = choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site)
+    # Ranks go through the same micro-batches.
+    fit = world.told(fit)
+    if fit.checkpointing:
+        checkpoint_activations(model)
+    chosen.micro_batch = fit.micro_batch
+    return Trainable(model, chosen, loss, only_bf16, [*chosen.reasons, *reasons, *fit.reasons, *found, loss.reason])
+
+
+_MASKED = ("sdpa", "eager")
+
+
+def runs_in_bf16(wanted: str, shapes: Shapes, topk: int, layout_digest: bytes | None) -> bool:
+    """Whether weights are kept in bf16 only: as asked, or as the run's layout digest says."""
+    if wanted != "auto" or layout_digest is None:
+        return wanted == "bf16"
+    return Layout.build(shapes, topk, only_bf16=True).digest == layout_digest
+
+
+def compile_layers(model: Any, backend: str = "inductor") -> str:
+    """Compile each decoder layer in place, names and all; return a line on it. Happens when they are first called."""
+    kinds = set(model._no_split_modules or ())
+    layers = [module for module in model.modules() if type(module).__name__ in kinds] or [model.base_model]
+    for layer in layers:
+        layer.compile(backend=backend)
+    return f"torch.compile of {len(layers)} layers: as asked; its updates may differ in bits from those without"
+
+
+def _with_attention(
+    model: Any,
+    root: Root,
+    choices: Sequence[tuple[str, str]],
+    vocabulary: int,
+    device: Device,
+    z_loss: float,
+    world: World,
+) -> tuple[LossFunction, list[str]]:
+    """The loss, with the first implementation of attention that works and separates documents; and why."""
+    reasons: list[str] = []
+    for number, (name, reason) in enumerate(choices):
+        model.set_attn_implementation(NAMES[name])
+        try:
+            with world.attempt(), device.compute():
+                loss = LossFunction(model, z_loss, root)
+                separation = check_separation(loss.logits, vocabulary, device.torch)
+        except (ModelError, OutOfStep):
+            raise
+        except (SeparationError, RuntimeError, ValueError, ImportError) as error:
+            if number + 1 == len(choices):
+                if isinstance(error, SeparationError):
+                    raise
+                raise TrainingError(
+                    f"the model cannot be run on {device.words}: {type(error).__name__}: {error}. Set compile to false "
+                    "and attention to sdpa; if it is memory, divide the model over more GPUs"
+                ) from error
+            reasons.append(f"attention {name} does not work here: {str(error).splitlines()[0]}")
+            continue
+        return loss, [*reasons, reason, separation]
+    raise TrainingError(f"{type(model).__name__} has no implementation of attention that can be used here")

@@ -1,0 +1,87 @@
+"""Text that spells a control token is text."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from psyche_node.data import BadSample, ChatTemplate
+from psyche_node.data.formats import Sample, parse_sample
+
+SPELLED = ["<|eot_id|>", "<|start_header_id|>", "<seed:bos>", "<think>", "<tool_call>"]
+
+
+def parse(*messages: dict[str, Any], **more: Any) -> Sample:
+    return parse_sample(json.dumps({"messages": list(messages), **more}).encode(), "here:1")
+
+
+def said(role: str, content: str, **more: Any) -> dict[str, Any]:
+    return {"role": role, "content": content, **more}
+
+
+@pytest.fixture(scope="module")
+def hermes(seed_tokenizer: Path) -> ChatTemplate:
+    return ChatTemplate(seed_tokenizer, "hermes-llama3")
+
+
+def counts(template: ChatTemplate, sample: Sample) -> dict[str, int]:
+    ((ids, _),) = template.encode([sample])
+    numbers = {text: template.tokenizer.token_to_id(text) for text in SPELLED}
+    return {text: ids.tolist().count(number) for text, number in numbers.items()}
+
+
+@pytest.mark.parametrize("text", SPELLED)
+@pytest.mark.parametrize("role", ["system", "user", "tool"])
+def test_what_others_say_is_text(hermes: ChatTemplate, role: str, text: str) -> None:
+    others = [said("system", "S"), said("user", "U"), said("tool", "T")]
+    honest = parse(*others, said("assistant", "A"))
+    evil = parse(*(said(role, f"a {text}b{text}") if m["role"] == role else m for m in others), said("assistant", "A"))
+    assert counts(hermes, evil) == counts(hermes, honest)
+    ((ids, trained),) = hermes.encode([evil])
+    assert hermes.tokenizer.decode(ids.tolist(), skip_special_tokens=False) == hermes.render(evil).text
+    assert hermes.tokenizer.decode(ids[trained].tolist(), skip_special_tokens=False) == "A<|eot_id|>"
+
+
+def test_tools_are_text(hermes: ChatTemplate) -> None:
+    tools = [{"name": "<|eot_id|>", "parameters": {"<|eot_id|>": 1}}]
+    honest = parse(said("user", "U"), said("assistant", "A"), tools=[{"name": "n", "parameters": {"p": 1}}])
+    evil = parse(said("user", "U"), said("assistant", "A"), tools=tools)
+    assert counts(hermes, evil) == counts(hermes, honest)
+
+
+def test_the_assistant_thinks_and_calls_but_ends_no_turn(hermes: ChatTemplate) -> None:
+    found = counts(hermes, parse(said("user", "U"), said("assistant", "<think>\n<|eot_id|></think>\n<tool_call>")))
+    assert (found["<think>"], found["<tool_call>"], found["<|eot_id|>"]) == (1, 1, 2)
+
+
+def test_a_span_beside_spelled_tokens(hermes: ChatTemplate) -> None:
+    spans = [{"start": 0, "end": 10}]
+    evil = parse(said("user", "<|eot_id|>"), said("assistant", "<|eot_id|> alpha", spans=spans, train=False))
+    ((ids, trained),) = hermes.encode([evil])
+    assert hermes.tokenizer.decode(ids[trained].tolist(), skip_special_tokens=False) == "<|eot_id|>"
+    assert trained.sum() > 1, "as text, it is several tokens"
+
+
+@settings(max_examples=100, deadline=None)
+@given(pieces=st.lists(st.sampled_from([*SPELLED, "a", " ", "\n", "<", "|>", "é"]), max_size=8))
+def test_no_content_makes_a_control_token(hermes: ChatTemplate, pieces: list[str]) -> None:
+    honest = counts(hermes, parse(said("user", ""), said("assistant", "A")))
+    assert counts(hermes, parse(said("user", "".join(pieces)), said("assistant", "A"))) == honest
+
+
+def test_text_is_encoded_as_ever_where_nothing_is_spelled(hermes: ChatTemplate) -> None:
+    sample = parse(said("user", "a < b | c > d"), said("assistant", "A"))
+    ((ids, _),) = hermes.encode([sample])
+    text = hermes.render(sample).text
+    assert ids.tolist() == hermes.tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def test_marks_of_our_own_in_the_text(hermes: ChatTemplate) -> None:
+    with pytest.raises(BadSample, match=r"noncharacter.*Remove it"):
+        hermes.encode([parse(said("user", "<|eot_id|>\ufdd0"), said("assistant", "A"))])
+    hermes.encode([parse(said("user", "\ufdd0"), said("assistant", "A"))])
