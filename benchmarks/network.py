@@ -73,7 +73,7 @@ async def sockets(kind: str, count: int, port: int | None = None) -> AsyncIterat
 
 @contextlib.asynccontextmanager
 async def network(
-    folder: Path, count: int, announce: str = "", grpc_port: int = 0
+    folder: Path, count: int, announced: dict[str, str | int] | None = None
 ) -> AsyncIterator[tuple[Node, list[Node]]]:
     """One node that serves and ``count`` that fetch, all of them members."""
     folder.mkdir()
@@ -81,7 +81,7 @@ async def network(
     async with contextlib.AsyncExitStack() as stack:
         bootstrap: list[str] = []
         for node in nodes:
-            ready = await node.start(bootstrap, *((announce, grpc_port) if node is server else ()))
+            ready = await node.start(bootstrap, announced if node is server else None)
             stack.push_async_callback(node.stop)
             bootstrap = bootstrap or ready.multiaddrs
         for node in nodes:
@@ -127,11 +127,11 @@ async def measure_ends(folder: Path, peers: int, size: int, repeat: int) -> dict
 
 
 @contextlib.contextmanager
-def relay(link: str, *targets: int) -> Any:
-    """The ports that lead to ``targets``, each over a line of its own."""
+def relay(link: str, *lines: list[int]) -> Any:
+    """The ports that lead to those of ``lines``, in order; the ports of each entry share a line."""
     command = [sys.executable, "-m", "psyche_node.relay", "--link", link]
-    for port in targets:
-        command += ["--to", f"127.0.0.1:{port}"]
+    for ports in lines:
+        command += ["--to", ",".join(f"127.0.0.1:{port}" for port in ports)]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
@@ -145,7 +145,7 @@ async def measure_relay(size: int, repeat: int) -> float:
     """Mbit/s of plain TCP through a relay without a line."""
     server = SocketServer("raw")
     try:
-        with relay("unlimited/0", server.port) as (port,):
+        with relay("unlimited/0", [server.port]) as (port,):
             async with sockets("raw", 1, port) as clients:
                 seconds = (await interleaved({"relay": sent_by(clients, size)}, repeat))["relay"]
     finally:
@@ -156,12 +156,18 @@ async def measure_relay(size: int, repeat: int) -> float:
 async def measure_line(folder: Path, link: str, size: int, repeat: int) -> dict[str, Any]:
     """Plain TCP and the exchange over lines of the same kind: MB/s, and shares of the line."""
     spec = LinkSpec.parse(link)
-    server, grpc_port = SocketServer("raw"), free_port()
+    server, grpc_port, bulk_port = SocketServer("raw"), free_port(), free_port()
     try:
-        with relay(link, server.port, grpc_port) as (raw_port, announced):
+        with relay(link, [server.port], [grpc_port, bulk_port]) as (raw_port, announced_grpc, announced_bulk):
+            announced: dict[str, str | int] = {
+                "grpc_port": grpc_port,
+                "announce_grpc": f"127.0.0.1:{announced_grpc}",
+                "bulk_port": bulk_port,
+                "announce_bulk": f"127.0.0.1:{announced_bulk}",
+            }
             async with (
                 sockets("raw", 1, raw_port) as raw,
-                network(folder / link.replace("/", "-"), 1, f"127.0.0.1:{announced}", grpc_port) as (node, others),
+                network(folder / link.replace("/", "-"), 1, announced) as (node, others),
             ):
                 kinds = {"tcp": sent_by(raw, size), "exchange": exchanged(node, others, size)}
                 seconds = await interleaved(kinds, repeat)

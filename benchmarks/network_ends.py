@@ -173,7 +173,8 @@ class Node:
         self._fetched: dict[int, asyncio.Future[float]] = {}
         self._round = 0
 
-    async def start(self, bootstrap: list[str], announce_grpc: str = "", grpc_port: int = 0) -> Ready:
+    async def start(self, bootstrap: list[str], announced: dict[str, str | int] | None = None) -> Ready:
+        """``announced``: further fields of Configure, about ports and where others reach them."""
         self._child = await Child.start("network", "psyche_node.network", self._on_event)
         return await self._child.endpoint.call(
             Configure(
@@ -181,8 +182,7 @@ class Node:
                 node_key_path=str(self.folder / "node.key"),
                 bootstrap=bootstrap,
                 run=bytes(32).hex(),
-                grpc_port=grpc_port,
-                announce_grpc=announce_grpc,
+                **(announced or {}),
             ),
             Ready,
         )

@@ -95,7 +95,7 @@ class Exit(ExitCode):
     NETWORK = (
         30,
         "The network process could not listen or start.",
-        "Another process may hold the port: choose `--p2p-port` and `--grpc-port`, or 0 for any free one.",
+        "Another process may hold it: choose `--p2p-port`, `--grpc-port` and `--bulk-port`, or 0 for any free one.",
     )
     UPDATE_MISSING = (
         31,

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fuzzing_bulk
 import grpc
 import trio
 from blake3 import blake3
@@ -57,7 +58,7 @@ from psyche_node.network.wire import node_pb2 as wire
 
 NAMES = ["statements", "taken", "records", "announced", "stored", "bitmaps", "addresses", "requests", "replies"]
 NAMES += ["pushes", "punches", "gossip"]
-NAMES += ["certificates", "frames"]
+NAMES += ["certificates", "frames", "bulk"]
 
 
 class Aborted(Exception):
@@ -416,6 +417,12 @@ class Targets:
             assert identify(changed(data, pem) if data.below(4) == 0 else pem).node_key == KEYS[0].public
             return True
         return False
+
+    def bulk(self, data: Input) -> bool:
+        """Both sides of a bulk connection, within TLS."""
+        if data.byte() & 1:
+            return fuzzing_bulk.answers(data)
+        return fuzzing_bulk.requests(data, self.service.pieces, [digest for digest, _ in self.blobs], KEYS[0].public)
 
     def frames(self, data: Input) -> bool:
         message = data.one(self.messages)

@@ -17,10 +17,12 @@ from blake3 import blake3
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
+from fuzzing_bulk import Bytes
 from libp2p.identity_utils import create_identity_from_seed
 from libp2p.peer.id import ID
 from libp2p.security.tls.certificate import decode_signed_key
 
+from psyche_node.network.bulk import frames
 from psyche_node.network.directory import Directory
 from psyche_node.network.kademlia import Records
 from psyche_node.network.peerstore import Peerstore
@@ -91,10 +93,27 @@ def test_node_records(row: dict[str, Any]) -> None:
     body = field(1, run) + field(2, public(seed)) + field(3, row["seq"]) + addresses + field(5, row["grpc_address"])
     body += field(6, bytes.fromhex(row["tls_leaf"])) + field(7, row["tls_expires"])
     body += field(8, int(row["is_private"])) + field(9, row["observed_ip"])
+    body += field(10, row["bulk_address"])
     assert body.hex() == row["body"]
     raw = signed(seed, b"psyche-node/record/1:", body)
     assert raw.hex() == row["signed"]
     assert NodeRecord.parse(raw, run).seq == row["seq"]
+
+
+def test_bulk_frames() -> None:
+    rows = VECTORS["bulk_frames"]
+    request = field(1, bytes(range(32))) + field(2, 3) + field(3, 2) + field(4, 1)
+    assert rows["request"] == {"message": request.hex(), "frame": (struct.pack(">I", len(request)) + request).hex()}
+    assert frames.read_request(Bytes(bytes.fromhex(rows["request"]["frame"]))) == request
+    piece = bytes.fromhex(rows["piece"]["bytes"])
+    assert rows["piece"]["frame"] == (struct.pack(">I", len(piece)) + piece).hex()
+    assert frames.read_frame(Bytes(bytes.fromhex(rows["piece"]["frame"])), memoryview(bytearray(PIECE))) == piece
+    for row in rows["ends"]:
+        reason = row["reason"].encode()
+        assert row["frame"] == (bytes(4) + bytes([row["status"], len(reason)]) + reason).hex()
+        end = frames.read_frame(Bytes(bytes.fromhex(row["frame"])), memoryview(bytearray(PIECE)))
+        assert end == frames.End(row["status"], row["reason"])
+    assert rows["alpn"] == "psyche-bulk/1"
 
 
 @pytest.mark.parametrize("row", VECTORS["refused"], ids=lambda row: row["announcement"])

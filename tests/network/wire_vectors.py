@@ -41,6 +41,7 @@ from psyche_node.network import (
     statements,
     store,
 )
+from psyche_node.network.bulk import frames
 from psyche_node.network.nat import rendezvous
 from psyche_node.network.wire import node_pb2 as wire
 
@@ -91,12 +92,13 @@ RECORDS = (
     record(OTHER, 1, ("/ip4/192.0.2.7/tcp/1", "/ip6/2001:db8::7/tcp/65535"), "[2001:db8::7]:65535"),
     record(KEY, 2, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True, observed_ip="203.0.113.9"),
     record(OTHER, 3, ("/ip4/192.168.1.2/tcp/4001",), "192.168.1.2:4002", is_private=True),
+    record(KEY, 4, ("/ip4/192.0.2.7/tcp/4001",), "192.0.2.7:4002", bulk_address="192.0.2.7:4003"),
 )
 
 
 def record_rows() -> list[Row]:
     rows = []
-    for key, said in zip((KEY, OTHER) * 2, RECORDS, strict=True):
+    for key, said in zip((KEY, OTHER, KEY, OTHER, KEY), RECORDS, strict=True):
         rows.append(
             {
                 "seed": key.seed.hex(),
@@ -108,6 +110,7 @@ def record_rows() -> list[Row]:
                 "tls_expires": said.tls_expires,
                 "is_private": said.is_private,
                 "observed_ip": said.observed_ip,
+                "bulk_address": said.bulk_address,
                 "body": said.body().hex(),
                 "signed": said.sign(key).hex(),
             }
@@ -337,6 +340,8 @@ def bounds() -> Row:
         "partial_bytes_per_since": service.MAX_PARTIAL_BYTES,
         "children_per_node": fanout.ARITY,
         "request_bytes": service.MAX_REQUEST_BYTES,
+        "bulk_request_bytes": frames.MAX_REQUEST,
+        "bulk_reason_bytes": frames.MAX_REASON,
         "reply_bytes": service.MAX_MESSAGE_BYTES,
         "streams": guard.MAX_STREAMS,
         "streams_per_peer": guard.MAX_STREAMS_PER_PEER,
@@ -382,6 +387,21 @@ def refused() -> list[Row]:
     return [{"announcement": name, "signed": raw.hex()} for name, raw in cases.items()]
 
 
+def bulk_rows() -> Row:
+    """What travels inside TLS on a bulk connection."""
+    request = wire.FetchRequest(digest=bytes(range(32)), first=3, count=2, kind=wire.CHECKPOINT).SerializeToString()
+    piece = bytes(range(7))
+    return {
+        "alpn": frames.ALPN,
+        "request": {"message": request.hex(), "frame": frames.request_frame(request).hex()},
+        "piece": {"bytes": piece.hex(), "frame": (frames.piece_header(piece) + piece).hex()},
+        "ends": [
+            {"status": int(status), "reason": reason, "frame": frames.end_frame(status, reason).hex()}
+            for status, reason in ((sending.Status.OK, ""), (sending.Status.NOT_FOUND, "not here \u2013 any more"))
+        ],
+    }
+
+
 SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "names": names,
     "bounds": bounds,
@@ -401,6 +421,7 @@ SECTIONS: dict[str, Callable[[], list[Row] | Row]] = {
     "calls": call_rows,
     "pushes": push_rows,
     "punches": punch_rows,
+    "bulk_frames": bulk_rows,
     "statuses": statuses,
 }
 

@@ -85,7 +85,7 @@ class Lanes:
         return Lane(self, peer, worth=length >= WORTH_BYTES)
 
     def prepare(self, peer: bytes, length: int) -> None:
-        """Have a connection ready for a blob that will be fetched from ``peer``, if it is long enough to be worth it."""
+        """Have a connection ready for a blob that will be fetched from ``peer``, if it is long enough."""
         with self._lock:
             basis = self._basis(peer)
             there = bool(self._idle.get(peer))
@@ -237,7 +237,7 @@ class Lane:
 
     @property
     def soon(self) -> bool:
-        """Whether what is fetched now comes by gRPC, and the rest by a connection that is being made: ask for little."""
+        """Whether a connection is being made: what is fetched now comes by gRPC, so it should be little."""
         return self._held is None and self._worth and self._lanes.coming(self._peer)
 
     def fetch(self, digest: bytes, first: int, count: int, timeout: float, kind: wire.Kind.ValueType) -> Pieces:

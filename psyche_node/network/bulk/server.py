@@ -130,7 +130,14 @@ class BulkServer:
                 thread = threading.Thread(target=self._serve, args=(sock, ip, address), name="bulk", daemon=True)
                 with self._lock:
                     self._threads.add(thread)
-                thread.start()
+                try:
+                    thread.start()
+                except RuntimeError as error:
+                    # Out of threads; those that are there go on.
+                    with self._lock:
+                        self._threads.discard(thread)
+                    self._handshakes.leave(address)
+                    self._refuse(sock, ip, str(error))
 
     def _refuse(self, sock: socket.socket, ip: str, reason: str) -> None:
         sock.close()
