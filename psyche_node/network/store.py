@@ -31,6 +31,8 @@ PIECE_BYTES = 1 << 20
 DIGEST_BYTES = 32
 # A piece that was right this long ago is served without another look, if its file has not changed.
 CHECKED_SECONDS = 600.0
+# A file grows by so many pieces at a time; what it holds of them before they are here is zeros, on no disk.
+EXTENDED_PIECES = 64
 # What an earlier process left unfinished is kept up to here, the newest first; the rest is fetched again.
 MAX_KEPT = 64
 MAX_KEPT_BYTES = 1 << 38
@@ -253,6 +255,7 @@ class Assembly:
         self._descriptor = os.open(part, os.O_RDWR | os.O_CREAT | (0 if resume else os.O_TRUNC), 0o600)
         self._open = True
         self._finished = False
+        self._extended = os.fstat(self._descriptor).st_size // PIECE_BYTES
         if resume:
             # Not without need: ext4 flushes a file that was truncated to nothing when it is closed.
             if os.fstat(self._descriptor).st_size > manifest.length:
@@ -282,11 +285,21 @@ class Assembly:
             return False
         with self._lock:
             if self._open and index in self._missing:
+                self._extend(index)
                 written = 0
                 while written < len(piece):
                     written += os.pwrite(self._descriptor, piece[written:], index * PIECE_BYTES + written)
                 self._missing.discard(index)
         return True
+
+    def _extend(self, index: int) -> None:
+        """Let the file end well behind a piece, or at the blob's end, before that is written.
+
+        Each write that makes a file longer costs ext4 several times as much as one that does not.
+        """
+        if index >= self._extended:
+            self._extended = min(index + EXTENDED_PIECES, len(self.manifest.pieces))
+            os.ftruncate(self._descriptor, min(self._extended * PIECE_BYTES, self.manifest.length))
 
     def finish(self) -> Path:
         """Give the complete blob its name, once. Raises StoreError while a piece is missing."""

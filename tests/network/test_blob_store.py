@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import random
 import subprocess
 import threading
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 
 from psyche_node.network.store import (
     CHECKED_SECONDS,
+    EXTENDED_PIECES,
     PIECE_BYTES,
     BlobStore,
     Manifest,
@@ -156,6 +158,25 @@ def test_what_a_killed_process_brought_is_gone_on_with(tmp_path: Path) -> None:
         assert assembly.write(index, piece(LARGE, index))
     assert assembly.finish().read_bytes() == LARGE
     assert [entry.name for entry in tmp_path.glob("*/*")] == [manifest.digest.hex()]
+
+
+def test_a_file_that_grew_ahead_of_its_pieces_is_gone_on_with(tmp_path: Path) -> None:
+    """It ends behind the last piece that is here; what is between them is not taken for pieces."""
+    store, data = BlobStore(tmp_path), random.Random(5).randbytes((EXTENDED_PIECES + 3) * PIECE_BYTES + 7)
+    manifest = manifest_of(data)
+    pieces = [data[at : at + PIECE_BYTES] for at in range(0, len(data), PIECE_BYTES)]
+    assembly = store.resume(manifest, 0)
+    for index in (1, 4):
+        assert assembly.write(index, pieces[index])
+    size = assembly.part.stat().st_size
+    assert 5 * PIECE_BYTES <= size < len(data)
+    assert assembly.part.stat().st_blocks * 512 < 4 * PIECE_BYTES, "what has not come takes no room"
+    assembly.abandon(keep=True)
+    assembly = BlobStore(tmp_path).resume(manifest, 0)
+    assert assembly.missing() == [index for index in range(len(pieces)) if index not in (1, 4)]
+    for index in reversed(assembly.missing()):
+        assert assembly.write(index, pieces[index])
+    assert assembly.finish().read_bytes() == data
 
 
 def test_a_list_that_does_not_lead_to_the_digest_is_not_used(tmp_path: Path) -> None:
