@@ -19,7 +19,7 @@ RANGES = (
     (50, 59, "Training"),
     (60, 69, "Processes of a node"),
     (70, 79, "Simulation"),
-    (80, 89, "Talking to a model"),
+    (90, 99, "Talking to a model, and measuring it"),
     (128, 159, "Signals"),
 )
 """(first, last, component)"""
@@ -150,18 +150,18 @@ class Exit(ExitCode):
         "This is a defect: report it with `report.json`, which says from which check on they differ.",
     )
     CONVERSATION = (
-        80,
+        90,
         "The conversation does not fit the model: its chat template refuses it, or its context window is too small.",
         "The message says which. Shorten the question or the system prompt, or use a template that knows these roles.",
     )
     SERVE = (
-        81,
+        91,
         "The server could not listen, or its key file cannot be used.",
         "The message names the address or the file. Choose another `--port`; the key file must be yours alone "
         "(`chmod 600 FILE`).",
     )
     EVALUATION = (
-        82,
+        92,
         "A model cannot be measured by a task, or results are not those that are on chain.",
         "The message names the task and the example, or the file of results and the run.",
     )

@@ -41,6 +41,8 @@ RUN_SECONDS = 1.0
 SMALLEST_RUN = 4
 # Besides the run that comes another one is asked for, or a long line would be idle for a round trip after each.
 MAX_OPEN_RUNS = 3
+# A source that takes no more calls is asked again after so long, and after longer the next time.
+BUSY_SECONDS = 0.05
 _WIRE_KINDS = {kind: number for number, kind in KINDS.items()}
 
 
@@ -278,6 +280,8 @@ class Download:
                     raise
                 if error.cause is not Cause.BUSY or run.arrived or not self._arrived or self._refused > MAX_OPEN_RUNS:
                     raise
+                # What it is still counting may be a stream of this download that has just ended.
+                time.sleep(BUSY_SECONDS * self._refused)
             with self._lock:
                 self._open.popleft()
             self._adapt(self._moved - run.began)

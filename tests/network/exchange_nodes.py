@@ -82,6 +82,7 @@ class ExchangeNode:
         self.server = Server("127.0.0.1", 0, lambda: self.leaf, guard, self.service)
         self.bulk = BulkServer("127.0.0.1", 0, lambda: self.leaf, guard, self.service.pieces, self.reporter)
         # Where others are told that the bulk server is; empty: nowhere.
+        self._seq = 0
         self.bulk_address = f"127.0.0.1:{self.bulk.port}"
 
     def _offered(self, digest: bytes, sender: bytes) -> None:
@@ -98,11 +99,12 @@ class ExchangeNode:
     @property
     def record(self) -> NodeRecord:
         address = f"127.0.0.1:{self.server.port}"
-        now = time.time_ns() // 1_000_000
+        # A later record replaces an earlier one, even of the same millisecond.
+        self._seq = max(self._seq + 1, time.time_ns() // 1_000_000)
         return NodeRecord(
             RUN,
             self.key.public,
-            now,
+            self._seq,
             ("/ip4/127.0.0.1/tcp/1",),
             address,
             self.leaf.der_hash,

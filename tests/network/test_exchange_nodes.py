@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import trio
 import trio.testing
-from exchange_nodes import ExchangeNode, in_trio, nodes, tree_of
+from exchange_nodes import ExchangeNode, in_trio, introduce, nodes, tree_of
 
 from psyche_node.identity import NodeKey
 from psyche_node.network.download import Download, Tools, finish
@@ -164,7 +164,8 @@ async def test_a_download_goes_on_after_kill_9(tmp_path: Path) -> None:
         folder = tmp_path / "child" / "1"
         killed = await trio.lowlevel.open_process(command)
         part = folder / f"{digest.hex()}.part"
-        await until(lambda: part.exists() and part.stat().st_size == 6 * PIECE_BYTES)
+        # The file is longer than what is in it.
+        await until(lambda: part.exists() and part.stat().st_blocks * 512 >= 6 * PIECE_BYTES)
         killed.kill()
         await killed.wait()
         gate.open()
@@ -301,8 +302,9 @@ async def test_two_sources_that_stand_still_do_not_keep_a_third_from_bringing_an
         made[2].store.put(data, 1)
         # They stand still for longer than this.
         assert (await made[3].fetched(digest, 45.0)).source == made[2].key.node_id
-        (given_up,) = [node for node in made if made[3].quality.avoided(node.key.public)]
-        assert given_up in made[:2]
+        # One was given up for it, unless it had nothing to do: the other one had been asked for all pieces.
+        given_up = [node for node in made if made[3].quality.avoided(node.key.public)]
+        assert given_up in ([], made[:1], made[1:2])
         for gate in gates:
             gate.open()
 
@@ -316,6 +318,9 @@ async def test_a_source_that_gets_the_blob_by_and_by_is_no_failure(
     monkeypatch.setattr("psyche_node.network.fetcher.EMPTY_SECONDS", 0.02)
     data = os.urandom(8 * PIECE_BYTES)
     async with nodes(tmp_path, 2) as made:
+        # Over one way only, or how many calls come at a time would depend on when the other one is there.
+        made[0].bulk_address = ""
+        introduce(made)
         pieces, calls = made[0].holdings.pieces, itertools.count()
 
         def slowly(digest: bytes, run: range) -> Iterator[bytes]:

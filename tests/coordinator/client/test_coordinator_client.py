@@ -376,8 +376,8 @@ def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program
                     await nodes[0].tick()
                 pulse = await anext(pulses)
             assert pulse.run.member_count == 2
-            assert set(sizes) == {256, 1072}
-            assert sizes.count(256) > sizes.count(1072)
+            assert set(sizes) == {256, 1088}
+            assert sizes.count(256) > sizes.count(1088)
             await close(*nodes)
 
     asyncio.run(asyncio.wait_for(run(), 60))
