@@ -56,6 +56,8 @@ def evaluate(
     from psyche_node.generation import GenerationError
     from psyche_node.training import TrainingError
 
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out: there is no folder {out.parent}")
     with failures(DataError, EvaluationError, GenerationError, TrainingError):
         opened = open_tasks(tasks or [], limit, None if thinking is None else thinking.value)
         dataset = None if data is None else PackedDataset(data)

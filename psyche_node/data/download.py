@@ -100,17 +100,20 @@ class _Transfer:
     def run(self, cache: Path, ending: str) -> str:
         """Return the file's SHA-256, when it is in ``cache``."""
         here = self._entry.sha256 and (cache / f"{self._entry.sha256}{ending}").is_file()
-        pause = _FIRST_PAUSE
+        before, pause = self._entry, _FIRST_PAUSE
         with httpx2.Client(timeout=_TIMEOUT, follow_redirects=True) as client:
             for attempt in range(1, _TRIES + 1):
                 try:
-                    if not self._fetch(client, unchanged=self._entry.etag if here else ""):
-                        return self._entry.sha256
+                    if not self._fetch(client, unchanged=before.etag if here else ""):
+                        return before.sha256
                     break
                 except (httpx2.HTTPError, httpx2.InvalidURL, _Broken) as error:
                     if here:
                         log.warning("%s cannot be reached (%s): the copy of last time serves", self._url, _words(error))
-                        return self._entry.sha256
+                        # A new one may have been begun; the old one is what is here.
+                        self._part.truncate(0)
+                        self._remember(before)
+                        return before.sha256
                     if attempt == _TRIES or isinstance(error, (httpx2.InvalidURL, httpx2.UnsupportedProtocol)):
                         raise DataError(
                             f"{self._url} cannot be had ({_words(error)}), after {attempt} attempts; "
@@ -141,7 +144,10 @@ class _Transfer:
             if response.status_code not in (200, 206):
                 raise DataError(f"{self._url}: the server answers {response.status_code}. Check the URL and its access")
             resumed = response.headers.get("content-range", "").startswith(f"bytes {have}-")
-            if response.status_code != 206 or not resumed:
+            if response.status_code == 206 and not resumed:
+                self._part.truncate(0)
+                raise _Broken("the server sends another part than was asked for; from the beginning")
+            if response.status_code == 200:
                 have = 0
             self._part.seek(have)
             self._part.truncate()

@@ -102,7 +102,11 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
         raise BadSample(where, f"`group` is {_kind(group)}", "Make it a string; samples of one group stay together")
     key = group if group is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False)
     tools = None if tools is None else tuple(tools)
-    return Sample(tuple(messages), train, tools, key.encode(), where, parts, _options(record, where))
+    try:
+        identity = key.encode()
+    except UnicodeEncodeError:
+        raise BadSample(where, "it holds half of a surrogate pair", "Write it in valid Unicode") from None
+    return Sample(tuple(messages), train, tools, identity, where, parts, _options(record, where))
 
 
 def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
@@ -114,7 +118,7 @@ def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
         if not isinstance(message, dict):
             raise BadSample(where, f"{at} is {_kind(message)}", "Make it an object with `role` and `content`")
         role = message.get("role")
-        if role not in _ROLES:
+        if not isinstance(role, str) or role not in _ROLES:
             raise BadSample(where, f"{at} has the role {role!r}", f"Use one of {', '.join(sorted(_ROLES))}")
         _check_train(message, at, where)
         reasoning = message.get("reasoning_content", message.get("reasoning"))

@@ -167,7 +167,7 @@ class Manifest(BaseModel):
                     "Prepare the data again, or use the version that wrote it"
                 )
             manifest = cls.model_validate_json(raw)
-        except ValueError as error:  # what JSON and pydantic raise
+        except (ValueError, RecursionError) as error:  # what JSON and pydantic raise
             raise DataMismatch(f"{where} is not a manifest: {error}. Prepare the data again") from error
         if manifest.to_bytes() != raw or manifest.token_bytes not in (2, 4):
             raise DataMismatch(f"{where} was edited. Prepare the data again")

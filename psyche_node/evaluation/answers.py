@@ -59,7 +59,9 @@ def matches(answer: str | None, accepted: Sequence[str], how: Literal["exact", "
 
 
 def normalised(text: str) -> str:
-    return " ".join(_ARTICLES.sub(" ", text.casefold().translate(_PUNCTUATION)).split())
+    """Without case, punctuation and articles; of a text that is nothing else ("A") only the case goes."""
+    folded = text.casefold()
+    return " ".join(_ARTICLES.sub(" ", folded.translate(_PUNCTUATION)).split()) or folded.strip()
 
 
 def _whole(text: str) -> str | None:

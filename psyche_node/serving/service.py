@@ -201,12 +201,12 @@ async def _until_gone(http: HttpRequest, work: Work) -> AsyncIterator[Event]:
     """Yield the events of a client's work; end it as soon as the client has hung up."""
     ended = asyncio.create_task(gone(http))
     events, heard, finished = aiter(work.events()), 0, False
+    step: asyncio.Future[Event] | None = None
     try:
         while True:
             step = asyncio.ensure_future(anext(events))
             await asyncio.wait((step, ended), return_when=asyncio.FIRST_COMPLETED)
             if not step.done():
-                step.cancel()
                 raise ApiError(499, "the client has closed the connection")
             try:
                 happened = step.result()
@@ -221,6 +221,8 @@ async def _until_gone(http: HttpRequest, work: Work) -> AsyncIterator[Event]:
             yield happened
     finally:  # also when the response is cancelled, as Starlette does for one that streams
         ended.cancel()
+        if step is not None:
+            step.cancel()
         work.cancel()
         if not finished:
             log.info("a client is gone; its answer was ended after %d pieces", heard)
