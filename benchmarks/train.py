@@ -35,7 +35,9 @@ from psyche_node.planning.gpus import GPUS
 from psyche_node.planning.shape import ModelShape, shape_of
 from psyche_node.training import Session, TrainingTerms
 from psyche_node.training.baseline import BETAS, EPSILON, WEIGHT_DECAY
-from psyche_node.training.session import accumulate, clip_gradient, prepare_model
+from psyche_node.training.gradient import accumulate
+from psyche_node.training.preparing import prepare_model
+from psyche_node.training.world import ONE_PROCESS
 
 SIZES = {  # hidden size, layers, vocabulary, feed-forward size
     "4M": (256, 4, 4_096, 768),
@@ -227,7 +229,7 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> Figures:
     def plain() -> None:
         adamw.zero_grad(set_to_none=True)
         accumulate(ready.loss, data.batch(range(sequences), b""), ready.device)
-        clip_gradient(ready.model, 1.0)
+        ONE_PROCESS.clip(ready.model, 1.0)
         clock.run("adamw", adamw.step)
 
     for _ in range(args.steps + 1):
