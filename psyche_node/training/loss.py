@@ -19,7 +19,10 @@ CHUNK_LOGITS = 1 << 22
 
 
 class VocabularyCut(Protocol):
-    """The words of the vocabulary that are here: ``length`` from ``first`` on; ``group`` has all of them."""
+    """The words of the vocabulary that are here: ``length`` from ``first`` on; ``group`` has all of them.
+
+    No rank of it has more than ``longest``.
+    """
 
     @property
     def group(self) -> dist.ProcessGroup: ...
@@ -27,6 +30,8 @@ class VocabularyCut(Protocol):
     def first(self) -> int: ...
     @property
     def length(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -39,7 +44,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, cut: VocabularyCut | None
     ) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+        # Ranks exchange numbers chunk by chunk: by the longest part, all have as many.
+        rows = max(1, CHUNK_LOGITS // (weight_VD.shape[0] if cut is None else cut.longest))
         wanted = any(ctx.needs_input_grad)
         # The loss stays in fp32 whatever the matrix units compute in.
         total = hidden_TD.new_zeros((), dtype=torch.float32)

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import RandomData, bits, terms
+from tiny import VOCABULARY, RandomData, bits, terms
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -98,6 +98,20 @@ def gradients_are_those_of_one_process() -> None:
                     atol=2e-5 * scale,
                     msg=lambda m, what=f"{kind} {name}": f"{what}: {m}",
                 )
+
+
+def ranks_go_through_as_many_chunks() -> None:
+    """Where the vocabulary does not divide evenly, by its parts some would need more chunks than others."""
+    size = dist.get_world_size()
+    parts = [len(part) for part in torch.arange(VOCABULARY + 1).chunk(size)]
+    chunk = 7 * parts[-1]
+    assert chunk // parts[0] != chunk // parts[-1]
+    expected = gradients(session(None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_node.training.loss.CHUNK_LOGITS", chunk)
+        found = gradients(session(size))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
 
 
 def layouts_stay_one_model() -> None:

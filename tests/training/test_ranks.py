@@ -52,6 +52,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
     "case",
     [
         "gradients_are_those_of_one_process",
+        "ranks_go_through_as_many_chunks",
         "one_gradient_makes_one_update",
         "layouts_stay_one_model",
         "bf16_layouts_stay_one_model",
