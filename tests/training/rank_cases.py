@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import VOCABULARY, RandomData, bits, terms
+from tiny import VOCABULARY, RandomData, bits, serving, terms
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
+from psyche_node.training import messages as m
 from psyche_node.training.errors import OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
@@ -323,6 +324,16 @@ def a_step_that_fails_on_one_rank_fails_on_all() -> None:
         world.together(step)
     assert world.together(lambda: 6) == 6
     assert world.told(dist.get_rank()) == 0
+
+
+def an_update_that_cannot_be_written_is_taken_back() -> None:
+    """Only rank 0 writes; on every rank its failure leaves the round out."""
+    for tensor_parallel in layouts():
+        trainer, one = serving(folder(), RandomData(), ranks(), tensor_parallel=tensor_parallel)
+        train = m.Train(round=0, positions=POSITIONS, run=RUN.hex(), member=0, out_path="/dev/null/update")
+        with pytest.raises((OSError, RankFailed), match="/dev/null/update"):
+            trainer.handle(train)
+        assert one.optimizer.travelling == {}
 
 
 def files_reach_other_hosts() -> None:
