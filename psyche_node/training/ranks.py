@@ -26,6 +26,7 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from psyche_node.training.control import Control
+from psyche_node.training.copies import Part, copy_files
 from psyche_node.training.errors import OutOfStep, RankFailed, TrainingError
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
 from psyche_node.training.world import Rows, World, mapped
@@ -37,8 +38,6 @@ T = TypeVar("T")
 # It warns of every tensor that is gathered over both axes, which is as it has to be.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-PIECE = 16 << 20
-"""Bytes of a file that are sent to other hosts at a time."""
 _START = timedelta(minutes=10)
 """How long the ranks of a site may take to come together."""
 
@@ -237,29 +236,27 @@ class Ranks(World):
         if self._one_host:
             return self.together(lambda: [mapped(path) for path in paths])
         sizes = self.together(lambda: [path.stat().st_size for path in paths] if self.rank == 0 else [])
-        # Unlinked once it is mapped everywhere on this host: the memory goes when nobody looks at it any more.
-        with tempfile.TemporaryDirectory(prefix="psyche-updates-") as folder:
+        with contextlib.ExitStack() as stack:
+            # Unlinked once it is mapped everywhere on this host: the memory goes when nobody looks at it any more.
+            folder = self.together(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="psyche-updates-")))
             places = self._fetched(paths, self.told(sizes), Path(folder))
             return self.together(lambda: [mapped(place) for place in places])
 
     def _fetched(self, paths: Sequence[Path], sizes: Sequence[int], folder: Path) -> list[Path]:
-        """Send rank 0's files to every other host; return where they are on this one."""
+        """Send rank 0's files to every other host; return where they are on this one. Raises OSError, on all ranks."""
         told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (self.rank - self._local, str(folder)), group=self._talk)
         host = self.rank - self._local
+        dist.all_gather_object(told, (host, str(folder)), group=self._talk)
         there = Path(next(place for first, place in told if first == host))
         places = list(paths) if host == 0 else [there / str(number) for number in range(len(paths))]
-        writes = host != 0 and self._local == 0
-        for place, size in zip(places, sizes, strict=True):
-            with open(os.devnull if self.rank and not writes else place, "wb" if self.rank else "rb") as file:
-                for start in range(0, size, PIECE):
-                    piece = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
-                    if self.rank == 0:
-                        file.readinto(piece.numpy().data)  # type: ignore[attr-defined]
-                    dist.broadcast(piece, src=0, group=self._talk)
-                    if writes:
-                        file.write(piece.numpy().data)
-        dist.barrier(group=self._talk)
+        part: Part = "reads" if self.rank == 0 else "writes" if host and self._local == 0 else "listens"
+        failure = copy_files(part, list(zip(paths, places, sizes, strict=True)), self._talk)
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+
+        self.together(check)
         return places
 
 

@@ -6,6 +6,8 @@ The folder of a tiny model is in the environment (MODEL), one of each kind in su
 from __future__ import annotations
 
 import os
+import resource
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -351,6 +353,18 @@ def files_reach_other_hosts() -> None:
         assert [bytes(view) for view in found] == [bytes(range(256)) * 300] * 2 + [b""]
         with pytest.raises((FileNotFoundError, RankFailed)):
             world.files([Path(folder) / "missing"])
+        # As on a full disk: the other host can keep the first file's beginning only.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == size // 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises((OSError, RankFailed), match=f"host {socket.gethostname()} cannot keep a copy .*/0: "):
+            world.files(paths)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", "/nowhere" if rank == size // 2 else own)
+            with pytest.raises((FileNotFoundError, RankFailed), match="/nowhere/psyche-updates-"):
+                world.files(paths)
+        assert len(world.files(paths)) == 3
 
 
 def heads_that_cannot_be_divided_stay_whole() -> None:
