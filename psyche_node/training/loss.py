@@ -14,6 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_node.training.exchanges import all_reduce
+
 CHUNK_LOGITS = 1 << 22
 """Logits that exist at once (16 MiB in fp32)."""
 
@@ -74,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden_grad_TD[start : start + rows] = grad_CV @ weight_VD
                 weight_grad_VD += grad_CV.T @ hidden_CD
         if cut is not None and hidden_grad_TD is not None:
-            dist.all_reduce(hidden_grad_TD, group=cut.group)
+            all_reduce(hidden_grad_TD, cut.group)
         ctx.save_for_backward(hidden_grad_TD, weight_grad_VD)
         return total
 
@@ -89,11 +91,11 @@ def _over_all_words(
 ) -> tuple[Tensor, Tensor]:
     """Return the logarithm of the sum of exponentials, and the target's logit, over the words of all ranks."""
     most_C1 = logits_CV.amax(dim=1, keepdim=True)
-    dist.all_reduce(most_C1, op=dist.ReduceOp.MAX, group=cut.group)
+    all_reduce(most_C1, cut.group, dist.ReduceOp.MAX)
     sums_C2 = torch.cat(
         [(logits_CV - most_C1).exp().sum(dim=1, keepdim=True), logits_CV.gather(1, targets_C1) * here_C1], dim=1
     )
-    dist.all_reduce(sums_C2, group=cut.group)
+    all_reduce(sums_C2, cut.group)
     return most_C1 + sums_C2[:, :1].log(), sums_C2[:, 1:]
 
 

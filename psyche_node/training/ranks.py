@@ -27,9 +27,10 @@ from torch.distributed.tensor import DTensor
 
 from psyche_node.training.control import Control
 from psyche_node.training.copies import Part, copy_files
-from psyche_node.training.errors import OutOfStep, RankFailed, TrainingError
+from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed, TrainingError
+from psyche_node.training.exchanges import EXCHANGES, CountedAllGather, CountedReduceScatter
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
-from psyche_node.training.world import Rows, World, mapped
+from psyche_node.training.world import Rows, World, is_out_of_memory, mapped
 
 if TYPE_CHECKING:
     from psyche_node.training.forward import Root
@@ -38,6 +39,9 @@ T = TypeVar("T")
 # It warns of every tensor that is gathered over both axes, which is as it has to be.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
+log = logging.getLogger(__name__)
+_PATIENCE = timedelta(seconds=30)
+"""How long a rank that failed within a step waits for others that may wait for it there."""
 _START = timedelta(minutes=10)
 """How long the ranks of a site may take to come together."""
 
@@ -142,7 +146,9 @@ class Ranks(World):
         layers = [module for module in model.modules() if type(module).__name__ in kinds]
         for module in [*layers, root]:
             # After an evaluation, nothing may stay gathered: the next update is written to the shards.
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            sharded.set_custom_all_gather(CountedAllGather())
+            sharded.set_custom_reduce_scatter(CountedReduceScatter())
         return f"FSDP2 over {self.data_parallel} ranks: {len(layers)} layers, and the rest as one"
 
     def divide(self, rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
@@ -216,21 +222,72 @@ class Ranks(World):
         dist.broadcast_object_list(box, src=0, group=self._talk)
         return box[0]
 
+    def jointly(self, step: Callable[[], T], motions: Callable[[], object] | None = None) -> T:
+        EXCHANGES.begin()
+        failure: Exception | None = None
+        result: T | None = None
+        try:
+            with self.attempt():
+                result = step()
+        except OutOfStep:
+            raise
+        except Exception as error:
+            log.info("a step failed on this rank", exc_info=True)
+            # Without what the frames hold, which may be all the memory that there is.
+            failure = error.with_traceback(None)
+        others_wait = failure is not None and (motions is None or not self._goes_through(motions))
+        self._arrive(failure, _PATIENCE if others_wait else _START)
+        self._agree(failure)
+        return cast(T, result)
+
+    def _goes_through(self, motions: Callable[[], object]) -> bool:
+        """Bring the others to the end of a step that failed here; say whether that went well."""
+        if self._mesh.device_type == "cuda":
+            torch.cuda.synchronize()  # what is on its way still writes to memory
+            torch.cuda.empty_cache()
+        EXCHANGES.again()
+        try:
+            with self.attempt():
+                motions()
+        except OutOfStep:
+            raise
+        except Exception:
+            log.info("what this rank does for the others failed too", exc_info=True)
+            return False
+        return True
+
+    def _arrive(self, failure: Exception | None, patience: timedelta) -> None:
+        """Wait for the others at the end of a step."""
+        try:
+            dist.monitored_barrier(group=self._talk, timeout=patience)
+        except RuntimeError as error:
+            here = "is there" if failure is None else f"failed within it ({type(failure).__name__}: {failure})"
+            raise OutOfStep(
+                f"ranks did not come to the end of a step, and cannot go on together; rank {self.rank} {here}"
+            ) from error
+
     def together(self, step: Callable[[], T]) -> T:
-        error: Exception | None = None
+        failure: Exception | None = None
         result: T | None = None
         try:
             result = step()
-        except Exception as raised:
-            error = raised
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, error and f"{type(error).__name__}: {error}", group=self._talk)
-        if error is not None:
-            raise error
-        for rank, words in enumerate(said):
-            if words is not None:
-                raise RankFailed(f"rank {rank} of {self.size}: {words}")
+        except Exception as error:
+            failure = error
+        self._agree(failure)
         return cast(T, result)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raise on all ranks if something failed on one: lack of memory only if nothing else was the matter."""
+        said: list[tuple[bool, str] | None] = [None] * self.size
+        words = failure and (is_out_of_memory(failure), f"{type(failure).__name__}: {failure}")
+        dist.all_gather_object(said, words, group=self._talk)
+        failed = [(*one, rank) for rank, one in enumerate(said) if one is not None]
+        if not failed:
+            return
+        short, first, rank = min(failed)
+        if failure is not None and is_out_of_memory(failure) == short:
+            raise failure
+        raise (OutOfMemory if short else RankFailed)(f"rank {rank} of {self.size}: {first}")
 
     def files(self, paths: Sequence[Path]) -> list[memoryview]:
         if self._one_host:

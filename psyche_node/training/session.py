@@ -143,7 +143,7 @@ class Session:
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
-            with self.optimizer.lookahead(), self._world.attempt():
+            with self.optimizer.lookahead():
                 loss = accumulate(self._loss, batch, self.device, self._world)
                 self._world.complete(self.model)
                 norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))

@@ -24,7 +24,7 @@ from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
 from psyche_node.training import messages as m
-from psyche_node.training.errors import OutOfStep, RankFailed
+from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
 from psyche_node.training.options import DEFAULTS, Options
@@ -244,6 +244,94 @@ def a_step_that_breaks_off_everywhere_leaves_the_round() -> None:
             assert one.weights_sha256() == before
             assert one.evaluate() == other.evaluate()
         assert one.train(1, POSITIONS, run=RUN, member=0).blob == other.train(1, POSITIONS, run=RUN, member=0).blob
+
+
+def memory_that_runs_out_on_one_rank_is_everybodys() -> None:
+    """In a forward or backward pass of one of several micro-batches: all begin anew with one sequence at a time.
+
+    Of tensor parallelism, it runs out everywhere.
+    """
+
+    class Scarce(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for tensor_parallel in layouts():
+        if tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state"):
+            continue
+        expected = session(tensor_parallel)
+        expected.device.micro_batch = 1
+        blob = expected.train(0, range(4 * dist.get_world_size()), run=RUN, member=0).blob
+        for forward in (True, False):
+            one = session(tensor_parallel)
+            seen: list[int] = []
+
+            def scarce(
+                module: Any,
+                arguments: Any,
+                output: Tensor,
+                forward: bool = forward,
+                alone: bool = tensor_parallel == 1,
+                seen: list[int] = seen,
+            ) -> Tensor:
+                seen.append(len(output))
+                if len(output) == 1 or len(seen) == 1 or (alone and dist.get_rank() != 1):
+                    return output
+                if forward:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return Scarce.apply(output)
+
+            one.model.model.layers[1].mlp.register_forward_hook(scarce)
+            assert one.train(0, range(4 * dist.get_world_size()), run=RUN, member=0).blob == blob
+            assert one.device.micro_batch == 1
+
+
+def what_fails_within_a_step_on_one_rank_fails_on_all() -> None:
+    """The others are not left waiting, and the next step works."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        return
+    one, other = session(1), session(1)
+
+    def broken(module: Any, arguments: Any, output: Tensor) -> None:
+        if dist.get_rank() == 1 and output.shape[1] > 8:
+            raise RuntimeError("an odd thing")
+
+    handle = one.model.model.layers[1].mlp.register_forward_hook(broken)
+    with pytest.raises(RuntimeError if dist.get_rank() == 1 else RankFailed, match="an odd thing"):
+        one.train(0, POSITIONS, run=RUN, member=0)
+    handle.remove()
+    assert one.train(0, POSITIONS, run=RUN, member=0).blob == other.train(0, POSITIONS, run=RUN, member=0).blob
+
+
+def all_ranks_take_the_same_attention() -> None:
+    """It fails on one of them, within a forward pass; and memory that runs out says nothing of it."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+    for tensor_parallel in layouts():
+        if tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state"):
+            continue
+        for error in (RuntimeError("no such kernel"), torch.OutOfMemoryError("CUDA out of memory.")):
+            calls: list[int] = []
+
+            def one_fails(*arguments: Any, error: Any = error, calls: list[int] = calls, **named: Any) -> Tensor:
+                calls.append(1)
+                if len(calls) == 2 and dist.get_rank() == 1:
+                    raise error
+                return plain(*arguments, **named)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.nn.functional, "scaled_dot_product_attention", one_fails)
+                if isinstance(error, torch.OutOfMemoryError):
+                    with pytest.raises(OutOfMemory, match="when attention was tried out"):
+                        session(tensor_parallel)
+                    continue
+                one = session(tensor_parallel)
+            assert one.model.config._attn_implementation == "eager"
+            assert any("attention sdpa does not work here: " in line for line in one.reasons)
 
 
 def clipping_is_by_the_norm_of_the_whole() -> None:
