@@ -92,6 +92,12 @@ class Exit(ExitCode):
         "The run's owner has put this node out of the run.",
         "Ask the owner why. After a kick the node may join again; after a ban only when the owner lifts it.",
     )
+    RUN_NOT_FOUND = (
+        26,
+        "There is no run where one was looked for, or several have that name.",
+        "Compare RUN with the address that the owner published, and `--rpc` with its chain: `psyche-admin run list "
+        "--rpc URL` lists the runs there.",
+    )
     NETWORK = (
         30,
         "The network process could not listen or start.",
@@ -182,6 +188,8 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.rpc.BadUrl": Exit.CONFIG,
+    "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
