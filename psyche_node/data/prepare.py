@@ -46,11 +46,13 @@ class _Settings:
 
 @dataclass(slots=True)
 class _Nearest:
-    """The training sample that would be held out first."""
+    """The training samples that would be held out first: one with its duplicates, or with its group.
+
+    ``documents`` are (number in the spill, number of the source).
+    """
 
     ticket: int = 1 << 64
-    document: int = -1
-    source: int = -1
+    documents: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -100,7 +102,7 @@ def prepare(
         read = _Read()
         for number, path in enumerate(files):
             _read_file(number, path, encoder, settings, spill, read, progress)
-        _always_hold_one_out(settings, spill, read)
+        _always_hold_some_out(settings, spill, read)
         counts = Counts.total(Counts(**part) for _, part in read.sources)
         if not counts.train:
             names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
@@ -148,21 +150,24 @@ def _read_file(
         ticket = _ticket(sample.key, settings.seed)
         held = ticket < held_below
         if not held and ticket < read.nearest.ticket:
-            read.nearest = _Nearest(ticket, len(spill), number)
+            read.nearest = _Nearest(ticket)
+        if not held and ticket == read.nearest.ticket:
+            read.nearest.documents.append((len(spill), number))
         counts["heldout" if held else "train"] += 1
         spill.append((ids, trained), heldout=held)
     read.sources.append((sha256_file(path), counts))
 
 
-def _always_hold_one_out(settings: _Settings, spill: Spill, read: _Read) -> None:
-    """A small set still has something to be judged by."""
-    if not settings.heldout or len(spill.numbers(heldout=True)) or len(spill) < 2:
+def _always_hold_some_out(settings: _Settings, spill: Spill, read: _Read) -> None:
+    """A small set still has something to be judged by, and none of it is trained on, too."""
+    nearest = read.nearest.documents
+    if not settings.heldout or len(spill.numbers(heldout=True)) or len(nearest) == len(spill):
         return
-    nearest = read.nearest
-    spill.hold_out(nearest.document)
-    counts = read.sources[nearest.source][1]
-    counts["train"] -= 1
-    counts["heldout"] += 1
+    for document, source in nearest:
+        spill.hold_out(document)
+        counts = read.sources[source][1]
+        counts["train"] -= 1
+        counts["heldout"] += 1
 
 
 def _ticket(key: bytes, seed: int) -> int:
