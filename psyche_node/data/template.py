@@ -126,7 +126,10 @@ class ChatTemplate:
         Raises:
             BadSample: see ``render``.
         """
-        rendered = [self.render(sample) for sample in samples]
+        return self.tokenize([self.render(sample) for sample in samples])
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
+        """Return what ``encode`` does, of conversations that are rendered."""
         coded = self._coder.encode([one.text for one in rendered], [one.quoted for one in rendered])
         return [(np.array(c.ids, dtype=np.uint32), _mask(c, one)) for c, one in zip(coded, rendered, strict=True)]
 

@@ -205,7 +205,7 @@ def test_known_bytes(tokenizer: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = prepare(path, tokenizer, tmp_path / "out", 16, heldout=0)
     assert [shard.file for shard in manifest.train] == [GOLDEN_SHARD]
-    assert (manifest.format, manifest.pad, manifest.token_bytes) == (3, 2, 2)
+    assert (manifest.format, manifest.pad, manifest.token_bytes) == (4, 2, 2)
 
 
 def test_sequences_lie_in_order_of_attention_cost(packed: Path) -> None:
