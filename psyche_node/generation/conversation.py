@@ -68,7 +68,7 @@ class Conversation:
             manner.seed + len(self._said),
             advice=advice,
         )
-        splitter = ReasoningSplitter(begins_inside(prompt))
+        splitter = ReasoningSplitter(begins_inside(prompt.text))
         answer = ""
         completion: Completion | None = None
         with closing(self._engine.stream(request)) as stream:  # closing this generator ends the answer, too

@@ -109,7 +109,7 @@ class Engine:
             for index, prompt in enumerate(prompts)
         ]
         done: list[Completion | None] = [None] * len(requests)
-        for batch in self._batches(requests):
+        for batch in self.batches(requests):
             for index, completion in zip(batch, self.run([requests[index] for index in batch]), strict=True):
                 done[index] = completion
         return [completion for completion in done if completion is not None]
@@ -211,8 +211,13 @@ class Engine:
         most = _CUDA_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
         return len(requests) == 1 or len(requests) * (width + longest) <= most
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Indices of the requests in batches: longest prompts first, neighbours in length together."""
+    def batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Yield the indices of the requests in batches that fit: longest prompts first, those alike in length
+        together.
+
+        Raises:
+            PromptError: a prompt leaves no room in the context window.
+        """
         batch: list[int] = []
         for index in sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt)):
             if batch and not self.fits([requests[one] for one in (*batch, index)]):

@@ -59,9 +59,9 @@ class Service:
         messages = [one.for_template(f"messages[{index}]") for index, one in enumerate(asked.messages)]
         tools, thinking = asked.offered(), asked.thinking()
         prompts = self.engine.prompts
-        text = await _in_thread(prompts.render, messages, tools, thinking)
-        work = self._submit(asked, [await _in_thread(prompts.encode, text)], asked.length)
-        reply, envelope = ChatReply(begins_inside(text), bool(tools)), Envelope("chat", self.name)
+        prompt = await _in_thread(prompts.render, messages, tools, thinking)
+        work = self._submit(asked, [await _in_thread(prompts.encode, prompt)], asked.length)
+        reply, envelope = ChatReply(begins_inside(prompt.text), bool(tools)), Envelope("chat", self.name)
         if asked.stream:
             return _stream(self._chat_chunks(http, work, reply, envelope, asked.usage_asked))
         deltas, usage, reason = list[Delta](), Usage(), "stop"
@@ -163,7 +163,7 @@ class Service:
 
     async def _tokens(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.engine.prompts.encode, prompt, special=True)
+            tokens = await asyncio.to_thread(self.engine.prompts.encode_text, prompt, special=True)
         else:
             tokens = tuple(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.engine.vocabulary:
