@@ -32,6 +32,8 @@ _CUDA_TOKENS, _CPU_TOKENS = 131_072, 16_384
 _SEQUENCES = 256
 """At most in one batch, however short: each costs some work on the host for every token."""
 _SEEDS = 1 << 63
+_CHARACTERS_PER_TOKEN = 16
+"""More than any text has on average: English has 4 to 5, program text with its blanks up to 8."""
 
 
 class Engine:
@@ -201,6 +203,15 @@ class Engine:
                 "answer together. Shorten the conversation"
             )
         return min(left, request.max_new_tokens)
+
+    def may_fit(self, characters: int) -> None:
+        """Raise PromptError for a text of so many characters if it is far beyond the context window: tokenizing it
+        only to count its tokens could take long."""
+        if self.context is not None and characters > _CHARACTERS_PER_TOKEN * self.context:
+            raise PromptError(
+                f"the prompt has {characters} characters, far more than the model's context window of {self.context} "
+                "tokens has room for. Shorten the conversation"
+            )
 
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether these make one batch: prompts and answers padded to the longest are within the bounds."""
