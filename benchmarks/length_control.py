@@ -107,7 +107,7 @@ def controlled(model: Path, asked: Sequence[Question]) -> list[dict[str, list[in
     Of their labels only `</think>` and the end token are trained.
     """
     engine = Subject.load(model, "cpu", "float32", LENGTH).engine
-    (close,), (end,) = engine.prompts.encode(CLOSE), sorted(engine.eos)
+    (close,), (end,) = engine.prompts.encode_text(CLOSE), sorted(engine.eos)
     prompts = [engine.encode([{"role": "user", "content": one.text}], thinking=True) for one in asked]
     traces = engine.generate(prompts, BUDGET)
     cut = [
@@ -117,7 +117,7 @@ def controlled(model: Path, asked: Sequence[Question]) -> list[dict[str, list[in
     ]
     samples = []
     for prompt, one in cut:
-        ids = [*prompt, *engine.prompts.encode(one.answer), end]
+        ids = [*prompt, *engine.prompts.encode_text(one.answer), end]
         trained = {len(prompt) - 1, len(ids) - 1}
         samples.append(
             {"input_ids": ids, "labels": [token if place in trained else -100 for place, token in enumerate(ids)]}
