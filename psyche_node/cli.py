@@ -169,9 +169,11 @@ async def _run(settings: NodeConfig) -> int:
     """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
     from psyche_node.node.daemon import Node
+    from psyche_node.node.folder import held
 
     async def live() -> None:
-        await Node(settings).run()
+        with held(settings.folder):
+            await Node(settings).run()
 
     loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
     for number in (signal.SIGTERM, signal.SIGINT):

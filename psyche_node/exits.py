@@ -61,6 +61,11 @@ class Exit(ExitCode):
         "A file or folder could not be read or written.",
         "The message names it. Look at permissions, free space (`df -h`) and whether the output folder is new.",
     )
+    FOLDER_IN_USE = (
+        14,
+        "Another process runs a node with this folder.",
+        "The message names the process. Stop it, or give this one a `--folder` of its own: two nodes need two wallets.",
+    )
     CHAIN_UNAVAILABLE = (
         20,
         "No RPC endpoint answered, after all retries.",
@@ -187,6 +192,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
+    "psyche_node.node.folder.FolderInUse": Exit.FOLDER_IN_USE,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
