@@ -18,7 +18,7 @@ from psyche_node.commands.data import app as data_commands
 from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
-from psyche_node.exits import Exit, exit_for
+from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
@@ -184,10 +184,8 @@ async def _run(settings: NodeConfig) -> int:
         log.info("stopped by a signal")
         return Exit.INTERRUPTED
     except Exception as error:
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
         code = exit_for(error)
-        log.error("%s: %s", type(error).__name__, error, exc_info=error if code is Exit.UNEXPECTED else None)
+        log.error("%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
         return code
     return Exit.OK
 

@@ -101,7 +101,7 @@ class _Process:
 
     def refuse(self, reason: str) -> NoReturn:
         """Answer ``Configure`` with a Failure and end."""
-        log.error("%s", reason)
+        log.debug("%s", reason)  # the supervisor says it, as its own error
         self._reply(self._configure_id, Failure(reason=reason))
         sys.exit(2)
 
