@@ -176,14 +176,25 @@ async def _run(settings: NodeConfig) -> int:
             await Node(settings).run()
 
     loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        task.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
         log.info("stopped by a signal")
         return Exit.INTERRUPTED
     except Exception as error:
+        if asked:
+            # Its processes may have got the signal, too, and have been quicker.
+            log.info("stopped by a signal; on the way: %s", in_words(error))
+            return Exit.INTERRUPTED
         code = exit_for(error)
         log.error("%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
         return code
