@@ -157,6 +157,9 @@ def bf16_layouts_stay_one_model() -> None:
         ]
         for member in members:
             member.apply(round, blobs, True)
+            found = gradients(member)
+            assert {values.dtype for name, values in found.items() if name.startswith("model.")} == {torch.float32}
+            member.optimizer.zero_grad()
         assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
 
 

@@ -16,7 +16,7 @@ from psyche_node.training.attention import candidates
 from psyche_node.training.errors import OutOfMemory, SeparationError
 from psyche_node.training.fit import Site, choose_fit
 from psyche_node.training.forward import LossFunction, logits
-from psyche_node.training.gradient import accumulate
+from psyche_node.training.gradient import accumulate, micro_batches
 from psyche_node.training.model import build_model, load_model
 from psyche_node.training.options import DEFAULTS, Options
 from psyche_node.training.preparing import compile_layers
@@ -80,6 +80,24 @@ def test_bf16_replicas_are_identical_and_learn(model_dir: Path, data: RandomData
         assert len({(one.fingerprint(), one.weights_sha256(), one.model_root()) for one in members}) == 1
         assert members[0].optimizer.report().lost == 0.0
     assert members[0].evaluate()[0] < first - 0.3
+
+
+def test_gradients_of_bf16_weights_are_summed_in_fp32(model_dir: Path, data: RandomData) -> None:
+    """Each micro-batch's is in bf16, as its weights are; their sum is what fp32 makes of them, bit for bit."""
+    one, other = (session(model_dir, data, Options(precision="bf16"), micro_batch=1) for _ in range(2))
+    batch = data.batch(range(40), b"")
+    accumulate(one._loss, batch, one.device)
+    sums = [torch.zeros(p.shape) for p in other.model.parameters()]
+    for part in micro_batches(batch, other.device):
+        (other._loss(*part) / int(batch.trained.sum())).backward()
+        for total, parameter in zip(sums, other.model.parameters(), strict=True):
+            assert parameter.grad.dtype == torch.bfloat16
+            total += parameter.grad
+        other.model.zero_grad()
+    for total, (name, parameter) in zip(sums, one.model.named_parameters(), strict=True):
+        assert parameter.grad.dtype == torch.float32
+        if name != "model.embed_tokens.weight":  # tied: the embedding's and the head's are not added up in bf16 either
+            assert torch.equal(parameter.grad, total)
 
 
 def test_a_bf16_checkpoint_goes_on_with_the_same_weights(model_dir: Path, data: RandomData, tmp_path: Path) -> None:
