@@ -11,10 +11,10 @@ from live_bytes import LiveBytes
 from tiny import TINY, VOCABULARY, RandomData, terms
 
 from optimizer.layout import Layout
-from psyche_node.training import ModelError, Session, TrainingError, make_demo_model
+from psyche_node.training import ModelError, Session, TrainingError, fit, make_demo_model
 from psyche_node.training.attention import candidates
 from psyche_node.training.errors import OutOfMemory, SeparationError
-from psyche_node.training.fit import Site, choose_fit
+from psyche_node.training.fit import Site, choose_fit, free_memory
 from psyche_node.training.forward import LossFunction, logits
 from psyche_node.training.gradient import accumulate, micro_batches
 from psyche_node.training.model import build_model, load_model
@@ -231,8 +231,8 @@ def test_less_is_held_where_ranks_share_and_in_bf16(large: Any) -> None:
     assert "too much" in alone.reasons[0]
     assert "too much" not in many.reasons[0]
     bf16 = Site(1, 1, only_bf16=True, masked=False)
-    assert "too much" in choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free=110 << 30).reasons[0]
-    assert "too much" not in choose_fit(large, GPU, 4096, 0, DEFAULTS, bf16, free=110 << 30).reasons[0]
+    assert "too much" in choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free=125 << 30).reasons[0]
+    assert "too much" not in choose_fit(large, GPU, 4096, 0, DEFAULTS, bf16, free=125 << 30).reasons[0]
 
 
 def test_on_a_cpu_caches_decide(large: Any, model_dir: Path, data: RandomData) -> None:
@@ -243,6 +243,15 @@ def test_on_a_cpu_caches_decide(large: Any, model_dir: Path, data: RandomData) -
     one = session(model_dir, data)
     assert one.device.micro_batch == 64
     assert sum(line.startswith("micro-batch 64: about 2048 tokens") for line in one.reasons) == 1
+
+
+def test_ranks_of_one_host_share_its_memory(model_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, _ = load_model(model_dir, CPU)
+    (tmp_path / "meminfo").write_text("MemTotal: 900 kB\nMemAvailable: 800 kB\n")
+    monkeypatch.setattr(fit, "Path", lambda _: tmp_path / "meminfo")
+    held = 4 * sum(p.numel() for p in model.parameters())
+    assert free_memory(model, CPU) == held + 800 * 1024
+    assert free_memory(model, CPU, 4) == held + 200 * 1024
 
 
 def test_attention_is_chosen_with_a_reason(model_dir: Path, data: RandomData) -> None:
