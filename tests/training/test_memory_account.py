@@ -15,8 +15,8 @@ from live_bytes import LiveBytes
 from tiny import Packed, terms
 
 from psyche_node.planning import memory as account
-from psyche_node.planning.meta import tensors_of
-from psyche_node.planning.shape import ModelShape, shape_of
+from psyche_node.planning.meta import shape_from
+from psyche_node.planning.shape import ModelConfig, ModelShape
 from psyche_node.training import Session, loss
 from psyche_node.training import session as trainer
 from psyche_node.training.device import Device
@@ -63,7 +63,7 @@ def folder_of(kind: str, tied: bool, make: Callable[[], Path], **sizes: int) -> 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values, **tokens))
     folder = make()
     model.save_pretrained(folder)
-    return folder, shape_of(kind, config, tensors_of(kind, config))
+    return folder, shape_from(ModelConfig(kind, folder / "config.json", config))
 
 
 @pytest.fixture(scope="module")
