@@ -6,14 +6,20 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.sizes import bad_size, config_values
 
 SHIPPED: Final = Path(__file__).resolve().parent / "models"
 _HEAD_NORMS: Final = frozenset({"qwen3"})
-_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral"})
+_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral", "granite"})
+_CAP: Final = "final_logit_softcapping"
+CHANGES_LOGITS: Final = (_CAP, "logit_scale", "logits_scaling")
+"""Keys of configs whose models do more for logits than a product, where they are neither null nor 1."""
+
+Loss = Literal["chunked", "full", "capped"]
+"""How the trainer makes the loss: in chunks of logits, from all of them, or from all that were capped."""
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -39,6 +45,7 @@ class ModelShape:
     tied: bool
     head_norms: bool
     assumed: bool
+    loss: Loss = "chunked"
 
     @property
     def parameters(self) -> int:
@@ -123,4 +130,12 @@ def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShap
         tied=bool(config.get("tie_word_embeddings", False)),
         head_norms=kind in _HEAD_NORMS,
         assumed=kind not in _KNOWN,
+        loss=_loss(config, tensors),
     )
+
+
+def _loss(config: Mapping[str, Any], tensors: Shapes) -> Loss:
+    if config.get(_CAP):
+        return "capped"
+    changed = any(config.get(key) not in (None, 1.0) for key in CHANGES_LOGITS)
+    return "full" if changed or any(name == "lm_head.bias" for name, _ in tensors) else "chunked"
