@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 import typer
 
 from psyche_node.commands.ending import failures
+from psyche_node.exits import Exit
 
 _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 
@@ -39,7 +40,10 @@ def plan(
     priority_fee: Annotated[int, typer.Option(min=0, help="Micro-lamports per compute unit.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Memory per GPU, bytes and seconds of a round, tokens per second, fees of a run. Needs no GPU and no weights."""
+    """Memory per GPU, bytes and seconds of a round, tokens per second, fees of a run. Needs no GPU and no weights.
+
+    If it does not fit, it says what to change instead, and ends with code 54.
+    """
     from coordinator.recipes import load_recipe
     from coordinator.run_config import ConfigError
     from psyche_node.planning.errors import PlanError
@@ -83,3 +87,5 @@ def plan(
         )
         made = make(shape, asked)
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(lines(made)))
+    if not made.fits:
+        raise typer.Exit(Exit.NO_ROOM)

@@ -278,6 +278,23 @@ def test_the_command_prints_a_plan_and_its_json() -> None:
     assert set(shown) >= {field for field in Plan.__slots__ if field != "memory"}
 
 
+def test_what_does_not_fit_has_advice_for_figures_and_an_exit_code_of_its_own() -> None:
+    words = ["plan", "--model", "Seed-OSS-36B", "--gpus", "8xH100", "--seq", "16384"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == Exit.NO_ROOM
+    assert "it does not fit. What helps" in done.output
+    assert "--tensor-parallel" in done.output
+    for figure in ("tokens/s", "SOL", "whole run"):
+        assert figure not in done.output
+    shown = CliRunner().invoke(app, [*words, "--json"])
+    assert shown.exit_code == Exit.NO_ROOM
+    values = json.loads(shown.output)
+    assert values["fits"] is False
+    assert values["tries"]
+    assert "fees" not in values
+    assert "tokens_per_second" not in values
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
