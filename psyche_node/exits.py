@@ -146,6 +146,11 @@ class Exit(ExitCode):
         "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it "
         "repeats on one host only, suspect its memory or its GPU.",
     )
+    NO_ROOM = (
+        54,
+        "The planned model does not fit into the memory of these GPUs.",
+        "The plan lists what makes it fit: each line is a flag to add, on top of the lines before.",
+    )
     CHILD_PROCESS = (
         60,
         "The training or network process of this node ended or stopped answering.",
