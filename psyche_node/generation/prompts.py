@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from psyche_node.data.marked import QUOTE, holds_mark, mark_spellings, spells, strip_marks
 from psyche_node.data.textcoding import TextCoder
+from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 from psyche_node.generation.errors import GenerationError, PromptError
 
 Message = dict[str, Any]
@@ -66,7 +68,8 @@ class Prompts:
 
         Raises:
             GenerationError: the folder has no chat template.
-            PromptError: the template refuses these messages, or hides which control tokens are theirs.
+            PromptError: the template refuses these messages, drops their tools, or hides which control tokens are
+                theirs.
         """
         if not self.has_template:
             raise GenerationError(f"{self._where} has no chat template. Put one into chat_template.jinja")
@@ -76,6 +79,11 @@ class Prompts:
         if thinking is False:
             options["thinking_budget"] = 0
         offered = list(tools or ()) or None
+        if needs_tools(messages, offered) and (dropped := self._tool_support.missing(messages, offered)):
+            raise PromptError(
+                f"the conversation has {dropped}, and the chat template of {self._where} does not write them. Leave "
+                "them out, or use a model whose template does"
+            )
         text = self._fill(messages, offered, options)
         if not spells(messages, offered, self._coder.spelled):
             return Prompt(text, ())
@@ -88,6 +96,12 @@ class Prompts:
                 "is spelled. Spell none"
             )
         return Prompt(text, places[QUOTE])
+
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        return tool_support(
+            lambda messages, tools: self._fill(messages, tools, {"add_generation_prompt": False, "tokenize": False})
+        )
 
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a rendered conversation."""
