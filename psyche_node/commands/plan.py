@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from psyche_node.exits import exit_for
+from psyche_node.commands.ending import failures
 
 _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 
@@ -44,7 +44,7 @@ def plan(
     from psyche_node.planning.shape import config_of, shape_of
     from psyche_node.relay.spec import BadSpec, LinkSpec
 
-    try:
+    with failures(ConfigError, PlanError, BadSpec):
         known = load_recipe(recipe)
         limits, terms = known.limits, known.terms
         count, gpu = parse_gpus(gpus)
@@ -77,7 +77,4 @@ def plan(
             witnesses=limits.witnesses,
         )
         made = make(shape, asked)
-    except (ConfigError, PlanError, BadSpec) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(lines(made)))
