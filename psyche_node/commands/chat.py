@@ -80,13 +80,13 @@ def chat(
 
 
 def _piped() -> str:
-    """The question on standard input."""
+    """The question on standard input, which is UTF-8 whatever the locale."""
     try:
-        return sys.stdin.read().strip()
+        return sys.stdin.buffer.read().decode("utf-8").strip()
     except UnicodeDecodeError as error:
         raise typer.BadParameter(
-            f"standard input is not {error.encoding.upper()}: byte {error.start} is {error.object[error.start]:#04x}. "
-            "Convert it, with iconv for example"
+            f"standard input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. Convert it, with "
+            "iconv for example"
         ) from None
 
 
@@ -102,8 +102,8 @@ def _talk(conversation: Conversation, folder: Path) -> None:
         except EOFError:
             console.print()
             return
-        except UnicodeDecodeError as error:
-            console.print(Text(f"this line is not {error.encoding.upper()}; type it again", style="red"))
+        except UnicodeDecodeError:
+            console.print(Text("this line is not UTF-8; type it again", style="red"))
             continue
         if line == "/new":
             conversation.forget()

@@ -95,7 +95,9 @@ def read_manifest(place: str) -> tuple[bytes, str]:
         with path.open("rb") as file:
             return file.read(MAX_BYTES), str(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Name a {NAME}, or its folder") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Name a {NAME}, its folder or URL, or its whole SHA-256"
+        ) from error
 
 
 def first_difference(folder: Path, mine: Manifest, theirs: Manifest, whose: str = "the run's") -> str:

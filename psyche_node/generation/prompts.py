@@ -84,7 +84,7 @@ class Prompts:
                 f"the conversation has {dropped}, and the chat template of {self._where} does not write them. Leave "
                 "them out, or use a model whose template does"
             )
-        text = self._fill(messages, offered, options)
+        text = _encodable(self._fill(messages, offered, options))
         if not spells(messages, offered, self._coder.spelled):
             return Prompt(text, ())
         if holds_mark(text):
@@ -110,9 +110,9 @@ class Prompts:
 
     def encode_text(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return the token ids of plain text, in which control tokens may be spelled; ``special`` adds what plain text
-        lacks, such as ``bos_token``."""
+        lacks, such as ``bos_token``. Raises PromptError if it is no text."""
         with self._lock:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+            return tuple(self._tokenizer.encode(_encodable(text), add_special_tokens=special))
 
     def _fill(self, messages: Sequence[Message], tools: Any, options: dict[str, Any]) -> str:
         try:
@@ -129,3 +129,13 @@ class Prompts:
             return self.render(_PROBE, thinking=True) != self.render(_PROBE, thinking=False)
         except PromptError:
             return False
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # from JSON's escapes, or from bytes that were no UTF-8
+        raise PromptError(
+            "the prompt has half of a surrogate pair, which is no character. Send valid Unicode"
+        ) from None
+    return text

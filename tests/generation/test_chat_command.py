@@ -89,6 +89,8 @@ def test_standard_input_that_is_not_utf8(run: Run, model_folder: Path) -> None:
     code, out, words = run(str(model_folder), *ARGUMENTS, stdin=b"Wie sch\xf6n?")
     assert (code, out) == (Exit.USAGE, "")
     assert "standard input is not UTF-8: byte 7 is 0xf6" in words
+    code, out, words = run(str(model_folder), "Wie sch\udcf6n?", *ARGUMENTS)
+    assert (code, out, "half of a surrogate pair" in words) == (Exit.CONVERSATION, "", True)
 
 
 def test_a_switch_that_the_template_lacks_is_named(run: Run, model_folder: Path) -> None:
