@@ -51,7 +51,8 @@ class Meeting:
             if not missing:
                 return
             if waited >= patience and len(here) >= wanted:
-                log.warning("not connected to members %s yet; they may be reached through others", missing)
+                through = "they may be reached through others" if here else "the run goes on with whoever is ready"
+                log.warning("not connected to members %s yet; %s", missing, through)
                 return
             if loop.time() - said >= SAY_SECONDS:
                 said = loop.time()

@@ -317,7 +317,9 @@ def check_in_time(run: Run, model: Path) -> None:
             f"the run was finished after {run.final_rounds} rounds; there is nothing to join. Its last checkpoint has "
             f"the model root {run.checkpoint_root.hex()}"
         )
-    if run.checkpoint_root != run.terms.model_root or run.final_rounds > run.model_round:
+    sets = [run.inclusion_set(number) for number in range(run.model_round, run.final_rounds)]
+    trained = any(one is None or not one.void for one in sets)  # one that is not kept: who knows
+    if trained or run.checkpoint_root != run.terms.model_root:
         raise JoinRefused(
             f"the run is in {run.phase.name} of round {run.round}, and its members have trained the model in {model} "
             f"since round {run.model_round}. In this version a node takes part from there on or not at all: wait for "
@@ -340,11 +342,11 @@ def admitted(table: Sequence[Member]) -> list[MemberEntry]:
 def _why(mine: Member, run: Run) -> str:
     most = run.limits.max_missed
     if mine.missed >= most:
-        return f"it has missed {mine.missed} rounds in a row, of {most} allowed. Is the device or the link too slow?"
+        return f"it has missed {mine.missed} rounds in a row (is the device or the link too slow?)"
     if mine.excluded >= most:
         return (
-            f"its updates were not held by two thirds of the witnesses, or its own word as a witness was missing, "
-            f"{mine.excluded} times in a row. Can others reach its ports?"
+            f"{mine.excluded} times in a row two thirds of the witnesses did not hold its update, or its own word as a "
+            "witness was missing (can others reach its ports?)"
         )
     return "it was not ready when the warm-up ended"
 

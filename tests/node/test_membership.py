@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from node_stage import ScriptedChain, child, run_async, settle, watching
-from node_values import KEY, member_of, pulse_of
+from node_values import KEY, included, member_of, pulse_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
@@ -257,11 +257,21 @@ def test_a_member_that_is_out_for_good_ends_with_the_code_for_it(
     [
         ({}, None),
         ({"phase": Phase.ROUND_TRAIN}, None),
+        ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1, ())]}, None),
+        ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1)]}, JoinRefused),
         ({"phase": Phase.ROUND_TRAIN, "round": 4, "final_rounds": 3}, JoinRefused),
         ({"phase": Phase.WAITING_FOR_MEMBERS, "round": 4, "final_rounds": 4, "checkpoint_root": KEY}, JoinRefused),
         ({"phase": Phase.FINISHED, "round": 4, "final_rounds": 4}, RunFinished),
     ],
-    ids=["waiting", "first round", "later", "after a checkpoint", "finished"],
+    ids=[
+        "waiting",
+        "first round",
+        "after void rounds",
+        "after the first that counts",
+        "later",
+        "after a checkpoint",
+        "finished",
+    ],
 )
 def test_a_node_is_told_at_once_whether_it_comes_in_time(fields: dict[str, Any], error: type[Exception] | None) -> None:
     run = pulse_of(**{"phase": Phase.WAITING_FOR_MEMBERS, **fields}).run
