@@ -61,6 +61,11 @@ class Exit(ExitCode):
         "A file or folder could not be read or written.",
         "The message names it. Look at permissions, free space (`df -h`) and whether the output folder is new.",
     )
+    FOLDER_IN_USE = (
+        14,
+        "Another process runs a node with this folder.",
+        "The message names the process. Stop it, or give this one a `--folder` of its own: two nodes need two wallets.",
+    )
     CHAIN_UNAVAILABLE = (
         20,
         "No RPC endpoint answered, after all retries.",
@@ -80,7 +85,7 @@ class Exit(ExitCode):
     JOIN_REFUSED = (
         23,
         "The run does not take this node now.",
-        "Join while the run waits for members. One wallet is one node: a second one with a new key ends the first.",
+        "Join before the run's first round is over. One wallet is one node: one with a new key ends the other.",
     )
     STATE_UNREADABLE = (
         24,
@@ -92,10 +97,33 @@ class Exit(ExitCode):
         "The run's owner has put this node out of the run.",
         "Ask the owner why. After a kick the node may join again; after a ban only when the owner lifts it.",
     )
+    RUN_NOT_FOUND = (
+        26,
+        "There is no run where one was looked for, or several have that name.",
+        "Compare RUN with the address that the owner published, and `--rpc` with its chain: `psyche-admin run list "
+        "--rpc URL` lists the runs there.",
+    )
+    DROPPED = (
+        27,
+        "The run has dropped this node again and again, though it has joined again each time.",
+        "The message says why: rounds missed (a slow device or link), updates that others could not get (ports, "
+        "firewall), or a warm-up that was too short. Mend that; the node can join when the run next waits for members.",
+    )
+    RUN_FINISHED = (
+        28,
+        "The run was finished before this node was started.",
+        "Nothing to do: its members have the model. Switch the service off, or name another run.",
+    )
+    LEFT = (
+        29,
+        "This wallet has left the run (`psyche-admin member leave`).",
+        "Nothing to do. Rewards that are not paid yet: `psyche-admin member claim`. Start the node to join again.",
+    )
     NETWORK = (
         30,
         "The network process could not listen or start.",
-        "Another process may hold it: choose `--p2p-port`, `--grpc-port` and `--bulk-port`, or 0 for any free one.",
+        "The message names the setting, and who has the port: choose another `--p2p-port`, `--grpc-port` or "
+        "`--bulk-port`, or 0 for any free one.",
     )
     UPDATE_MISSING = (
         31,
@@ -133,6 +161,11 @@ class Exit(ExitCode):
         "This node's weights are not those of the majority, or it missed too much to go on.",
         "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it "
         "repeats on one host only, suspect its memory or its GPU.",
+    )
+    NO_ROOM = (
+        54,
+        "The planned model does not fit into the memory of these GPUs.",
+        "The plan lists what makes it fit: each line is a flag to add, on top of the lines before.",
     )
     CHILD_PROCESS = (
         60,
@@ -182,11 +215,19 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.rpc.BadUrl": Exit.CONFIG,
+    "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
-    "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.node.membership.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.node.membership.RunFinished": Exit.RUN_FINISHED,
+    "psyche_node.node.membership.Dropped": Exit.DROPPED,
+    "psyche_node.node.membership.Ejected": Exit.EJECTED,
+    "psyche_node.node.membership.Left": Exit.LEFT,
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
+    "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
+    "psyche_node.node.folder.FolderInUse": Exit.FOLDER_IN_USE,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
@@ -202,7 +243,6 @@ _EXITS: dict[str, Exit] = {
     "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
-    "psyche_node.node.roundloop.Ejected": Exit.EJECTED,
     "psyche_node.node.roundloop.TermsChanged": Exit.CONFIG,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
     "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,
@@ -213,7 +253,14 @@ _EXITS: dict[str, Exit] = {
 """By name, so that a command does not import torch to say how it ended."""
 
 _BY_CLASS_NAME = {name.rpartition(".")[2]: code for name, code in _EXITS.items()}
-_REMOTE = re.compile(r"[\w -]+: \w+: (\w+): ")
+_REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
+
+
+def in_words(error: BaseException) -> str:
+    """Return what ended a command, as a line of the log: the class and its message. Of a group, the first member; of
+    what a child process reported, what it was there."""
+    error = _first(error)
+    return _reported(error) or f"{type(error).__name__}: {error}"
 
 
 def exit_for(error: BaseException) -> Exit:
@@ -222,14 +269,25 @@ def exit_for(error: BaseException) -> Exit:
     Of a group, the first member's. What a child process reported (``RemoteFailure``: "training: Load: ModelError: ...")
     counts as what it was there.
     """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = _first(error)
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    classes = type(error).__mro__
-    if any(one.__name__ == "RemoteFailure" for one in classes) and (there := _REMOTE.match(str(error))):
-        return _BY_CLASS_NAME.get(there.group(1), Exit.CHILD_PROCESS)
-    for one in classes:
+    if (there := _reported(error)) is not None:
+        return _BY_CLASS_NAME.get(there.partition(":")[0], Exit.CHILD_PROCESS)
+    for one in type(error).__mro__:
         if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
             return code
     return Exit.UNEXPECTED
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _reported(error: BaseException) -> str | None:
+    """Return class and message of what another process reported, None for an error of this one."""
+    remote = any(one.__name__ == "RemoteFailure" for one in type(error).__mro__)
+    there = _REMOTE.match(str(error)) if remote else None
+    return None if there is None else there.group(1)
