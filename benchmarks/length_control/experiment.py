@@ -31,8 +31,8 @@ MODEL = {
     "tie_word_embeddings": True,
 }
 FIRST = Stage("hermes-sft", rounds=500, rate=0.002, batch=32, topk=512)
-SECOND = Stage("length-control", rounds=30, rate=0.0008, batch=32, topk=512)
-"""Its rate is as much below stage 1's as the recipe's is."""
+SECOND = Stage("length-control", rounds=30, rate=0.0006, batch=32, topk=512)
+"""Its rate is three tenths of stage 1's; the recipe's is four tenths, with which exact match fell by 4.2 points."""
 
 
 @dataclass(frozen=True, slots=True)
