@@ -17,6 +17,8 @@ CHUNK_LOGITS: Final = 1 << 22  # training.loss.CHUNK_LOGITS; a test compares, as
 BLOCK: Final = 4096
 GRADIENT: Final = 4
 """Bytes of a sum of gradients, which is in fp32 whatever the weights are in."""
+FULL_LOGITS: Final = 16
+"""Bytes for a logit where all of them exist at once, going backward."""
 SCRATCH: Final = 256 * BLOCK * 32
 """What the optimizer needs beside its state at most: it works on 256 blocks at a time."""
 CONTEXT: Final = 1 << 30
@@ -37,7 +39,8 @@ class Work:
 
     ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters unless ``masters`` is False
     (stochastic rounding). ``masked``: attention takes a
-    mask instead of document lengths, as on a CPU; one is kept per layer.
+    mask instead of document lengths, as on a CPU; one is kept per layer. ``full_logits``: the loss is not made in
+    chunks, as a model scales, caps or biases its logits.
     """
 
     sequence: int
@@ -50,6 +53,7 @@ class Work:
     weight_bytes: int = 4
     micro_batches: int = 2
     masked: bool = False
+    full_logits: bool = False
     masters: bool = True
 
     @property
@@ -135,6 +139,9 @@ def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     forward_head = (s + cast + c) * hidden + (4 + c + cast) * table + (4 if c == 4 else 6) * chunk
     # Going backward they are multiplied by 1/tokens into new tensors, and cast to the matrix's type.
     backward_head = 2 * c * hidden + (8 + (c if c != 4 else 0)) * table
+    if work.full_logits:
+        # Gradients with and without the normalization, and what that and a cap on the logits keep. No rank has a part.
+        forward_head = backward_head = 2 * c * hidden + FULL_LOGITS * work.tokens * shape.vocabulary
     # Inside of a layer, gradients of the gate's two factors are made before what they came from is freed.
     inside = (layer if work.checkpointing else 0) + work.tokens * 2 * c * shape.intermediate // work.tensor_parallel
     of_table, of_layer = (weight * n for n in (table, shape.layer_parameters // several))

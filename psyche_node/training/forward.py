@@ -67,11 +67,12 @@ class LossFunction:
 
     def __init__(self, model: nn.Module, z_loss: float = 0.0, root: Root | None = None) -> None:
         self._root, self._z_loss = root or Root(model), z_loss
-        self._short = bool(self._root(_logits_are_one_product))
+        self.full_logits = not self._root(_logits_are_one_product)
+        """Whether logits of all places exist at once."""
         self.reason = (
-            "loss from hidden states at trained places only, in chunks"
-            if self._short
-            else "loss from full logits: this model's logits are not its hidden states times one matrix"
+            "loss from full logits: this model's logits are not its hidden states times one matrix"
+            if self.full_logits
+            else "loss from hidden states at trained places only, in chunks"
         )
 
     @property
@@ -80,7 +81,7 @@ class LossFunction:
 
     def __call__(self, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
         """Return the sum (a fp32 scalar, differentiable) over the places that ``trained_BL`` marks as targets."""
-        job = _loss_sum if self._short else _loss_sum_of_logits
+        job = _loss_sum_of_logits if self.full_logits else _loss_sum
         return cast(Tensor, self._root(job, tokens_BL, trained_BL, places_BL, self._z_loss))
 
     def logits(self, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
