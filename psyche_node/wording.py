@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import difflib
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import Any
 
 from pydantic import BaseModel, ValidationError
-
-if TYPE_CHECKING:
-    from pydantic_core import ErrorDetails
 
 _BRANCH = re.compile(r"str|int|float|bool|constrained-str|.*\[.*\]|[A-Z]\w*")
 """Parts of a location that name no key, but which kind of value pydantic tried."""
@@ -44,8 +42,8 @@ def place(location: tuple[int | str, ...]) -> str:
     return "".join(names).removeprefix(".")
 
 
-def in_words(error: ErrorDetails, model: type[BaseModel] | None = None) -> str:
-    """Return what is wrong, as something to be read behind the place and a colon."""
+def in_words(error: Mapping[str, Any], model: type[BaseModel] | None = None) -> str:
+    """Return what is wrong by one of pydantic's ``errors()``, as something to be read behind the place and a colon."""
     kind, limits, value = error["type"], error.get("ctx", {}), _shown(error["input"])
     if kind == "missing":
         return "it is missing"
@@ -84,7 +82,7 @@ _SIZES = {
 }
 
 
-def _known(error: ErrorDetails, model: type[BaseModel] | None) -> str:
+def _known(error: Mapping[str, Any], model: type[BaseModel] | None) -> str:
     if model is None or len(error["loc"]) != 1:
         return ""
     known = list(model.model_fields)

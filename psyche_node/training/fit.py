@@ -22,14 +22,13 @@ from psyche_node.training.options import Options
 
 @dataclass(frozen=True, slots=True)
 class Site:
-    """What the account needs to know: the ranks, the precision, how attention and the loss are done."""
+    """What the account needs to know: the ranks, the precision, and how attention is done."""
 
     data_parallel: int
     tensor_parallel: int
     only_bf16: bool
     masked: bool
     lookahead: bool = True
-    full_logits: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +140,6 @@ def _work(device: torch.device, length: int, size: int, checkpointing: bool, sit
         weight_bytes=2 if site.only_bf16 else 4,
         masters=not site.only_bf16,
         masked=site.masked,
-        full_logits=site.full_logits,
     )
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from psyche_node.planning.shape import CHANGES_LOGITS
 from psyche_node.training.attention import lays_end_to_end
 from psyche_node.training.errors import ModelError
 from psyche_node.training.loss import VocabularyCut, cross_entropy_sum
@@ -67,12 +68,11 @@ class LossFunction:
 
     def __init__(self, model: nn.Module, z_loss: float = 0.0, root: Root | None = None) -> None:
         self._root, self._z_loss = root or Root(model), z_loss
-        self.full_logits = not self._root(_logits_are_one_product)
-        """Whether logits of all places exist at once."""
+        self._short = bool(self._root(_logits_are_one_product))
         self.reason = (
-            "loss from full logits: this model's logits are not its hidden states times one matrix"
-            if self.full_logits
-            else "loss from hidden states at trained places only, in chunks"
+            "loss from hidden states at trained places only, in chunks"
+            if self._short
+            else "loss from full logits: this model's logits are not its hidden states times one matrix"
         )
 
     @property
@@ -81,7 +81,7 @@ class LossFunction:
 
     def __call__(self, tokens_BL: Tensor, trained_BL: Tensor, places_BL: Tensor) -> Tensor:
         """Return the sum (a fp32 scalar, differentiable) over the places that ``trained_BL`` marks as targets."""
-        job = _loss_sum_of_logits if self.full_logits else _loss_sum
+        job = _loss_sum if self._short else _loss_sum_of_logits
         return cast(Tensor, self._root(job, tokens_BL, trained_BL, places_BL, self._z_loss))
 
     def logits(self, tokens_BL: Tensor, places_BL: Tensor) -> Tensor:
@@ -111,9 +111,6 @@ def _loss_sum_of_logits(
     return total
 
 
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
 def _cut(head: nn.Module) -> VocabularyCut | None:
     """The part of the vocabulary whose rows are here, if tensor parallelism has cut the head."""
     return cast(VocabularyCut | None, getattr(head, "cut", None))
@@ -126,7 +123,7 @@ def _logits_are_one_product(model: nn.Module) -> bool:
         return False
     # A cap shows on large logits only, which a model that is not trained has not.
     config = cast(Any, model).config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1.0) for name in _CHANGES_LOGITS):
+    if any(getattr(config, name, None) not in (None, 1.0) for name in CHANGES_LOGITS):
         return False
     tokens_BL = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
     places_BL = torch.arange(8, device=head.weight.device)[None]

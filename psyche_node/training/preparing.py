@@ -89,7 +89,6 @@ def prepare_model(
         only_bf16,
         masked=model.config._attn_implementation in _MASKED,
         lookahead=lookahead,
-        full_logits=loss.full_logits,
     )
     # Ranks go through the same micro-batches, so the one with least memory decides.
     free = world.least(free_memory(model, chosen.torch, world.on_host))

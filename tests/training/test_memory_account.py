@@ -15,12 +15,11 @@ from live_bytes import LiveBytes
 from tiny import Packed, terms
 
 from psyche_node.planning import memory as account
-from psyche_node.planning.meta import tensors_of
-from psyche_node.planning.shape import ModelShape, shape_of
-from psyche_node.training import Session, loss, preparing
+from psyche_node.planning.meta import shape_from
+from psyche_node.planning.shape import ModelConfig, ModelShape
+from psyche_node.training import Session, loss
 from psyche_node.training import session as trainer
 from psyche_node.training.device import Device
-from psyche_node.training.fit import Fit, Site, _work, choose_fit
 from psyche_node.training.options import DEFAULTS, Options
 
 LENGTH, VOCABULARY, SHARE = 128, 1024, 4
@@ -65,7 +64,7 @@ def folder_of(kind: str, tied: bool, make: Callable[[], Path], **sizes: int) -> 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values, **tokens))
     folder = make()
     model.save_pretrained(folder)
-    return folder, shape_of(kind, config, tensors_of(kind, config))
+    return folder, shape_from(ModelConfig(kind, folder / "config.json", config))
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +155,29 @@ def test_a_step_needs_what_was_planned(
     assert found.optimizer <= kept + account.SCRATCH
 
 
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelShape]:
+    """A family whose logits are no plain product, with so many words that they are what a step needs most for."""
+    sizes = {"vocab_size": 8 * VOCABULARY, "logits_scaling": 8}
+    return folder_of("granite", False, lambda: tmp_path_factory.mktemp("model"), **sizes)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(("micro_batch", "checkpointing"), [(1, False), (4, False), (4, True)])
+def test_a_step_with_full_logits_needs_what_was_planned(
+    scaled: tuple[Path, ModelShape],
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+) -> None:
+    folder, shape = scaled
+    assert shape.loss == "full"
+    found = peaks_of(folder, micro_batch, checkpointing, lookahead, monkeypatch)
+    wanted = planned(shape, "fp32", micro_batch, checkpointing, lookahead)
+    assert wanted == pytest.approx(found.training, rel=0.1)
+
+
 @pytest.fixture
 def autocast(monkeypatch: pytest.MonkeyPatch) -> None:
     """bf16 computing with fp32 weights, as on one GPU."""
@@ -197,33 +219,12 @@ def test_a_step_with_bf16_weights_needs_what_was_planned(
     assert plan == pytest.approx(found.training, rel=0.1)
 
 
-@pytest.mark.parametrize("more", [{"logits_scaling": 2.0}, {}], ids=["scaled", "chunked"])
-def test_full_logits_are_in_the_account(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: dict[str, Any]) -> None:
-    """With a large vocabulary they are most of it."""
-    folder, shape = folder_of("granite", False, lambda: tmp_path, vocab_size=8 * VOCABULARY, **more)
-    found = peaks_of(folder, 4, False, True, monkeypatch).training
-    plan = planned(shape, "fp32", 4, False, True, full_logits=bool(more))
-    logit = 4 * LENGTH * 8 * VOCABULARY
-    # Capped ones, which these are not, would be 4 bytes more.
-    assert plan - 4 * logit * bool(more) == pytest.approx(found, rel=0.1)
-
-
-def test_what_fits_counts_full_logits_and_a_copy_only_where_there_is_one(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_step_in_bf16_with_full_logits_needs_what_was_planned(
+    scaled: tuple[Path, ModelShape], autocast: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, _ = folder_of("granite", False, lambda: tmp_path, logits_scaling=2.0)
-    sites: list[Site] = []
-
-    def seen(*arguments: Any) -> Fit:
-        sites.append(arguments[5])
-        return choose_fit(*arguments)
-
-    monkeypatch.setattr(preparing, "choose_fit", seen)
-    for lookahead in (True, False):
-        Session(folder, LongData(), terms(lookahead=lookahead), "cpu", 1, 1)
-    assert [(one.lookahead, one.full_logits) for one in sites] == [(True, True), (False, True)]
-    works = [_work(torch.device("cpu"), LENGTH, 1, False, one) for one in sites]
-    assert [(work.lookahead, work.full_logits) for work in works] == [(True, True), (False, True)]
+    folder, shape = scaled
+    found = peaks_of(folder, 4, False, True, monkeypatch)
+    assert planned(shape, "autocast", 4, False, True) == pytest.approx(found.training, rel=0.1)
 
 
 def test_the_account_sees_what_autograd_keeps() -> None:
