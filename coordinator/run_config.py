@@ -230,12 +230,19 @@ def load_settings(
     Raises:
         ConfigError: with one line per key that is missing, unknown or out of range.
     """
+    return validated(RunSettings, settings_table(run_id, file, overrides, recipe), "")
+
+
+def settings_table(
+    run_id: str | None, file: Path | None, overrides: Sequence[str], recipe: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """As `load_settings`, before anything is looked at. Raises ConfigError for what is not TOML, or no KEY=VALUE."""
     table = _over(recipe or {}, {} if file is None else read_toml(file))
     if run_id is not None:
         table["run_id"] = run_id
     for override in overrides:
         _override(table, override)
-    return validated(RunSettings, table, "")
+    return table
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
