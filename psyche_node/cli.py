@@ -19,7 +19,7 @@ from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
 from psyche_node.commands.terms import terms
-from psyche_node.exits import Exit, exit_for
+from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
@@ -171,23 +171,34 @@ async def _run(settings: NodeConfig) -> int:
     """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
     from psyche_node.node.daemon import Node
+    from psyche_node.node.folder import held
 
     async def live() -> None:
-        await Node(settings).run()
+        with held(settings.folder):
+            await Node(settings).run()
 
     loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
+    asked = False
+
+    def stop() -> None:
+        nonlocal asked
+        asked = True
+        task.cancel()
+
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, task.cancel)
+        loop.add_signal_handler(number, stop)
     try:
         await task
     except asyncio.CancelledError:
         log.info("stopped by a signal")
         return Exit.INTERRUPTED
     except Exception as error:
-        while isinstance(error, ExceptionGroup):
-            error = error.exceptions[0]
+        if asked:
+            # Its processes may have got the signal, too, and have been quicker.
+            log.info("stopped by a signal; on the way: %s", in_words(error))
+            return Exit.INTERRUPTED
         code = exit_for(error)
-        log.error("%s: %s", type(error).__name__, error, exc_info=error if code is Exit.UNEXPECTED else None)
+        log.error("%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
         return code
     return Exit.OK
 

@@ -61,6 +61,11 @@ class Exit(ExitCode):
         "A file or folder could not be read or written.",
         "The message names it. Look at permissions, free space (`df -h`) and whether the output folder is new.",
     )
+    FOLDER_IN_USE = (
+        14,
+        "Another process runs a node with this folder.",
+        "The message names the process. Stop it, or give this one a `--folder` of its own: two nodes need two wallets.",
+    )
     CHAIN_UNAVAILABLE = (
         20,
         "No RPC endpoint answered, after all retries.",
@@ -101,7 +106,8 @@ class Exit(ExitCode):
     NETWORK = (
         30,
         "The network process could not listen or start.",
-        "Another process may hold it: choose `--p2p-port`, `--grpc-port` and `--bulk-port`, or 0 for any free one.",
+        "The message names the setting, and who has the port: choose another `--p2p-port`, `--grpc-port` or "
+        "`--bulk-port`, or 0 for any free one.",
     )
     UPDATE_MISSING = (
         31,
@@ -199,7 +205,9 @@ _EXITS: dict[str, Exit] = {
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
+    "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
+    "psyche_node.node.folder.FolderInUse": Exit.FOLDER_IN_USE,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
     "psyche_node.data.errors.BadSample": Exit.DATA,
@@ -226,7 +234,14 @@ _EXITS: dict[str, Exit] = {
 """By name, so that a command does not import torch to say how it ended."""
 
 _BY_CLASS_NAME = {name.rpartition(".")[2]: code for name, code in _EXITS.items()}
-_REMOTE = re.compile(r"[\w -]+: \w+: (\w+): ")
+_REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
+
+
+def in_words(error: BaseException) -> str:
+    """Return what ended a command, as a line of the log: the class and its message. Of a group, the first member; of
+    what a child process reported, what it was there."""
+    error = _first(error)
+    return _reported(error) or f"{type(error).__name__}: {error}"
 
 
 def exit_for(error: BaseException) -> Exit:
@@ -235,14 +250,25 @@ def exit_for(error: BaseException) -> Exit:
     Of a group, the first member's. What a child process reported (``RemoteFailure``: "training: Load: ModelError: ...")
     counts as what it was there.
     """
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
+    error = _first(error)
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    classes = type(error).__mro__
-    if any(one.__name__ == "RemoteFailure" for one in classes) and (there := _REMOTE.match(str(error))):
-        return _BY_CLASS_NAME.get(there.group(1), Exit.CHILD_PROCESS)
-    for one in classes:
+    if (there := _reported(error)) is not None:
+        return _BY_CLASS_NAME.get(there.partition(":")[0], Exit.CHILD_PROCESS)
+    for one in type(error).__mro__:
         if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
             return code
     return Exit.UNEXPECTED
+
+
+def _first(error: BaseException) -> BaseException:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    return error
+
+
+def _reported(error: BaseException) -> str | None:
+    """Return class and message of what another process reported, None for an error of this one."""
+    remote = any(one.__name__ == "RemoteFailure" for one in type(error).__mro__)
+    there = _REMOTE.match(str(error)) if remote else None
+    return None if there is None else there.group(1)

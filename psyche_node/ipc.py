@@ -20,6 +20,8 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from psyche_node.exits import Exit, exit_for
+
 log = logging.getLogger(__name__)
 MAX_FRAME = 16 * 1024 * 1024
 MAX_REASON = 4096
@@ -236,7 +238,9 @@ def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> Non
         try:
             reply = encode_frame(request_id, handle(message))
         except Exception as error:
-            log.info("%s failed", type(message).__name__, exc_info=True)
+            # One that has an exit code says what it means, and the supervisor says it; of others, all is wanted.
+            known = exit_for(error) is not Exit.UNEXPECTED
+            log.log(logging.DEBUG if known else logging.ERROR, "%s failed", type(message).__name__, exc_info=True)
             reason = f"{type(message).__name__}: {type(error).__name__}: {error}"
             reply = encode_frame(request_id, Failure(reason=reason[:MAX_REASON]))
         try:

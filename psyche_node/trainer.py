@@ -30,8 +30,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0: as the supervisor's Load says")
     parser.add_argument("--log-level", default="INFO")
     options = parser.parse_args(arguments)
-    # Ctrl-C reaches the whole process group; the supervisor decides what happens, and closes the socket.
+    # Ctrl-C reaches the whole process group, and SIGTERM all processes of a service; the supervisor decides what
+    # happens, and closes the socket. A rank that torchrun has started has no supervisor but torchrun.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if "TORCHELASTIC_RUN_ID" not in os.environ or options.fd is not None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     # Threads that wait for work must not spin: several training processes may share this machine's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

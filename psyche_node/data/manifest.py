@@ -20,7 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from psyche_node.data.errors import DataError, DataMismatch
 
 NAME = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 MAX_BYTES = 64 * 1024 * 1024
 SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
 
@@ -45,7 +45,7 @@ class Shard(BaseModel):
 
 
 class Counts(BaseModel):
-    """What became of every sample of a file; the first four sum to ``samples``."""
+    """What became of every sample of a file; the first five sum to ``samples``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +57,8 @@ class Counts(BaseModel):
     """Samples dropped because they do not fit into one sequence. Use a longer sequence, or cut them."""
     untrained: int = Field(default=0, ge=0)
     """Samples dropped because none of their tokens would be trained."""
+    bad: int = Field(default=0, ge=0)
+    """Records passed over because they are no samples, or none that the chat template takes."""
     samples: int = Field(default=0, ge=0)
     cut: int = Field(default=0, ge=0)
     """Of the packed samples, those that lost their end to fit into one sequence."""

@@ -27,14 +27,6 @@ from psyche_node.data.textcoding import Coded, TextCoder
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDS = ("</think>", "</seed:think>")
-_SAYABLE = frozenset(
-    [
-        *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-        *("<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "</seed:cot_budget_reflect>"),
-        *("<seed:tool_call>", "</seed:tool_call>"),
-    ]
-)
-"""Control tokens that the assistant's own text may spell: it generates them between its words."""
 
 
 class Rendered(NamedTuple):
@@ -62,7 +54,7 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, chosen: str | None = None) -> None:
         self.folder = folder
-        self._coder = TextCoder(folder)
+        self._coder = TextCoder.read(folder)
         self.tokenizer = self._coder.tokenizer
         config = self._config()
         self.special = {name: _token_text(config.get(name)) for name in _SPECIAL if config.get(name) is not None}
@@ -126,7 +118,10 @@ class ChatTemplate:
         Raises:
             BadSample: see ``render``.
         """
-        rendered = [self.render(sample) for sample in samples]
+        return self.tokenize([self.render(sample) for sample in samples])
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
+        """Return what ``encode`` does, of conversations that are rendered."""
         coded = self._coder.encode([one.text for one in rendered], [one.quoted for one in rendered])
         return [(np.array(c.ids, dtype=np.uint32), _mask(c, one)) for c, one in zip(coded, rendered, strict=True)]
 
@@ -154,15 +149,13 @@ class ChatTemplate:
 
     def _places(self, sample: Sample, text: str) -> dict[str, list[int]]:
         """Places by mark; see ``marked``. Most samples need none."""
-        spelled = self._coder.spelled
-        said = [_SAYABLE if message["role"] == "assistant" else frozenset() for message in sample.messages]
-        quotes = spells(sample.tools, spelled) or any(map(spells, sample.messages, [spelled] * len(said), said))
+        quotes = spells(sample.messages, sample.tools, self._coder.spelled)
         if not (sample.parts or sample.closed or quotes):
             return {QUOTE: [], BOUND: [], CLOSE: []}
         if holds_mark(text):
             raise BadSample(sample.where, "it holds a noncharacter, U+FDD0 to U+FDD2", "Remove it")
-        messages, number, expected = [], 0, 0
-        for message, allowed in zip(sample.messages, said, strict=True):
+        messages, tools, number, expected = list[Any](), sample.tools, 0, 0
+        for message in sample.messages:
             changed = dict(message)
             if message["role"] == "assistant":
                 bounds = [place for part in sample.parts.get(number, ()) for place in (part.start, part.end)]
@@ -171,10 +164,12 @@ class ChatTemplate:
                 number += 1
             if sample.closed and message is sample.messages[-1]:
                 changed["reasoning_content"] += CLOSE
-            messages.append(mark_spellings(changed, spelled, allowed) if quotes else changed)
+            messages.append(changed)
+        if quotes:
+            messages, tools = mark_spellings(messages, tools, self._coder.spelled)
         if not self._template.reasons:
             messages = [_inlined(message) for message in messages]
-        marked, _ = self._fill(sample, messages, mark_spellings(sample.tools, spelled), prompt=False)
+        marked, _ = self._fill(sample, messages, tools, prompt=False)
         stripped, places = strip_marks(marked)
         if stripped != text or len(places[BOUND]) != expected or len(places[CLOSE]) != sample.closed:
             raise BadSample(

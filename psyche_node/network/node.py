@@ -49,6 +49,7 @@ from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
 from psyche_node.network.nat.puncher import Puncher
 from psyche_node.network.nat.reachability import Reachability
 from psyche_node.network.nat.sockets import SocketFolder
+from psyche_node.network.ports import check_ports
 from psyche_node.network.push import PushReceiver
 from psyche_node.network.pusher import Pusher
 from psyche_node.network.quality import Quality
@@ -71,6 +72,7 @@ from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
 RENEW_EVERY = 3600.0
+PORTS = ("p2p_port", "grpc_port", "bulk_port")
 
 
 class NetworkNode:
@@ -153,6 +155,7 @@ class NetworkNode:
     async def running(self) -> AsyncIterator[Ready]:
         """Bring everything up; yields what to tell the supervisor. Raises NetworkError when a port cannot be had."""
         configure = self._configure
+        check_ports(configure.listen_host, {name: getattr(configure, name) for name in PORTS})
         self._token = trio.lowlevel.current_trio_token()
         guard = Guard(self._directory, self._reporter)
         service = NodeService(

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import logging
 import os
-import signal
 import sys
 import threading
 import time
@@ -101,7 +100,7 @@ class _Process:
 
     def refuse(self, reason: str) -> NoReturn:
         """Answer ``Configure`` with a Failure and end."""
-        log.error("%s", reason)
+        log.debug("%s", reason)  # the supervisor says it, as its own error
         self._reply(self._configure_id, Failure(reason=reason))
         sys.exit(2)
 
@@ -111,10 +110,7 @@ class _Process:
             self._reply(self._configure_id, ready)
             self.ready = True
             threading.Thread(target=self._converse, args=(node, token), name="ipc", daemon=True).start()
-            async with trio.open_nursery() as nursery:
-                nursery.start_soon(_stop_on_signal, node)
-                await node.stopping.wait()
-                nursery.cancel_scope.cancel()
+            await node.stopping.wait()
             threading.Thread(target=_exit_anyway, name="exit", daemon=True).start()
 
     def _converse(self, node: NetworkNode, token: trio.lowlevel.TrioToken) -> None:
@@ -137,12 +133,6 @@ class _Process:
         except OSError as error:
             # It is gone; the reading thread finds out, and ends the process.
             log.debug("the supervisor is gone: %s", error)
-
-
-async def _stop_on_signal(node: NetworkNode) -> None:
-    with trio.open_signal_receiver(signal.SIGTERM) as signals:
-        async for _ in signals:
-            node.stopping.set()
 
 
 def _exit_anyway() -> None:

@@ -88,7 +88,6 @@ class Node:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._faults = Faults.parse(config.faults)
-        config.folder.mkdir(parents=True, exist_ok=True)
         self._wallet: Keypair = load_or_create_keypair(config.wallet_path)
         self._node_key: NodeKey = load_or_create_node_key(config.node_key_path)
         self._member: int | None = None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import signal
 import socket
 import subprocess
 import sys
@@ -66,7 +67,9 @@ class Child:
         finally:
             _kill(self.process)
         if died:
-            log.error("the %s process had ended before, with exit status %d", self.name, self.process.returncode)
+            # One that got SIGTERM before it could ignore it was asked to end, as this process is.
+            level = logging.INFO if self.process.returncode == -signal.SIGTERM else logging.ERROR
+            log.log(level, "the %s process had ended before, with exit status %d", self.name, self.process.returncode)
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

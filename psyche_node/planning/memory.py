@@ -15,6 +15,8 @@ from psyche_node.planning.shape import ModelShape
 
 CHUNK_LOGITS: Final = 1 << 22  # training.loss.CHUNK_LOGITS; a test compares, as torch is not needed here
 BLOCK: Final = 4096
+GRADIENT: Final = 4
+"""Bytes of a sum of gradients, which is in fp32 whatever the weights are in."""
 SCRATCH: Final = 256 * BLOCK * 32
 """What the optimizer needs beside its state at most: it works on 256 blocks at a time."""
 CONTEXT: Final = 1 << 30
@@ -94,7 +96,7 @@ def memory(shape: ModelShape, work: Work, *, outside: int | None = None, scratch
         workspace=CONTEXT + NCCL * several if outside is None else outside,
     )
     moments = [replace(state, **moment) for moment in _moments(shape, work, held)]
-    moments.append(replace(state, gradients=held * work.weight_bytes, workspace=state.workspace + scratch))
+    moments.append(replace(state, gradients=held * GRADIENT, workspace=state.workspace + scratch))
     return max(moments, key=lambda one: one.total)
 
 
@@ -114,9 +116,10 @@ def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     """The moments of a step that can be its peak."""
     c, s = _widths(work)
     several = work.data_parallel * work.tensor_parallel
-    weight = work.weight_bytes  # also of FSDP2's gradients, which are summed in fp32 and kept in the weights' type
-    gradient = held * weight
-    before = gradient if work.micro_batches > 1 else 0
+    # Sums of gradients are in fp32, those of bf16 weights from the start; what autograd makes is in the weights' type.
+    weight = work.weight_bytes
+    gradient = held * GRADIENT
+    before = gradient if work.micro_batches > 1 or weight < GRADIENT else 0
     layer = layer_bytes(shape, work)
     kept = s * shape.hidden * work.tokens if work.checkpointing else layer
     ends, last_norm = _ends(work, shape), work.tokens * ((8 if s == 4 else 6) * shape.hidden + 4)

@@ -40,12 +40,12 @@ def test_multiple_choice_is_the_likeliest_choice(subject: Subject, write_task: C
     file = write_task(ROWS, kind="multiple_choice", prompt="{{ q }}?", choices="others", target="{{ sum }}")
     (found,) = results_of(subject, file).tasks
     right = by_length = 0
-    encode = subject.engine.prompts.encode
+    encode = subject.engine.prompts.encode_text
     for row in ROWS:
         sums = []
         for choice in row["others"]:  # type: ignore[union-attr]
             pair = encode_pair(encode, (), f"{row['q']}?", f" {choice}", None)
-            ids = subject.engine.prompts.encode(f"{row['q']}? {choice}")
+            ids = subject.engine.prompts.encode_text(f"{row['q']}? {choice}")
             assert pair.tokens == ids
             with torch.no_grad():
                 logprobs = subject.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -64,7 +64,7 @@ def test_multiple_choice_is_the_likeliest_choice(subject: Subject, write_task: C
 def test_what_the_model_says_is_found_again(subject: Subject, write_task: Callable[..., Path]) -> None:
     """Its own greedy answers are exact matches, and greedy by log-likelihood."""
     prompts = [f"{row['q']}?" for row in ROWS]
-    tokens = [subject.engine.prompts.encode(prompt) for prompt in prompts]
+    tokens = [subject.engine.prompts.encode_text(prompt) for prompt in prompts]
     said = subject.engine.generate(tokens, 4)
     rows = [{"q": prompt, "a": one.text} for prompt, one in zip(prompts, said, strict=True) if one.text.strip()]
     assert len(rows) > 4
@@ -112,7 +112,7 @@ def test_grades(text: str, ended: bool, inside: str | None, expected: tuple[int,
 
 
 def test_answers_that_were_cut_go_on_as_if_they_had_not_been(subject: Subject) -> None:
-    tokens = [subject.engine.prompts.encode(f"{row['q']}?") for row in ROWS[:5]]
+    tokens = [subject.engine.prompts.encode_text(f"{row['q']}?") for row in ROWS[:5]]
     requests = [Request(prompt, 24, stop=("0",)) for prompt in tokens]
 
     def every_third() -> Iterator[bool]:

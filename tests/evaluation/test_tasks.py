@@ -12,7 +12,7 @@ from pyarrow import parquet
 
 from psyche_node.evaluation import Subject, TaskError, load_task, open_tasks
 from psyche_node.evaluation.answers import Regex, extract, matches
-from psyche_node.evaluation.evaluate import prompt_text
+from psyche_node.evaluation.evaluate import prompt_of
 from psyche_node.evaluation.examples import open_task, spread
 
 ROWS = [
@@ -50,13 +50,13 @@ def test_prompts_in_plain_text_and_in_chat(write_task: Callable[..., Path], subj
     settings = {**CHOICE, "kind": "generate_until", "choices": "", "few_shot": 1, "description": "Add."}
     loaded = open_task(write_task(ROWS, **settings))
     (shown, said), asked = loaded.examples[0].shots[0], loaded.examples[0].prompt
-    assert prompt_text(subject, loaded.task, loaded.examples[0], None) == f"Add.\n\n{shown} {said}\n\n{asked}"
+    assert prompt_of(subject, loaded.task, loaded.examples[0], None).text == f"Add.\n\n{shown} {said}\n\n{asked}"
     loaded = open_task(write_task(ROWS, **settings, chat=True, thinking="both"))
     assert loaded.task.switches == (True, False)
     end = "<|eot_id|>"
     turns = f"[system]Add.{end}[user]{shown}{end}[assistant]{said}{end}[user]{asked}{end}[assistant]"
     for thinking, more in ((True, "<think>"), (False, "")):
-        assert prompt_text(subject, loaded.task, loaded.examples[0], thinking) == turns + more
+        assert prompt_of(subject, loaded.task, loaded.examples[0], thinking).text == turns + more
 
 
 def test_parquet_and_toml_say_the_same_as_jsonl_and_json(tmp_path: Path, write_task: Callable[..., Path]) -> None:

@@ -19,6 +19,7 @@ from psyche_node import cli
 from psyche_node.exits import Exit
 from psyche_node.generation import Engine
 from psyche_node.generation.conversation import Conversation, Manner
+from psyche_node.generation.prompts import Prompt
 from psyche_node.sim import cli as sim
 
 Run = Callable[..., tuple[int, str, str]]
@@ -92,10 +93,10 @@ def test_a_switch_that_the_template_lacks_is_named(run: Run, model_folder: Path)
 
 def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.prompts._tokenizer, "chat_template", SWITCHED)
-    rendered: list[str] = []
+    rendered: list[Prompt] = []
     render = engine.prompts.render
 
-    def note(*arguments: object, **options: object) -> str:
+    def note(*arguments: object, **options: object) -> Prompt:
         rendered.append(render(*arguments, **options))  # type: ignore[arg-type]
         return rendered[-1]
 
@@ -111,14 +112,14 @@ def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monk
     next(stopped)
     stopped.close()
     list(talk.ask("three"))
-    said = rendered[-1]
+    said = rendered[-1].text
     assert said.startswith("<|start_header_id|>system<|end_header_id|>Be brief.")
     assert "assistant<|end_header_id|><|eot_id|>" in said, "reasoning is forgotten"
     assert f"assistant<|end_header_id|>{answer.strip()}<|eot_id|>" in said
     assert "never mind" not in said
     talk.forget()
     list(talk.ask("four"))
-    assert "three" not in rendered[-1]
+    assert "three" not in rendered[-1].text
 
 
 def test_on_a_terminal(taught_folder: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import signal
@@ -15,7 +16,7 @@ import pytest
 import trio
 from network_driver import RUN, Process, network
 
-from psyche_node.exits import Exit, exit_for
+from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.ipc import Message, RemoteFailure
 from psyche_node.network import swarm
 from psyche_node.network.messages import (
@@ -337,11 +338,12 @@ def test_a_frozen_peer_is_noticed_by_its_silence(tmp_path: Path, monkeypatch: py
 def test_it_ends_with_its_supervisor_and_leaves_nothing(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with network(tmp_path, 2) as (first, second):
+            # Both reach all processes of a node, and when to end is the supervisor's decision.
             first.process.send_signal(signal.SIGINT)
-            assert await first.endpoint.call(GetStats(), Stats)
-            assert await first.stop() == 0
             second.process.send_signal(signal.SIGTERM)
-            assert await asyncio.to_thread(second.process.wait, 10) == 0
+            for process in (first, second):
+                assert await process.endpoint.call(GetStats(), Stats)
+                assert await process.stop() == 0
             for process in (first, second):
                 assert "Traceback" not in process.log_text()
                 assert all(re.match(r'\{"ts": ', line) for line in process.log_text().splitlines())
@@ -386,7 +388,7 @@ def test_what_an_earlier_process_left_unfinished_is_removed(tmp_path: Path) -> N
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("port", ["grpc_port", "p2p_port"])
+@pytest.mark.parametrize("port", ["grpc_port", "p2p_port", "bulk_port"])
 def test_a_taken_port_is_refused_with_a_reason(tmp_path: Path, port: str) -> None:
     async def scenario() -> None:
         with socket.socket() as taken:
@@ -400,10 +402,13 @@ def test_a_taken_port_is_refused_with_a_reason(tmp_path: Path, port: str) -> Non
                 run=RUN.hex(),
                 **{port: taken.getsockname()[1]},
             )
-            with pytest.raises(RemoteFailure, match="Is the port taken") as refused:
+            with pytest.raises(RemoteFailure, match=f"{port}: .* is taken") as refused:
                 await process.endpoint.call(configure, Ready)
             assert exit_for(refused.value) is Exit.NETWORK, "the daemon ends with what the port means"
+            assert in_words(refused.value).startswith(f"PortUnavailable: {port}: 127.0.0.1:")
             assert await process.stop() == 2
+            # It is the supervisor's to say.
+            assert all(json.loads(line)["level"] == "DEBUG" for line in process.log_text().splitlines())
 
     asyncio.run(scenario())
 

@@ -63,14 +63,22 @@ def test_child_is_killed_at_once_when_its_end_is_cancelled(module: Path) -> None
     run_async(test())
 
 
-def test_child_that_died_is_told_with_its_exit_status(module: Path, caplog: pytest.LogCaptureFixture) -> None:
-    module.write_text("raise SystemExit(7)")
+@pytest.mark.parametrize(
+    ("end", "level", "status"),
+    [("raise SystemExit(7)", "ERROR", 7), ("import os, signal; os.kill(os.getpid(), signal.SIGTERM)", "INFO", -15)],
+    ids=["by itself", "by the signal that all get"],
+)
+def test_child_that_died_is_told_with_its_exit_status(
+    module: Path, caplog: pytest.LogCaptureFixture, end: str, level: str, status: int
+) -> None:
+    module.write_text(end)
 
     async def test() -> None:
         child = await Child.start("training", "child_under_test", lambda message: None)
         await child.endpoint.closed.wait()
-        with caplog.at_level(logging.ERROR):
+        with caplog.at_level(logging.INFO):
             await child.stop()
-        assert "the training process had ended before, with exit status 7" in caplog.text
+        said = [(one.levelname, one.message) for one in caplog.records]
+        assert said == [(level, f"the training process had ended before, with exit status {status}")]
 
     run_async(test())

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import socket
 import struct
 from collections.abc import AsyncIterator
@@ -12,6 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from node_stage import child, run_async
 
+from psyche_node.exits import in_words
 from psyche_node.ipc import (
     MAX_FRAME,
     BlockingChannel,
@@ -23,6 +25,7 @@ from psyche_node.ipc import (
     decode_frame,
     encode_frame,
 )
+from psyche_node.training.errors import ModelError
 
 
 class Question(Message):
@@ -240,5 +243,30 @@ def test_closing_fails_what_is_pending() -> None:
             await peer.endpoint.close()
             with pytest.raises(IpcError, match="gone"):
                 await call
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    ("error", "level", "words"),
+    [
+        (ModelError("empty has no config.json"), logging.DEBUG, "ModelError: empty has no config.json"),
+        (ZeroDivisionError("by zero"), logging.ERROR, "ZeroDivisionError: by zero"),
+    ],
+)
+def test_only_what_nobody_foresaw_is_logged_with_a_traceback(
+    caplog: pytest.LogCaptureFixture, error: Exception, level: int, words: str
+) -> None:
+    """What is foreseen becomes the supervisor's one line."""
+
+    def fail(message: Message) -> Message:
+        raise error
+
+    async def test() -> None:
+        async with child(fail) as (endpoint, _):
+            with caplog.at_level(logging.DEBUG), pytest.raises(RemoteFailure) as caught:
+                await endpoint.call(Ok(), Ok)
+        assert in_words(ExceptionGroup("", [caught.value])) == words
+        assert [one.levelno for one in caplog.records if one.message == "Ok failed"] == [level]
 
     run_async(test())

@@ -20,6 +20,7 @@ from psyche_node.planning.shape import ModelConfig, ModelShape
 from psyche_node.training import Session, loss
 from psyche_node.training import session as trainer
 from psyche_node.training.device import Device
+from psyche_node.training.options import DEFAULTS, Options
 
 LENGTH, VOCABULARY, SHARE = 128, 1024, 4
 BASE: dict[str, Any] = {
@@ -81,10 +82,15 @@ class Peaks:
 
 
 def peaks_of(
-    folder: Path, micro_batch: int, checkpointing: bool, lookahead: bool, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Options = DEFAULTS,
 ) -> Peaks:
     """Of two rounds."""
-    session = Session(folder, LongData(), terms(lookahead=lookahead), "cpu", micro_batch, 1)
+    session = Session(folder, LongData(), terms(lookahead=lookahead), "cpu", micro_batch, 1, options=options)
     if checkpointing:
         session.model.gradient_checkpointing_enable({"use_reentrant": False})
     accumulate, peaks = trainer.accumulate, Peaks()
@@ -110,7 +116,14 @@ def peaks_of(
     return peaks
 
 
-def planned(shape: ModelShape, compute: account.Compute, micro_batch: int, checkpointing: bool, lookahead: bool) -> int:
+def planned(
+    shape: ModelShape,
+    compute: account.Compute,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+    **changes: Any,
+) -> int:
     work = account.Work(
         sequence=LENGTH,
         micro_batch=micro_batch,
@@ -119,6 +132,7 @@ def planned(shape: ModelShape, compute: account.Compute, micro_batch: int, check
         lookahead=lookahead,
         micro_batches=SHARE // micro_batch,
         masked=True,
+        **changes,
     )
     return account.memory(shape, work, outside=0, scratch=0).total
 
@@ -195,6 +209,22 @@ def test_a_step_in_bf16_with_full_logits_needs_what_was_planned(
     folder, shape = scaled
     found = peaks_of(folder, 4, False, True, monkeypatch)
     assert planned(shape, "autocast", 4, False, True) == pytest.approx(found.training, rel=0.1)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize(("kind", "tied"), [("seed_oss", False), ("llama", True)])
+def test_a_step_with_bf16_weights_needs_what_was_planned(
+    models: dict[tuple[str, bool], tuple[Path, ModelShape]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tied: bool,
+    micro_batch: int,
+) -> None:
+    """Their gradients are in fp32."""
+    folder, shape = models[kind, tied]
+    found = peaks_of(folder, micro_batch, False, True, monkeypatch, Options(precision="bf16"))
+    plan = planned(shape, "bf16", micro_batch, False, True, weight_bytes=2, masters=False)
+    assert plan == pytest.approx(found.training, rel=0.1)
 
 
 def test_the_account_sees_what_autograd_keeps() -> None:

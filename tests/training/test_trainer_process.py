@@ -73,7 +73,8 @@ def test_two_processes_train_together(model_dir: Path, packed: Path, tmp_path: P
             assert any("documents are separated" in line for line in loaded.reasons)
             before = await a.call(m.Evaluate(), m.Evaluated)
             for process in (process_a, process_b):
-                process.send_signal(signal.SIGINT)  # Ctrl-C is the supervisor's business
+                for number in (signal.SIGINT, signal.SIGTERM):  # they are the supervisor's business
+                    process.send_signal(number)
             for number in range(3):
                 trained = await asyncio.gather(
                     *(
