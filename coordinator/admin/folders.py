@@ -11,11 +11,11 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from coordinator.run_config import ConfigError, TrainingSettings
 
-_MEANS = {
+TERMS_OF_FOLDERS: Final = {
     "model_root": "--model",
     "layout_digest": "--model",
     "update_bytes": "--model",
@@ -23,6 +23,7 @@ _MEANS = {
     "samples": "--data",
     "sequence_length": "--data",
 }
+"""Keys of `terms`, and the folder that each follows from."""
 
 
 def terms_of_folders(table: Mapping[str, Any], model: Path | None, data: Path | None, precision: str) -> dict[str, Any]:
@@ -41,13 +42,15 @@ def terms_of_folders(table: Mapping[str, Any], model: Path | None, data: Path | 
     found.pop("topk", None)
     folders = {"--model": model, "--data": data}
     wrong = [
-        f"  terms.{key} is {given[key]}, but {_MEANS[key]} {folders[_MEANS[key]]} has {value}"
+        f"  terms.{key} is {given[key]}, but {TERMS_OF_FOLDERS[key]} {folders[TERMS_OF_FOLDERS[key]]} has {value}"
         for key, value in found.items()
         if key in given and not _same(given[key], value)
     ]
     if wrong:
         text = "\n".join(wrong)
-        raise ConfigError(f"the folders are not what the settings say; leave these keys out, or correct them:\n{text}")
+        raise ConfigError(
+            f"the folders are not what the settings say; leave these keys out, or --set terms.KEY=VALUE over them:\n{text}"
+        )
     return found
 
 

@@ -72,6 +72,8 @@ def create(
     to agree with what the settings say."""
 
     async def act() -> None:
+        wallet, program_id = load_keypair(payer), pubkey(program, "--program")
+        owner = wallet.pubkey()
         base = load_recipe(recipe).settings() if recipe else None
         table = settings_table(run_id, config, overrides or [], base)
         computed = {}
@@ -83,9 +85,6 @@ def create(
         settings = validated(RunSettings, table, "")
         limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
-        wallet = load_keypair(payer)
-        owner = wallet.pubkey()
-        program_id = pubkey(program, "--program")
         places = run_addresses(program_id, owner, settings.run_id)
         run = places.run
         async with CoordinatorClient(
