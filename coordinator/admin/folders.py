@@ -49,7 +49,8 @@ def terms_of_folders(table: Mapping[str, Any], model: Path | None, data: Path | 
     if wrong:
         text = "\n".join(wrong)
         raise ConfigError(
-            f"the folders are not what the settings say; leave these keys out, or --set terms.KEY=VALUE over them:\n{text}"
+            "the folders are not what the settings say; leave these keys out, or --set terms.KEY=VALUE over them:\n"
+            + text
         )
     return found
 

@@ -30,7 +30,7 @@ from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
 from coordinator.recipes import load_recipe
-from coordinator.run_config import ConfigError, RunSettings, settings_table, validated
+from coordinator.run_config import ConfigError, settings_table
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.snapshot import take_snapshot
 from coordinator.wallet import load_keypair
@@ -50,7 +50,7 @@ def create(
     config: Annotated[Path | None, typer.Option(help="TOML file with run_id, [limits] and [terms].")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. limits.batch=64. Repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. batch=64 or limits.batch=64. Repeatable."),
     ] = None,
     model: Annotated[
         Path | None,
@@ -78,11 +78,11 @@ def create(
         table = settings_table(run_id, config, overrides or [], base)
         computed = {}
         if model is not None or data is not None:
-            computed = terms_of_folders(table, model, data, precision)
-            table["terms"] = {**table.get("terms", {}), **computed}
+            computed = terms_of_folders(table.values, model, data, precision)
+            table.values["terms"] = {**table.values.get("terms", {}), **computed}
             for key, value in computed.items():
                 print(f"computed from the folders: terms.{key} = {value}", file=sys.stderr)
-        settings = validated(RunSettings, table, "")
+        settings = table.checked()
         limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
         places = run_addresses(program_id, owner, settings.run_id)
