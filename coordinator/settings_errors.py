@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel, ValidationError
-from pydantic_core import ErrorDetails
 
 Sources = Sequence[tuple[str, Mapping[str, Any]]]
 """Names of where settings are from, and the tables there; those that win come first."""
@@ -37,10 +36,10 @@ _ALLOWED: Final[dict[str, Callable[[dict[str, Any]], str]]] = {
 
 def explain(error: ValidationError, model: type[BaseModel], section: str, sources: Sources = ()) -> list[str]:
     """A line for each thing that is wrong with settings of ``model``, whose keys stand in ``section``."""
-    return [_line(one, model, section, sources) for one in error.errors()]
+    return [_line(cast(Mapping[str, Any], one), model, section, sources) for one in error.errors()]
 
 
-def _line(one: ErrorDetails, model: type[BaseModel], section: str, sources: Sources) -> str:
+def _line(one: Mapping[str, Any], model: type[BaseModel], section: str, sources: Sources) -> str:
     path = [str(part) for part in one["loc"]]
     key, kind = ".".join(filter(None, (section, *path))) or "settings", one["type"]
     if kind == "missing":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -259,3 +260,24 @@ def test_a_name_whose_address_is_taken_is_refused(
     admin("ledger", "airdrop", members, "1", "--rpc", ledger.rpc)
     options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
     assert "choose another name" in admin("run", "create", "blocked", *options, status=10)
+
+
+def test_a_wallet_that_cannot_pay_is_told_how_much_and_how(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], config: Path, tmp_path: Path
+) -> None:
+    poor = tmp_path / "poor.json"
+    address = json.loads(admin("keys", "new", poor, "--json"))["address"]
+    words = ("run", "create", "--payer", poor, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    for extra in ((), ("--dry-run",)):
+        said = admin(*words, *extra, status=21)
+        found = re.search(
+            rf"wallet {address} has 0 SOL, and this takes ([\d.]+) SOL: send it \1 SOL, here with: (.*)", said
+        )
+        assert found is not None, said
+    name, *airdrop = found[2].split()
+    assert name == "psyche-admin"
+    admin(*airdrop)
+    before = json.loads(admin("keys", "show", poor, "--rpc", ledger.rpc, "--json"))["lamports"]
+    admin(*words)
+    after = json.loads(admin("keys", "show", poor, "--rpc", ledger.rpc, "--json"))["lamports"]
+    assert before - after == round(float(found[1]) * 10**9), "what was told is what it took"
