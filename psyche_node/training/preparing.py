@@ -70,12 +70,7 @@ def prepare_model(
         if only_bf16
         else "weights in fp32: signed steps are too small for bf16"
     )
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if vocabulary < data.vocabulary:
-        raise ModelError(
-            f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
-            "the data with this model's tokenizer"
-        )
+    check_vocabulary(folder, model, data.vocabulary)
     root = Root(model)
     choices = candidates(model, options.attention, chosen.torch)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
@@ -97,6 +92,16 @@ def prepare_model(
         checkpoint_activations(model)
     chosen.micro_batch = fit.micro_batch
     return Trainable(model, chosen, loss, only_bf16, [*chosen.reasons, *reasons, *fit.reasons, *found, loss.reason])
+
+
+def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
+    """Raises ModelError for a model that has fewer than the ``tokens`` that its data was prepared with."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if vocabulary < tokens:
+        raise ModelError(
+            f"{folder} has {vocabulary} token embeddings; the data was prepared with {tokens} tokens. Prepare the data "
+            "with this model's tokenizer"
+        )
 
 
 _MASKED = ("sdpa", "eager")
