@@ -26,7 +26,7 @@ class Thought:
 
 def think(engine: Engine, asked: Sequence[Question], room: int, seed: int) -> list[Thought]:
     """Ask each question once, at temperature 1, with ``room`` tokens for reasoning and answer together."""
-    (close,) = engine.prompts.encode(END)
+    (close,) = engine.prompts.encode_text(END)
     prompts = [engine.encode([{"role": "user", "content": one.text}], thinking=True) for one in asked]
     thoughts = []
     for one, prompt, said in zip(
@@ -39,7 +39,7 @@ def think(engine: Engine, asked: Sequence[Question], room: int, seed: int) -> li
 
 def answers(engine: Engine, thoughts: Sequence[Thought], budget: int, seed: int) -> list[str]:
     """What is said after each one's reasoning, which is ended by force after ``budget`` tokens if it goes on."""
-    (close,) = engine.prompts.encode(END)
+    (close,) = engine.prompts.encode_text(END)
     prompts = [(*one.prompt, *one.reasoning[:budget], close) for one in thoughts]
     return [one.text for one in engine.generate(prompts, ANSWER, temperature=1.0, seed=seed)]
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from psyche_node.training.device import Device
 from psyche_node.training.errors import OutOfMemory
@@ -60,6 +60,7 @@ _FEW = 8
 def _motions(loss: LossFunction, batch: PackedBatch, device: Device, world: World) -> None:
     """As many forward and backward passes as ``_accumulated`` makes, over next to nothing."""
     loss.model.zero_grad(set_to_none=True)
+    _sum_in_fp32(loss.model)
     for part, _ in world.divide(_trained_rows(batch), device.micro_batch):
         few = [values[part[:1], :_FEW] for values in (batch.tokens, batch.trained, batch.places)]
         with device.compute():
@@ -71,6 +72,7 @@ def _accumulated(loss: LossFunction, batch: PackedBatch, device: Device, world: 
     """Make the gradient, and return the sum of the losses over this rank's tokens."""
     tokens = int(batch.trained.sum())
     total = 0.0
+    _sum_in_fp32(loss.model)
     for part in micro_batches(batch, device, world):
         with device.compute():
             summed = loss(*part)
@@ -78,6 +80,15 @@ def _accumulated(loss: LossFunction, batch: PackedBatch, device: Device, world: 
         (summed * (world.data_parallel / tokens)).backward()  # type: ignore[no-untyped-call]
         total += float(summed.detach())
     return total
+
+
+def _sum_in_fp32(model: nn.Module) -> None:
+    """Have gradients of bf16 weights added up in fp32: in bf16, what many micro-batches add to a large sum is lost."""
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.grad_dtype = torch.float32
+            # FSDP2 adds to what is there, in its type, and would begin with one of the weight's.
+            parameter.grad = torch.zeros_like(parameter, dtype=torch.float32)
 
 
 def micro_batches(

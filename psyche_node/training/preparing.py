@@ -14,7 +14,7 @@ from optimizer.layout import Layout
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
-from psyche_node.training.fit import Site, checkpoint_activations, choose_fit
+from psyche_node.training.fit import Site, checkpoint_activations, choose_fit, free_memory
 from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.model import build_model
 from psyche_node.training.options import DEFAULTS, Options
@@ -82,9 +82,9 @@ def prepare_model(
         reasons.append(compile_layers(model))
     loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
     site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
-    fit = choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site)
-    # Ranks go through the same micro-batches.
-    fit = world.told(fit)
+    # Ranks go through the same micro-batches, so the one with least memory decides.
+    free = world.least(free_memory(model, chosen.torch, world.on_host))
+    fit = world.told(choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site, free))
     if fit.checkpointing:
         checkpoint_activations(model)
     chosen.micro_batch = fit.micro_batch

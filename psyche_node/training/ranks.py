@@ -96,7 +96,8 @@ class Ranks(World):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._local = int(os.environ.get("LOCAL_RANK", rank))
-        self._one_host = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+        self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        self._one_host = self.on_host == size
         self._talk = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._mesh: DeviceMesh
         self._cut = TensorParallel()
@@ -216,6 +217,11 @@ class Ranks(World):
     def whole(self, tensor: Tensor) -> Tensor | None:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return full.detach().cpu() if self.rank == 0 else None
+
+    def least(self, value: int) -> int:
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self._talk)
+        return min(values)
 
     def told(self, value: T) -> T:
         box = [value]

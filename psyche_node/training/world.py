@@ -34,6 +34,8 @@ class World:
     size = 1
     data_parallel = 1
     """Ranks that divide the batch."""
+    on_host = 1
+    """Ranks on the host of this one."""
 
     def device(self, name: str) -> str:
         """The device of this rank, where the operator named ``name``. Raises TrainingError."""
@@ -92,6 +94,10 @@ class World:
     def whole(self, tensor: Tensor) -> Tensor | None:
         """All of a parameter, on the CPU: on rank 0; None on the others."""
         return tensor.detach().cpu()
+
+    def least(self, value: int) -> int:
+        """The smallest of what the ranks have."""
+        return value
 
     def told(self, value: T) -> T:
         """What rank 0 has, on every rank. It is pickled."""

@@ -104,7 +104,7 @@ def test_stage_2_is_mixed_half_and_half() -> None:
 def test_reasoning_is_ended_by_force_at_the_budget(folder: Path) -> None:
     engine = Subject.load(folder / "model", "cpu", "float32", LENGTH).engine
     thoughts = think(engine, [ASKED] * 8, LENGTH, seed=0)
-    (close,) = engine.prompts.encode("</think>")
+    (close,) = engine.prompts.encode_text("</think>")
     assert all(close not in one.reasoning for one in thoughts)
     asked: list[tuple[int, ...]] = []
     generate = engine.generate

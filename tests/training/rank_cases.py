@@ -157,6 +157,9 @@ def bf16_layouts_stay_one_model() -> None:
         ]
         for member in members:
             member.apply(round, blobs, True)
+            found = gradients(member)
+            assert {values.dtype for name, values in found.items() if name.startswith("model.")} == {torch.float32}
+            member.optimizer.zero_grad()
         assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
 
 
@@ -399,6 +402,21 @@ def each_rank_reads_what_it_holds() -> None:
                 assert torch.equal(model.get_buffer(name), buffer)
             tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
             assert tied == (whole.get_input_embeddings().weight is whole.get_output_embeddings().weight)
+
+
+def the_rank_with_least_memory_decides() -> None:
+    """And each counts on its share of what the host has."""
+    size, asked = dist.get_world_size(), list[int]()
+
+    def measured(model: Any, device: torch.device, sharers: int) -> int:
+        asked.append(sharers)
+        return 1 if dist.get_rank() == size - 1 else 1 << 50
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_node.training.preparing.free_memory", measured)
+        one = session(1)
+    assert asked == [size]
+    assert any("activations are computed again" in line for line in one.reasons)
 
 
 def a_step_that_fails_on_one_rank_fails_on_all() -> None:

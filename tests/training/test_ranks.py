@@ -65,6 +65,7 @@ def ranks(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator
         "shares_need_not_fill_the_ranks",
         "a_checkpoint_is_one_model_folder",
         "each_rank_reads_what_it_holds",
+        "the_rank_with_least_memory_decides",
         "a_step_that_fails_on_one_rank_fails_on_all",
         "an_update_that_cannot_be_written_is_taken_back",
         "files_reach_other_hosts",
