@@ -76,8 +76,8 @@ def create_run(prepared: Prepared, source: str, folder: Path, rpc: str) -> str:
         for key, value in values.items()
         for part in ("--set", f"{section}.{key}={json.dumps(value)}")
     ]
-    address: str = admin("run", "create", "other-data", *sets, "--program", program, "--payer", owner, *where)["address"]
-    return address
+    created = admin("run", "create", "other-data", *sets, "--program", program, "--payer", owner, *where)
+    return str(created["address"])
 
 
 def node(run: str, rpc: str, folder: Path, model: Path, data: Path) -> subprocess.Popen[str]:
