@@ -97,19 +97,25 @@ class Exit(ExitCode):
         "The run's owner has put this node out of the run.",
         "Ask the owner why. After a kick the node may join again; after a ban only when the owner lifts it.",
     )
-    DROPPED = (
+    RUN_NOT_FOUND = (
         26,
+        "There is no run where one was looked for, or several have that name.",
+        "Compare RUN with the address that the owner published, and `--rpc` with its chain: `psyche-admin run list "
+        "--rpc URL` lists the runs there.",
+    )
+    DROPPED = (
+        27,
         "The run has dropped this node again and again, though it has joined again each time.",
         "The message says why: rounds missed (a slow device or link), updates that others could not get (ports, "
         "firewall), or a warm-up that was too short. Mend that; the node can join when the run next waits for members.",
     )
     RUN_FINISHED = (
-        27,
+        28,
         "The run was finished before this node was started.",
         "Nothing to do: its members have the model. Switch the service off, or name another run.",
     )
     LEFT = (
-        28,
+        29,
         "This wallet has left the run (`psyche-admin member leave`).",
         "Nothing to do. Rewards that are not paid yet: `psyche-admin member claim`. Start the node to join again.",
     )
@@ -155,6 +161,11 @@ class Exit(ExitCode):
         "This node's weights are not those of the majority, or it missed too much to go on.",
         "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it "
         "repeats on one host only, suspect its memory or its GPU.",
+    )
+    NO_ROOM = (
+        54,
+        "The planned model does not fit into the memory of these GPUs.",
+        "The plan lists what makes it fit: each line is a flag to add, on top of the lines before.",
     )
     CHILD_PROCESS = (
         60,
@@ -204,6 +215,8 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
+    "coordinator.rpc.BadUrl": Exit.CONFIG,
+    "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.membership.JoinRefused": Exit.JOIN_REFUSED,

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -27,8 +26,9 @@ from coordinator.admin.options import (
     Yes,
 )
 from coordinator.admin.output import address_of
+from coordinator.admin.registering import Command, parameters, register
 from coordinator.admin.sending import Manner, Step, carry_out
-from coordinator.admin.session import RunChoice, go
+from coordinator.admin.session import RunChoice
 from coordinator.base58 import base58_decode
 from coordinator.client import CoordinatorClient
 from coordinator.run_config import ConfigError
@@ -137,40 +137,21 @@ def _common(
     return Ask(RunChoice(rpc, run, program, owner), payer, priority_fee, dry_run, as_json, yes)
 
 
-_COMMON: Final = inspect.signature(_common, eval_str=True).parameters
-
-Command = Callable[..., Coroutine[Any, Any, None]]
+_COMMON: Final = parameters(_common)
 
 
 def acting(app: typer.Typer, name: str, *, asks: bool = False) -> Callable[[Command], Command]:
-    """Register `async def command(one: Act, ...)` under `name`.
+    """Register `async def command(one: Act, ...)` under `name`; its own parameters follow RUN.
 
-    Its own parameters become arguments and options behind RUN, and are followed by those that all commands have;
-    `--yes` is one of them where it `asks` before what cannot be undone.
+    `--yes` is one of the options that all have where it `asks` before what cannot be undone.
     """
+    common = {key: value for key, value in _COMMON.items() if asks or key != "yes"}
 
-    def register(command: Command) -> Command:
-        common = {key: value for key, value in _COMMON.items() if asks or key != "yes"}
-        own = dict(inspect.signature(command, eval_str=True).parameters)
-        del own[next(iter(own))]  # the Act
+    def decorate(command: Command) -> Command:
+        async def start(shared: dict[str, Any], own: dict[str, Any]) -> None:
+            async with _common(**shared).open() as one:
+                await command(one, **own)
 
-        def run_command(**given: Any) -> None:
-            ask = _common(**{key: given.pop(key) for key in common})
+        return register(app, name, command, common, start)
 
-            async def act() -> None:
-                async with ask.open() as one:
-                    await command(one, **given)
-
-            go(act())
-
-        both = [common["run"], *own.values(), *(value for key, value in common.items() if key != "run")]
-        # typer reads the signature: what it may not have twice is RUN, and options come in any order.
-        run_command.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
-            [one.replace(kind=inspect.Parameter.KEYWORD_ONLY) for one in both]
-        )
-        run_command.__annotations__ = {one.name: one.annotation for one in both}
-        run_command.__doc__ = command.__doc__
-        app.command(name)(run_command)
-        return command
-
-    return register
+    return decorate

@@ -14,16 +14,8 @@ from coordinator import instructions as ix
 from coordinator.addresses import grant_address
 from coordinator.admin.acting import Act, acting
 from coordinator.admin.grants_and_receipts import grants_of
-from coordinator.admin.options import (
-    RPC_DEFAULT,
-    AsJson,
-    OwnerAddress,
-    ProgramAddress,
-    Rpc,
-    RunName,
-)
 from coordinator.admin.output import address_of, console
-from coordinator.admin.session import RunChoice, go
+from coordinator.admin.reading import Look, reading
 from coordinator.chain import Account
 from coordinator.layout import GRANT, GRANT_SIZE
 from coordinator.run_config import ConfigError
@@ -108,33 +100,23 @@ async def delegate(
     )
 
 
-@app.command("list")
-def list_grants(
-    run: RunName,
-    rpc: Rpc = RPC_DEFAULT,
-    program: ProgramAddress = None,
-    owner: OwnerAddress = None,
-    as_json: AsJson = False,
-) -> None:
+@reading(app, "list")
+async def list_grants(one: Look) -> None:
     """List a run's join authority and grants."""
-
-    async def act() -> None:
-        async with RunChoice(rpc, run, program, owner).open() as client:
-            run_now = (await client.pulse()).run
-            authority = run_now.join_authority
-            grants = await grants_of(client, client.program_id, client.addresses.run, run_now.created_slot)
-        if as_json:
-            shape = {
-                "join_authority": None if authority is None else str(authority),
-                "grants": [_json(address, grant, authority) for address, grant in grants],
-            }
-            print(json.dumps(shape))
-            return
-        print(f"join authority: {authority or 'none, anyone may join'}")
-        if grants:
-            console().print(_table(grants, authority))
-
-    go(act())
+    async with one.open() as client:
+        run_now = (await client.pulse()).run
+        authority = run_now.join_authority
+        grants = await grants_of(client, client.program_id, client.addresses.run, run_now.created_slot)
+    if one.as_json:
+        shape = {
+            "join_authority": None if authority is None else str(authority),
+            "grants": [_json(address, grant, authority) for address, grant in grants],
+        }
+        print(json.dumps(shape))
+        return
+    print(f"join authority: {authority or 'none, anyone may join'}")
+    if grants:
+        console().print(_table(grants, authority))
 
 
 async def _refuse_taken(one: Act, address: Pubkey, there: Account, who: str) -> None:

@@ -63,7 +63,8 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     """What KEY=VALUE arguments ask for, checked as a new run's settings are.
 
     Raises:
-        ConfigError: for a key that is unknown, a value out of range, or nothing to change.
+        ConfigError: for a key that is unknown, a value out of range, a learning-rate schedule that does not fit into
+            the rounds that are left, or nothing to change.
     """
     table = parse_overrides(texts)
     limits: dict[str, Any] = _section(table, "limits") or {}
@@ -75,7 +76,9 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     new_terms = None
     if terms is not None:
         before = TermSettings.of_chain(_terms_of(run)).model_dump()
-        new_terms = validated(TermSettings, {**before, **terms}, "terms").on_chain()
+        settings = validated(TermSettings, {**before, **terms}, "terms")
+        _check_schedule(settings, run, _limits_of(run).total_rounds if new_limits is None else new_limits.total_rounds)
+        new_terms = settings.on_chain()
     wanted = run.join_authority
     if authority is not None:
         wanted = None if authority == _ANYONE else address_of(str(authority), "join_authority")
@@ -89,6 +92,17 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     if all(before == after for before, after in change.to_json(run).values()):
         raise ConfigError(f"nothing changes: the run has {', '.join(texts)} already")
     return change
+
+
+def _check_schedule(terms: TermSettings, run: Run, total: int) -> None:
+    """With new terms the schedule begins again, and spans the rounds that are left. Raises ConfigError."""
+    left = max(total - run.round, 1)
+    try:
+        terms.check_schedule(left)
+    except ValueError as error:
+        raise ConfigError(
+            f"the learning-rate schedule begins again with new terms, and {left} of {total} rounds are left: {error}"
+        ) from None
 
 
 def _section(table: dict[str, Any], name: str) -> dict[str, Any] | None:

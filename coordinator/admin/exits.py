@@ -71,6 +71,11 @@ class AdminExit(ExitCode):
         "Check the address. An account of another version of the program needs that version of `psyche-admin`, or "
         "`run migrate` by its owner.",
     )
+    RUN_NOT_FOUND = (
+        26,
+        "There is no run where one was looked for, or several have that name.",
+        "`psyche-admin run list --program PROGRAM` lists all of them; give an address instead of a name, or `--owner`.",
+    )
     NOT_CONFIRMED = (
         80,
         "What was asked for cannot be undone, and nobody confirmed it. Nothing was sent.",
@@ -93,11 +98,6 @@ class AdminExit(ExitCode):
         "The endpoint does not have the whole history of the run: a record made from it would have gaps, and one that "
         "reaches further back cannot be compared with it.",
         "Use an archival RPC endpoint, or export with `--partial`: the record then says from where on it is complete.",
-    )
-    RUN_NOT_FOUND = (
-        84,
-        "There is no run where one was looked for, or several have that name.",
-        "`psyche-admin run list --program PROGRAM` lists all of them; give an address instead of a name, or `--owner`.",
     )
     RPC_REFUSED = (
         85,

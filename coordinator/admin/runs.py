@@ -17,16 +17,14 @@ from coordinator.admin.options import (
     RPC_DEFAULT,
     AsJson,
     DryRun,
-    OwnerAddress,
     Payer,
     PriorityFee,
-    ProgramAddress,
     Rpc,
-    RunName,
 )
 from coordinator.admin.output import console, pubkey
+from coordinator.admin.reading import Look, reading
 from coordinator.admin.sending import Manner, Step, carry_out
-from coordinator.admin.session import PATIENCE, RunChoice, chain_at, go
+from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
 from coordinator.recipes import load_recipe
@@ -94,26 +92,18 @@ def create(
     go(act())
 
 
-@app.command("show")
-def show(
-    run: RunName,
-    rpc: Rpc = RPC_DEFAULT,
-    program: ProgramAddress = None,
-    owner: OwnerAddress = None,
-    as_json: AsJson = False,
+@reading(app, "show")
+async def show(
+    one: Look,
     everything: Annotated[bool, typer.Option("--all", help="List every member and commitment.")] = False,
 ) -> None:
     """Show a run: state, round, members, commitments, inclusion sets and credit, read from the chain alone."""
-
-    async def act() -> None:
-        async with RunChoice(rpc, run, program, owner).open() as client:
-            report = RunReport(client.program_id, client.addresses, await take_snapshot(client))
-        if as_json:
-            print(json.dumps(report.to_json(), indent=2))
-        else:
-            console().print(report.render(everything=everything))
-
-    go(act())
+    async with one.open() as client:
+        report = RunReport(client.program_id, client.addresses, await take_snapshot(client))
+    if one.as_json:
+        print(json.dumps(report.to_json(), indent=2))
+    else:
+        console().print(report.render(everything=everything))
 
 
 @app.command("list")

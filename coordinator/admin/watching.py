@@ -14,8 +14,7 @@ from rich.console import Console
 from rich.live import Live
 
 from coordinator.admin.health import probe
-from coordinator.admin.options import RPC_DEFAULT, AsJson, OwnerAddress, ProgramAddress, Rpc, RunName
-from coordinator.admin.session import RunChoice, go
+from coordinator.admin.reading import Look, reading
 from coordinator.admin.view import screen
 from coordinator.admin.watched import Watched
 from coordinator.client import ChainUnavailable, CoordinatorClient
@@ -31,30 +30,20 @@ _PROBE_PATIENCE: Final = 2.0
 _TABLE_SECONDS: Final = 0.4
 
 
-@app.command("watch")
-def watch(
-    run: RunName,
-    rpc: Rpc = RPC_DEFAULT,
-    program: ProgramAddress = None,
-    owner: OwnerAddress = None,
-    as_json: AsJson = False,
-) -> None:
+@reading(app, "watch")
+async def watch(one: Look) -> None:
     """Watch a run live, until it is finished: state, time left, members, inclusion, tokens, chain, cost.
 
     Without a terminal it prints a line per change, with --json a JSON object per change.
     """
-
-    async def act() -> None:
-        async with RunChoice(rpc, run, program, owner).open() as client:
-            follower = Follower(client, rpc)
-            if as_json or not sys.stdout.isatty():
-                await follower.follow(
-                    lambda seen: print(json.dumps(seen.to_json()) if as_json else seen.line(), flush=True)
-                )
-            else:
-                await on_screen(follower, Console())
-
-    go(act())
+    async with one.open() as client:
+        follower = Follower(client, one.rpc)
+        if one.as_json or not sys.stdout.isatty():
+            await follower.follow(
+                lambda seen: print(json.dumps(seen.to_json()) if one.as_json else seen.line(), flush=True)
+            )
+        else:
+            await on_screen(follower, Console())
 
 
 class Follower:

@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from psyche_node import log as logs
-from psyche_node.exits import exit_for
+from psyche_node.commands.ending import failures
 
 if TYPE_CHECKING:
     from psyche_node.data.manifest import Manifest
     from psyche_node.data.prepare import Progress
     from psyche_node.data.preview import Preview
+    from psyche_node.data.skipping import Skips
 
 app = typer.Typer(no_args_is_help=True, help="Prepare, look at and check training data.")
 Json = Annotated[bool, typer.Option("--json", help="Print the result as one JSON object.")]
@@ -53,6 +54,10 @@ def prepare(
         int,
         typer.Option(help="End reasoning after this many tokens, and train only its end there; 0: never."),
     ] = 0,
+    skip_bad: Annotated[
+        str,
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+    ] = "0",
     cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
     max_gb: Annotated[float, typer.Option(help="Largest file to download, in GB.")] = 1000.0,
     as_json: Json = False,
@@ -61,9 +66,13 @@ def prepare(
     from psyche_node.data.locate import find_files
     from psyche_node.data.prepare import prepare as write
     from psyche_node.data.samples import SampleFormat
+    from psyche_node.data.skipping import Skips
     from psyche_node.data.sources import cache_folder
 
-    with failures():
+    if skip_bad != "all" and not skip_bad.isdecimal():
+        raise typer.BadParameter(f"--skip-bad {skip_bad} is neither a number nor all")
+    skips = Skips(None if skip_bad == "all" else int(skip_bad))
+    with _work():
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
         with _progress() as progress:
@@ -79,11 +88,12 @@ def prepare(
                 template,
                 length_control,
                 progress,
+                skips,
             )
         if as_json:
-            typer.echo(json.dumps(_values(out, files, manifest)))
+            typer.echo(json.dumps(_values(out, files, manifest, skips)))
         else:
-            _summary(out, files, manifest)
+            _summary(out, files, manifest, skips)
 
 
 @app.command()
@@ -109,7 +119,7 @@ def show(
     from psyche_node.data.preview import is_prepared, preview_sample, preview_sequence
     from psyche_node.data.samples import SampleFormat
 
-    with failures():
+    with _work():
         if is_prepared(source):
             preview = preview_sequence(source, number, tokenizer, heldout=heldout)
         elif tokenizer is None:
@@ -127,7 +137,7 @@ def template(
     """Print a chat template of this package, to be saved as a model folder's chat_template.jinja."""
     from psyche_node.data.rendering import find_template
 
-    with failures():
+    with _work():
         typer.echo(find_template(name).source, nl=False)
 
 
@@ -143,7 +153,7 @@ def check(
     """Verify every file of a prepared folder, and compare it with the run's or another host's."""
     from psyche_node.data.compare import verify
 
-    with failures():
+    with _work():
         with _line() as say:
             manifest = verify(folder, against, lambda done, files: say(f"verified {done} of {files} files"))
         values = {"manifest": manifest.digest.hex(), "files": len(manifest.train) + len(manifest.heldout)}
@@ -155,16 +165,13 @@ def check(
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """End the command with the error's message and exit code."""
+def _work() -> Iterator[None]:
+    """End the command with the message and exit code of a `DataError`."""
     from psyche_node.data.errors import DataError
 
     logs.configure("data")
-    try:
+    with failures(DataError):
         yield
-    except (DataError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
 
 
 def _note(line: str) -> None:
@@ -218,7 +225,7 @@ def _show(preview: Preview, as_json: bool) -> None:
         print_preview(preview, Console(highlight=False))
 
 
-def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:
+def _values(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> dict[str, Any]:
     return {
         "folder": str(out),
         "manifest": manifest.digest.hex(),
@@ -226,6 +233,7 @@ def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:
             {"file": str(path), **source.model_dump()} for path, source in zip(files, manifest.sources, strict=True)
         ],
         "counts": manifest.counts.model_dump(),
+        "bad": [{"where": one.where, "what": one.what} for one in skips.first],
         "sequences": manifest.sequences,
         "heldout_sequences": manifest.heldout_sequences,
         "sequence_length": manifest.sequence_length,
@@ -236,11 +244,11 @@ def _values(out: Path, files: list[Path], manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def _summary(out: Path, files: list[Path], manifest: Manifest) -> None:
+def _summary(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table("file", "samples", "training", "held out", "too long", "cut", "untrained", box=None)
+    table = Table("file", "samples", "training", "held out", "too long", "cut", "untrained", "bad", box=None)
     parts = list(zip(files, manifest.sources, strict=True))
     rows = [(path.name, source.counts) for path, source in parts[:_LISTED]]
     if len(parts) > _LISTED:
@@ -248,12 +256,16 @@ def _summary(out: Path, files: list[Path], manifest: Manifest) -> None:
     if len(parts) > 1:
         rows.append(("all", manifest.counts))
     for name, counts in rows:
-        numbers = (counts.samples, counts.train, counts.heldout, counts.too_long, counts.cut, counts.untrained)
-        table.add_row(name, *(f"{number:,}" for number in numbers))
+        numbers = (counts.train, counts.heldout, counts.too_long, counts.cut, counts.untrained, counts.bad)
+        table.add_row(name, *(f"{number:,}" for number in (counts.samples, *numbers)))
     console = Console(highlight=False, soft_wrap=True)
     console.print(table)
     long = "cut to fit" if manifest.too_long == "cut" else "dropped"
     console.print(f"too long   more than {manifest.sequence_length:,} tokens: {long}; untrained: no token has a loss")
+    for number, bad in enumerate(skips.first):
+        console.print(f"{'' if number else 'bad':<10} {bad.where}: {bad.what}", markup=False)
+    if skips.count > len(skips.first):
+        console.print(f"{'':<10} and {skips.count - len(skips.first):,} more")
     share = manifest.trained_tokens / max(manifest.tokens, 1)
     console.print(f"tokens     {manifest.tokens:,}, of which {manifest.trained_tokens:,} ({share:.1%}) are trained")
     console.print(

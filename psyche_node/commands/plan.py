@@ -7,7 +7,8 @@ from typing import Annotated, Literal
 
 import typer
 
-from psyche_node.exits import exit_for
+from psyche_node.commands.ending import failures
+from psyche_node.exits import Exit
 
 _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 
@@ -15,12 +16,18 @@ _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 def plan(
     model: Annotated[str, typer.Option(help="Folder with config.json, JSON file, or known name: Seed-OSS-36B.")],
     gpus: Annotated[str, typer.Option(help="GPUs of a member, such as 8xH200.")],
-    members: Annotated[int | None, typer.Option(min=1, help="Members. Default: the recipe's.")] = None,
+    members: Annotated[int | None, typer.Option(min=1, max=256, help="Members. Default: the recipe's.")] = None,
     link: Annotated[str, typer.Option(help=_LINE)] = "1gbit",
-    seq: Annotated[int | None, typer.Option(min=1, help="Tokens per packed sequence. Default: the recipe's.")] = None,
-    batch: Annotated[int | None, typer.Option(min=1, help="Sequences per round. Default: the recipe's.")] = None,
+    seq: Annotated[
+        int | None, typer.Option(min=1, max=2**24, help="Tokens per packed sequence. Default: the recipe's.")
+    ] = None,
+    batch: Annotated[
+        int | None, typer.Option(min=1, max=2**24, help="Sequences per round. Default: the recipe's.")
+    ] = None,
     topk: Annotated[int | None, typer.Option(min=1, max=4096, help="Default: the recipe's.")] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, help="Rounds of the run. Default: the recipe's.")] = None,
+    rounds: Annotated[
+        int | None, typer.Option(min=1, max=2**31 - 1, help="Rounds of the run. Default: the recipe's.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Says what flags do not.")] = "hermes-sft",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that divide a matrix.")] = 1,
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a GPU.")] = 1,
@@ -33,7 +40,10 @@ def plan(
     priority_fee: Annotated[int, typer.Option(min=0, help="Micro-lamports per compute unit.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Memory per GPU, bytes and seconds of a round, tokens per second, fees of a run. Needs no GPU and no weights."""
+    """Memory per GPU, bytes and seconds of a round, tokens per second, fees of a run. Needs no GPU and no weights.
+
+    If it does not fit, it says what to change instead, and ends with code 54.
+    """
     from coordinator.recipes import load_recipe
     from coordinator.run_config import ConfigError
     from psyche_node.planning.errors import PlanError
@@ -41,19 +51,18 @@ def plan(
     from psyche_node.planning.plan import Asked
     from psyche_node.planning.plan import plan as make
     from psyche_node.planning.report import lines
-    from psyche_node.planning.shape import config_of, shape_of
+    from psyche_node.planning.shape import config_of
     from psyche_node.relay.spec import BadSpec, LinkSpec
 
-    try:
+    with failures(ConfigError, PlanError, BadSpec):
         known = load_recipe(recipe)
         limits, terms = known.limits, known.terms
         count, gpu = parse_gpus(gpus)
         line = LinkSpec.parse(link if "/" in link else f"{link}/50ms")
-        name, config = config_of(model)
-        from optimizer.layout import Layout  # torch: only now, when flags and files are known to be good
-        from psyche_node.planning.meta import tensors_of
+        config = config_of(model)
+        from psyche_node.planning.meta import layout_of, shape_from  # torch: flags and files are known to be good
 
-        shape = shape_of(name, config, tensors_of(name, config))
+        shape = shape_from(config)
         asked = Asked(
             gpus=count,
             gpu=gpu,
@@ -64,7 +73,7 @@ def plan(
             rounds=rounds or limits.total_rounds,
             rounds_per_epoch=limits.rounds_per_epoch,
             topk=topk or terms.topk,
-            update_bytes=Layout.build(shape.tensors, topk or terms.topk).update_bytes,
+            update_bytes=layout_of(config, shape, topk or terms.topk).update_bytes,
             overlap=bool(limits.overlap),
             lookahead=terms.lookahead,
             tensor_parallel=tensor_parallel,
@@ -77,7 +86,6 @@ def plan(
             witnesses=limits.witnesses,
         )
         made = make(shape, asked)
-    except (ConfigError, PlanError, BadSpec) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(lines(made)))
+    if not made.fits:
+        raise typer.Exit(Exit.NO_ROOM)

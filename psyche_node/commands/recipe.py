@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from psyche_node.exits import exit_for
+from psyche_node.commands.ending import failures
 
 app = typer.Typer(no_args_is_help=True, help="Shipped training configs, to begin a run from.")
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
@@ -45,11 +45,8 @@ def show(name: Annotated[str, typer.Argument(help="Name of a recipe.")], as_json
     from coordinator.recipes import load_recipe, recipe_file
     from coordinator.run_config import ConfigError
 
-    try:
+    with failures(ConfigError):
         recipe, file = load_recipe(name), recipe_file(name)
-    except ConfigError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     typer.echo(
         json.dumps(recipe.model_dump(mode="json"), indent=2) if as_json else file.read_text(encoding="utf-8"),
         nl=as_json,

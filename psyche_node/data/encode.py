@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 
@@ -11,6 +12,7 @@ from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.formats import Sample
 from psyche_node.data.lengthcontrol import close_reasoning
 from psyche_node.data.samples import AnySample, Text
+from psyche_node.data.skipping import Bad, refuse
 from psyche_node.data.spill import Document
 from psyche_node.data.template import ChatTemplate
 from psyche_node.data.tokenized import Tokens
@@ -19,6 +21,8 @@ from psyche_node.data.tokenized import Tokens
 # bytes until it is an integer.
 _CHUNK_SAMPLES = 2048
 _CHUNK_CHARACTERS = 1 << 21
+S = TypeVar("S")
+T = TypeVar("T")
 
 
 class Encoder:
@@ -39,22 +43,30 @@ class Encoder:
         ends = (self.template.token_id(name) for name in ("pad_token", "eos_token"))
         self.pad = next((token for token in ends if token is not None), 0)
 
-    def documents(self, samples: Iterable[AnySample]) -> Iterator[tuple[AnySample, Document]]:
-        """Yield each sample with its document, in order. Raises BadSample for one that cannot be encoded."""
+    def documents(self, samples: Iterable[AnySample], bad: Bad = refuse) -> Iterator[tuple[AnySample, Document]]:
+        """Yield each sample with its document, in order.
+
+        Raises:
+            BadSample: one cannot be encoded, and ``bad`` does not pass over it.
+        """
         for chunk in _chunks(map(self._controlled, samples)):
-            yield from zip(chunk, self._encoded(type(chunk[0]), chunk), strict=True)
+            yield from self._encoded(type(chunk[0]), chunk, bad)
 
     def _controlled(self, sample: AnySample) -> AnySample:
         if not self._budget or not isinstance(sample, Sample):
             return sample
         return close_reasoning(sample, self.template.tokenizer, self._budget)
 
-    def _encoded(self, kind: type[AnySample], samples: list[AnySample]) -> Iterable[Document]:
+    def _encoded(
+        self, kind: type[AnySample], samples: list[AnySample], bad: Bad
+    ) -> Iterable[tuple[AnySample, Document]]:
         if kind is Sample:
-            return self.template.encode([one for one in samples if isinstance(one, Sample)])
+            rendered = _good(self.template.render, [one for one in samples if isinstance(one, Sample)], bad)
+            kept, texts = [sample for sample, _ in rendered], [text for _, text in rendered]
+            return zip(kept, self.template.tokenize(texts), strict=True)
         if kind is Text:
-            return self._texts([one for one in samples if isinstance(one, Text)])
-        return [self._tokens(one) for one in samples if isinstance(one, Tokens)]
+            return zip(samples, self._texts([one for one in samples if isinstance(one, Text)]), strict=True)
+        return _good(self._tokens, [one for one in samples if isinstance(one, Tokens)], bad)
 
     def _texts(self, samples: list[Text]) -> Iterator[Document]:
         """Text between the tokens for its beginning, if the tokenizer has one, and its end."""
@@ -74,6 +86,17 @@ class Encoder:
                 f"Name the tokenizer that made the tokens; this is {self.template.folder}",
             )
         return sample.ids, sample.trained
+
+
+def _good(make: Callable[[S], T], samples: Iterable[S], bad: Bad) -> list[tuple[S, T]]:
+    """Each sample with what is made of it; ``bad`` hears of those of which nothing can be made."""
+    made = []
+    for sample in samples:
+        try:
+            made.append((sample, make(sample)))
+        except BadSample as error:
+            bad(error)
+    return made
 
 
 def _chunks(samples: Iterable[AnySample]) -> Iterator[list[AnySample]]:

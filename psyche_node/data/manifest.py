@@ -15,12 +15,13 @@ from decimal import Context, Decimal
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from psyche_node.data.errors import DataError, DataMismatch
+from psyche_node.wording import problems
 
 NAME = "manifest.json"
-FORMAT = 3
+FORMAT = 4
 MAX_BYTES = 64 * 1024 * 1024
 SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
 
@@ -45,7 +46,7 @@ class Shard(BaseModel):
 
 
 class Counts(BaseModel):
-    """What became of every sample of a file; the first four sum to ``samples``."""
+    """What became of every sample of a file; the first five sum to ``samples``."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -57,6 +58,8 @@ class Counts(BaseModel):
     """Samples dropped because they do not fit into one sequence. Use a longer sequence, or cut them."""
     untrained: int = Field(default=0, ge=0)
     """Samples dropped because none of their tokens would be trained."""
+    bad: int = Field(default=0, ge=0)
+    """Records passed over because they are no samples, or none that the chat template takes."""
     samples: int = Field(default=0, ge=0)
     cut: int = Field(default=0, ge=0)
     """Of the packed samples, those that lost their end to fit into one sequence."""
@@ -167,7 +170,12 @@ class Manifest(BaseModel):
                     "Prepare the data again, or use the version that wrote it"
                 )
             manifest = cls.model_validate_json(raw)
-        except (ValueError, RecursionError) as error:  # what JSON and pydantic raise
+        except ValidationError as error:
+            place, words = problems(error, cls)[0]
+            raise DataMismatch(
+                f"{where} is not a manifest: {place or 'the file'}: {words}. Prepare the data again"
+            ) from error
+        except (ValueError, RecursionError) as error:  # what JSON raises
             raise DataMismatch(f"{where} is not a manifest: {error}. Prepare the data again") from error
         if manifest.to_bytes() != raw or manifest.token_bytes not in (2, 4):
             raise DataMismatch(f"{where} was edited. Prepare the data again")

@@ -8,12 +8,20 @@ places are read off. The result counts only if without them it is the very text 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
 
 QUOTE, BOUND, CLOSE = "\ufdd0", "\ufdd1", "\ufdd2"
 """Inside the spelling of a control token; at the end of a span of a message; at the end of cut reasoning."""
+_SAYABLE = frozenset(
+    [
+        *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
+        *("<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "</seed:cot_budget_reflect>"),
+        *("<seed:tool_call>", "</seed:tool_call>"),
+    ]
+)
+"""Control tokens that the assistant's own text may spell: it generates them between its words."""
 _ANY = re.compile(f"[{QUOTE}{BOUND}{CLOSE}]")
 
 
@@ -29,24 +37,39 @@ def strip_marks(text: str) -> tuple[str, dict[str, list[int]]]:
     return _ANY.sub("", text), places
 
 
-def mark_spellings(value: Any, spelled: re.Pattern[str], allowed: frozenset[str] = frozenset()) -> Any:
-    """Return ``value`` (JSON) with a mark inside each match of ``spelled`` in its strings but ``allowed`` ones."""
-    return _mapped(value, lambda text: spelled.sub(lambda match: _quoted(match.group(), allowed), text))
+def spells(messages: Sequence[Any], tools: Any, spelled: re.Pattern[str]) -> bool:
+    """Whether a conversation spells control tokens that are not its template's: whether `mark_spellings` changes it.
+
+    ``spelled`` matches the text of any control token. The assistant may spell those that it says between its words.
+    """
+    return _spells(tools, spelled, frozenset()) or any(_spells(one, spelled, _sayable(one)) for one in messages)
 
 
-def spells(value: Any, spelled: re.Pattern[str], allowed: frozenset[str] = frozenset()) -> bool:
-    """Whether `mark_spellings` would change ``value``."""
-    if isinstance(value, str):
-        return any(match.group() not in allowed for match in spelled.finditer(value))
-    if isinstance(value, dict):
-        return any(spells(key, spelled, allowed) or spells(part, spelled, allowed) for key, part in value.items())
-    return isinstance(value, (list, tuple)) and any(spells(part, spelled, allowed) for part in value)
+def mark_spellings(messages: Sequence[Any], tools: Any, spelled: re.Pattern[str]) -> tuple[list[Any], Any]:
+    """Return messages and tools (JSON) with a mark inside each spelling that `spells` means."""
+    return [_marked(one, spelled, _sayable(one)) for one in messages], _marked(tools, spelled, frozenset())
 
 
 def mark_bounds(text: str, places: list[int]) -> str:
     """Return ``text`` with a mark at each of the places, which do not decrease."""
     cuts = [0, *places, len(text)]
     return BOUND.join(text[a:b] for a, b in pairwise(cuts))
+
+
+def _sayable(message: Any) -> frozenset[str]:
+    return _SAYABLE if message["role"] == "assistant" else frozenset()
+
+
+def _spells(value: Any, spelled: re.Pattern[str], allowed: frozenset[str]) -> bool:
+    if isinstance(value, str):
+        return any(match.group() not in allowed for match in spelled.finditer(value))
+    if isinstance(value, dict):
+        return any(_spells(key, spelled, allowed) or _spells(part, spelled, allowed) for key, part in value.items())
+    return isinstance(value, (list, tuple)) and any(_spells(part, spelled, allowed) for part in value)
+
+
+def _marked(value: Any, spelled: re.Pattern[str], allowed: frozenset[str]) -> Any:
+    return _mapped(value, lambda text: spelled.sub(lambda match: _quoted(match.group(), allowed), text))
 
 
 def _quoted(text: str, allowed: frozenset[str]) -> str:

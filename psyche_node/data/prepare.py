@@ -19,6 +19,7 @@ from psyche_node.data.formats import Sample
 from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
+from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
 from psyche_node.data.template import ChatTemplate
 
@@ -46,11 +47,13 @@ class _Settings:
 
 @dataclass(slots=True)
 class _Nearest:
-    """The training sample that would be held out first."""
+    """The training samples that would be held out first: one with its duplicates, or with its group.
+
+    ``documents`` are (number in the spill, number of the source).
+    """
 
     ticket: int = 1 << 64
-    document: int = -1
-    source: int = -1
+    documents: list[tuple[int, int]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -73,16 +76,18 @@ def prepare(
     template: str | None = None,
     length_control: int = 0,
     progress: Callable[[Progress], None] = lambda so_far: None,
+    skips: Skips | None = None,
 ) -> Manifest:
     """Write the folder ``out`` from one data file or several, and return its manifest, which is written last.
 
     The same inputs give the same bytes on every host. ``heldout`` is the fraction of samples kept for evaluation,
     chosen by a hash of each sample keyed with ``seed``, so that adding samples moves no other one across. ``too_long``
     says what happens to a sample of more than ``sequence_length`` tokens; the manifest counts it either way.
-    ``template`` and ``length_control`` are those of `Encoder`.
+    ``template`` and ``length_control`` are those of `Encoder`. ``skips`` bounds how many bad samples are passed over,
+    by default none; the manifest counts them, and does not say what the bound was.
 
     Raises:
-        BadSample: a record is not a sample, or the chat template refuses it.
+        BadSample: a record is not a sample, or the chat template refuses it, and ``skips`` does not allow it.
         DataError: a file cannot be read, a setting makes no sense, or nothing is left to train on.
     """
     if sequence_length < 2:
@@ -99,14 +104,15 @@ def prepare(
     with Spill(out) as spill:
         read = _Read()
         for number, path in enumerate(files):
-            _read_file(number, path, encoder, settings, spill, read, progress)
-        _always_hold_one_out(settings, spill, read)
+            _read_file(number, path, encoder, settings, spill, read, progress, skips or Skips())
+        _always_hold_some_out(settings, spill, read)
         counts = Counts.total(Counts(**part) for _, part in read.sources)
         if not counts.train:
             names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
             raise DataError(
                 f"{names}: none of the {counts.samples} samples can be trained on ({counts.too_long} are longer than "
-                f"{sequence_length} tokens, {counts.untrained} have no trained token). Use a longer sequence, or cut"
+                f"{sequence_length} tokens, {counts.untrained} have no trained token, {counts.bad} are bad). Use a "
+                "longer sequence, or cut"
             )
         progress(Progress(None, counts.samples, spill.tokens))
         return _write(out, spill, encoder, settings, read)
@@ -127,11 +133,13 @@ def _read_file(
     spill: Spill,
     read: _Read,
     progress: Callable[[Progress], None],
+    skips: Skips,
 ) -> None:
+    passed = skips.count
     counts = dict.fromkeys(Counts.model_fields, 0)
     so_far = Progress(path, sum(part["samples"] for _, part in read.sources), spill.tokens)
     held_below = int(settings.heldout * 2**64)
-    for sample, (ids, trained) in encoder.documents(read_any(path, settings.form)):
+    for sample, (ids, trained) in encoder.documents(read_any(path, settings.form, skips), skips):
         counts["samples"] += 1
         so_far.samples, so_far.tokens = so_far.samples + 1, spill.tokens
         progress(so_far)
@@ -148,21 +156,26 @@ def _read_file(
         ticket = _ticket(sample.key, settings.seed)
         held = ticket < held_below
         if not held and ticket < read.nearest.ticket:
-            read.nearest = _Nearest(ticket, len(spill), number)
+            read.nearest = _Nearest(ticket)
+        if not held and ticket == read.nearest.ticket:
+            read.nearest.documents.append((len(spill), number))
         counts["heldout" if held else "train"] += 1
         spill.append((ids, trained), heldout=held)
+    counts["bad"] = skips.count - passed
+    counts["samples"] += counts["bad"]
     read.sources.append((sha256_file(path), counts))
 
 
-def _always_hold_one_out(settings: _Settings, spill: Spill, read: _Read) -> None:
-    """A small set still has something to be judged by."""
-    if not settings.heldout or len(spill.numbers(heldout=True)) or len(spill) < 2:
+def _always_hold_some_out(settings: _Settings, spill: Spill, read: _Read) -> None:
+    """A small set still has something to be judged by, and none of it is trained on, too."""
+    nearest = read.nearest.documents
+    if not settings.heldout or len(spill.numbers(heldout=True)) or len(nearest) == len(spill):
         return
-    nearest = read.nearest
-    spill.hold_out(nearest.document)
-    counts = read.sources[nearest.source][1]
-    counts["train"] -= 1
-    counts["heldout"] += 1
+    for document, source in nearest:
+        spill.hold_out(document)
+        counts = read.sources[source][1]
+        counts["train"] -= 1
+        counts["heldout"] += 1
 
 
 def _ticket(key: bytes, seed: int) -> int:

@@ -59,7 +59,7 @@ def preview_sequence(folder: Path, number: int, tokenizer: Path | None, *, heldo
         DataError: there is no such folder or sequence, or the tokenizer is not the one it was prepared with.
     """
     data = PackedDataset(folder, verify=False)
-    coder = None if tokenizer is None else TextCoder(tokenizer)
+    coder = None if tokenizer is None else TextCoder.read(tokenizer)
     if coder is not None and coder.vocabulary != data.vocabulary:
         raise DataError(
             f"{folder} was prepared with {data.vocabulary} tokens, and {tokenizer} has {coder.vocabulary}. "

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from psyche_node.data.errors import BadSample, DataError
+from psyche_node.data.skipping import Bad, refuse
 
 MAX_LINE = 64 * 1024 * 1024
 """Longest line, in bytes; a longer one is not a sample, and would be read into memory whole."""
@@ -32,11 +33,11 @@ def suffix_of(name: str) -> str | None:
     return next((suffix for suffix in sorted(SUFFIXES, key=len, reverse=True) if name.lower().endswith(suffix)), None)
 
 
-def read_records(path: Path) -> Iterator[tuple[str, Record]]:
+def read_records(path: Path, bad: Bad = refuse) -> Iterator[tuple[str, Record]]:
     """Yield (place, record) of a file in order. Token columns of tables are numpy arrays.
 
     Raises:
-        BadSample: a line is not a JSON object.
+        BadSample: a line is not a JSON object, and ``bad`` does not pass over it.
         DataError: the file cannot be read, or nothing here reads its kind.
     """
     suffix = suffix_of(path.name)
@@ -49,7 +50,7 @@ def read_records(path: Path) -> Iterator[tuple[str, Record]]:
             yield from _table(path, suffix)
         else:
             with _opened(path) as file:
-                yield from _lines(path, file)
+                yield from _lines(path, file, bad)
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error}). Convert it, with iconv for example") from error
     except EOFError as error:
@@ -69,12 +70,20 @@ def _opened(path: Path) -> IO[bytes]:
     return io.BufferedReader(pa.input_stream(str(path), compression="zstd" if end == ".zst" else "bz2"))
 
 
-def _lines(path: Path, file: IO[bytes]) -> Iterator[tuple[str, Record]]:
+def _lines(path: Path, file: IO[bytes], bad: Bad) -> Iterator[tuple[str, Record]]:
     number = 0
     while line := file.readline(MAX_LINE + 1):
         number += 1
-        if line.strip():
-            yield f"{path}:{number}", decode(line, f"{path}:{number}")
+        where = f"{path}:{number}"
+        try:
+            record = decode(line, where) if line.strip() else None
+        except BadSample as error:
+            bad(error)
+            while len(line) > MAX_LINE and not line.endswith(b"\n"):  # the rest of a line that is too long
+                line = file.readline(MAX_LINE + 1)
+            continue
+        if record is not None:
+            yield where, record
 
 
 def decode(line: bytes, where: str) -> Record:

@@ -12,6 +12,7 @@ from typing import Any
 from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.formats import Sample, parse_record
 from psyche_node.data.readers import read_records
+from psyche_node.data.skipping import Bad, refuse
 from psyche_node.data.tokenized import Tokens, documents_of, is_tokenized
 
 
@@ -46,17 +47,23 @@ class Text:
 AnySample = Sample | Text | Tokens
 
 
-def read_any(path: Path, form: SampleFormat = SampleFormat.AUTO) -> Iterator[AnySample]:
+def read_any(path: Path, form: SampleFormat = SampleFormat.AUTO, bad: Bad = refuse) -> Iterator[AnySample]:
     """Yield the samples of one file, in order.
 
     Raises:
-        BadSample: a record is not a sample; says which, what is wrong and what to do.
-        DataError: the file cannot be read, or holds no record.
+        BadSample: a record is not a sample, and ``bad`` does not pass over it; says which, what is wrong and what to
+            do.
+        DataError: the file cannot be read, or holds no sample.
     """
     empty = True
-    for where, record in read_records(path):
+    for where, record in read_records(path, bad):
+        try:
+            samples = list(parse_any(record, where, form))
+        except BadSample as error:
+            bad(error)
+            continue
         empty = False
-        yield from parse_any(record, where, form)
+        yield from samples
     if empty:
         raise DataError(f"{path}: there is no sample in it. Write one JSON object per line, or a row per sample")
 

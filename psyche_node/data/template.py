@@ -10,9 +10,9 @@ the header and the answer in one token, is never what the model has to say next:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,21 +20,15 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_node.data.errors import BadSample, DataError
+from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
 from psyche_node.data.rendering import Span, Template, find_template
 from psyche_node.data.textcoding import Coded, TextCoder
+from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDS = ("</think>", "</seed:think>")
-_SAYABLE = frozenset(
-    [
-        *("<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"),
-        *("<seed:think>", "</seed:think>", "<seed:cot_budget_reflect>", "</seed:cot_budget_reflect>"),
-        *("<seed:tool_call>", "</seed:tool_call>"),
-    ]
-)
-"""Control tokens that the assistant's own text may spell: it generates them between its words."""
 
 
 class Rendered(NamedTuple):
@@ -62,9 +56,9 @@ class ChatTemplate:
 
     def __init__(self, folder: Path, chosen: str | None = None) -> None:
         self.folder = folder
-        self._coder = TextCoder(folder)
+        self._coder = TextCoder.read(folder)
         self.tokenizer = self._coder.tokenizer
-        config = self._config()
+        config = read_object(folder / "tokenizer_config.json", "Save the tokenizer with transformers")
         self.special = {name: _token_text(config.get(name)) for name in _SPECIAL if config.get(name) is not None}
         self._template = self._own(config) if chosen is None else find_template(chosen)
         self.source = self._template.source
@@ -89,8 +83,17 @@ class ChatTemplate:
         """Return the text of a conversation and what of it is trained.
 
         Raises:
-            BadSample: the template refuses the conversation, or cannot tell its spans.
+            BadSample: the template refuses the conversation, drops its tools, or cannot tell its spans.
         """
+        if needs_tools(sample.messages, sample.tools) and (
+            dropped := self._tool_support.missing(sample.messages, sample.tools)
+        ):
+            raise BadSample(
+                sample.where,
+                f"it has {dropped}, and {self._template.where} does not write them, so that something else would be "
+                "trained than what the sample says",
+                "Use a template that does, such as `--template hermes-llama3` or `chatml`",
+            )
         text, turns = self._render(sample, sample.messages, prompt=False)
         if not self.marked or not turns:
             turns = self._prefix_spans(sample, text)
@@ -126,23 +129,23 @@ class ChatTemplate:
         Raises:
             BadSample: see ``render``.
         """
-        rendered = [self.render(sample) for sample in samples]
+        return self.tokenize([self.render(sample) for sample in samples])
+
+    def tokenize(self, rendered: Sequence[Rendered]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
+        """Return what ``encode`` does, of conversations that are rendered."""
         coded = self._coder.encode([one.text for one in rendered], [one.quoted for one in rendered])
         return [(np.array(c.ids, dtype=np.uint32), _mask(c, one)) for c, one in zip(coded, rendered, strict=True)]
+
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        return tool_support(lambda messages, tools: self._template.render(self._context({}, messages, tools))[0])
 
     def _render(self, sample: Sample, messages: Sequence[Any], *, prompt: bool) -> tuple[str, list[Span]]:
         inlined = messages if self._template.reasons else [_inlined(message) for message in messages]
         return self._fill(sample, list(inlined), sample.tools, prompt=prompt)
 
     def _fill(self, sample: Sample, messages: list[Any], tools: Any, *, prompt: bool) -> tuple[str, list[Span]]:
-        context = {
-            **sample.options,
-            **self.special,
-            "messages": messages,
-            "tools": None if tools is None else list(tools),
-            "documents": None,
-            "add_generation_prompt": prompt,
-        }
+        context = self._context(sample.options, messages, tools) | {"add_generation_prompt": prompt}
         try:
             return self._template.render(context)
         except Exception as error:  # a template is a program of its own: whatever it raises is about this sample
@@ -152,17 +155,25 @@ class ChatTemplate:
                 "Change the order or the roles of its messages, or the template",
             ) from error
 
+    def _context(self, options: dict[str, Any], messages: list[Any], tools: Any) -> dict[str, Any]:
+        return {
+            **options,
+            **self.special,
+            "messages": messages,
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": False,
+        }
+
     def _places(self, sample: Sample, text: str) -> dict[str, list[int]]:
         """Places by mark; see ``marked``. Most samples need none."""
-        spelled = self._coder.spelled
-        said = [_SAYABLE if message["role"] == "assistant" else frozenset() for message in sample.messages]
-        quotes = spells(sample.tools, spelled) or any(map(spells, sample.messages, [spelled] * len(said), said))
+        quotes = spells(sample.messages, sample.tools, self._coder.spelled)
         if not (sample.parts or sample.closed or quotes):
             return {QUOTE: [], BOUND: [], CLOSE: []}
         if holds_mark(text):
             raise BadSample(sample.where, "it holds a noncharacter, U+FDD0 to U+FDD2", "Remove it")
-        messages, number, expected = [], 0, 0
-        for message, allowed in zip(sample.messages, said, strict=True):
+        messages, tools, number, expected = list[Any](), sample.tools, 0, 0
+        for message in sample.messages:
             changed = dict(message)
             if message["role"] == "assistant":
                 bounds = [place for part in sample.parts.get(number, ()) for place in (part.start, part.end)]
@@ -171,10 +182,12 @@ class ChatTemplate:
                 number += 1
             if sample.closed and message is sample.messages[-1]:
                 changed["reasoning_content"] += CLOSE
-            messages.append(mark_spellings(changed, spelled, allowed) if quotes else changed)
+            messages.append(changed)
+        if quotes:
+            messages, tools = mark_spellings(messages, tools, self._coder.spelled)
         if not self._template.reasons:
             messages = [_inlined(message) for message in messages]
-        marked, _ = self._fill(sample, messages, mark_spellings(sample.tools, spelled), prompt=False)
+        marked, _ = self._fill(sample, messages, tools, prompt=False)
         stripped, places = strip_marks(marked)
         if stripped != text or len(places[BOUND]) != expected or len(places[CLOSE]) != sample.closed:
             raise BadSample(
@@ -223,16 +236,6 @@ class ChatTemplate:
                 )
             spans.append(Span(len(prompt), end))
         return spans
-
-    def _config(self) -> dict[str, Any]:
-        path = self.folder / "tokenizer_config.json"
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Save the tokenizer with transformers") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{path} is not a JSON object. Save the tokenizer with transformers")
-        return config
 
     def _own(self, config: dict[str, Any]) -> Template:
         where, path = f"the chat template of {self.folder}", self.folder / "chat_template.jinja"

@@ -34,30 +34,30 @@ class Coded:
 
 
 class TextCoder:
-    """The tokenizer in a folder's ``tokenizer.json``.
+    """A tokenizer, by what its ``tokenizer.json`` says. Raises whatever `tokenizers` does for what is none."""
 
-    Raises:
-        DataError: it cannot be read.
-    """
-
-    def __init__(self, folder: Path) -> None:
-        path = folder / "tokenizer.json"
-        try:
-            self._state: dict[str, Any] = json.loads(path.read_bytes())
-            # Post-processors take the blanks off a token's characters, which would hide that it reaches out of a span.
-            self._state["post_processor"] = None
-            self.tokenizer = _load(self._state)
-        except Exception as error:  # tokenizers raises bare Exception
-            raise DataError(
-                f"{path} cannot be read ({error}). Save the tokenizer with transformers' "
-                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, which writes one"
-            ) from error
+    def __init__(self, state: dict[str, Any]) -> None:
+        # Post-processors take the blanks off a token's characters, which would hide that it reaches out of a span.
+        self._state = {**state, "post_processor": None}
+        self.tokenizer = _load(self._state)
         added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._added = frozenset(added.values())
         self.controls = tuple(sorted(added, key=lambda text: (-len(text), text)))
         """The texts of all control tokens, longest first."""
         self.spelled = re.compile("|".join(map(re.escape, self.controls)) or r"(?!)")
         """Matches the text of any control token."""
+
+    @classmethod
+    def read(cls, folder: Path) -> TextCoder:
+        """Return the tokenizer of a Hugging Face folder. Raises DataError if it cannot be read."""
+        path = folder / "tokenizer.json"
+        try:
+            return cls(json.loads(path.read_bytes()))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise DataError(
+                f"{path} cannot be read ({error}). Save the tokenizer with transformers' "
+                "`AutoTokenizer.from_pretrained(...).save_pretrained(...)`, which writes one"
+            ) from error
 
     @property
     def vocabulary(self) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 
 from psyche_node.evaluation.steps import Steps
@@ -46,7 +46,7 @@ def answer(engine: Engine, requests: Sequence[Request], cut: Cut = never) -> Ste
     go on. Raises PromptError for a prompt that leaves no room.
     """
     replies: list[Reply | None] = [None] * len(requests)
-    for batch in _batches(engine, requests):
+    for batch in engine.batches(requests):
         growing = {index: _Growing(requests[index], engine.room(requests[index])) for index in batch}
         while growing:
             order = list(growing)
@@ -63,17 +63,6 @@ def answer(engine: Engine, requests: Sequence[Request], cut: Cut = never) -> Ste
                     del growing[index]
             yield
     return [reply for reply in replies if reply is not None]
-
-
-def _batches(engine: Engine, requests: Sequence[Request]) -> Iterator[list[int]]:
-    batch: list[int] = []
-    for index in sorted(range(len(requests)), key=lambda index: (-len(requests[index].prompt), index)):
-        if batch and not engine.fits([requests[one] for one in (*batch, index)]):
-            yield batch
-            batch = []
-        batch.append(index)
-    if batch:
-        yield batch
 
 
 def _before(text: str, stop: Sequence[str]) -> tuple[str, bool]:

@@ -10,12 +10,13 @@ from psyche_node.evaluation.answering import Cut, Reply, answer, never
 from psyche_node.evaluation.answers import extract, matches
 from psyche_node.evaluation.errors import EvaluationError
 from psyche_node.evaluation.examples import Example, Loaded
-from psyche_node.evaluation.likelihood import Pair, Score, encode_pair, score_pairs
+from psyche_node.evaluation.likelihood import Pair, Score, encode_answer, encode_pair, score_pairs
 from psyche_node.evaluation.results import Measure, TaskResult, mean
 from psyche_node.evaluation.steps import Steps
 from psyche_node.evaluation.subject import Subject
 from psyche_node.evaluation.task import Task
 from psyche_node.generation import Request, begins_inside, split_reasoning
+from psyche_node.generation.prompts import Prompt
 from psyche_node.generation.reasoning import BEGIN, END, SEED_BEGIN, SEED_END
 
 _SEEDS = 1 << 31
@@ -46,12 +47,12 @@ def evaluate(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut =
     return _result(loaded, None, truncated, (_chosen if task.kind == "multiple_choice" else _said)(loaded, by_example))
 
 
-def prompt_text(subject: Subject, task: Task, example: Example, thinking: bool | None) -> str:
+def prompt_of(subject: Subject, task: Task, example: Example, thinking: bool | None) -> Prompt:
     """Return the prompt as the model is given it, few-shot examples and chat template included."""
     if not task.chat:
         shots = [f"{prompt}{task.delimiter}{answer}{task.shot_delimiter}" for prompt, answer in example.shots]
         opening = f"{task.description}{task.shot_delimiter}" if task.description else ""
-        return opening + "".join(shots) + example.prompt
+        return Prompt(opening + "".join(shots) + example.prompt, ())
     messages = [{"role": "system", "content": task.description}] if task.description else []
     for prompt, said in (*example.shots, (example.prompt, None)):
         messages.append({"role": "user", "content": prompt})
@@ -66,14 +67,18 @@ def prompt_text(subject: Subject, task: Task, example: Example, thinking: bool |
 
 def _pairs(subject: Subject, loaded: Loaded) -> Steps[tuple[list[Pair], list[int]]]:
     """(context with continuation, the example it belongs to) of every choice or target."""
-    task, encode = loaded.task, subject.engine.prompts.encode
+    task, prompts = loaded.task, subject.engine.prompts
     pairs, owners = list[Pair](), list[int]()
     for index, example in enumerate(loaded.examples):
-        context = prompt_text(subject, task, example, False if task.chat else None)
-        prefix = () if task.chat else subject.opening(context)
-        for continuation in example.choices or example.accepted[:1]:
-            said = continuation if task.chat else task.delimiter + continuation
-            pairs.append(encode_pair(encode, prefix, context, said, subject.context))
+        context = prompt_of(subject, task, example, False if task.chat else None)
+        prefix = () if task.chat else subject.opening(context.text)
+        for said in example.choices or example.accepted[:1]:
+            if task.chat:
+                pair = encode_answer(prompts.encode, context, said, subject.context)
+            else:
+                text = task.delimiter + said
+                pair = encode_pair(prompts.encode_text, prefix, context.text, text, subject.context)
+            pairs.append(pair)
             owners.append(index)
         if index % _ENCODED == 0:
             yield
@@ -104,9 +109,9 @@ def _generated(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut
     task, engine = loaded.task, subject.engine
     requests, inside = list[Request](), list[str | None]()
     for index, example in enumerate(loaded.examples):
-        text = prompt_text(subject, task, example, thinking)
-        tokens = (*(() if task.chat else subject.opening(text)), *engine.prompts.encode(text))
-        inside += [begins_inside(text)] * task.samples
+        prompt = prompt_of(subject, task, example, thinking)
+        tokens = (*(() if task.chat else subject.opening(prompt.text)), *engine.prompts.encode(prompt))
+        inside += [begins_inside(prompt.text)] * task.samples
         for sample in range(task.samples):
             seed = (task.seed * 1_000_003 + index * task.samples + sample) % _SEEDS
             requests.append(Request(tokens, task.max_new_tokens, task.temperature, task.top_p, seed, tuple(task.stop)))

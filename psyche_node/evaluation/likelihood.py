@@ -1,7 +1,9 @@
 """Log-likelihoods of continuations, as lm-evaluation-harness defines them.
 
-Context and continuation are tokenized together and divided after as many tokens as the context has alone; blanks at the
-end of the context belong to the continuation. So a word that begins with a blank is scored as one token.
+In plain text, context and continuation are tokenized together and divided after as many tokens as the context has
+alone; blanks at the end of the context belong to the continuation. So a word that begins with a blank is scored as one
+token. In a chat the prompt is what the template makes it, header and line feeds included, and the answer alone is
+scored.
 
 Shapes: B sequences of a batch, L tokens of the longest, V vocabulary, T tokens of a continuation.
 """
@@ -18,6 +20,7 @@ from torch import Tensor
 
 from psyche_node.evaluation.errors import EvaluationError
 from psyche_node.evaluation.steps import Steps
+from psyche_node.generation.prompts import Prompt
 
 BATCH_TOKENS = {"cpu": 2048, "cuda": 32_768}
 """Tokens of a forward pass, padding included."""
@@ -72,6 +75,27 @@ def encode_pair(encode: Encode, prefix: Sequence[int], context: str, continuatio
         raise EvaluationError(
             "a prompt is empty, and the tokenizer has neither bos_token nor eos_token to begin with; write one into it"
         )
+    return _within(tokens, start, window)
+
+
+def encode_answer(encode: Callable[[Prompt], Sequence[int]], prompt: Prompt, answer: str, window: int | None) -> Pair:
+    """Tokenize a prompt of the chat template with an answer, all tokens of which are scored, and no others.
+
+    Raises:
+        EvaluationError: the answer is empty or does not fit.
+    """
+    if not answer:
+        raise EvaluationError(f"an answer to {prompt.text[-60:]!r} is empty; mend the task's choices")
+    given = list(encode(prompt))
+    whole = list(encode(Prompt(prompt.text + answer, prompt.quoted)))
+    # Where a token reaches from the prompt into the answer: the model is never given half a token to go on from.
+    if whole[: len(given)] != given or len(whole) == len(given):
+        whole = given + list(encode(Prompt(answer, ())))
+    return _within(whole, len(given), window)
+
+
+def _within(tokens: list[int], start: int, window: int | None) -> Pair:
+    """The pair, without what of the context does not fit. Raises EvaluationError if the continuation does not."""
     excess = 0 if window is None else max(0, len(tokens) - window)
     if excess >= start:
         raise EvaluationError(

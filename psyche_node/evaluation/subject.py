@@ -48,7 +48,7 @@ class Subject:
         """The tokens before plain text: bos where the tokenizer adds it; before no text at all bos or eos, so that its
         first word has something to follow."""
         prompts, eos = self.engine.prompts, self.engine.eos
-        added = tuple(token for token in prompts.encode("", special=True) if token not in eos)
+        added = tuple(token for token in prompts.encode_text("", special=True) if token not in eos)
         return added if added or text.strip() else tuple(sorted(eos)[:1])
 
     @contextlib.contextmanager

@@ -60,6 +60,7 @@ class Conversation:
         system = [{"role": "system", "content": manner.system}] if manner.system else []
         asked = [*self._said, {"role": "user", "content": question}]
         prompt = self._engine.prompts.render([*system, *asked], thinking=manner.thinking)
+        self._engine.may_fit(len(prompt.text))
         request = Request(
             self._engine.prompts.encode(prompt),
             manner.max_tokens,
@@ -68,7 +69,7 @@ class Conversation:
             manner.seed + len(self._said),
             advice=advice,
         )
-        splitter = ReasoningSplitter(begins_inside(prompt))
+        splitter = ReasoningSplitter(begins_inside(prompt.text))
         answer = ""
         completion: Completion | None = None
         with closing(self._engine.stream(request)) as stream:  # closing this generator ends the answer, too

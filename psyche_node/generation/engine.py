@@ -32,6 +32,8 @@ _CUDA_TOKENS, _CPU_TOKENS = 131_072, 16_384
 _SEQUENCES = 256
 """At most in one batch, however short: each costs some work on the host for every token."""
 _SEEDS = 1 << 63
+_CHARACTERS_PER_TOKEN = 16
+"""More than any text has on average: English has 4 to 5, program text with its blanks up to 8."""
 
 
 class Engine:
@@ -109,7 +111,7 @@ class Engine:
             for index, prompt in enumerate(prompts)
         ]
         done: list[Completion | None] = [None] * len(requests)
-        for batch in self._batches(requests):
+        for batch in self.batches(requests):
             for index, completion in zip(batch, self.run([requests[index] for index in batch]), strict=True):
                 done[index] = completion
         return [completion for completion in done if completion is not None]
@@ -202,6 +204,15 @@ class Engine:
             )
         return min(left, request.max_new_tokens)
 
+    def may_fit(self, characters: int) -> None:
+        """Raise PromptError for a text of so many characters if it is far beyond the context window: tokenizing it
+        only to count its tokens could take long."""
+        if self.context is not None and characters > _CHARACTERS_PER_TOKEN * self.context:
+            raise PromptError(
+                f"the prompt has {characters} characters, far more than the model's context window of {self.context} "
+                "tokens has room for. Shorten the conversation"
+            )
+
     def fits(self, requests: Sequence[Request]) -> bool:
         """Whether these make one batch: prompts and answers padded to the longest are within the bounds."""
         if len(requests) > _SEQUENCES:
@@ -211,8 +222,13 @@ class Engine:
         most = _CUDA_TOKENS if self.device.type == "cuda" else _CPU_TOKENS
         return len(requests) == 1 or len(requests) * (width + longest) <= most
 
-    def _batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
-        """Indices of the requests in batches: longest prompts first, neighbours in length together."""
+    def batches(self, requests: Sequence[Request]) -> Iterator[list[int]]:
+        """Yield the indices of the requests in batches that fit: longest prompts first, those alike in length
+        together.
+
+        Raises:
+            PromptError: a prompt leaves no room in the context window.
+        """
         batch: list[int] = []
         for index in sorted(range(len(requests)), key=lambda index: -len(requests[index].prompt)):
             if batch and not self.fits([requests[one] for one in (*batch, index)]):

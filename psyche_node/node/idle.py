@@ -120,12 +120,17 @@ class IdleTasks:
                 await self._record(Results.model_validate_json(reply.results))
 
     async def _record(self, results: Results) -> None:
-        """Keep the results, and put their digest on chain; a chain that is away costs the digest only."""
+        """Keep the results, and put their digest on chain. A chain that is away costs the digest only, and a disk that
+        is full the file, without which a digest would prove nothing."""
         number = results.round or 0
-        self._folder.mkdir(exist_ok=True)
         file = self._folder / f"round-{number}.json"
-        await asyncio.to_thread(file.write_bytes, results.canonical() + b"\n")
         self._tell(results)
+        try:
+            self._folder.mkdir(exist_ok=True)
+            await asyncio.to_thread(file.write_bytes, results.canonical() + b"\n")
+        except OSError as error:
+            log.warning("tasks: the results after %d rounds are not kept: %s; free space there", number, error)
+            return
         signature = None
         try:
             signature = str(await self._chain.record_evaluation(number, results.digest))

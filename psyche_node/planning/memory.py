@@ -15,6 +15,8 @@ from psyche_node.planning.shape import ModelShape
 
 CHUNK_LOGITS: Final = 1 << 22  # training.loss.CHUNK_LOGITS; a test compares, as torch is not needed here
 BLOCK: Final = 4096
+GRADIENT: Final = 4
+"""Bytes of a sum of gradients, which is in fp32 whatever the weights are in."""
 SCRATCH: Final = 256 * BLOCK * 32
 """What the optimizer needs beside its state at most: it works on 256 blocks at a time."""
 CONTEXT: Final = 1 << 30
@@ -94,7 +96,7 @@ def memory(shape: ModelShape, work: Work, *, outside: int | None = None, scratch
         workspace=CONTEXT + NCCL * several if outside is None else outside,
     )
     moments = [replace(state, **moment) for moment in _moments(shape, work, held)]
-    moments.append(replace(state, gradients=held * work.weight_bytes, workspace=state.workspace + scratch))
+    moments.append(replace(state, gradients=held * GRADIENT, workspace=state.workspace + scratch))
     return max(moments, key=lambda one: one.total)
 
 
@@ -112,37 +114,63 @@ def _held(shape: ModelShape, work: Work) -> int:
 
 def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     """The moments of a step that can be its peak."""
-    c = 4 if work.compute == "fp32" else 2
-    s = 2 if work.compute == "bf16" else 4
+    c, s = _widths(work)
     several = work.data_parallel * work.tensor_parallel
-    weight = work.weight_bytes  # also of FSDP2's gradients, which are summed in fp32 and kept in the weights' type
-    gradient = held * weight
-    before = gradient if work.micro_batches > 1 else 0
+    # Sums of gradients are in fp32, those of bf16 weights from the start; what autograd makes is in the weights' type.
+    weight = work.weight_bytes
+    gradient = held * GRADIENT
+    before = gradient if work.micro_batches > 1 or weight < GRADIENT else 0
     layer = layer_bytes(shape, work)
     kept = s * shape.hidden * work.tokens if work.checkpointing else layer
     ends, last_norm = _ends(work, shape), work.tokens * ((8 if s == 4 else 6) * shape.hidden + 4)
     stack = shape.layers * kept + ends
     table = ceil(shape.vocabulary / work.tensor_parallel) * shape.hidden
-    hidden = work.tokens * shape.hidden
-    chunk = min(CHUNK_LOGITS, work.tokens * table // shape.hidden)
     forward_copies, backward_copies = _copies(shape, work, table)
-    # The loss makes its gradients in the forward pass: fp32 for the matrix, beside logits of a chunk. Autocast has cast
-    # hidden states and matrix for it.
-    cast = c if work.compute == "autocast" else 0
-    forward_head = (s + cast + c) * hidden + (4 + c + cast) * table + (4 if c == 4 else 6) * chunk
-    # Going backward they are multiplied by 1/tokens into new tensors, and cast to the matrix's type.
-    backward_head = 2 * c * hidden + (8 + (c if c != 4 else 0)) * table
+    # The loss makes its gradients in the forward pass, and multiplies them by 1/tokens going backward. From full logits
+    # they are all made going backward.
+    going_forward, going_backward = (_chunked_loss if shape.loss == "chunked" else _full_loss)(shape, work, table)
+    copies = forward_copies if shape.loss == "chunked" else backward_copies
     # Inside of a layer, gradients of the gate's two factors are made before what they came from is freed.
     inside = (layer if work.checkpointing else 0) + work.tokens * 2 * c * shape.intermediate // work.tensor_parallel
     of_table, of_layer = (weight * n for n in (table, shape.layer_parameters // several))
     first = before or of_table
     last = before or gradient - of_layer - (0 if shape.tied else of_table)
     return [
-        {"gradients": before, "activations": stack + last_norm, "head": forward_head, "gathered": forward_copies},
-        {"gradients": before, "activations": stack + last_norm, "head": backward_head, "gathered": backward_copies},
+        {"gradients": before, "activations": stack + last_norm, "head": going_forward, "gathered": copies},
+        {"gradients": before, "activations": stack + last_norm, "head": going_backward, "gathered": backward_copies},
         {"gradients": first, "activations": stack + inside, "head": 0, "gathered": backward_copies},
         {"gradients": last, "activations": ends + kept + inside, "head": 0, "gathered": backward_copies},
     ]
+
+
+def _widths(work: Work) -> tuple[int, int]:
+    """Bytes of a number in the matrix units (c), and of one in the residual stream (s)."""
+    return 4 if work.compute == "fp32" else 2, 2 if work.compute == "bf16" else 4
+
+
+def _chunked_loss(shape: ModelShape, work: Work, table: int) -> tuple[int, int]:
+    """Of `training.loss`, going forward and backward. ``table``: numbers of the head's matrix that are here."""
+    c, s = _widths(work)
+    hidden = work.tokens * shape.hidden
+    chunk = min(CHUNK_LOGITS, work.tokens * table // shape.hidden)
+    # Gradients: fp32 for the matrix, beside logits of a chunk. Autocast has cast hidden states and matrix for it.
+    cast = c if work.compute == "autocast" else 0
+    forward = (s + cast + c) * hidden + (4 + c + cast) * table + (4 if c == 4 else 6) * chunk
+    # They are multiplied into new tensors, and cast to the matrix's type.
+    return forward, 2 * c * hidden + (8 + (c if c != 4 else 0)) * table
+
+
+def _full_loss(shape: ModelShape, work: Work, table: int) -> tuple[int, int]:
+    """Of a loss from all logits of a micro-batch, which every rank has whole: two moments of going backward.
+
+    First the cross-entropy's: the logarithms of the probabilities, their gradients, and those of the logits, all fp32,
+    and where the logits are capped what the cap has kept. Then the head's product.
+    """
+    c, s = _widths(work)
+    hidden, logits = work.tokens * shape.hidden, work.tokens * shape.vocabulary
+    cast = c if work.compute == "autocast" else 0
+    entropy = s * hidden + cast * table + (12 + (c if shape.loss == "capped" else 0)) * logits
+    return entropy, (s + 2 * c) * hidden + (c + cast + (4 if c != 4 else 0)) * table + c * logits
 
 
 def layer_bytes(shape: ModelShape, work: Work) -> int:
@@ -156,7 +184,7 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     queries = shape.heads * shape.head_dim // tensor
     keys = shape.kv_heads * shape.head_dim // (tensor if shape.kv_heads >= tensor else 1)
     F = shape.intermediate // tensor
-    c = 4 if work.compute == "fp32" else 2
+    c, _ = _widths(work)
     if work.compute == "autocast":
         norms = 2 * (8 * D + 4) + (3 + 2) * c * D
     else:

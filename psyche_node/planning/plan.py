@@ -19,6 +19,11 @@ SHORTEST = 2048
 """Tokens below which a sequence is not shortened to make it fit."""
 
 
+_OF_A_RUN = frozenset(
+    ["member_tokens_per_second", "tokens_per_second", "compute_seconds", "round_seconds", "run_days", "fees"]
+)
+
+
 @dataclass(frozen=True, slots=True)
 class Asked:
     """What is to be planned. ``gpus`` of kind ``gpu`` per member; ``batch`` sequences per round of all ``members``.
@@ -79,7 +84,9 @@ class Plan:
     notes: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self) | {"memory": {**self.memory.parts(), "total": self.memory.total}}
+        """Without what depends on its running, if it does not fit."""
+        values = asdict(self) | {"memory": {**self.memory.parts(), "total": self.memory.total}}
+        return values if self.fits else {key: value for key, value in values.items() if key not in _OF_A_RUN}
 
 
 def plan(shape: ModelShape, asked: Asked) -> Plan:
@@ -106,12 +113,12 @@ def plan(shape: ModelShape, asked: Asked) -> Plan:
     ranks = asked.members * work.data_parallel
     full = ceil(asked.batch / ranks) * ranks / asked.batch
     compute = tokens / (asked.members * speed) * full
-    if full > 1.25:
+    if fits and full > 1.25:
         notes.append(f"{asked.batch} sequences over {ranks} data-parallel ranks leave some idle; raise the batch")
     sent = exchange(asked.update_bytes, asked.members, asked.link.up_rate, asked.link.down_rate, asked.link.rtt)
     waiting = sent.seconds + CHAIN_SECONDS
     seconds = max(compute, waiting) if asked.overlap else compute + waiting
-    if waiting > compute:
+    if fits and waiting > compute:
         notes.append(
             "the exchange takes longer than training: a smaller topk, a larger batch or a faster line would help"
         )

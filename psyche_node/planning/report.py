@@ -34,10 +34,26 @@ def lines(plan: Plan) -> Iterator[str]:
         if part:
             yield f"  {_PARTS[name]:48} {part / 2**30:8.1f}"
     yield f"  {'all':48} {plan.memory.total / 2**30:8.1f} of {plan.usable / 2**30:.1f}"
-    yield "  it fits" if plan.fits else "  it does not fit. What helps, one on top of the other:"
+    if plan.fits:
+        yield "  it fits"
+        yield from _round(plan)
+    else:
+        yield from _advice(plan)
+    for note in plan.notes:
+        yield f"note: {note}"
+
+
+def _advice(plan: Plan) -> Iterator[str]:
+    """What to change; a round's time and the run's cost would be those of a run that cannot be."""
+    yield "  it does not fit. What helps, one on top of the other:" if plan.tries else "  it does not fit"
     for step in plan.tries:
         size = f"{step.total / 2**30:8.1f}{'  fits' if step.fits else ''}" if step.total else ""
         yield f"    {step.change:46} {size}"
+    if not any(step.fits or not step.total for step in plan.tries):
+        yield "    and more GPUs, or such with more memory: the rest is not enough"
+
+
+def _round(plan: Plan) -> Iterator[str]:
     sent = plan.exchange
     yield "round"
     yield f"  {'update':32} {sent.update_bytes:,} bytes"
@@ -50,5 +66,3 @@ def lines(plan: Plan) -> Iterator[str]:
     yield f"  {'a round':32} {fees.transactions_per_round} transactions, {fees.per_round / _SOL:.6f} SOL"
     yield f"  {'an epoch':32} {fees.per_epoch / _SOL:.6f} SOL"
     yield f"  {'the run':32} {fees.whole_run / _SOL:.4f} SOL; the owner's deposit {fees.deposit / _SOL:.2f} SOL"
-    for note in plan.notes:
-        yield f"note: {note}"

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from psyche_node.planning.errors import PlanError
+from psyche_node.planning.sizes import bad_size, config_values
 
 SHIPPED: Final = Path(__file__).resolve().parent / "models"
 _HEAD_NORMS: Final = frozenset({"qwen3"})
-_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral"})
+_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral", "granite"})
+_CAP: Final = "final_logit_softcapping"
+CHANGES_LOGITS: Final = (_CAP, "logit_scale", "logits_scaling")
+"""Keys of configs whose models do more for logits than a product, where they are neither null nor 1."""
+
+Loss = Literal["chunked", "full", "capped"]
+"""How the trainer makes the loss: in chunks of logits, from all of them, or from all that were capped."""
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
 
@@ -39,6 +45,7 @@ class ModelShape:
     tied: bool
     head_norms: bool
     assumed: bool
+    loss: Loss = "chunked"
 
     @property
     def parameters(self) -> int:
@@ -60,8 +67,20 @@ class ModelShape:
         return 6.0 * multiplied + 6.0 * self.layers * self.heads * self.head_dim * length
 
 
-def config_of(source: str) -> tuple[str, dict[str, Any]]:
-    """Name and config of a folder with a config.json, a JSON file, or a shipped model. Raises PlanError."""
+@dataclass(frozen=True, slots=True)
+class ModelConfig:
+    """A model's config as its file has it: without what transformers adds for its kind of model."""
+
+    name: str
+    file: Path
+    values: Mapping[str, Any]
+
+
+def config_of(source: str) -> ModelConfig:
+    """The config of a folder with a config.json, a JSON file, or a shipped model.
+
+    Raises PlanError for none, and for one that is not a dense decoder's.
+    """
     path = Path(source)
     shipped = {file.stem.lower(): file for file in SHIPPED.glob("*.json")}
     file = path / "config.json" if path.is_dir() else path
@@ -71,22 +90,31 @@ def config_of(source: str) -> tuple[str, dict[str, Any]]:
             raise PlanError(f"--model {source}: no folder with a config.json, no JSON file, and none of {names}")
         file = shipped[source.lower()]
     try:
-        config = json.loads(file.read_text(encoding="utf-8"))
+        config = config_values(file)
     except (OSError, ValueError) as error:
-        raise PlanError(f"{file} cannot be read as a model's config: {error}") from error
-    if not isinstance(config, dict):
-        raise PlanError(f"{file} is not a model's config: it holds no JSON object")
-    return (path.resolve().name if path.is_dir() else file.stem), config
+        raise PlanError(str(error)) from error
+    _check_dense(str(file), config)
+    return ModelConfig(path.resolve().name if path.is_dir() else file.stem, file, config)
 
 
-def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShape:
-    """Raises PlanError for a config that is not a dense decoder's."""
+def _check_dense(name: str, config: Mapping[str, Any]) -> None:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
-    lacking = [key for key in needed if not isinstance(config.get(key), int)]
+    lacking = [key for key in needed if config.get(key) is None]
     experts = any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     if lacking or experts:
         why = "it is a mixture of experts" if experts else f"its config has no {', '.join(lacking)}"
         raise PlanError(f"{name} cannot be planned: {why}. Plans are for dense decoders such as Llama, Qwen3, Seed-OSS")
+    if (wrong := bad_size(config)) is not None:
+        raise PlanError(f"{name}: {wrong}")
+
+
+def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShape:
+    """The shape of a model with these tensors.
+
+    ``config``: of the model as it is built (``to_dict()`` of transformers' object), not of its file, which may leave
+    out what its kind of model has by default. Raises PlanError for one that is not a dense decoder's.
+    """
+    _check_dense(name, config)
     heads, kind = config["num_attention_heads"], str(config.get("model_type"))
     return ModelShape(
         name=name,
@@ -102,4 +130,12 @@ def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShap
         tied=bool(config.get("tie_word_embeddings", False)),
         head_norms=kind in _HEAD_NORMS,
         assumed=kind not in _KNOWN,
+        loss=_loss(config, tensors),
     )
+
+
+def _loss(config: Mapping[str, Any], tensors: Shapes) -> Loss:
+    if config.get(_CAP):
+        return "capped"
+    changed = any(config.get(key) not in (None, 1.0) for key in CHANGES_LOGITS)
+    return "full" if changed or any(name == "lm_head.bias" for name, _ in tensors) else "chunked"

@@ -9,14 +9,23 @@ from starlette.requests import ClientDisconnect, Request
 
 from psyche_node.serving.errors import ApiError
 
-LARGEST_BODY = 8 << 20
-"""Bytes: several times what fits the longest context windows."""
+_LARGEST = 8 << 20
+_LEAST = 1 << 20
+_BYTES_PER_TOKEN = 16
 _SECONDS = 60.0
 """For a body to arrive; a slow one keeps its memory for so long at most."""
 
 
-async def read_json(request: Request) -> object:
-    """Return a request's body.
+def largest_body(context: int | None) -> int:
+    """Return how many bytes of a request are read, for a context window in tokens: what could fit, and room for tools.
+
+    Parsing keeps all clients waiting, so there is no more of it than a long conversation needs.
+    """
+    return _LARGEST if context is None else min(_LARGEST, _LEAST + _BYTES_PER_TOKEN * context)
+
+
+async def read_json(request: Request, largest: int) -> object:
+    """Return a request's body of ``largest`` bytes at most.
 
     Raises:
         ApiError: it is not JSON, is too large, or takes too long. Only application/json is taken: a web page can make
@@ -30,8 +39,8 @@ async def read_json(request: Request) -> object:
         async with asyncio.timeout(_SECONDS):
             async for piece in request.stream():
                 body += piece
-                if len(body) > LARGEST_BODY:
-                    raise ApiError(413, f"the body is larger than {LARGEST_BODY} bytes", code="body_too_large")
+                if len(body) > largest:
+                    raise ApiError(413, f"the body is larger than {largest} bytes", code="body_too_large")
     except TimeoutError:
         raise ApiError(408, f"the body did not arrive within {_SECONDS:g} s") from None
     except ClientDisconnect:

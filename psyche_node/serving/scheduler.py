@@ -85,14 +85,14 @@ class Scheduler:
         """How many requests are being answered, and how many wait."""
         return {"running": len(self._running), "waiting": len(self._queue)}
 
-    def submit(self, requests: Sequence[Request]) -> Work:
-        """Queue a client's requests. Raises ApiError 429 if they are too many for the queue."""
+    def check(self, count: int) -> None:
+        """Raise ApiError if a client's ``count`` requests are too many for the queue, as `submit` would."""
         self._forget_cancelled()
         if self._stopping:
             raise self._end()
-        if len(requests) > self._limit:
-            raise ApiError(400, f"{len(requests)} prompts in one request; send at most {self._limit}", param="prompt")
-        if len(self._queue) + len(requests) > self._limit:
+        if count > self._limit:
+            raise ApiError(400, f"{count} prompts in one request; send at most {self._limit}", param="prompt")
+        if len(self._queue) + count > self._limit:
             raise ApiError(
                 429,
                 f"{len(self._queue)} requests wait already, of {self._limit} that may. Try again in a while",
@@ -100,6 +100,10 @@ class Scheduler:
                 code="queue_full",
                 headers={"Retry-After": "5"},
             )
+
+    def submit(self, requests: Sequence[Request]) -> Work:
+        """Queue a client's requests. Raises ApiError 429 if they are too many for the queue."""
+        self.check(len(requests))
         work = Work(requests)
         self._queue.extend((work, index) for index in range(len(requests)))
         self._arrived.set()

@@ -7,18 +7,21 @@ nothing (``user``, ``metadata``, ``store``) or is not known is ignored, so that 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
 from psyche_node.serving.errors import ApiError
+from psyche_node.wording import in_words, place
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1)]
 T = TypeVar("T")
-Several = Annotated[list[T], Field(min_length=1)]
+# The first mistake ends the reading of a list: a million of them would take minutes to describe.
+Several = Annotated[list[T], Field(min_length=1, max_length=4096, fail_fast=True)]
+Few = Annotated[list[T], Field(max_length=128, fail_fast=True)]
+TokenIds = Annotated[list[int], Field(min_length=1, max_length=1 << 21, fail_fast=True)]
 
 _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "n": (1,),
@@ -44,11 +47,8 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
 """Parameters that are not supported, with the values under which they ask for nothing; null is always one."""
 
 
-_KIND = re.compile(r"str|int|constrained-str|.*\[.*\]")
-
-
 class _Model(BaseModel):
-    model_config = ConfigDict(strict=True, extra="allow")
+    model_config = ConfigDict(strict=True, extra="ignore")
 
 
 class TextPart(_Model):
@@ -74,9 +74,9 @@ class Message(_Model):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    content: str | list[TextPart] | None = None
+    content: str | Few[TextPart] | None = None
     name: str | None = None
-    tool_calls: list[PastCall] | None = None
+    tool_calls: Few[PastCall] | None = None
     tool_call_id: str | None = None
     reasoning_content: str | None = None
     reasoning: str | None = None
@@ -109,12 +109,18 @@ class Message(_Model):
 
 
 class FunctionTool(_Model):
+    model_config = ConfigDict(strict=True, extra="allow")
+
     name: Annotated[str, StringConstraints(pattern=r"^[a-zA-Z0-9_.-]{1,64}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
 
 
 class Tool(_Model):
+    """A tool on offer; templates may show keys of it that nobody here knows."""
+
+    model_config = ConfigDict(strict=True, extra="allow")
+
     type: Literal["function"]
     function: FunctionTool
 
@@ -139,12 +145,15 @@ class TemplateSwitches(BaseModel):
 class Sampled(_Model):
     """What both kinds of completion share; None: as the folder's generation config advises, else OpenAI's default."""
 
+    shapes: ClassVar[Mapping[str, str]] = {}
+    """What parameters are that may be of several kinds, for messages."""
+
     model: str | None = None
     max_tokens: Tokens | None = None
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     seed: int | None = None
-    stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
+    stop: Stop | Annotated[list[Stop], Field(max_length=16, fail_fast=True)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
@@ -162,7 +171,7 @@ class ChatRequest(Sampled):
 
     messages: Several[Message]
     max_completion_tokens: Tokens | None = None
-    tools: Annotated[list[Tool], Field(max_length=128)] | None = None
+    tools: Few[Tool] | None = None
     tool_choice: Any = None
     reasoning: Reasoning | None = None
     reasoning_effort: str | None = None
@@ -203,7 +212,11 @@ class ChatRequest(Sampled):
 class TextRequest(Sampled):
     """POST /v1/completions; a prompt is text or token ids, and there may be several."""
 
-    prompt: str | Several[int] | Several[str] | Several[Several[int]]
+    shapes: ClassVar[Mapping[str, str]] = {
+        "prompt": "it is a string, a list of token ids, or a list of 1 to 4096 strings or of such lists"
+    }
+
+    prompt: str | TokenIds | Several[str] | Several[TokenIds]
 
     @property
     def prompts(self) -> list[str] | list[list[int]]:
@@ -231,9 +244,10 @@ def parse(kind: type[Asked], body: object) -> Asked:
         return kind.model_validate(body)
     except ValidationError as error:
         # Of the kinds a value may have, the one that got furthest is what was meant.
-        nearest = max(error.errors(), key=lambda one: len(one["loc"]))
-        where = _place(nearest["loc"])
-        raise ApiError(400, f"{where}: {nearest['msg']}", param=where or None) from None
+        nearest = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
+        where = place(nearest["loc"])
+        words = kind.shapes.get(where.partition("[")[0]) or in_words(nearest)
+        raise ApiError(400, f"{where}: {words}", param=where or None) from None
 
 
 def _arguments(call: PastCall, where: str) -> dict[str, Any]:
@@ -246,9 +260,3 @@ def _arguments(call: PastCall, where: str) -> dict[str, Any]:
             400, f"{where}: the arguments of {call.function.name} are not a JSON object", param=f"{where}.tool_calls"
         )
     return value
-
-
-def _place(location: tuple[int | str, ...]) -> str:
-    """An error's place in a request, such as messages[0].content; pydantic adds which kind of value it tried."""
-    names = (f"[{one}]" if isinstance(one, int) else f".{one}" for one in location if not _KIND.fullmatch(str(one)))
-    return "".join(names).removeprefix(".")

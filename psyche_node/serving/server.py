@@ -19,6 +19,7 @@ import uvicorn
 from starlette.applications import Starlette
 
 from psyche_node.serving.app import create_app
+from psyche_node.serving.connection import Connection
 from psyche_node.serving.errors import ServeError
 from psyche_node.serving.scheduler import LARGEST_BATCH, Scheduler
 from psyche_node.serving.service import Service
@@ -115,6 +116,7 @@ async def _serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
         log_level="warning",
         access_log=False,
         server_header=False,
+        http=Connection,
         ws="none",
         limit_concurrency=terms.waiting + LARGEST_BATCH + _SPARE_CONNECTIONS,
         timeout_graceful_shutdown=_GRACE_SECONDS,

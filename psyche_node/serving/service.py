@@ -7,13 +7,14 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
 from starlette.responses import JSONResponse, Response, StreamingResponse
 
 from psyche_node.generation import GenerationError, PromptError, Request, begins_inside
-from psyche_node.serving.body import gone, read_json
+from psyche_node.serving.body import gone, largest_body, read_json
 from psyche_node.serving.errors import ApiError
 from psyche_node.serving.replies import DONE, ChatReply, Delta, Envelope, Usage, delta_body, event, message
 from psyche_node.serving.scheduler import Event, Scheduler, Work
@@ -37,7 +38,7 @@ class Service:
 
     def __init__(self, engine: Engine, name: str, scheduler: Scheduler, longest: int) -> None:
         self.engine, self.name, self.scheduler, self._longest = engine, name, scheduler, longest
-        self._since = int(time.time())
+        self._since, self._largest = int(time.time()), largest_body(engine.context)
 
     async def health(self, _: HttpRequest) -> Response:
         """GET /health."""
@@ -54,14 +55,16 @@ class Service:
 
     async def chat(self, http: HttpRequest) -> Response:
         """POST /v1/chat/completions."""
-        asked = parse(ChatRequest, await read_json(http))
+        asked = parse(ChatRequest, await read_json(http, self._largest))
         self._check_model(asked.model)
         messages = [one.for_template(f"messages[{index}]") for index, one in enumerate(asked.messages)]
         tools, thinking = asked.offered(), asked.thinking()
         prompts = self.engine.prompts
-        text = await _in_thread(prompts.render, messages, tools, thinking)
-        work = self._submit(asked, [await _in_thread(prompts.encode, text)], asked.length)
-        reply, envelope = ChatReply(begins_inside(text), bool(tools)), Envelope("chat", self.name)
+        self._check_size(1, sum(len(one["content"]) for one in messages), "messages")
+        prompt = await _in_thread(prompts.render, messages, tools, thinking)
+        self._check_size(1, len(prompt.text), "messages")
+        work = self._submit(asked, [await _in_thread(prompts.encode, prompt)], asked.length)
+        reply, envelope = ChatReply(begins_inside(prompt.text), bool(tools)), Envelope("chat", self.name)
         if asked.stream:
             return _stream(self._chat_chunks(http, work, reply, envelope, asked.usage_asked))
         deltas, usage, reason = list[Delta](), Usage(), "stop"
@@ -82,8 +85,9 @@ class Service:
 
     async def complete(self, http: HttpRequest) -> Response:
         """POST /v1/completions."""
-        asked = parse(TextRequest, await read_json(http))
+        asked = parse(TextRequest, await read_json(http, self._largest))
         self._check_model(asked.model)
+        self._check_size(len(asked.prompts), max(map(len, asked.prompts)), "prompt")
         encoded = [await self._tokens(one) for one in asked.prompts]
         work = self._submit(asked, encoded, asked.max_tokens if asked.max_tokens is not None else _TEXT_TOKENS)
         envelope = Envelope("text", self.name)
@@ -163,12 +167,20 @@ class Service:
 
     async def _tokens(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.engine.prompts.encode, prompt, special=True)
+            tokens: tuple[int, ...] = await _in_thread(partial(self.engine.prompts.encode_text, special=True), prompt)
         else:
             tokens = tuple(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.engine.vocabulary:
                 raise ApiError(400, f"token ids are 0 to {self.engine.vocabulary - 1}", param="prompt")
         return tokens
+
+    def _check_size(self, count: int, characters: int, param: str) -> None:
+        """Refuse what has no chance before work is put into it."""
+        self.scheduler.check(count)
+        try:
+            self.engine.may_fit(characters)
+        except PromptError as error:
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
 
     def _check_model(self, asked: str | None) -> None:
         if asked not in (None, self.name):

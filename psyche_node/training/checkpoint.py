@@ -56,7 +56,7 @@ def save_checkpoint(
     """Write ``folder`` anew: weights as safetensors, config, generation config, tokenizer, chat template, README.
 
     A reader sees the old folder or the new one, never half of one. All ranks of ``world`` take part, and rank 0 writes;
-    raises OSError there if the disk does not take it, when all have done their part.
+    if the disk does not take it, raises OSError there and RankFailed on the others, when all have done their part.
     """
     writer = _Writer(folder) if world.rank == 0 else None
     try:
@@ -76,7 +76,7 @@ def save_checkpoint(
                 index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
                 writer.add(partial(_write_index, index))
             writer.add(partial(_write_rest, model, tokenizer, provenance))
-            writer.finish()
+        world.together(writer.finish if writer is not None else lambda: None)
     finally:
         if writer is not None:
             writer.close()

@@ -70,6 +70,17 @@ class Control:
                 self._store.delete_key(key)
         return {rank: words for rank, words in said.items() if words}
 
+    def apart(self, failed: dict[int, str]) -> str | None:
+        """What to say if a request failed on some ranks only: those have not done what the others did."""
+        if len(failed) in (0, self._size):
+            return None
+        rank, words = next(iter(failed.items()))
+        fine = next(rank for rank in range(self._size) if rank not in failed)
+        return (
+            f"failed on rank {rank} and not on rank {fine}, so that their weights may differ and all have to end. "
+            f"Start the node again. What failed: {words}"
+        )
+
 
 class Lead:
     """Rank 0's handler of requests: all ranks handle them, and the reply is this one's.
@@ -81,27 +92,28 @@ class Lead:
         self._handle, self._control, self._end = handle, control, end
 
     def __call__(self, request: Message) -> Message:
-        """Raises what failed: on this rank, or RankFailed, or OutOfStep."""
+        """Raises what failed on all ranks, or RankFailed, or OutOfStep."""
         if isinstance(request, Shutdown):
             return self._handle(request)
         self._control.send(request)
+        failure: Exception | None = None
         try:
             reply = self._handle(request)
         except Exception as error:
-            self._settled(_words(error))
-            if isinstance(error, OutOfStep):
-                self._end()
-            raise
-        failed = self._settled(None)
-        if failed:
+            failure = error
+        failed = self._settled(failure)
+        if words := self._control.apart(failed):
             self._end()
-            rank, words = next(iter(failed.items()))
-            raise RankFailed(f"rank {rank} alone failed, so that its weights may differ: {words}")
+            raise RankFailed(f"{type(request).__name__} {words}") from failure
+        if failure is not None:
+            if isinstance(failure, OutOfStep):
+                self._end()
+            raise failure
         return reply
 
-    def _settled(self, failure: str | None) -> dict[int, str]:
+    def _settled(self, failure: Exception | None) -> dict[int, str]:
         try:
-            return self._control.settle(failure)
+            return self._control.settle(_words(failure))
         except OutOfStep:
             self._end()
             raise
@@ -118,19 +130,20 @@ class Lead:
 def follow(handle: Handle, control: Control) -> None:
     """Handle what rank 0 says until it says Shutdown. Raises OutOfStep when this rank cannot go on with the others."""
     while not isinstance(request := control.receive(), Shutdown):
+        failure: Exception | None = None
         try:
             handle(request)
         except Exception as error:
             log.info("%s failed", type(request).__name__, exc_info=True)
-            if 0 not in control.settle(_words(error)):
-                raise OutOfStep(f"{type(request).__name__} failed on this rank and not on rank 0: {error}") from error
-            if isinstance(error, OutOfStep):
-                raise
-        else:
-            control.settle(None)
+            failure = error
+        failed = control.settle(_words(failure))
+        if words := control.apart(failed):
+            raise OutOfStep(f"{type(request).__name__} {words}") from failure
+        if isinstance(failure, OutOfStep):
+            raise failure
     with contextlib.suppress(OutOfStep):
         control.settle(None, _GOODBYE)  # rank 0 need not wait for this answer
 
 
-def _words(error: Exception) -> str:
-    return f"{type(error).__name__}: {error}"
+def _words(error: Exception | None) -> str | None:
+    return None if error is None else f"{type(error).__name__}: {error}"

@@ -47,15 +47,14 @@ def choose_fit(
     micro_batch: int,
     options: Options,
     site: Site,
-    free: int | None = None,
+    free: int,
 ) -> Fit:
     """Choose for sequences of ``length`` tokens. ``micro_batch``: as asked, or 0.
 
-    ``free``: bytes that can be had, those of the model included; measured if None.
+    ``free``: bytes that can be had, those of the model included (`free_memory`), on the rank that has least.
 
     On a CPU, more tokens at a time than the caches hold are no faster, so that memory decides on checkpointing only.
     """
-    free = free_memory(model, device) if free is None else free
     most = max(1, (GPU_TOKENS if device.type == "cuda" else CPU_TOKENS) // length)
     sizes = [micro_batch] if micro_batch else [most] if device.type == "cpu" else _halves(most)
     ways = {"auto": [False, True], "on": [True], "off": [False]}[options.activation_checkpointing]
@@ -83,14 +82,17 @@ def choose_fit(
     return Fit(size, again, [f"micro-batch {size}: {why}; {_account(need, free)}", _words(again, options, can)])
 
 
-def free_memory(model: nn.Module, device: torch.device) -> int:
-    """Bytes that can be had on the device, and what this process has of it already."""
+def free_memory(model: nn.Module, device: torch.device, sharers: int = 1) -> int:
+    """Bytes that can be had on the device, and what this process has of it already.
+
+    ``sharers``: processes of this node that are on the host, and share what it has on a CPU.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     try:
         fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
         held = sum(local(p).numel() * p.element_size() for p in model.parameters())
-        return int(fields["MemAvailable"].split()[0]) * 1024 + held
+        return int(fields["MemAvailable"].split()[0]) * 1024 // sharers + held
     except (OSError, KeyError, ValueError):
         return 1 << 62  # no Linux: nothing is known, so nothing is decided by it
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from psyche_node.planning.shape import CHANGES_LOGITS
 from psyche_node.training.attention import lays_end_to_end
 from psyche_node.training.errors import ModelError
 from psyche_node.training.loss import VocabularyCut, cross_entropy_sum
@@ -110,9 +111,6 @@ def _loss_sum_of_logits(
     return total
 
 
-_CHANGES_LOGITS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
-
-
 def _cut(head: nn.Module) -> VocabularyCut | None:
     """The part of the vocabulary whose rows are here, if tensor parallelism has cut the head."""
     return cast(VocabularyCut | None, getattr(head, "cut", None))
@@ -125,7 +123,7 @@ def _logits_are_one_product(model: nn.Module) -> bool:
         return False
     # A cap shows on large logits only, which a model that is not trained has not.
     config = cast(Any, model).config.get_text_config()
-    if any(getattr(config, name, None) not in (None, 1.0) for name in _CHANGES_LOGITS):
+    if any(getattr(config, name, None) not in (None, 1.0) for name in CHANGES_LOGITS):
         return False
     tokens_BL = (torch.arange(8, device=head.weight.device) % head.weight.shape[0])[None]
     places_BL = torch.arange(8, device=head.weight.device)[None]

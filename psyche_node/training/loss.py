@@ -14,12 +14,17 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from psyche_node.training.exchanges import all_reduce
+
 CHUNK_LOGITS = 1 << 22
 """Logits that exist at once (16 MiB in fp32)."""
 
 
 class VocabularyCut(Protocol):
-    """The words of the vocabulary that are here: ``length`` from ``first`` on; ``group`` has all of them."""
+    """The words of the vocabulary that are here: ``length`` from ``first`` on; ``group`` has all of them.
+
+    No rank of it has more than ``longest``.
+    """
 
     @property
     def group(self) -> dist.ProcessGroup: ...
@@ -27,6 +32,8 @@ class VocabularyCut(Protocol):
     def first(self) -> int: ...
     @property
     def length(self) -> int: ...
+    @property
+    def longest(self) -> int: ...
 
 
 class _ChunkedCrossEntropy(torch.autograd.Function):
@@ -39,7 +46,8 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden_TD: Tensor, weight_VD: Tensor, targets_T: Tensor, z_loss: float, cut: VocabularyCut | None
     ) -> Tensor:
-        rows = max(1, CHUNK_LOGITS // weight_VD.shape[0])
+        # Ranks exchange numbers chunk by chunk: by the longest part, all have as many.
+        rows = max(1, CHUNK_LOGITS // (weight_VD.shape[0] if cut is None else cut.longest))
         wanted = any(ctx.needs_input_grad)
         # The loss stays in fp32 whatever the matrix units compute in.
         total = hidden_TD.new_zeros((), dtype=torch.float32)
@@ -68,7 +76,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
                 hidden_grad_TD[start : start + rows] = grad_CV @ weight_VD
                 weight_grad_VD += grad_CV.T @ hidden_CD
         if cut is not None and hidden_grad_TD is not None:
-            dist.all_reduce(hidden_grad_TD, group=cut.group)
+            all_reduce(hidden_grad_TD, cut.group)
         ctx.save_for_backward(hidden_grad_TD, weight_grad_VD)
         return total
 
@@ -83,11 +91,11 @@ def _over_all_words(
 ) -> tuple[Tensor, Tensor]:
     """Return the logarithm of the sum of exponentials, and the target's logit, over the words of all ranks."""
     most_C1 = logits_CV.amax(dim=1, keepdim=True)
-    dist.all_reduce(most_C1, op=dist.ReduceOp.MAX, group=cut.group)
+    all_reduce(most_C1, cut.group, dist.ReduceOp.MAX)
     sums_C2 = torch.cat(
         [(logits_CV - most_C1).exp().sum(dim=1, keepdim=True), logits_CV.gather(1, targets_C1) * here_C1], dim=1
     )
-    dist.all_reduce(sums_C2, group=cut.group)
+    all_reduce(sums_C2, cut.group)
     return most_C1 + sums_C2[:, :1].log(), sums_C2[:, 1:]
 
 

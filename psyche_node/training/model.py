@@ -9,11 +9,24 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
+from psyche_node.planning.sizes import bad_size, config_values
 from psyche_node.training.errors import ModelError
 from psyche_node.training.weight_files import INDEX, SINGLE
 from psyche_node.training.weights import load_into
+
+_NOT_A_MODEL = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+"""What transformers raises for a config that it cannot build a model from."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -73,7 +86,7 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
             torch.manual_seed(seed)
             try:
                 model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
-            except (ValueError, TypeError, RuntimeError, KeyError) as error:
+            except _NOT_A_MODEL as error:
                 raise ModelError(f"no causal language model can be built from this config: {error}") from error
         model.generation_config.update(**_SMALL_MODELS_NEED)
     _check_vocabulary(model, tokenizer)
@@ -100,8 +113,10 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 
     _no_bars()
 
-    if not (folder / "config.json").is_file():
+    file = folder / "config.json"
+    if not file.is_file():
         raise ModelError(f"{folder} has no config.json. Name a Hugging Face model folder")
+    _check_sizes(file, _values(file))
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "vision_config"):
@@ -111,7 +126,7 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:
+    except (OSError, *_NOT_A_MODEL) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{folder} needs code of its own, which is not run here. Use a model that transformers itself has"
@@ -149,12 +164,8 @@ def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
 
     if isinstance(source, Path):
         path = source / "config.json" if source.is_dir() else source
-        try:
-            values = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise ModelError(
-                f"{path} cannot be read as a model config: {error}. Name a JSON file or a folder"
-            ) from error
+        values = _values(path)
+        _check_sizes(path, values)
     else:
         values = dict(source)
     if not isinstance(values, dict) or not isinstance(values.get("model_type"), str):
@@ -172,10 +183,22 @@ def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
     kind = values.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **values)
-    except (ValueError, TypeError, KeyError) as error:
+    except _NOT_A_MODEL as error:
         raise ModelError(f"the config of a {kind} model is not valid: {error}") from error
     without_dropout(config)
     return config
+
+
+def _values(file: Path) -> dict[str, Any]:
+    try:
+        return config_values(file)
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{error}. Name a JSON file or a folder") from error
+
+
+def _check_sizes(file: Path, values: Mapping[str, Any]) -> None:
+    if (wrong := bad_size(values)) is not None:
+        raise ModelError(f"{file}: {wrong}")
 
 
 def _check_vocabulary(model: Any, tokenizer: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,15 +13,15 @@ import torch
 from optimizer.layout import Layout
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
-from psyche_node.training.errors import ModelError, OutOfStep, SeparationError, TrainingError
-from psyche_node.training.fit import Site, checkpoint_activations, choose_fit
+from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
+from psyche_node.training.fit import Site, checkpoint_activations, choose_fit, free_memory
 from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.model import build_model
 from psyche_node.training.options import DEFAULTS, Options
 from psyche_node.training.reader import DataReader
 from psyche_node.training.separation import check_separation
 from psyche_node.training.weights import load_into
-from psyche_node.training.world import ONE_PROCESS, World
+from psyche_node.training.world import ONE_PROCESS, World, is_out_of_memory
 
 Shapes = Sequence[tuple[str, tuple[int, ...]]]
 
@@ -81,9 +82,9 @@ def prepare_model(
         reasons.append(compile_layers(model))
     loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
     site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
-    fit = choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site)
-    # Ranks go through the same micro-batches.
-    fit = world.told(fit)
+    # Ranks go through the same micro-batches, so the one with least memory decides.
+    free = world.least(free_memory(model, chosen.torch, world.on_host))
+    fit = world.told(choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site, free))
     if fit.checkpointing:
         checkpoint_activations(model)
     chosen.micro_batch = fit.micro_batch
@@ -118,17 +119,31 @@ def _with_attention(
     z_loss: float,
     world: World,
 ) -> tuple[LossFunction, list[str]]:
-    """The loss, with the first implementation of attention that works and separates documents; and why."""
+    """The loss, with the first implementation of attention that works and separates documents on all ranks; and why."""
     reasons: list[str] = []
     for number, (name, reason) in enumerate(choices):
         model.set_attn_implementation(NAMES[name])
-        try:
-            with world.attempt(), device.compute():
+
+        def tried() -> tuple[LossFunction, str]:
+            with device.compute():
                 loss = LossFunction(model, z_loss, root)
-                separation = check_separation(loss.logits, vocabulary, device.torch)
+                return loss, check_separation(loss.logits, vocabulary, device.torch)
+
+        def motions() -> None:
+            model.set_attn_implementation(NAMES["eager"])  # which needs nothing that may be missing
+            with contextlib.suppress(SeparationError):
+                tried()
+
+        try:
+            loss, separation = world.jointly(tried, motions)
         except (ModelError, OutOfStep):
             raise
-        except (SeparationError, RuntimeError, ValueError, ImportError) as error:
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise OutOfMemory(
+                    f"memory ran out on {device.words} when attention was tried out on a few tokens ({error}). Divide "
+                    "the model over more GPUs, or end what else uses the memory"
+                ) from error
             if number + 1 == len(choices):
                 if isinstance(error, SeparationError):
                     raise
@@ -136,7 +151,9 @@ def _with_attention(
                     f"the model cannot be run on {device.words}: {type(error).__name__}: {error}. Set compile to false "
                     "and attention to sdpa; if it is memory, divide the model over more GPUs"
                 ) from error
-            reasons.append(f"attention {name} does not work here: {str(error).splitlines()[0]}")
+            reasons.append(
+                f"attention {name} does not work here: {(str(error) or type(error).__name__).splitlines()[0]}"
+            )
             continue
         return loss, [*reasons, reason, separation]
     raise TrainingError(f"{type(model).__name__} has no implementation of attention that can be used here")

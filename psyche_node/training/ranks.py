@@ -26,9 +26,11 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from psyche_node.training.control import Control
-from psyche_node.training.errors import OutOfStep, RankFailed, TrainingError
+from psyche_node.training.copies import Part, copy_files
+from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed, TrainingError
+from psyche_node.training.exchanges import EXCHANGES, CountedAllGather, CountedReduceScatter
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
-from psyche_node.training.world import Rows, World, mapped
+from psyche_node.training.world import Rows, World, is_out_of_memory, mapped
 
 if TYPE_CHECKING:
     from psyche_node.training.forward import Root
@@ -37,8 +39,9 @@ T = TypeVar("T")
 # It warns of every tensor that is gathered over both axes, which is as it has to be.
 logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
 
-PIECE = 16 << 20
-"""Bytes of a file that are sent to other hosts at a time."""
+log = logging.getLogger(__name__)
+_PATIENCE = timedelta(seconds=30)
+"""How long a rank that failed within a step waits for others that may wait for it there."""
 _START = timedelta(minutes=10)
 """How long the ranks of a site may take to come together."""
 
@@ -93,7 +96,8 @@ class Ranks(World):
     def __init__(self, rank: int, size: int) -> None:
         self.rank, self.size = rank, size
         self._local = int(os.environ.get("LOCAL_RANK", rank))
-        self._one_host = int(os.environ.get("LOCAL_WORLD_SIZE", size)) == size
+        self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
+        self._one_host = self.on_host == size
         self._talk = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
         self._mesh: DeviceMesh
         self._cut = TensorParallel()
@@ -143,7 +147,9 @@ class Ranks(World):
         layers = [module for module in model.modules() if type(module).__name__ in kinds]
         for module in [*layers, root]:
             # After an evaluation, nothing may stay gathered: the next update is written to the shards.
-            fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            sharded = fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=policy)
+            sharded.set_custom_all_gather(CountedAllGather())
+            sharded.set_custom_reduce_scatter(CountedReduceScatter())
         return f"FSDP2 over {self.data_parallel} ranks: {len(layers)} layers, and the rest as one"
 
     def divide(self, rows: Rows, size: int) -> Iterator[tuple[Rows, bool]]:
@@ -212,54 +218,108 @@ class Ranks(World):
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         return full.detach().cpu() if self.rank == 0 else None
 
+    def least(self, value: int) -> int:
+        values = [value] * self.size
+        dist.all_gather_object(values, value, group=self._talk)
+        return min(values)
+
     def told(self, value: T) -> T:
         box = [value]
         dist.broadcast_object_list(box, src=0, group=self._talk)
         return box[0]
 
+    def jointly(self, step: Callable[[], T], motions: Callable[[], object] | None = None) -> T:
+        EXCHANGES.begin()
+        failure: Exception | None = None
+        result: T | None = None
+        try:
+            with self.attempt():
+                result = step()
+        except OutOfStep:
+            raise
+        except Exception as error:
+            log.info("a step failed on this rank", exc_info=True)
+            # Without what the frames hold, which may be all the memory that there is.
+            failure = error.with_traceback(None)
+        others_wait = failure is not None and (motions is None or not self._goes_through(motions))
+        self._arrive(failure, _PATIENCE if others_wait else _START)
+        self._agree(failure)
+        return cast(T, result)
+
+    def _goes_through(self, motions: Callable[[], object]) -> bool:
+        """Bring the others to the end of a step that failed here; say whether that went well."""
+        if self._mesh.device_type == "cuda":
+            torch.cuda.synchronize()  # what is on its way still writes to memory
+            torch.cuda.empty_cache()
+        EXCHANGES.again()
+        try:
+            with self.attempt():
+                motions()
+        except OutOfStep:
+            raise
+        except Exception:
+            log.info("what this rank does for the others failed too", exc_info=True)
+            return False
+        return True
+
+    def _arrive(self, failure: Exception | None, patience: timedelta) -> None:
+        """Wait for the others at the end of a step."""
+        try:
+            dist.monitored_barrier(group=self._talk, timeout=patience)
+        except RuntimeError as error:
+            here = "is there" if failure is None else f"failed within it ({type(failure).__name__}: {failure})"
+            raise OutOfStep(
+                f"ranks did not come to the end of a step, and cannot go on together; rank {self.rank} {here}"
+            ) from error
+
     def together(self, step: Callable[[], T]) -> T:
-        error: Exception | None = None
+        failure: Exception | None = None
         result: T | None = None
         try:
             result = step()
-        except Exception as raised:
-            error = raised
-        said: list[str | None] = [None] * self.size
-        dist.all_gather_object(said, error and f"{type(error).__name__}: {error}", group=self._talk)
-        if error is not None:
-            raise error
-        for rank, words in enumerate(said):
-            if words is not None:
-                raise RankFailed(f"rank {rank} of {self.size}: {words}")
+        except Exception as error:
+            failure = error
+        self._agree(failure)
         return cast(T, result)
+
+    def _agree(self, failure: Exception | None) -> None:
+        """Raise on all ranks if something failed on one: lack of memory only if nothing else was the matter."""
+        said: list[tuple[bool, str] | None] = [None] * self.size
+        words = failure and (is_out_of_memory(failure), f"{type(failure).__name__}: {failure}")
+        dist.all_gather_object(said, words, group=self._talk)
+        failed = [(*one, rank) for rank, one in enumerate(said) if one is not None]
+        if not failed:
+            return
+        short, first, rank = min(failed)
+        if failure is not None and is_out_of_memory(failure) == short:
+            raise failure
+        raise (OutOfMemory if short else RankFailed)(f"rank {rank} of {self.size}: {first}")
 
     def files(self, paths: Sequence[Path]) -> list[memoryview]:
         if self._one_host:
             return self.together(lambda: [mapped(path) for path in paths])
         sizes = self.together(lambda: [path.stat().st_size for path in paths] if self.rank == 0 else [])
-        # Unlinked once it is mapped everywhere on this host: the memory goes when nobody looks at it any more.
-        with tempfile.TemporaryDirectory(prefix="psyche-updates-") as folder:
+        with contextlib.ExitStack() as stack:
+            # Unlinked once it is mapped everywhere on this host: the memory goes when nobody looks at it any more.
+            folder = self.together(lambda: stack.enter_context(tempfile.TemporaryDirectory(prefix="psyche-updates-")))
             places = self._fetched(paths, self.told(sizes), Path(folder))
             return self.together(lambda: [mapped(place) for place in places])
 
     def _fetched(self, paths: Sequence[Path], sizes: Sequence[int], folder: Path) -> list[Path]:
-        """Send rank 0's files to every other host; return where they are on this one."""
+        """Send rank 0's files to every other host; return where they are on this one. Raises OSError, on all ranks."""
         told: list[Any] = [None] * self.size
-        dist.all_gather_object(told, (self.rank - self._local, str(folder)), group=self._talk)
         host = self.rank - self._local
+        dist.all_gather_object(told, (host, str(folder)), group=self._talk)
         there = Path(next(place for first, place in told if first == host))
         places = list(paths) if host == 0 else [there / str(number) for number in range(len(paths))]
-        writes = host != 0 and self._local == 0
-        for place, size in zip(places, sizes, strict=True):
-            with open(os.devnull if self.rank and not writes else place, "wb" if self.rank else "rb") as file:
-                for start in range(0, size, PIECE):
-                    piece = torch.empty(min(PIECE, size - start), dtype=torch.uint8)
-                    if self.rank == 0:
-                        file.readinto(piece.numpy().data)  # type: ignore[attr-defined]
-                    dist.broadcast(piece, src=0, group=self._talk)
-                    if writes:
-                        file.write(piece.numpy().data)
-        dist.barrier(group=self._talk)
+        part: Part = "reads" if self.rank == 0 else "writes" if host and self._local == 0 else "listens"
+        failure = copy_files(part, list(zip(paths, places, sizes, strict=True)), self._talk)
+
+        def check() -> None:
+            if failure is not None:
+                raise failure
+
+        self.together(check)
         return places
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from psyche_node.ipc import BlockingChannel, Message, Ok, serve
 from psyche_node.training import messages as m
-from psyche_node.training.errors import TrainingError
+from psyche_node.training.errors import RankFailed, TrainingError
 from psyche_node.training.reader import DataReader
 from psyche_node.training.session import HELDOUT_SEQUENCES, Session
 from psyche_node.training.world import ONE_PROCESS, World
@@ -156,11 +157,12 @@ class Trainer:
 
     def _train(self, session: Session, request: m.Train) -> m.Trained:
         result = session.train(request.round, request.positions, run=bytes.fromhex(request.run), member=request.member)
-        if self._world.rank == 0:
-            # Renamed into place, so that the supervisor never finds half an update.
-            temporary = Path(f"{request.out_path}.writing")
-            temporary.write_bytes(result.blob)
-            os.replace(temporary, request.out_path)
+        try:
+            self._world.together(lambda: self._write(result.blob, Path(request.out_path)))
+        except (OSError, RankFailed):
+            # Nobody will get it, so lookahead must not count on it for good.
+            session.take_back(request.round)
+            raise
         return m.Trained(
             loss=result.loss,
             tokens=result.tokens,
@@ -168,6 +170,19 @@ class Trainer:
             fingerprint_before=result.fingerprint_before,
             gradient_norm=result.gradient_norm,
         )
+
+    def _write(self, blob: bytes, path: Path) -> None:
+        """Write an update on rank 0's host: renamed into place, so that the supervisor never finds half of one."""
+        if self._world.rank != 0:
+            return
+        temporary = Path(f"{path}.writing")
+        try:
+            temporary.write_bytes(blob)
+            os.replace(temporary, path)
+        except OSError:
+            with contextlib.suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            raise
 
 
 def run_trainer(

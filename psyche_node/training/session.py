@@ -143,7 +143,7 @@ class Session:
         tokens = int(batch.trained.sum())
         loss = norm = 0.0
         if tokens:
-            with self.optimizer.lookahead(), self._world.attempt():
+            with self.optimizer.lookahead():
                 loss = accumulate(self._loss, batch, self.device, self._world)
                 self._world.complete(self.model)
                 norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))
@@ -158,13 +158,23 @@ class Session:
         not (then it goes back into it); None: there was none. Raises MalformedUpdate, or UnknownRound if no own update
         of the round is kept, with nothing changed.
         """
-        if included is not None and round not in self._updates:
-            raise UnknownRound(f"no own update of round {round} is kept; its fate is decided once")
-        self.optimizer.apply(blobs, lr=lr_bits(self.terms, round))
         if included is not None:
-            own = self._updates.pop(round)
-            if not included:
-                self.optimizer.restore(own)
+            self._kept(round)
+        self.optimizer.apply(blobs, lr=lr_bits(self.terms, round))
+        if included:
+            del self._updates[round]
+        elif included is not None:
+            self.take_back(round)
+
+    def take_back(self, round: int) -> None:
+        """The own update of ``round`` counts nowhere: put it back into the momentum. Raises UnknownRound."""
+        self.optimizer.restore(self._kept(round))
+        del self._updates[round]
+
+    def _kept(self, round: int) -> bytes:
+        if round not in self._updates:
+            raise UnknownRound(f"no own update of round {round} is kept; its fate is decided once")
+        return self._updates[round]
 
     def evaluate(self, sequences: int | None = HELDOUT_SEQUENCES) -> tuple[float, int]:
         """Return the mean loss in nats over the trained tokens of held-out sequences, and how many tokens these are.

@@ -21,6 +21,7 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.nn import functional
 
 from psyche_node.training.errors import ModelError
+from psyche_node.training.exchanges import all_gather, all_reduce
 
 _COLUMNS, _ROWS, _PARTIAL = "colwise", "rowwise", "replicated_with_grad_allreduce"
 # Norms over each head: on every rank they see its own heads only. Some versions of transformers leave them out of the
@@ -85,7 +86,7 @@ class _Gather(torch.autograd.Function):
         ctx.cut = cut
         padded = functional.pad(part, (0, cut.longest - cut.length)).contiguous()
         parts = [torch.empty_like(padded) for _ in range(cut.mesh.size())]
-        dist.all_gather(parts, padded, group=cut.group)
+        all_gather(parts, padded, cut.group)
         return torch.cat(parts, dim=-1)[..., : cut.size].contiguous()
 
     @staticmethod
@@ -96,7 +97,7 @@ class _Gather(torch.autograd.Function):
 def _summed(x: Tensor, group: dist.ProcessGroup) -> Tensor:
     # A new tensor: autograd's own must stay as it is.
     total = x.clone(memory_format=torch.contiguous_format)
-    dist.all_reduce(total, group=group)
+    all_reduce(total, group)
     return total
 
 

@@ -18,7 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from psyche_node.training.errors import TrainingError
+from psyche_node.training.errors import OutOfMemory, TrainingError
 
 if TYPE_CHECKING:
     from psyche_node.training.forward import Root
@@ -34,6 +34,8 @@ class World:
     size = 1
     data_parallel = 1
     """Ranks that divide the batch."""
+    on_host = 1
+    """Ranks on the host of this one."""
 
     def device(self, name: str) -> str:
         """The device of this rank, where the operator named ``name``. Raises TrainingError."""
@@ -65,6 +67,18 @@ class World:
         """The context of forward and backward passes: if they break off, the next ones can be made all the same."""
         return contextlib.nullcontext()
 
+    def jointly(self, step: Callable[[], T], motions: Callable[[], object] | None = None) -> T:
+        """Do ``step``, forward and backward passes; if it fails on one rank, raise on all.
+
+        A rank that failed does ``motions`` in its place, so that the others come to their end: they exchange as many
+        tensors of the same shapes with them. Without motions, the group has to end if it failed on some ranks only.
+
+        Raises:
+            What ``step`` raises here. Where it failed elsewhere: OutOfMemory, if that was all it was, else RankFailed.
+            OutOfStep: the ranks cannot go on together.
+        """
+        return step()
+
     def complete(self, model: nn.Module) -> None:
         """Make the gradients, which so far are of this rank's own doing, those of the whole replica."""
 
@@ -81,6 +95,10 @@ class World:
         """All of a parameter, on the CPU: on rank 0; None on the others."""
         return tensor.detach().cpu()
 
+    def least(self, value: int) -> int:
+        """The smallest of what the ranks have."""
+        return value
+
     def told(self, value: T) -> T:
         """What rank 0 has, on every rank. It is pickled."""
         return value
@@ -95,6 +113,13 @@ class World:
 
 
 ONE_PROCESS = World()
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether this is how PyTorch, Python or another rank say that there is no memory."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
+        return True
+    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
 
 
 def mapped(path: Path) -> memoryview:

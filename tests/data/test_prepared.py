@@ -171,6 +171,22 @@ def test_a_small_set_still_holds_something_out(tokenizer: Path, tmp_path: Path) 
     assert (counts.train, counts.heldout) == (2, 1)
 
 
+def test_what_a_small_set_holds_out_is_not_trained_on(tokenizer: Path, tmp_path: Path) -> None:
+    """A sample goes across with its duplicates, whichever file they are in, and a group goes as a whole."""
+    first, second = tmp_path / "first.jsonl", tmp_path / "second.jsonl"
+    lines = [json.dumps({"prompt": "q", "completion": w}) + "\n" for w in "abc"]
+    first.write_text("".join(lines * 2))
+    second.write_text("".join(lines))
+    manifest = prepare([first, second], tokenizer, tmp_path / "out", 48, heldout=1e-9)
+    assert [(one.counts.train, one.counts.heldout) for one in manifest.sources] == [(4, 2), (2, 1)]
+    data = PackedDataset(tmp_path / "out")
+    assert not documents(data, heldout=True).keys() & documents(data, heldout=False).keys()
+
+    first.write_text(lines[0] * 3)
+    counts = prepare(first, tokenizer, tmp_path / "same", 48, heldout=1e-9).counts
+    assert (counts.train, counts.heldout) == (3, 0), "of duplicates alone nothing can be held out"
+
+
 def test_samples_of_a_group_stay_together(tokenizer: Path, tmp_path: Path) -> None:
     path = tmp_path / "chat.jsonl"
     lines = [{"prompt": f"{g} {i}", "completion": "a", "group": f"g{g}"} for g in range(40) for i in range(5)]
@@ -189,7 +205,7 @@ def test_known_bytes(tokenizer: Path, tmp_path: Path) -> None:
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     manifest = prepare(path, tokenizer, tmp_path / "out", 16, heldout=0)
     assert [shard.file for shard in manifest.train] == [GOLDEN_SHARD]
-    assert (manifest.format, manifest.pad, manifest.token_bytes) == (3, 2, 2)
+    assert (manifest.format, manifest.pad, manifest.token_bytes) == (4, 2, 2)
 
 
 def test_sequences_lie_in_order_of_attention_cost(packed: Path) -> None:

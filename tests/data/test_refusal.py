@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from web import served
 
 from psyche_node.cli import app
-from psyche_node.data import Manifest, PackedDataset, prepare
+from psyche_node.data import Manifest, PackedDataset, prepare, readers
 from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import Endpoint, RemoteFailure
 from psyche_node.training import messages as m
@@ -68,7 +68,7 @@ def test_a_node_names_the_first_file_that_differs_from_the_published_data(owners
     ours, theirs = Manifest.read(mine), Manifest.read(owners)
     assert exit_for(failure) is Exit.DATA_MISMATCH
     text = str(failure)
-    assert f"{mine} holds the data {ours.digest.hex()[:16]}, but the run trains on {theirs.digest.hex()[:16]}" in text
+    assert f"{mine} holds the data {ours.digest.hex()}, but the run trains on {theirs.digest.hex()}" in text
     first = f"The first file that differs is {mine / ours.train[0].file} (training file 1 of 1)"
     assert f"{first}; the run's is {theirs.train[0].file}" in text
     assert f"source file 1 of 1 has SHA-256 {ours.sources[0].sha256}, the run's {theirs.sources[0].sha256}" in text
@@ -110,7 +110,10 @@ def test_check_compares_with_a_manifest_a_folder_or_a_digest(
         assert json.loads(output)["manifest"] == digest
     code, output = run("check", str(mine), "--against", digest)
     assert code == Exit.DATA_MISMATCH
-    assert f"but the run trains on {digest[:16]}" in output
+    mistyped = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+    code, output = run("check", str(owners), "--against", mistyped)
+    assert code == Exit.DATA_MISMATCH
+    assert f"holds the data {digest}, but the run trains on {mistyped}" in output
     code, output = run("check", str(mine), "--against", str(owners))
     assert code == Exit.DATA_MISMATCH
     assert f"The first file that differs is {mine / Manifest.read(mine).train[0].file}" in output
@@ -134,7 +137,7 @@ def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, t
     values = json.loads(output.splitlines()[-1])
     assert [Path(one["file"]).name for one in values["sources"]] == ["chat.jsonl", "more.jsonl"]
     assert values["sources"][1]["counts"] == {
-        "samples": 2, "train": 1, "heldout": 0, "too_long": 1, "untrained": 0, "cut": 0, "closed": 0
+        "samples": 2, "train": 1, "heldout": 0, "too_long": 1, "untrained": 0, "bad": 0, "cut": 0, "closed": 0
     }  # fmt: skip
     assert values["manifest"] == Manifest.read(tmp_path / "a").digest.hex()
     code, output = run(*words, "--out", str(tmp_path / "b"), "--too-long", "cut")
@@ -144,3 +147,40 @@ def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, t
     code, output = run("prepare", str(tmp_path / "none"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c"))
     assert code == Exit.DATA
     assert "there is no such file or folder" in output
+
+
+def test_bad_samples_are_passed_over_up_to_a_number(
+    seed_tokenizer: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each kind: no JSON, too long a line, no sample, refused by the template, beyond the vocabulary."""
+    monkeypatch.setattr(readers, "MAX_LINE", 300)
+    template = tmp_path / "template.jinja"
+    template.write_text("{% for m in messages %}{% if m.role == 'tool' %}{{ raise_exception('no tools') }}{% endif %}"
+                        "{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}")  # fmt: skip
+    good = [json.dumps({"prompt": "q", "completion": f"answer {n}"}) for n in range(8)]
+    refused = {"messages": [{"role": "tool", "content": "x"}, {"role": "assistant", "content": "y"}]}
+    bad = ["{", json.dumps({"text": "x" * 700}), '{"no": 1}', json.dumps(refused), '{"input_ids": [1, 99999]}']
+    (tmp_path / "bad.jsonl").write_text("\n".join([*good[:3], *bad, *good[3:]]))
+    (tmp_path / "good.jsonl").write_text("\n".join(good))
+    words = ["prepare", "--tokenizer", str(seed_tokenizer), "--sequence-length", "64", "--template", str(template)]
+
+    def prepared(name: str, *more: str) -> tuple[int, str]:
+        return run(*words, str(tmp_path / f"{name}.jsonl"), "--out", str(tmp_path / "".join([name, *more])), *more)
+
+    code, output = prepared("bad")
+    assert (code, "bad.jsonl:4: this is not JSON" in output, "--skip-bad N" in output) == (Exit.DATA, True, True)
+    code, output = prepared("bad", "--skip-bad", "4")
+    assert (code, "4 bad samples before it were passed over" in output) == (Exit.DATA, True)
+    assert prepared("bad", "--skip-bad", "most")[0] == Exit.USAGE
+
+    code, output = prepared("bad", "--skip-bad", "all", "--json")
+    values = json.loads(output.splitlines()[-1])
+    assert (code, values["counts"]["samples"], values["counts"]["bad"]) == (0, 13, 5)
+    places = [one["where"].rpartition(":")[2] for one in values["bad"]]
+    assert sorted(places) == ["4", "5", "6", "7", "8"]
+    code, output = prepared("bad", "--skip-bad", "5")
+    assert (code, "bad.jsonl:7: " in output, "no tools" in output) == (0, True, True)
+    assert Manifest.read(tmp_path / "bad--skip-bad5").digest.hex() == values["manifest"], "the bound changes nothing"
+    assert prepared("good")[0] == 0
+    mine, other = (Manifest.read(tmp_path / name) for name in ("bad--skip-bad5", "good"))
+    assert (mine.train, mine.heldout) == (other.train, other.heldout)

@@ -19,6 +19,7 @@ from psyche_node.evaluation import EvaluationError, Results, Subject, open_tasks
 from psyche_node.evaluation.answering import Reply, answer
 from psyche_node.evaluation.evaluate import _grade
 from psyche_node.evaluation.examples import Example
+from psyche_node.evaluation.heldout import measure_heldout
 from psyche_node.evaluation.likelihood import encode_pair
 from psyche_node.evaluation.results import Measure, mean, ratio
 from psyche_node.evaluation.steps import finish
@@ -40,12 +41,12 @@ def test_multiple_choice_is_the_likeliest_choice(subject: Subject, write_task: C
     file = write_task(ROWS, kind="multiple_choice", prompt="{{ q }}?", choices="others", target="{{ sum }}")
     (found,) = results_of(subject, file).tasks
     right = by_length = 0
-    encode = subject.engine.prompts.encode
+    encode = subject.engine.prompts.encode_text
     for row in ROWS:
         sums = []
         for choice in row["others"]:  # type: ignore[union-attr]
             pair = encode_pair(encode, (), f"{row['q']}?", f" {choice}", None)
-            ids = subject.engine.prompts.encode(f"{row['q']}? {choice}")
+            ids = subject.engine.prompts.encode_text(f"{row['q']}? {choice}")
             assert pair.tokens == ids
             with torch.no_grad():
                 logprobs = subject.model(input_ids=torch.tensor([ids])).logits[0].log_softmax(-1)
@@ -64,7 +65,7 @@ def test_multiple_choice_is_the_likeliest_choice(subject: Subject, write_task: C
 def test_what_the_model_says_is_found_again(subject: Subject, write_task: Callable[..., Path]) -> None:
     """Its own greedy answers are exact matches, and greedy by log-likelihood."""
     prompts = [f"{row['q']}?" for row in ROWS]
-    tokens = [subject.engine.prompts.encode(prompt) for prompt in prompts]
+    tokens = [subject.engine.prompts.encode_text(prompt) for prompt in prompts]
     said = subject.engine.generate(tokens, 4)
     rows = [{"q": prompt, "a": one.text} for prompt, one in zip(prompts, said, strict=True) if one.text.strip()]
     assert len(rows) > 4
@@ -112,7 +113,7 @@ def test_grades(text: str, ended: bool, inside: str | None, expected: tuple[int,
 
 
 def test_answers_that_were_cut_go_on_as_if_they_had_not_been(subject: Subject) -> None:
-    tokens = [subject.engine.prompts.encode(f"{row['q']}?") for row in ROWS[:5]]
+    tokens = [subject.engine.prompts.encode_text(f"{row['q']}?") for row in ROWS[:5]]
     requests = [Request(prompt, 24, stop=("0",)) for prompt in tokens]
 
     def every_third() -> Iterator[bool]:
@@ -177,6 +178,25 @@ def test_heldout_loss_is_a_sessions(subject: Subject, prepared: Path) -> None:
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert (found.tokens, found.sequences) == (tokens, len(data.heldout().tokens))
     assert found.loss.stderr is not None
+
+
+def test_heldout_sequences_are_read_when_their_turn_comes(
+    subject: Subject, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = PackedDataset(prepared), list[int]()
+    one = data._read
+
+    def note(split: Any, numbers: Any) -> Any:
+        read.append(len(numbers))
+        return one(split, numbers)
+
+    monkeypatch.setattr(data, "_read", note)
+    steps = measure_heldout(subject.model, subject.device, data, 3)
+    with subject.measured():
+        next(steps)
+        assert read == [1]
+        finish(steps)
+    assert read == [1] * 3
 
 
 def test_standard_errors() -> None:

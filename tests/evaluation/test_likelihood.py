@@ -9,8 +9,9 @@ import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 
 from psyche_node.evaluation import EvaluationError, Subject
-from psyche_node.evaluation.likelihood import Pair, Score, encode_pair, score_pairs
+from psyche_node.evaluation.likelihood import Pair, Score, encode_answer, encode_pair, score_pairs
 from psyche_node.evaluation.steps import finish
+from psyche_node.generation.prompts import Prompt
 
 CPU = torch.device("cpu")
 
@@ -116,3 +117,21 @@ def test_of_a_long_context_the_end_is_kept() -> None:
         encode_pair(lambda text: [ord(letter) for letter in text], [1], "ab", "", 5)
     with pytest.raises(EvaluationError, match="neither bos_token nor eos_token"):
         encode_pair(lambda text: [ord(letter) for letter in text], [], "", "ab", 5)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "answer", "given", "scored"),
+    [
+        ("xab ", "cd", ["x", "ab", "Ġ"], ["cd"]),  # in plain text the blank would be scored
+        ("xa", "b", ["x", "a"], ["b"]),  # a merge over the boundary is not what the model is given
+        ("x", "cd", ["x"], ["cd"]),
+    ],
+)
+def test_of_a_chat_the_answer_alone_is_scored(
+    words: Tokenizer, prompt: str, answer: str, given: list[str], scored: list[str]
+) -> None:
+    pair = encode_answer(lambda one: words.encode(one.text).ids, Prompt(prompt, ()), answer, None)
+    tokens = [words.id_to_token(token) for token in pair.tokens]
+    assert (tokens[: pair.start], tokens[pair.start :]) == (given, scored)
+    with pytest.raises(EvaluationError, match="is empty"):
+        encode_answer(lambda one: words.encode(one.text).ids, Prompt(prompt, ()), "", None)

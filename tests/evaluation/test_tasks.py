@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from pyarrow import parquet
 
 from psyche_node.evaluation import Subject, TaskError, load_task, open_tasks
 from psyche_node.evaluation.answers import Regex, extract, matches
-from psyche_node.evaluation.evaluate import prompt_text
+from psyche_node.evaluation.evaluate import prompt_of
 from psyche_node.evaluation.examples import open_task, spread
 
 ROWS = [
@@ -46,17 +47,32 @@ def test_few_shot_examples_are_fixed_by_the_seed_and_never_the_example_itself(wr
     assert limited == first[::2]  # an example sees the same ones, whatever else is evaluated
 
 
+def test_few_shot_examples_of_a_file_of_their_own(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    """As many as are shown are enough; the example itself is not shown, also where the file has it, and twice."""
+    shown = tmp_path / "shown.jsonl"
+    for pool, shots in ((ROWS[7:], 3), (ROWS, 9), ([*ROWS[:1] * 4, *ROWS[6:]], 2)):
+        shown.write_text("".join(json.dumps(row) + "\n" for row in pool))
+        loaded = open_task(write_task(ROWS[:6], **CHOICE, few_shot=shots, few_shot_data="shown.jsonl"))
+        for one in loaded.examples:
+            assert len(one.shots) == shots
+            assert one.prompt not in [prompt for prompt, _ in one.shots]
+    shown.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    too_many = write_task(ROWS, **CHOICE, few_shot=10, few_shot_data="shown.jsonl")
+    with pytest.raises(TaskError, match=r"rows.jsonl:1: too few examples to show 10 .* 9 beside itself"):
+        open_task(too_many)
+
+
 def test_prompts_in_plain_text_and_in_chat(write_task: Callable[..., Path], subject: Subject) -> None:
     settings = {**CHOICE, "kind": "generate_until", "choices": "", "few_shot": 1, "description": "Add."}
     loaded = open_task(write_task(ROWS, **settings))
     (shown, said), asked = loaded.examples[0].shots[0], loaded.examples[0].prompt
-    assert prompt_text(subject, loaded.task, loaded.examples[0], None) == f"Add.\n\n{shown} {said}\n\n{asked}"
+    assert prompt_of(subject, loaded.task, loaded.examples[0], None).text == f"Add.\n\n{shown} {said}\n\n{asked}"
     loaded = open_task(write_task(ROWS, **settings, chat=True, thinking="both"))
     assert loaded.task.switches == (True, False)
     end = "<|eot_id|>"
     turns = f"[system]Add.{end}[user]{shown}{end}[assistant]{said}{end}[user]{asked}{end}[assistant]"
     for thinking, more in ((True, "<think>"), (False, "")):
-        assert prompt_text(subject, loaded.task, loaded.examples[0], thinking) == turns + more
+        assert prompt_of(subject, loaded.task, loaded.examples[0], thinking).text == turns + more
 
 
 def test_parquet_and_toml_say_the_same_as_jsonl_and_json(tmp_path: Path, write_task: Callable[..., Path]) -> None:

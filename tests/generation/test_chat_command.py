@@ -19,6 +19,7 @@ from psyche_node import cli
 from psyche_node.exits import Exit
 from psyche_node.generation import Engine
 from psyche_node.generation.conversation import Conversation, Manner
+from psyche_node.generation.prompts import Prompt
 from psyche_node.sim import cli as sim
 
 Run = Callable[..., tuple[int, str, str]]
@@ -32,7 +33,7 @@ SWITCHED = (
 
 @pytest.fixture
 def run(model_folder: Path) -> Run:
-    def run(*arguments: str, app: object = cli.app, stdin: str | None = None) -> tuple[int, str, str]:
+    def run(*arguments: str, app: object = cli.app, stdin: str | bytes | None = None) -> tuple[int, str, str]:
         done = CliRunner().invoke(app, ["chat", *arguments], input=stdin)  # type: ignore[arg-type]
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         return done.exit_code, done.stdout, done.stderr
@@ -84,6 +85,14 @@ def test_what_cannot_be_done_is_said(
     assert words in done[2]
 
 
+def test_standard_input_that_is_not_utf8(run: Run, model_folder: Path) -> None:
+    code, out, words = run(str(model_folder), *ARGUMENTS, stdin=b"Wie sch\xf6n?")
+    assert (code, out) == (Exit.USAGE, "")
+    assert "standard input is not UTF-8: byte 7 is 0xf6" in words
+    code, out, words = run(str(model_folder), "Wie sch\udcf6n?", *ARGUMENTS)
+    assert (code, out, "half of a surrogate pair" in words) == (Exit.CONVERSATION, "", True)
+
+
 def test_a_switch_that_the_template_lacks_is_named(run: Run, model_folder: Path) -> None:
     code, _, note = run(str(model_folder), "hi", *ARGUMENTS, "--thinking", "on")
     assert code == 0
@@ -92,10 +101,10 @@ def test_a_switch_that_the_template_lacks_is_named(run: Run, model_folder: Path)
 
 def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine.prompts._tokenizer, "chat_template", SWITCHED)
-    rendered: list[str] = []
+    rendered: list[Prompt] = []
     render = engine.prompts.render
 
-    def note(*arguments: object, **options: object) -> str:
+    def note(*arguments: object, **options: object) -> Prompt:
         rendered.append(render(*arguments, **options))  # type: ignore[arg-type]
         return rendered[-1]
 
@@ -111,14 +120,14 @@ def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monk
     next(stopped)
     stopped.close()
     list(talk.ask("three"))
-    said = rendered[-1]
+    said = rendered[-1].text
     assert said.startswith("<|start_header_id|>system<|end_header_id|>Be brief.")
     assert "assistant<|end_header_id|><|eot_id|>" in said, "reasoning is forgotten"
     assert f"assistant<|end_header_id|>{answer.strip()}<|eot_id|>" in said
     assert "never mind" not in said
     talk.forget()
     list(talk.ask("four"))
-    assert "three" not in rendered[-1]
+    assert "three" not in rendered[-1].text
 
 
 def test_on_a_terminal(taught_folder: Path) -> None:

@@ -213,6 +213,6 @@ def test_a_folder_without_a_template_still_completes_text(model_folder: Path, tm
     engine = Engine.load(folder, device="cpu", dtype="bfloat16")
     with pytest.raises(GenerationError, match="has no chat template"):
         say(engine, "hello")
-    assert engine.generate([engine.prompts.encode("hello", special=True)], 4)[0].text
+    assert engine.generate([engine.prompts.encode_text("hello", special=True)], 4)[0].text
     with pytest.raises(GenerationError, match="dtype 'int4' is unknown"):
         Engine.load(folder, dtype="int4")

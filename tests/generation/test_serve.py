@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -196,21 +198,24 @@ def test_text_completions(served: Served) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             400,
             "messages[0].content[0].type",
-            "'text'",
+            "allowed: 'text'",
         ),
         ({"messages": [*LOOK, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]}, 400,
          "messages[1].tool_calls", "not a JSON object"),
         ({"messages": [{"role": "user", "content": "la " * 33_000}]}, 400, "messages", "context window 32768"),
+        ({"messages": [{"role": "user", "content": "la " * 180_000}]}, 400, "messages", "has 540000 characters"),
+        ({"messages": WHY * 5000}, 400, "messages", "has 5000 entries; at most 4096 are taken"),
+        ({"messages": [1] * 4000}, 400, "messages[0]", "must be an object"),
         ({"model": "other"}, 404, "model", "only 'taught'"),
         ({"n": 2}, 400, "n", "not supported"),
         ({"logprobs": True}, 400, "logprobs", "not supported"),
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
-        ({"temperature": "hot"}, 400, "temperature", "valid number"),
-        ({"max_tokens": 0}, 400, "max_tokens", "greater than or equal to 1"),
-        ({"stop": [""]}, 400, "stop[0]", "at least 1 character"),
+        ({"temperature": "hot"}, 400, "temperature", "must be a number"),
+        ({"max_tokens": 0}, 400, "max_tokens", "must be at least 1"),
+        ({"stop": [""]}, 400, "stop[0]", "at least 1 is needed"),
         ({"tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice", "auto or none"),
         ({"reasoning": {"enabled": True}, "reasoning_effort": "none"}, 400, "reasoning", "on and off"),
-        ({"chat_template_kwargs": {"thinks": True}}, 400, "chat_template_kwargs.thinks", "not permitted"),
+        ({"chat_template_kwargs": {"thinks": True}}, 400, "chat_template_kwargs.thinks", "no such key"),
     ],
     ids=lambda value: value if isinstance(value, str) and " " not in value else "",
 )  # fmt: skip
@@ -233,11 +238,35 @@ def test_what_it_refuses(change: dict[str, Any], status: int, param: str, words:
         ("POST", "/v1/completions", {"content": '{"prompt": ""}'}, 400, "no tokens"),
         ("POST", "/v1/completions", {"content": '{"prompt": [1, 300]}'}, 400, "0 to 299"),
         ("POST", "/v1/completions", {"content": '{"prompt": ["a", "b", "c"]}'}, 400, "at most 2"),
+        ("POST", "/v1/completions", {"content": '{"prompt": [1, "a"]}'}, 400, "a list of token ids, or"),
+        ("POST", "/v1/completions", {"content": r'{"prompt": "\ud800"}'}, 400, "half of a surrogate pair"),
+        (
+            "POST",
+            "/v1/chat/completions",
+            {"content": r'{"messages": [{"role": "user", "content": "\ud800"}]}'},
+            400,
+            "half of a surrogate pair",
+        ),
         ("GET", "/v1/completions", {}, 405, "method not allowed"),
         ("GET", "/v2", {}, 404, "not found"),
         ("GET", "/v1/models/other", {}, 404, "only 'taught'"),
     ],
-    ids=["type", "half", "deep", "list", "large", "empty", "ids", "many", "method", "path", "model"],
+    ids=[
+        "type",
+        "half",
+        "deep",
+        "list",
+        "large",
+        "empty",
+        "ids",
+        "many",
+        "mixed",
+        "half text",
+        "half chat",
+        "method",
+        "path",
+        "model",
+    ],
 )
 def test_errors_are_in_openais_form(
     method: str, path: str, options: dict[str, Any], status: int, words: str, served: Served
@@ -246,6 +275,20 @@ def test_errors_are_in_openais_form(
     answer = httpx2.request(method, served.url + path, headers=headers, **options)
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
+
+
+def test_idle_connections_make_way(served: Served) -> None:
+    """More of them than the server takes: some have sent nothing, some half of a request, some have had an answer."""
+    host, port = re.fullmatch(r"http://(.*):(\d+)", served.url).groups()  # type: ignore[union-attr]
+    with contextlib.ExitStack() as stack:
+        for number in range(120):
+            idle = stack.enter_context(socket.create_connection((host, int(port))))
+            if number % 3:
+                idle.sendall(b"GET /health HTTP/1.1\r\nHost: a\r\n" + b"\r\n" * (number % 3 - 1))
+            if number % 3 == 2:
+                assert idle.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert served.load() == (0, 0)
+        assert served.chat(WHY).choices[0].message.content == "Because é."
 
 
 def test_a_full_queue_and_a_client_that_hangs_up(served: Served) -> None:

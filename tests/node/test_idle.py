@@ -128,6 +128,21 @@ def test_a_chain_that_is_away_costs_the_digest_only(tmp_path: Path) -> None:
     run_async(test())
 
 
+def test_results_that_cannot_be_written_cost_themselves_only(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            (tmp_path / "evaluations").write_text("in the way, as a full disk would be")
+            await it.idle.finish(2)
+            assert (it.lines(), it.sent) == ([], [])
+            assert "the results after 2 rounds are not kept" in caplog.text
+            (tmp_path / "evaluations").unlink()
+            await it.idle.finish(4)
+            assert [line["round"] for line in it.lines()] == [4]
+            assert [results.round for results in it.told] == [2, 4], "the metrics have both"
+
+    run_async(test())
+
+
 def test_an_evaluation_that_fails_is_given_up_and_the_next_one_is_made(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:

@@ -10,6 +10,9 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in (ROOT / "benchmarks").glob("*.py")))
+NAMES = sorted(path.relative_to(ROOT).with_suffix("") for path in (ROOT / "benchmarks").rglob("*.py"))
+
+
+@pytest.mark.parametrize("name", [".".join(path.parts) for path in NAMES])
 def test_it_can_be_imported(name: str) -> None:
-    importlib.import_module(f"benchmarks.{name}")
+    importlib.import_module(name)

@@ -6,6 +6,8 @@ The folder of a tiny model is in the environment (MODEL), one of each kind in su
 from __future__ import annotations
 
 import os
+import resource
+import socket
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from tiny import RandomData, bits, terms
+from tiny import VOCABULARY, RandomData, bits, serving, terms
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
@@ -21,7 +23,8 @@ from torch.distributed.tensor import DTensor
 from optimizer.errors import NonFiniteGradient
 from optimizer.sharding import part_of
 from psyche_node.training import ModelError, Session, TrainingError, load_model
-from psyche_node.training.errors import OutOfStep, RankFailed
+from psyche_node.training import messages as m
+from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
 from psyche_node.training.options import DEFAULTS, Options
@@ -100,6 +103,20 @@ def gradients_are_those_of_one_process() -> None:
                 )
 
 
+def ranks_go_through_as_many_chunks() -> None:
+    """Where the vocabulary does not divide evenly, by its parts some would need more chunks than others."""
+    size = dist.get_world_size()
+    parts = [len(part) for part in torch.arange(VOCABULARY + 1).chunk(size)]
+    chunk = 7 * parts[-1]
+    assert chunk // parts[0] != chunk // parts[-1]
+    expected = gradients(session(None))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_node.training.loss.CHUNK_LOGITS", chunk)
+        found = gradients(session(size))
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=2e-5 * float(gradient.abs().max()))
+
+
 def layouts_stay_one_model() -> None:
     """A single process and every layout of the ranks, as members of one run; each trains data of its own.
 
@@ -140,6 +157,9 @@ def bf16_layouts_stay_one_model() -> None:
         ]
         for member in members:
             member.apply(round, blobs, True)
+            found = gradients(member)
+            assert {values.dtype for name, values in found.items() if name.startswith("model.")} == {torch.float32}
+            member.optimizer.zero_grad()
         assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
 
 
@@ -229,6 +249,94 @@ def a_step_that_breaks_off_everywhere_leaves_the_round() -> None:
         assert one.train(1, POSITIONS, run=RUN, member=0).blob == other.train(1, POSITIONS, run=RUN, member=0).blob
 
 
+def memory_that_runs_out_on_one_rank_is_everybodys() -> None:
+    """In a forward or backward pass of one of several micro-batches: all begin anew with one sequence at a time.
+
+    Of tensor parallelism, it runs out everywhere.
+    """
+
+    class Scarce(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor) -> Tensor:
+            return x.view_as(x)
+
+        @staticmethod
+        def backward(ctx: Any, *grads: Any) -> Tensor:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    for tensor_parallel in layouts():
+        if tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state"):
+            continue
+        expected = session(tensor_parallel)
+        expected.device.micro_batch = 1
+        blob = expected.train(0, range(4 * dist.get_world_size()), run=RUN, member=0).blob
+        for forward in (True, False):
+            one = session(tensor_parallel)
+            seen: list[int] = []
+
+            def scarce(
+                module: Any,
+                arguments: Any,
+                output: Tensor,
+                forward: bool = forward,
+                alone: bool = tensor_parallel == 1,
+                seen: list[int] = seen,
+            ) -> Tensor:
+                seen.append(len(output))
+                if len(output) == 1 or len(seen) == 1 or (alone and dist.get_rank() != 1):
+                    return output
+                if forward:
+                    raise torch.OutOfMemoryError("CUDA out of memory.")
+                return Scarce.apply(output)
+
+            one.model.model.layers[1].mlp.register_forward_hook(scarce)
+            assert one.train(0, range(4 * dist.get_world_size()), run=RUN, member=0).blob == blob
+            assert one.device.micro_batch == 1
+
+
+def what_fails_within_a_step_on_one_rank_fails_on_all() -> None:
+    """The others are not left waiting, and the next step works."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        return
+    one, other = session(1), session(1)
+
+    def broken(module: Any, arguments: Any, output: Tensor) -> None:
+        if dist.get_rank() == 1 and output.shape[1] > 8:
+            raise RuntimeError("an odd thing")
+
+    handle = one.model.model.layers[1].mlp.register_forward_hook(broken)
+    with pytest.raises(RuntimeError if dist.get_rank() == 1 else RankFailed, match="an odd thing"):
+        one.train(0, POSITIONS, run=RUN, member=0)
+    handle.remove()
+    assert one.train(0, POSITIONS, run=RUN, member=0).blob == other.train(0, POSITIONS, run=RUN, member=0).blob
+
+
+def all_ranks_take_the_same_attention() -> None:
+    """It fails on one of them, within a forward pass; and memory that runs out says nothing of it."""
+    plain = torch.nn.functional.scaled_dot_product_attention
+    for tensor_parallel in layouts():
+        if tensor_parallel < dist.get_world_size() and not hasattr(FSDPModule, "reset_iter_state"):
+            continue
+        for error in (RuntimeError("no such kernel"), torch.OutOfMemoryError("CUDA out of memory.")):
+            calls: list[int] = []
+
+            def one_fails(*arguments: Any, error: Any = error, calls: list[int] = calls, **named: Any) -> Tensor:
+                calls.append(1)
+                if len(calls) == 2 and dist.get_rank() == 1:
+                    raise error
+                return plain(*arguments, **named)
+
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch.nn.functional, "scaled_dot_product_attention", one_fails)
+                if isinstance(error, torch.OutOfMemoryError):
+                    with pytest.raises(OutOfMemory, match="when attention was tried out"):
+                        session(tensor_parallel)
+                    continue
+                one = session(tensor_parallel)
+            assert one.model.config._attn_implementation == "eager"
+            assert any("attention sdpa does not work here: " in line for line in one.reasons)
+
+
 def clipping_is_by_the_norm_of_the_whole() -> None:
     for tensor_parallel in [None, *layouts()]:
         one = session(tensor_parallel)
@@ -296,6 +404,21 @@ def each_rank_reads_what_it_holds() -> None:
             assert tied == (whole.get_input_embeddings().weight is whole.get_output_embeddings().weight)
 
 
+def the_rank_with_least_memory_decides() -> None:
+    """And each counts on its share of what the host has."""
+    size, asked = dist.get_world_size(), list[int]()
+
+    def measured(model: Any, device: torch.device, sharers: int) -> int:
+        asked.append(sharers)
+        return 1 if dist.get_rank() == size - 1 else 1 << 50
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_node.training.preparing.free_memory", measured)
+        one = session(1)
+    assert asked == [size]
+    assert any("activations are computed again" in line for line in one.reasons)
+
+
 def a_step_that_fails_on_one_rank_fails_on_all() -> None:
     world = ranks()
 
@@ -309,6 +432,16 @@ def a_step_that_fails_on_one_rank_fails_on_all() -> None:
         world.together(step)
     assert world.together(lambda: 6) == 6
     assert world.told(dist.get_rank()) == 0
+
+
+def an_update_that_cannot_be_written_is_taken_back() -> None:
+    """Only rank 0 writes; on every rank its failure leaves the round out."""
+    for tensor_parallel in layouts():
+        trainer, one = serving(folder(), RandomData(), ranks(), tensor_parallel=tensor_parallel)
+        train = m.Train(round=0, positions=POSITIONS, run=RUN.hex(), member=0, out_path="/dev/null/update")
+        with pytest.raises((OSError, RankFailed), match="/dev/null/update"):
+            trainer.handle(train)
+        assert one.optimizer.travelling == {}
 
 
 def files_reach_other_hosts() -> None:
@@ -326,6 +459,18 @@ def files_reach_other_hosts() -> None:
         assert [bytes(view) for view in found] == [bytes(range(256)) * 300] * 2 + [b""]
         with pytest.raises((FileNotFoundError, RankFailed)):
             world.files([Path(folder) / "missing"])
+        # As on a full disk: the other host can keep the first file's beginning only.
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if rank == size // 2:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        with pytest.raises((OSError, RankFailed), match=f"host {socket.gethostname()} cannot keep a copy .*/0: "):
+            world.files(paths)
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tempfile, "tempdir", "/nowhere" if rank == size // 2 else own)
+            with pytest.raises((FileNotFoundError, RankFailed), match="/nowhere/psyche-updates-"):
+                world.files(paths)
+        assert len(world.files(paths)) == 3
 
 
 def heads_that_cannot_be_divided_stay_whole() -> None:

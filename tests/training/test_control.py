@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import threading
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -66,22 +67,43 @@ def test_what_fails_everywhere_is_one_failure_and_the_group_goes_on() -> None:
     assert (group.ended, group.raised) == (0, None)
 
 
-def test_what_fails_on_rank_0_alone_leaves_the_group_in_step() -> None:
-    group = Group(failing, fine)
-    with pytest.raises(TrainingError, match="this cannot be"):
-        group.lead(Root())
-    group.lead.close()
-    group.join()
-    assert (group.ended, group.raised) == (0, None)
-
-
-def test_a_rank_that_fails_alone_ends_and_is_named() -> None:
-    group = Group(fine, failing)
-    with pytest.raises(RankFailed, match=r"rank 1 alone failed, .*TrainingError: this cannot be"):
+@pytest.mark.parametrize(("first", "second"), [(failing, fine), (fine, failing)])
+def test_what_fails_on_one_rank_alone_ends_all(first: Handle, second: Handle) -> None:
+    group = Group(first, second)
+    number = 0 if first is failing else 1
+    words = rf"Root failed on rank {number} and not on rank {1 - number}, .*TrainingError: this cannot be"
+    with pytest.raises(RankFailed, match=words):
         group.lead(Root())
     group.join()
     assert group.ended == 1
     assert isinstance(group.raised, OutOfStep)
+    assert re.search(words, str(group.raised))
+
+
+def test_a_rank_that_did_what_others_could_not_ends_too() -> None:
+    """Rank 0 is told by the reply, and rank 2 by what rank 1 said, though rank 0 failed as well."""
+    store = HashStore()
+    ranks = [Control(store, rank, 3) for rank in range(3)]
+    raised: list[BaseException] = []
+
+    def run(handle: Handle, here: Control) -> None:
+        try:
+            follow(handle, here)
+        except OutOfStep as error:
+            raised.append(error)
+
+    threads = [
+        threading.Thread(target=run, args=(handle, here), daemon=True)
+        for handle, here in ((failing, ranks[1]), (fine, ranks[2]))
+    ]
+    for thread in threads:
+        thread.start()
+    ended: list[bool] = []
+    with pytest.raises(RankFailed, match="Root failed on rank 0 and not on rank 2"):
+        Lead(failing, ranks[0], lambda: ended.append(True))(Root())
+    for thread in threads:
+        thread.join(60)
+    assert (len(raised), ended) == (2, [True])
 
 
 @pytest.fixture

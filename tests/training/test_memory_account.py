@@ -15,11 +15,12 @@ from live_bytes import LiveBytes
 from tiny import Packed, terms
 
 from psyche_node.planning import memory as account
-from psyche_node.planning.meta import tensors_of
-from psyche_node.planning.shape import ModelShape, shape_of
+from psyche_node.planning.meta import shape_from
+from psyche_node.planning.shape import ModelConfig, ModelShape
 from psyche_node.training import Session, loss
 from psyche_node.training import session as trainer
 from psyche_node.training.device import Device
+from psyche_node.training.options import DEFAULTS, Options
 
 LENGTH, VOCABULARY, SHARE = 128, 1024, 4
 BASE: dict[str, Any] = {
@@ -63,7 +64,7 @@ def folder_of(kind: str, tied: bool, make: Callable[[], Path], **sizes: int) -> 
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **values, **tokens))
     folder = make()
     model.save_pretrained(folder)
-    return folder, shape_of(kind, config, tensors_of(kind, config))
+    return folder, shape_from(ModelConfig(kind, folder / "config.json", config))
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +82,15 @@ class Peaks:
 
 
 def peaks_of(
-    folder: Path, micro_batch: int, checkpointing: bool, lookahead: bool, monkeypatch: pytest.MonkeyPatch
+    folder: Path,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    options: Options = DEFAULTS,
 ) -> Peaks:
     """Of two rounds."""
-    session = Session(folder, LongData(), terms(lookahead=lookahead), "cpu", micro_batch, 1)
+    session = Session(folder, LongData(), terms(lookahead=lookahead), "cpu", micro_batch, 1, options=options)
     if checkpointing:
         session.model.gradient_checkpointing_enable({"use_reentrant": False})
     accumulate, peaks = trainer.accumulate, Peaks()
@@ -110,7 +116,14 @@ def peaks_of(
     return peaks
 
 
-def planned(shape: ModelShape, compute: account.Compute, micro_batch: int, checkpointing: bool, lookahead: bool) -> int:
+def planned(
+    shape: ModelShape,
+    compute: account.Compute,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+    **changes: Any,
+) -> int:
     work = account.Work(
         sequence=LENGTH,
         micro_batch=micro_batch,
@@ -119,6 +132,7 @@ def planned(shape: ModelShape, compute: account.Compute, micro_batch: int, check
         lookahead=lookahead,
         micro_batches=SHARE // micro_batch,
         masked=True,
+        **changes,
     )
     return account.memory(shape, work, outside=0, scratch=0).total
 
@@ -139,6 +153,29 @@ def test_a_step_needs_what_was_planned(
     state = account.memory(shape, account.Work(LENGTH, compute="fp32"), outside=0, scratch=0)
     kept = state.weights + state.momentum + state.trend + state.aside + 4 * shape.parameters
     assert found.optimizer <= kept + account.SCRATCH
+
+
+@pytest.fixture(scope="module")
+def scaled(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ModelShape]:
+    """A family whose logits are no plain product, with so many words that they are what a step needs most for."""
+    sizes = {"vocab_size": 8 * VOCABULARY, "logits_scaling": 8}
+    return folder_of("granite", False, lambda: tmp_path_factory.mktemp("model"), **sizes)
+
+
+@pytest.mark.parametrize("lookahead", [False, True])
+@pytest.mark.parametrize(("micro_batch", "checkpointing"), [(1, False), (4, False), (4, True)])
+def test_a_step_with_full_logits_needs_what_was_planned(
+    scaled: tuple[Path, ModelShape],
+    monkeypatch: pytest.MonkeyPatch,
+    micro_batch: int,
+    checkpointing: bool,
+    lookahead: bool,
+) -> None:
+    folder, shape = scaled
+    assert shape.loss == "full"
+    found = peaks_of(folder, micro_batch, checkpointing, lookahead, monkeypatch)
+    wanted = planned(shape, "fp32", micro_batch, checkpointing, lookahead)
+    assert wanted == pytest.approx(found.training, rel=0.1)
 
 
 @pytest.fixture
@@ -164,6 +201,30 @@ def test_a_step_in_bf16_needs_what_was_planned(
     folder, shape = models[kind, tied]
     found = peaks_of(folder, 2, checkpointing, False, monkeypatch)
     assert planned(shape, "autocast", 2, checkpointing, False) == pytest.approx(found.training, rel=0.1)
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize(("kind", "tied"), [("seed_oss", False), ("llama", True)])
+def test_a_step_with_bf16_weights_needs_what_was_planned(
+    models: dict[tuple[str, bool], tuple[Path, ModelShape]],
+    monkeypatch: pytest.MonkeyPatch,
+    kind: str,
+    tied: bool,
+    micro_batch: int,
+) -> None:
+    """Their gradients are in fp32."""
+    folder, shape = models[kind, tied]
+    found = peaks_of(folder, micro_batch, False, True, monkeypatch, Options(precision="bf16"))
+    plan = planned(shape, "bf16", micro_batch, False, True, weight_bytes=2, masters=False)
+    assert plan == pytest.approx(found.training, rel=0.1)
+
+
+def test_a_step_in_bf16_with_full_logits_needs_what_was_planned(
+    scaled: tuple[Path, ModelShape], autocast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shape = scaled
+    found = peaks_of(folder, 4, False, True, monkeypatch)
+    assert planned(shape, "autocast", 4, False, True) == pytest.approx(found.training, rel=0.1)
 
 
 def test_the_account_sees_what_autograd_keeps() -> None:

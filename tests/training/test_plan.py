@@ -17,15 +17,14 @@ from psyche_node.planning.errors import PlanError
 from psyche_node.planning.exchange import LINE, exchange
 from psyche_node.planning.gpus import GPUS, parse_gpus
 from psyche_node.planning.memory import memory
-from psyche_node.planning.meta import tensors_of
+from psyche_node.planning.meta import shape_from
 from psyche_node.planning.plan import Asked, Plan, plan
-from psyche_node.planning.shape import ModelShape, config_of, shape_of
+from psyche_node.planning.shape import ModelShape, config_of
 from psyche_node.relay.spec import LinkSpec
 
 
 def shape(name: str) -> ModelShape:
-    found, config = config_of(name)
-    return shape_of(found, config, tensors_of(found, config))
+    return shape_from(config_of(name))
 
 
 @pytest.fixture(scope="module")
@@ -204,6 +203,57 @@ def test_other_architectures_are_planned_or_refused_with_the_reason(tmp_path: Pa
         shape(str(file))
 
 
+def written(folder: Path, **changes: Any) -> str:
+    """A config as people publish it: without what its kind of model has by default."""
+    base = json.loads(config_of("Llama-3.1-8B").file.read_text())
+    values = {key: value for key, value in {**base, **changes}.items() if value != "left out"}
+    (folder / "config.json").write_text(json.dumps(values))
+    return str(folder)
+
+
+def test_what_a_config_leaves_out_is_its_kind_of_models(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 2048, "intermediate_size": 16384, "num_hidden_layers": 18, "vocab_size": 256000}
+    heads = {"num_attention_heads": 8, "num_key_value_heads": 1, "head_dim": 256}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma", **sizes, **heads}))
+    gemma = shape(str(tmp_path))
+    assert gemma.tied, "Gemma ties its embeddings, and its configs need not say so"
+    assert gemma.parameters == 2_506_172_416
+    assert gemma.layer_parameters == (2 * 8 + 2 * 1) * 256 * 2048 + 3 * 2048 * 16384 + 2 * 2048
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "qwen3", **sizes, "num_attention_heads": 32}))
+    assert shape(str(tmp_path)).head_dim == 128, "and not 2048 / 32"
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it has to be a whole number from 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it"),
+        ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it"),
+        ({"num_key_value_heads": "8"}, 'num_key_value_heads is "8"; it'),
+        ({"num_key_value_heads": 5}, "num_attention_heads is 32; it has to be a multiple of num_key_value_heads"),
+        ({"num_attention_heads": 24, "head_dim": None}, "hidden size (4096) is not a multiple"),
+        ({"hidden_size": -1}, "hidden_size is -1; it"),
+        ({"hidden_size": "left out"}, "has no hidden_size"),
+        ({"vocab_size": 0}, "vocab_size is 0; it"),
+        ({"num_hidden_layers": True}, "num_hidden_layers is true; it"),
+        ({"num_hidden_layers": 10**9}, "it has to be a whole number from 1 to 4,096"),
+        ({"head_dim": "x"}, 'head_dim is "x"; it'),
+        ({"hidden_act": "no such function"}, "no such function"),
+        ({"rms_norm_eps": []}, "rms_norm_eps"),
+        (
+            {"hidden_size": 2**24, "intermediate_size": 2**24, "num_hidden_layers": 80},
+            "shapes cannot be those of a model",
+        ),
+        ({"model_type": "left out"}, "no causal language model can be built"),
+    ],
+)
+def test_sizes_that_none_can_have_are_named(tmp_path: Path, changes: dict[str, Any], said: str) -> None:
+    done = CliRunner().invoke(app, ["plan", "--model", written(tmp_path, **changes), "--gpus", "8xH200"])
+    assert done.exit_code == Exit.CONFIG, done.exception
+    assert said in done.output
+    assert str(tmp_path / "config.json") in done.output.replace("\n", "")
+
+
 def test_the_command_prints_a_plan_and_its_json() -> None:
     words = [
         "plan",
@@ -226,6 +276,23 @@ def test_the_command_prints_a_plan_and_its_json() -> None:
     assert shown["memory"]["total"] == sum(size for name, size in shown["memory"].items() if name != "total")
     assert shown["exchange"]["update_bytes"] == 105_913_080
     assert set(shown) >= {field for field in Plan.__slots__ if field != "memory"}
+
+
+def test_what_does_not_fit_has_advice_for_figures_and_an_exit_code_of_its_own() -> None:
+    words = ["plan", "--model", "Seed-OSS-36B", "--gpus", "8xH100", "--seq", "16384"]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == Exit.NO_ROOM
+    assert "it does not fit. What helps" in done.output
+    assert "--tensor-parallel" in done.output
+    for figure in ("tokens/s", "SOL", "whole run"):
+        assert figure not in done.output
+    shown = CliRunner().invoke(app, [*words, "--json"])
+    assert shown.exit_code == Exit.NO_ROOM
+    values = json.loads(shown.output)
+    assert values["fits"] is False
+    assert values["tries"]
+    assert "fees" not in values
+    assert "tokens_per_second" not in values
 
 
 @pytest.mark.parametrize(

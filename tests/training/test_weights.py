@@ -166,6 +166,24 @@ def test_computed_buffers_in_old_files_are_passed_over(tmp_path: Path) -> None:
     assert bool((model.model.rotary_emb.inv_freq > 0).all())
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it has to be a whole number"),
+        ({"num_hidden_layers": "x"}, 'num_hidden_layers is "x"; it'),
+        ({"hidden_size": -1}, "hidden_size is -1; it"),
+        ({"rms_norm_eps": []}, "rms_norm_eps"),
+        ({"hidden_act": "nothing"}, "nothing"),
+    ],
+)
+def test_sizes_that_no_model_has_are_named_with_their_file(change: dict[str, Any], said: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", **SMALL, **change}))
+    with pytest.raises(ModelError) as raised:
+        load_model(tmp_path, torch.device("cpu"))
+    assert said in str(raised.value)
+    assert str(tmp_path) in str(raised.value)
+
+
 def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
     folder = written(FAMILIES["qwen3"], tmp_path / "a", torch.float32, "20KB")
     index = folder / "model.safetensors.index.json"

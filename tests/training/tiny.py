@@ -6,14 +6,19 @@ import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 import torch
 
-from psyche_node.training import TrainingTerms
+from psyche_node.training import Session, TrainingTerms
+from psyche_node.training import messages as m
 from psyche_node.training.schedule import fp32_bits
+from psyche_node.training.server import Trainer
+from psyche_node.training.world import ONE_PROCESS, World
 
 torch.set_num_threads(1)
 
@@ -88,3 +93,13 @@ class RandomData:
     def heldout(self, limit: int | None = None) -> Packed:
         rows = slice(len(self), len(self) + 8 if limit is None else len(self) + limit)
         return Packed(self._tokens[rows], self._trained[rows], self._places[rows])
+
+
+def serving(model_dir: Path, data: RandomData, world: World = ONE_PROCESS, **changes: Any) -> tuple[Trainer, Session]:
+    """The handler of requests that has loaded a model, and the session that it has."""
+    trainer = Trainer(lambda *_: data, lambda *_: pytest.fail("no tasks"), lambda: None, lambda: False, world)
+    trainer.handle(
+        m.Load(model=str(model_dir), data="", terms=terms(), device="cpu", micro_batch=2, threads=1, **changes)
+    )
+    assert trainer._session is not None
+    return trainer, trainer._session

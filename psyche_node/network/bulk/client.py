@@ -23,7 +23,7 @@ SILENCE_SECONDS = 30.0
 STALLED_SECONDS = 5.0
 # For the end of a run, when its last piece has been here for a while.
 SETTLE_SECONDS = 0.5
-_CAUSES = {
+_CAUSES: dict[int, Cause] = {
     Status.INVALID: Cause.BROKEN,
     Status.NOT_FOUND: Cause.MISSING,
     Status.DENIED: Cause.REFUSED,
@@ -78,12 +78,9 @@ class Run:
             return frame
         self.over = True
         if frame.status != Status.OK:
-            cause = _CAUSES.get(Status(frame.status), Cause.BROKEN) if frame.status in _KNOWN else Cause.BROKEN
+            cause = _CAUSES.get(frame.status, Cause.BROKEN)
             raise CallFailed(cause, f"{cause}: {frame.reason[:200]}")
         return None
-
-
-_KNOWN = frozenset(Status)
 
 
 class BulkConnection:

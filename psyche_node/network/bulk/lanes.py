@@ -7,7 +7,6 @@ that broke did not bring comes by gRPC. So a bulk port behind a firewall costs a
 from __future__ import annotations
 
 import logging
-import ssl
 import threading
 import time
 from collections.abc import Callable, Container, Iterator
@@ -16,7 +15,7 @@ from typing import Protocol
 
 from psyche_node.identity import node_id
 from psyche_node.network.bulk.client import BulkConnection, Run, WrongNode
-from psyche_node.network.bulk.secure import Broken, client_context
+from psyche_node.network.bulk.secure import Broken, Contexts, client_context
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf
 from psyche_node.network.directory import Directory
 from psyche_node.network.links import CallFailed, Cause, Links
@@ -77,7 +76,7 @@ class Lanes:
         self._busy: dict[bytes, int] = {}
         self._opening: set[bytes] = set()
         self._failed: dict[bytes, _Failed] = {}
-        self._context: tuple[Leaf, ssl.SSLContext] | None = None
+        self._contexts = Contexts(leaf, client_context)
         self._closed = False
 
     def lane(self, peer: bytes, length: int) -> Lane:
@@ -197,7 +196,7 @@ class Lanes:
 
     def _make(self, peer: bytes, basis: Basis, record: NodeRecord) -> None:
         try:
-            connection = BulkConnection(record, self._client_context(basis[-1]))
+            connection = BulkConnection(record, self._contexts.current())
         except (OSError, Broken, BadCertificate, WrongNode) as error:
             if isinstance(error, BadCertificate | WrongNode):
                 why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY
@@ -210,12 +209,6 @@ class Lanes:
         with self._lock:
             self._opening.discard(peer)
         self.give(peer, basis, connection)
-
-    def _client_context(self, own: Leaf) -> ssl.SSLContext:
-        made = self._context
-        if made is None or made[0] is not own:
-            self._context = made = (own, client_context(own))
-        return made[1]
 
     def _drop(self, peer: bytes, connection: BulkConnection) -> None:
         connection.close()

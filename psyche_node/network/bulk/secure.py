@@ -11,6 +11,7 @@ import socket
 import ssl
 import threading
 import time
+from collections.abc import Callable
 
 from psyche_node.network.bulk.frames import ALPN
 from psyche_node.network.certificates import BadCertificate, Leaf, PeerCertificate, identify, null_ca_pem
@@ -26,6 +27,21 @@ _MAX_UNSENT = 65536
 
 class Broken(Exception):
     """The connection is of no use any more; the message says why."""
+
+
+class Contexts:
+    """What connections are made with, for the certificate that is shown just now. Any thread."""
+
+    def __init__(self, leaf: Callable[[], Leaf], make: Callable[[Leaf], ssl.SSLContext]) -> None:
+        """``leaf`` is asked each time; ``make`` is ``server_context`` or ``client_context``."""
+        self._leaf, self._make = leaf, make
+        self._made: tuple[Leaf, ssl.SSLContext] | None = None
+
+    def current(self) -> ssl.SSLContext:
+        leaf, made = self._leaf(), self._made
+        if made is None or made[0] is not leaf:
+            self._made = made = (leaf, self._make(leaf))
+        return made[1]
 
 
 def server_context(own: Leaf) -> ssl.SSLContext:

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from psyche_node.network.bulk import frames
-from psyche_node.network.bulk.secure import Broken, Secure, server_context
+from psyche_node.network.bulk.secure import Broken, Contexts, Secure, server_context
 from psyche_node.network.cap import Cap
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf, PeerCertificate
 from psyche_node.network.corelog import classify
@@ -75,8 +75,8 @@ class BulkServer:
         limits: Limits = DEFAULT_LIMITS,
     ) -> None:
         """Raises ServerUnavailable when the port cannot be had."""
-        self._leaf, self._guard, self._pieces, self._reporter, self._limits = leaf, guard, pieces, reporter, limits
-        self._shown: tuple[Leaf, ssl.SSLContext] | None = None
+        self._guard, self._pieces, self._reporter, self._limits = guard, pieces, reporter, limits
+        self._contexts = Contexts(leaf, server_context)
         self._attempts = Pace(limits.attempts_per_second, limits.attempts_at_once)
         self._handshakes = Cap(limits.handshakes, limits.handshakes_per_address)
         self._members: list[Connection] = []
@@ -147,7 +147,7 @@ class BulkServer:
         secure = None
         try:
             try:
-                secure = Secure(sock, self._context(), server_side=True)
+                secure = Secure(sock, self._contexts.current(), server_side=True)
                 with self._lock:
                     self._open.add(secure)
                 connection = self._identify(secure, ip)
@@ -165,12 +165,6 @@ class BulkServer:
             with self._lock:
                 self._open.discard(secure) if secure else None
                 self._threads.discard(threading.current_thread())
-
-    def _context(self) -> ssl.SSLContext:
-        leaf, shown = self._leaf(), self._shown
-        if shown is None or shown[0] is not leaf:
-            self._shown = shown = (leaf, server_context(leaf))
-        return shown[1]
 
     def _identify(self, secure: Secure, ip: str) -> Connection | None:
         """Return the connection if it is of a member, or None when it has been refused."""

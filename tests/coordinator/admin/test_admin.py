@@ -85,9 +85,9 @@ def test_a_run_is_found_by_its_name(
     admin("run", "create", "only-one", *options)
     assert json.loads(admin("run", "show", "only-one", *rpc))["run_id"] == "only-one"
     assert "already" in admin("run", "create", "only-one", *options, status=10)
-    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=84)
-    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=84)
-    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=84)
+    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=26)
+    assert "not a run" in admin("run", "show", run["owner"], *rpc, status=26)
+    assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=26)
 
 
 def test_runs_of_one_name_are_told_apart(
@@ -100,7 +100,7 @@ def test_runs_of_one_name_are_told_apart(
         admin(
             "run", "create", "twin", "--payer", path, "--program", program[1], "--config", config, "--rpc", ledger.rpc
         )
-    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=84)
+    message = admin("run", "show", "twin", "--rpc", ledger.rpc, status=26)
     for path in wallets:
         assert str(load_keypair(path).pubkey()) in message
     owner = load_keypair(wallets[0]).pubkey()

@@ -7,7 +7,8 @@ from coordinator.admin.exits import AdminExit
 from coordinator.admin.failures import status_of
 from coordinator.chain import ChainUnavailable, ProgramError
 from coordinator.client import RunNotFound
-from psyche_node.exits import Exit
+from coordinator.rpc import BadUrl
+from psyche_node.exits import Exit, exit_for
 
 
 def test_they_fit_their_ranges() -> None:
@@ -25,6 +26,11 @@ def test_a_number_means_the_same_everywhere() -> None:
     for code in AdminExit:
         assert theirs.get(code.value, code.name) == code.name
     assert {code.name for code in AdminExit if code.value not in theirs}.isdisjoint(theirs.values())
+
+
+def test_both_commands_tell_a_missing_run_from_a_refused_transaction() -> None:
+    assert exit_for(RunNotFound("x")).name == "RUN_NOT_FOUND"
+    assert exit_for(BadUrl("x")) is Exit.CONFIG
 
 
 def test_the_nearest_class_counts() -> None:

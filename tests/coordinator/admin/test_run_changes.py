@@ -8,12 +8,22 @@ import zlib
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
 from coordinator.admin.changes import change_of
+from coordinator.run_config import ConfigError
 from coordinator.state import decode_run, float_bits
 
 VECTORS = json.loads((Path(__file__).resolve().parent.parent.parent / "vectors" / "accounts.json").read_text())
 RUN = decode_run(zlib.decompress(base64.b64decode(VECTORS["accounts"]["run"])))
-TRAINED = replace(RUN, round=500, checkpoint_round=500, checkpoint_root=b"\x55" * 32, cursor=4000)
+TRAINED = replace(
+    RUN,
+    limits=replace(RUN.limits, total_rounds=1000),
+    round=500,
+    checkpoint_round=500,
+    checkpoint_root=b"\x55" * 32,
+    cursor=4000,
+)
 
 
 def test_other_optimizer_settings_keep_what_was_learned() -> None:
@@ -30,3 +40,29 @@ def test_another_model_or_other_data_is_cautioned_against() -> None:
     assert "another model than its checkpoint of round 500" in str(back.caution(TRAINED))
     data = change_of(TRAINED, [f"terms.data_manifest={'ab' * 32}"])
     assert "positions begin at 0 again" in str(data.caution(TRAINED))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["terms.schedule=wsd"], "wsd needs it"),
+        (["terms.schedule=cosine", "terms.decay_rounds=5"], "decay_rounds is for the schedule wsd"),
+        (["terms.schedule=cosine", "terms.decay_rounds=0", "terms.warmup_rounds=1000000"], "at most the"),
+        (["terms.ramp_batch=1", "terms.ramp_rounds=1000000"], "ramp_rounds must be at most"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused_as_for_a_new_run(changes: list[str], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        change_of(replace(TRAINED, terms=replace(TRAINED.terms, decay_rounds=0, schedule=2)), changes)
+
+
+def test_a_new_schedule_spans_what_is_left_by_the_new_limits() -> None:
+    run = replace(
+        TRAINED,
+        limits=replace(TRAINED.limits, total_rounds=600),
+        terms=replace(TRAINED.terms, schedule=2, warmup_rounds=10, decay_rounds=0, ramp_rounds=0, ramp_batch=0),
+    )
+    assert change_of(run, ["terms.warmup_rounds=100"]).terms is not None
+    with pytest.raises(ConfigError, match="100 of 600 rounds are left: warmup_rounds and decay_rounds together"):
+        change_of(run, ["terms.warmup_rounds=101"])
+    assert change_of(run, ["terms.warmup_rounds=101", "limits.total_rounds=601"]).terms is not None

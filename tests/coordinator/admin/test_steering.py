@@ -154,7 +154,7 @@ def test_an_owner_changes_and_ends_a_run(
     admin("run", "export", run, "--out", record, "--wallet", stranger, "--rpc", ledger.rpc)
     closed = admin_json("run", "close", *paid, "--yes")
     assert closed["lamports"] < -2 * SOL, "deposits and what was funded come back to the owner"
-    assert "no account" in admin(*show, status=84)
+    assert "no account" in admin(*show, status=26)
     assert "1 events have happened since" in admin("run", "verify", record, "--rpc", ledger.rpc)
 
     # another run of the same name has the same address, and a history of its own
@@ -351,17 +351,17 @@ def test_a_live_run_moves_to_the_next_version(ledger: Ledger, wallet: Path, root
             await make(client)
 
     asyncio.run(connect())
-    assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
+    assert "layout version 1" in admin("run", "show", run, *rpc, status=26)
     assert "UNKNOWN_INSTRUCTION" in admin("run", "migrate", run, *paid, "--yes", status=22)
     admin("program", "upgrade", program, *paid, "--yes")
     planned = admin_json("run", "migrate", run, *paid, "--dry-run")
     assert planned["lamports"] == 5000
     assert "cannot read them" in admin("run", "migrate", run, *paid, status=80)
-    assert "layout version 1" in admin("run", "show", run, *rpc, status=84)
+    assert "layout version 1" in admin("run", "show", run, *rpc, status=26)
     admin("run", "migrate", run, *paid, "--yes")
     shown = admin_json("run", "show", run, *rpc)
     assert (shown["run_id"], shown["state"], shown["terms"]["samples"]) == ("old", "WAITING_FOR_MEMBERS", TERMS.samples)
-    assert "no run at" in admin("run", "migrate", owner.pubkey(), *paid, status=84)
+    assert "no run at" in admin("run", "migrate", owner.pubkey(), *paid, status=26)
 
 
 def test_limits_hold_at_once_unless_a_round_is_open(run: dict[str, Any], ledger: Ledger) -> None:

@@ -1,0 +1,37 @@
+"""The handler of the supervisor's requests, in this process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from tiny import RandomData, serving
+
+from psyche_node.training import messages as m
+
+RUN = "ab" * 32
+
+
+def test_an_update_that_cannot_be_written_is_taken_back(model_dir: Path, data: RandomData, tmp_path: Path) -> None:
+    """Its round is as one that left it out: nothing of it is looked ahead to, and its gradient is in the next one."""
+
+    def rounds(fails: bool) -> list[bytes]:
+        trainer, session = serving(model_dir, data)
+        first, second = tmp_path / f"first{fails}", tmp_path / f"second{fails}"
+        train = m.Train(round=0, positions=[4, 5], run=RUN, member=0, out_path=str(first))
+        if fails:
+            first.mkdir()
+            with pytest.raises(OSError, match="first"):
+                trainer.handle(train)
+            assert list(tmp_path.glob("*.writing")) == []
+        else:
+            trainer.handle(train)
+            assert list(session.optimizer.travelling) == [0]
+            trainer.handle(m.Apply(round=0, paths=[], included=False))
+        assert session.optimizer.travelling == {}
+        trainer.handle(m.Train(round=1, positions=[7, 8], run=RUN, member=0, out_path=str(second)))
+        trainer.handle(m.Apply(round=1, paths=[str(second)], included=True))
+        assert session.optimizer.travelling == {}
+        return [second.read_bytes(), session.weights_sha256().encode()]
+
+    assert rounds(fails=True) == rounds(fails=False)
