@@ -298,6 +298,3 @@ def sparkline(values: list[float], width: int) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join(_BLOCKS[min(7, int((value - low) / span * 8))] for value in means)
-
-
-# The end.
