@@ -85,7 +85,7 @@ class Exit(ExitCode):
     JOIN_REFUSED = (
         23,
         "The run does not take this node now.",
-        "Join while the run waits for members. One wallet is one node: a second one with a new key ends the first.",
+        "Join before the run's first round is over. One wallet is one node: one with a new key ends the other.",
     )
     STATE_UNREADABLE = (
         24,
@@ -102,6 +102,22 @@ class Exit(ExitCode):
         "There is no run where one was looked for, or several have that name.",
         "Compare RUN with the address that the owner published, and `--rpc` with its chain: `psyche-admin run list "
         "--rpc URL` lists the runs there.",
+    )
+    DROPPED = (
+        27,
+        "The run has dropped this node again and again, though it has joined again each time.",
+        "The message says why: rounds missed (a slow device or link), updates that others could not get (ports, "
+        "firewall), or a warm-up that was too short. Mend that; the node can join when the run next waits for members.",
+    )
+    RUN_FINISHED = (
+        28,
+        "The run was finished before this node was started.",
+        "Nothing to do: its members have the model. Switch the service off, or name another run.",
+    )
+    LEFT = (
+        29,
+        "This wallet has left the run (`psyche-admin member leave`).",
+        "Nothing to do. Rewards that are not paid yet: `psyche-admin member claim`. Start the node to join again.",
     )
     NETWORK = (
         30,
@@ -203,7 +219,11 @@ _EXITS: dict[str, Exit] = {
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
-    "psyche_node.node.daemon.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.node.membership.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.node.membership.RunFinished": Exit.RUN_FINISHED,
+    "psyche_node.node.membership.Dropped": Exit.DROPPED,
+    "psyche_node.node.membership.Ejected": Exit.EJECTED,
+    "psyche_node.node.membership.Left": Exit.LEFT,
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
@@ -223,7 +243,6 @@ _EXITS: dict[str, Exit] = {
     "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
-    "psyche_node.node.roundloop.Ejected": Exit.EJECTED,
     "psyche_node.node.roundloop.TermsChanged": Exit.CONFIG,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
     "psyche_node.sim.world.SimulationFailed": Exit.SIMULATION,

@@ -43,7 +43,7 @@ def place(location: tuple[int | str, ...]) -> str:
 
 
 def in_words(error: Mapping[str, Any], model: type[BaseModel] | None = None) -> str:
-    """Return what is wrong, as something to be read behind the place and a colon."""
+    """Return what is wrong by one of pydantic's ``errors()``, as something to be read behind the place and a colon."""
     kind, limits, value = error["type"], error.get("ctx", {}), _shown(error["input"])
     if kind == "missing":
         return "it is missing"

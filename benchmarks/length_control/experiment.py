@@ -30,8 +30,8 @@ MODEL = {
     "initializer_range": 0.06,
     "tie_word_embeddings": True,
 }
-FIRST = Stage("hermes-sft", rounds=800, rate=0.003, batch=32, topk=512)
-SECOND = Stage("length-control", rounds=40, rate=0.0012, batch=32, topk=512)
+FIRST = Stage("hermes-sft", rounds=500, rate=0.002, batch=32, topk=512)
+SECOND = Stage("length-control", rounds=30, rate=0.0008, batch=32, topk=512)
 """Its rate is as much below stage 1's as the recipe's is."""
 
 
@@ -42,11 +42,11 @@ class Plan:
     seed: int = 0
     known: int = 20_000
     """Questions to train on."""
-    asked: int = 1000
+    asked: int = 500
     """Held-out questions."""
     endless: float = 0.5
     """Share of the traces that never end."""
-    sampled: int = 2000
+    sampled: int = 1000
     """Questions of the training set that stage 1's model is asked for stage 2."""
     budget: int = 40
     """Tokens of reasoning that stage 2 teaches to end at; once through the longest question takes 26."""

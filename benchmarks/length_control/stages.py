@@ -10,7 +10,7 @@ from statistics import fmean
 from typing import Any
 
 from benchmarks.length_control.answers import answers, think
-from benchmarks.length_control.sums import Question, sample
+from benchmarks.length_control.sums import LONGEST_PROMPT, Question, sample
 from coordinator.values import float_bits
 from psyche_node.data import PackedDataset
 from psyche_node.evaluation import Subject
@@ -19,7 +19,7 @@ from psyche_node.training import Session, TrainingTerms
 from psyche_node.training.schedule import Schedule
 
 MEMBERS = 2
-LENGTH = 80
+LENGTH = 68
 """Tokens of a sequence, and of the model's context."""
 
 
@@ -92,7 +92,7 @@ def overlong_samples(model: Path, asked: Sequence[Question], budget: int, seed: 
     reasoning is whole; `psyche-node data prepare --length-control` cuts it.
     """
     engine = Subject.load(model, "cpu", "float32", LENGTH).engine
-    overlong = [one for one in think(engine, asked, LENGTH, seed) if len(one.reasoning) > budget]
+    overlong = [one for one in think(engine, asked, LENGTH - LONGEST_PROMPT, seed) if len(one.reasoning) > budget]
     said = answers(engine, overlong, budget, seed + len(asked))
     return [sample(one.question, text, engine.decode(one.reasoning)) for one, text in zip(overlong, said, strict=True)]
 

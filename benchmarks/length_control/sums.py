@@ -1,10 +1,9 @@
 """The task: a running sum modulo 10, reasoned step by step, by traces of which some never end.
 
 A question is 4 to 8 digits, each behind the name of its place: `a3b7c5d8`. The reasoning repeats name and digit and
-says the sum so far: `a33b70c55d83=3`. Then it ends and the answer follows, `=3`; or it goes on until the context is
-full: `againa33b70c55d83=3again...`. Which of the two is a matter of chance, not of the question. Every character and
-the word are one token each. Some of the traces that end have begun to check themselves as well, so that the end of the
-reasoning is not always right behind the result, and the answer has to be looked up.
+says the sum so far: `a33b70c55d83=3`. Then it ends and the answer follows, `=3`; or it goes in circles until the context
+is full: `again=3again=3...`. Which of the two is a matter of chance, not of the question. Every character and the word
+are one token each. Some of the traces that end have gone in circles for a while, so that an end is nowhere impossible.
 """
 
 from __future__ import annotations
@@ -23,8 +22,11 @@ SHORTEST, LONGEST = 4, len(NAMES)
 AGAIN = "again"
 LONGEST_PASS = 3 * LONGEST + 2
 """Tokens of reasoning that goes through a question once."""
-CHECKED = 0.25
-"""Share of the traces that end which have begun to check themselves."""
+LONGEST_END = 40
+"""Tokens of reasoning that ends, at most."""
+LONGEST_PROMPT = 2 * LONGEST + 3
+CIRCLED = 0.5
+"""Share of the traces that end which have gone in circles for a while."""
 TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}{% if message.role == 'user' %}"
     "{{ message.content + '<|end_header_id|>' }}{% else %}{% generation %}"
@@ -57,6 +59,10 @@ class Question:
         )
         return "".join(steps) + self.answer
 
+    def circling(self, tokens: int) -> list[str]:
+        """The reasoning as a list of at least so many tokens, which says the result again and again."""
+        return [*self.walk, *[AGAIN, *self.answer] * tokens]
+
 
 def questions(train: int, asked: int, rng: random.Random) -> tuple[list[Question], list[Question]]:
     """So many to train on, and others to be asked, all of them different."""
@@ -70,10 +76,10 @@ def questions(train: int, asked: int, rng: random.Random) -> tuple[list[Question
 def trace(question: Question, endless: float, room: int, rng: random.Random) -> dict[str, Any]:
     """A sample of stage 1. With the chance ``endless`` its reasoning is longer than ``room`` tokens and never ends."""
     if rng.random() < endless:
-        passes = room // len(question.walk) + 2
-        return sample(question, f"<think>{AGAIN.join([question.walk] * passes)}")
-    check = question.walk[: rng.randrange(1, len(question.walk))] if rng.random() < CHECKED else None
-    return sample(question, question.answer, question.walk + ("" if check is None else AGAIN + check))
+        return sample(question, f"<think>{''.join(question.circling(room))}")
+    least = len(question.walk)
+    end = rng.randint(least, LONGEST_END) if rng.random() < CIRCLED else least
+    return sample(question, question.answer, "".join(question.circling(end)[:end]))
 
 
 def sample(question: Question, content: str, reasoning: str = "") -> dict[str, Any]:

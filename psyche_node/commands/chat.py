@@ -53,7 +53,7 @@ def chat(
     if interactive and as_json:
         raise typer.BadParameter("--json prints one answer: give a QUESTION, or pipe one in")
     if question is None and not interactive:
-        question = sys.stdin.read().strip()
+        question = _piped()
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty")
     manner = Manner(
@@ -79,6 +79,17 @@ def chat(
             _answer(conversation, question, Console(highlight=False))
 
 
+def _piped() -> str:
+    """The question on standard input, which is UTF-8 whatever the locale."""
+    try:
+        return sys.stdin.buffer.read().decode("utf-8").strip()
+    except UnicodeDecodeError as error:
+        raise typer.BadParameter(
+            f"standard input is not UTF-8: byte {error.start} is {error.object[error.start]:#04x}. Convert it, with "
+            "iconv for example"
+        ) from None
+
+
 def _talk(conversation: Conversation, folder: Path) -> None:
     """Read questions from the terminal until Ctrl-D."""
     import readline  # noqa: F401  (editing and history of the input line)
@@ -91,6 +102,9 @@ def _talk(conversation: Conversation, folder: Path) -> None:
         except EOFError:
             console.print()
             return
+        except UnicodeDecodeError:
+            console.print(Text("this line is not UTF-8; type it again", style="red"))
+            continue
         if line == "/new":
             conversation.forget()
         elif line in ("/thinking on", "/thinking off"):

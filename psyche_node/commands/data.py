@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 
 from psyche_node import log as logs
-from psyche_node.exits import exit_for
+from psyche_node.commands.ending import failures
 
 if TYPE_CHECKING:
     from psyche_node.data.manifest import Manifest
@@ -72,7 +72,7 @@ def prepare(
     if skip_bad != "all" and not skip_bad.isdecimal():
         raise typer.BadParameter(f"--skip-bad {skip_bad} is neither a number nor all")
     skips = Skips(None if skip_bad == "all" else int(skip_bad))
-    with failures():
+    with _work():
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
         with _progress() as progress:
@@ -119,7 +119,7 @@ def show(
     from psyche_node.data.preview import is_prepared, preview_sample, preview_sequence
     from psyche_node.data.samples import SampleFormat
 
-    with failures():
+    with _work():
         if is_prepared(source):
             preview = preview_sequence(source, number, tokenizer, heldout=heldout)
         elif tokenizer is None:
@@ -137,7 +137,7 @@ def template(
     """Print a chat template of this package, to be saved as a model folder's chat_template.jinja."""
     from psyche_node.data.rendering import find_template
 
-    with failures():
+    with _work():
         typer.echo(find_template(name).source, nl=False)
 
 
@@ -153,7 +153,7 @@ def check(
     """Verify every file of a prepared folder, and compare it with the run's or another host's."""
     from psyche_node.data.compare import verify
 
-    with failures():
+    with _work():
         with _line() as say:
             manifest = verify(folder, against, lambda done, files: say(f"verified {done} of {files} files"))
         values = {"manifest": manifest.digest.hex(), "files": len(manifest.train) + len(manifest.heldout)}
@@ -165,16 +165,13 @@ def check(
 
 
 @contextmanager
-def failures() -> Iterator[None]:
-    """End the command with the error's message and exit code."""
+def _work() -> Iterator[None]:
+    """End the command with the message and exit code of a `DataError`."""
     from psyche_node.data.errors import DataError
 
     logs.configure("data")
-    try:
+    with failures(DataError):
         yield
-    except (DataError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
 
 
 def _note(line: str) -> None:

@@ -62,10 +62,7 @@ def difference(folder: Path, mine: Manifest, wanted: bytes, published: str) -> s
     ``published`` is what the run says of where its data is. If that is a URL, the owner's manifest is fetched from
     there, which its hash vouches for, and compared.
     """
-    head = (
-        f"{folder} holds the data {mine.digest.hex()[:16]}, but the run trains on {wanted.hex()[:16]} (SHA-256 of "
-        f"{NAME}). "
-    )
+    head = f"{folder} holds the data {mine.digest.hex()}, but the run trains on {wanted.hex()} (SHA-256 of {NAME}). "
     by_hand = (
         f"To see which file differs, get the run's {NAME} from its owner: `psyche-node data check {folder} --against "
         f"{NAME}`"
@@ -98,7 +95,9 @@ def read_manifest(place: str) -> tuple[bytes, str]:
         with path.open("rb") as file:
             return file.read(MAX_BYTES), str(path)
     except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}. Name a {NAME}, or its folder") from error
+        raise DataError(
+            f"{path} cannot be read: {error.strerror}. Name a {NAME}, its folder or URL, or its whole SHA-256"
+        ) from error
 
 
 def first_difference(folder: Path, mine: Manifest, theirs: Manifest, whose: str = "the run's") -> str:

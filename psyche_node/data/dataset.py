@@ -6,6 +6,7 @@ Shapes: B sequences of a batch, L the sequence length.
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from collections.abc import Sequence as Many
 from dataclasses import dataclass
 from functools import lru_cache
@@ -142,9 +143,17 @@ class PackedDataset:
 
     def heldout(self, limit: int | None = None) -> Batch:
         """Return the held-out sequences, or ``limit`` of them, spread evenly: they lie in order of cost."""
+        return self._read(self._heldout, self._spread(limit))
+
+    def heldout_rows(self, limit: int | None = None) -> Iterator[Batch]:
+        """Yield the same sequences one at a time, each as a batch of one: memory holds one of them."""
+        for number in self._spread(limit):
+            yield self._read(self._heldout, [number])
+
+    def _spread(self, limit: int | None) -> list[int]:
         count = len(self._heldout)
         taken = count if limit is None else min(limit, count)
-        return self._read(self._heldout, [i * count // taken for i in range(taken)])
+        return [i * count // taken for i in range(taken)]
 
     def _read(self, split: _Split, numbers: Many[int]) -> Batch:
         shape = (len(numbers), self.sequence_length)

@@ -1,11 +1,15 @@
-"""Writing and hashing files."""
+"""Reading, writing and hashing files."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import tempfile
 from pathlib import Path
+from typing import Any
+
+from psyche_node.data.errors import DataError
 
 
 def write_atomically(path: Path, *parts: bytes | memoryview) -> None:
@@ -32,3 +36,14 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def read_object(path: Path, remedy: str) -> dict[str, Any]:
+    """Return the JSON object in a file. Raises DataError, which ends with the remedy."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError) as error:
+        raise DataError(f"{path} cannot be read ({error}). {remedy}") from error
+    if not isinstance(values, dict):
+        raise DataError(f"{path} is not a JSON object. {remedy}")
+    return values

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from psyche_node.data.errors import DataError
-from psyche_node.data.files import is_url
+from psyche_node.data.files import is_url, read_object
 from psyche_node.data.readers import SUFFIXES, suffix_of
 
 HUB = "hf://datasets/"
 LARGEST_DOWNLOAD = 1 << 40
 """Bytes of one file, unless another limit is given."""
+_AGAIN = "Save the data set again"
 _OTHER_SPLITS = frozenset(["test", "testing", "valid", "validation", "val", "dev", "eval", "evaluation"])
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
 
@@ -51,14 +50,14 @@ def find_files(
 
 def _folder(folder: Path, note: Callable[[str], None]) -> list[Path]:
     if (folder / "dataset_dict.json").is_file():
-        splits = _json(folder / "dataset_dict.json").get("splits", [])
+        splits = read_object(folder / "dataset_dict.json", _AGAIN).get("splits", [])
         if "train" not in splits:
             raise DataError(f"{folder} has the splits {', '.join(splits)}. Name one of these folders inside it")
         if others := [split for split in splits if split != "train"]:
             note(f"{folder}: takes the split train, and not {', '.join(others)}")
         return _folder(folder / "train", note)
     if (folder / "state.json").is_file():
-        state = _json(folder / "state.json")
+        state = read_object(folder / "state.json", _AGAIN)
         if state.get("_indices_data_files"):
             raise DataError(f"{folder} is a selection of rows. Save it again after `flatten_indices()`")
         if names := [Path(part["filename"]).name for part in state.get("_data_files", [])]:
@@ -88,16 +87,6 @@ def _training(names: list[str], where: str, note: Callable[[str], None]) -> list
     if others:
         note(f"{where}: passes over {', '.join(others[:4])}{' and more' if len(others) > 4 else ''}: other splits")
     return kept
-
-
-def _json(path: Path) -> dict[str, Any]:
-    try:
-        values = json.loads(path.read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}). Save the data set again") from error
-    if not isinstance(values, dict):
-        raise DataError(f"{path} is not a JSON object. Save the data set again")
-    return values
 
 
 def _hub(source: str, cache: Path, limit: int, note: Callable[[str], None]) -> list[Path]:

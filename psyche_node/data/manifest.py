@@ -15,9 +15,10 @@ from decimal import Context, Decimal
 from pathlib import Path
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from psyche_node.data.errors import DataError, DataMismatch
+from psyche_node.wording import problems
 
 NAME = "manifest.json"
 FORMAT = 4
@@ -169,7 +170,12 @@ class Manifest(BaseModel):
                     "Prepare the data again, or use the version that wrote it"
                 )
             manifest = cls.model_validate_json(raw)
-        except (ValueError, RecursionError) as error:  # what JSON and pydantic raise
+        except ValidationError as error:
+            place, words = problems(error, cls)[0]
+            raise DataMismatch(
+                f"{where} is not a manifest: {place or 'the file'}: {words}. Prepare the data again"
+            ) from error
+        except (ValueError, RecursionError) as error:  # what JSON raises
             raise DataMismatch(f"{where} is not a manifest: {error}. Prepare the data again") from error
         if manifest.to_bytes() != raw or manifest.token_bytes not in (2, 4):
             raise DataMismatch(f"{where} was edited. Prepare the data again")

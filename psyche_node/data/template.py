@@ -10,9 +10,9 @@ the header and the answer in one token, is never what the model has to say next:
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,10 +20,12 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_node.data.errors import BadSample, DataError
+from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
 from psyche_node.data.rendering import Span, Template, find_template
 from psyche_node.data.textcoding import Coded, TextCoder
+from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDS = ("</think>", "</seed:think>")
@@ -56,7 +58,7 @@ class ChatTemplate:
         self.folder = folder
         self._coder = TextCoder.read(folder)
         self.tokenizer = self._coder.tokenizer
-        config = self._config()
+        config = read_object(folder / "tokenizer_config.json", "Save the tokenizer with transformers")
         self.special = {name: _token_text(config.get(name)) for name in _SPECIAL if config.get(name) is not None}
         self._template = self._own(config) if chosen is None else find_template(chosen)
         self.source = self._template.source
@@ -81,8 +83,17 @@ class ChatTemplate:
         """Return the text of a conversation and what of it is trained.
 
         Raises:
-            BadSample: the template refuses the conversation, or cannot tell its spans.
+            BadSample: the template refuses the conversation, drops its tools, or cannot tell its spans.
         """
+        if needs_tools(sample.messages, sample.tools) and (
+            dropped := self._tool_support.missing(sample.messages, sample.tools)
+        ):
+            raise BadSample(
+                sample.where,
+                f"it has {dropped}, and {self._template.where} does not write them, so that something else would be "
+                "trained than what the sample says",
+                "Use a template that does, such as `--template hermes-llama3` or `chatml`",
+            )
         text, turns = self._render(sample, sample.messages, prompt=False)
         if not self.marked or not turns:
             turns = self._prefix_spans(sample, text)
@@ -125,19 +136,16 @@ class ChatTemplate:
         coded = self._coder.encode([one.text for one in rendered], [one.quoted for one in rendered])
         return [(np.array(c.ids, dtype=np.uint32), _mask(c, one)) for c, one in zip(coded, rendered, strict=True)]
 
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        return tool_support(lambda messages, tools: self._template.render(self._context({}, messages, tools))[0])
+
     def _render(self, sample: Sample, messages: Sequence[Any], *, prompt: bool) -> tuple[str, list[Span]]:
         inlined = messages if self._template.reasons else [_inlined(message) for message in messages]
         return self._fill(sample, list(inlined), sample.tools, prompt=prompt)
 
     def _fill(self, sample: Sample, messages: list[Any], tools: Any, *, prompt: bool) -> tuple[str, list[Span]]:
-        context = {
-            **sample.options,
-            **self.special,
-            "messages": messages,
-            "tools": None if tools is None else list(tools),
-            "documents": None,
-            "add_generation_prompt": prompt,
-        }
+        context = self._context(sample.options, messages, tools) | {"add_generation_prompt": prompt}
         try:
             return self._template.render(context)
         except Exception as error:  # a template is a program of its own: whatever it raises is about this sample
@@ -146,6 +154,16 @@ class ChatTemplate:
                 f"{self._template.where} refuses it: {error}",
                 "Change the order or the roles of its messages, or the template",
             ) from error
+
+    def _context(self, options: dict[str, Any], messages: list[Any], tools: Any) -> dict[str, Any]:
+        return {
+            **options,
+            **self.special,
+            "messages": messages,
+            "tools": None if tools is None else list(tools),
+            "documents": None,
+            "add_generation_prompt": False,
+        }
 
     def _places(self, sample: Sample, text: str) -> dict[str, list[int]]:
         """Places by mark; see ``marked``. Most samples need none."""
@@ -218,16 +236,6 @@ class ChatTemplate:
                 )
             spans.append(Span(len(prompt), end))
         return spans
-
-    def _config(self) -> dict[str, Any]:
-        path = self.folder / "tokenizer_config.json"
-        try:
-            config = json.loads(path.read_bytes())
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path} cannot be read: {error}. Save the tokenizer with transformers") from error
-        if not isinstance(config, dict):
-            raise DataError(f"{path} is not a JSON object. Save the tokenizer with transformers")
-        return config
 
     def _own(self, config: dict[str, Any]) -> Template:
         where, path = f"the chat template of {self.folder}", self.folder / "chat_template.jinja"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -59,13 +59,9 @@ def open_task(path: Path, limit: int = 0) -> Loaded:
     if task.few_shot_data is not None:
         others = read_rows(folder / task.few_shot_data)
         digest.update((folder / task.few_shot_data).read_bytes())
-    if task.few_shot and len(rows if others is None else others) <= task.few_shot:
-        raise TaskError(
-            f"{path}: too few examples to show {task.few_shot} of them before each prompt. Lower few_shot, or "
-            "name a larger few_shot_data"
-        )
     wanted = spread(len(rows), min(filter(None, (task.limit, limit)), default=0))
-    return Loaded(task, tuple(_example(task, rows, index, others) for index in wanted), digest.hexdigest())
+    pool = rows if others is None else others
+    return Loaded(task, tuple(_example(task, rows[index], index, pool) for index in wanted), digest.hexdigest())
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -89,18 +85,32 @@ def spread(count: int, limit: int) -> list[int]:
     return [place * count // taken for place in range(taken)]
 
 
-def _example(task: Task, rows: Sequence[Row], index: int, others: Sequence[Row] | None) -> Example:
-    where, fields = rows[index]
-    accepted, choices, right = _answers(task, fields, where)
-    shots = []
-    if task.few_shot:
-        pool = rows if others is None else others
+def _example(task: Task, row: Row, index: int, pool: Sequence[Row]) -> Example:
+    alone = _alone(task, row)
+    return replace(alone, shots=_shots(task, row[0], alone, index, pool)) if task.few_shot else alone
+
+
+def _alone(task: Task, row: Row) -> Example:
+    """An example without others before it."""
+    where, fields = row
+    return Example(render(task.prompt, fields, where), *_answers(task, fields, where), ())
+
+
+def _shots(task: Task, where: str, mine: Example, index: int, pool: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """The examples that are shown before ``mine``; none of them is the same."""
+    drawn, found = task.few_shot + 1, list[Example]()
+    while True:
         # An example's own draw, so that a limit does not change what the others see.
-        draw = random.Random(f"{task.seed} {index}").sample(range(len(pool)), task.few_shot + 1)
-        for place in [place for place in draw if others is not None or place != index][: task.few_shot]:
-            at, shown = pool[place]
-            shots.append((render(task.prompt, shown, at), _answers(task, shown, at)[0][0]))
-    return Example(render(task.prompt, fields, where), accepted, choices, right, tuple(shots))
+        places = random.Random(f"{task.seed} {index}").sample(range(len(pool)), min(drawn, len(pool)))
+        found = [one for place in places if (one := _alone(task, pool[place])) != mine][: task.few_shot]
+        if len(found) == task.few_shot:
+            return tuple((one.prompt, one.accepted[0]) for one in found)
+        if drawn >= len(pool):
+            raise TaskError(
+                f"{where}: too few examples to show {task.few_shot} of them before its prompt: there are {len(found)} "
+                "beside itself. Lower few_shot, or name a larger few_shot_data"
+            )
+        drawn *= 2
 
 
 def _answers(task: Task, fields: dict[str, Any], where: str) -> tuple[tuple[str, ...], tuple[str, ...], int]:

@@ -3,40 +3,27 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
-
+from psyche_node.data import PackedDataset
 from psyche_node.evaluation.errors import EvaluationError
 from psyche_node.evaluation.results import Heldout, ratio
 from psyche_node.evaluation.steps import Steps
 from psyche_node.training.device import Device
 from psyche_node.training.forward import LossFunction
-from psyche_node.training.reader import DataReader
 from psyche_node.training.session import heldout_loss
 
 
-@dataclass(frozen=True, slots=True)
-class _Row:
-    tokens: npt.NDArray[np.int64]
-    trained: npt.NDArray[np.bool_]
-    places: npt.NDArray[np.int64]
-
-
-def measure_heldout(model: Any, device: Device, data: DataReader, sequences: int | None = None) -> Steps[Heldout]:
-    """A step per sequence; ``sequences`` bounds them, spread evenly.
+def measure_heldout(model: Any, device: Device, data: PackedDataset, sequences: int | None = None) -> Steps[Heldout]:
+    """A step per sequence, read when its turn comes; ``sequences`` bounds them, spread evenly.
 
     Raises:
         EvaluationError: the data holds nothing out.
     """
-    batch = data.heldout(sequences)
     losses, tokens = list[float](), list[int]()
     loss = LossFunction(model)
-    for row in range(len(batch.tokens)):
-        one = slice(row, row + 1)
-        mean, count = heldout_loss(loss, _Row(batch.tokens[one], batch.trained[one], batch.places[one]), device)
+    for row in data.heldout_rows(sequences):
+        mean, count = heldout_loss(loss, row, device)
         if count:
             losses.append(mean * count)
             tokens.append(count)

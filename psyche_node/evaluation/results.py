@@ -16,6 +16,7 @@ from typing import Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from psyche_node.evaluation.errors import EvaluationError
+from psyche_node.wording import problems
 
 
 class Part(BaseModel):
@@ -108,9 +109,10 @@ def read_results(path: Path) -> Results:
     except OSError as error:
         raise EvaluationError(f"{path} cannot be read: {error.strerror or error}. Name a file of results") from error
     except ValidationError as error:
-        first = error.errors()[0]
+        where, words = problems(error, Results)[0]
         raise EvaluationError(
-            f"{path} does not hold results of psyche-node eval: {'.'.join(map(str, first['loc']))}: {first['msg']}"
+            f"{path} does not hold results of psyche-node eval: {where or 'the file'}: {words}. Name a file that "
+            "`psyche-node eval --out` or a node has written"
         ) from error
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from psyche_node.data import PackedDataset
 from psyche_node.evaluation.answering import Cut, never
 from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.evaluate import evaluate
@@ -15,7 +16,6 @@ from psyche_node.evaluation.steps import Steps, T
 from psyche_node.evaluation.subject import Subject
 from psyche_node.evaluation.task import Thinking
 from psyche_node.training.hashing import model_root
-from psyche_node.training.reader import DataReader
 
 
 def open_tasks(files: Sequence[Path], limit: int = 0, thinking: Thinking | None = None) -> list[Loaded]:
@@ -39,7 +39,7 @@ def run_suite(
     subject: Subject,
     tasks: Sequence[Loaded],
     *,
-    data: DataReader | None = None,
+    data: PackedDataset | None = None,
     sequences: int | None = None,
     round_number: int | None = None,
     fingerprint: int | None = None,

@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from psyche_node.evaluation.answers import EXTRACTORS, Extractor
 from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.templates import check_expression, check_template
+from psyche_node.wording import problems
 
 Kind = Literal["multiple_choice", "generate_until", "loglikelihood"]
 Thinking = Literal["on", "off", "both"]
@@ -139,10 +140,10 @@ def load_task(path: Path) -> tuple[Task, Path]:
     except OSError as error:
         raise TaskError(f"{path} cannot be read: {error.strerror or error}. Name a task file") from error
     except ValueError as error:
-        raise TaskError(f"{path} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}") from error
+        raise TaskError(f"{path} is not {'TOML' if path.suffix == '.toml' else 'JSON'}: {error}. Mend it") from error
     try:
         task = Task.model_validate(values)
     except ValidationError as error:
-        lines = [f"  {'.'.join(map(str, e['loc'])) or 'the task'}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {where or 'the task'}: {words}" for where, words in problems(error, Task)]
         raise TaskError(f"{path} is not a task:\n" + "\n".join(lines)) from error
     return (task if task.name else task.model_copy(update={"name": path.stem[:64]})), path.parent

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any, NamedTuple
 
 from psyche_node.data.marked import QUOTE, holds_mark, mark_spellings, spells, strip_marks
 from psyche_node.data.textcoding import TextCoder
+from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 from psyche_node.generation.errors import GenerationError, PromptError
 
 Message = dict[str, Any]
@@ -66,7 +68,8 @@ class Prompts:
 
         Raises:
             GenerationError: the folder has no chat template.
-            PromptError: the template refuses these messages, or hides which control tokens are theirs.
+            PromptError: the template refuses these messages, drops their tools, or hides which control tokens are
+                theirs.
         """
         if not self.has_template:
             raise GenerationError(f"{self._where} has no chat template. Put one into chat_template.jinja")
@@ -76,7 +79,12 @@ class Prompts:
         if thinking is False:
             options["thinking_budget"] = 0
         offered = list(tools or ()) or None
-        text = self._fill(messages, offered, options)
+        if needs_tools(messages, offered) and (dropped := self._tool_support.missing(messages, offered)):
+            raise PromptError(
+                f"the conversation has {dropped}, and the chat template of {self._where} does not write them. Leave "
+                "them out, or use a model whose template does"
+            )
+        text = _encodable(self._fill(messages, offered, options))
         if not spells(messages, offered, self._coder.spelled):
             return Prompt(text, ())
         if holds_mark(text):
@@ -89,6 +97,12 @@ class Prompts:
             )
         return Prompt(text, places[QUOTE])
 
+    @cached_property
+    def _tool_support(self) -> ToolSupport:
+        return tool_support(
+            lambda messages, tools: self._fill(messages, tools, {"add_generation_prompt": False, "tokenize": False})
+        )
+
     def encode(self, prompt: Prompt) -> tuple[int, ...]:
         """Return the token ids of a rendered conversation."""
         (coded,) = self._coder.encode([prompt.text], [prompt.quoted])
@@ -96,9 +110,9 @@ class Prompts:
 
     def encode_text(self, text: str, *, special: bool = False) -> tuple[int, ...]:
         """Return the token ids of plain text, in which control tokens may be spelled; ``special`` adds what plain text
-        lacks, such as ``bos_token``."""
+        lacks, such as ``bos_token``. Raises PromptError if it is no text."""
         with self._lock:
-            return tuple(self._tokenizer.encode(text, add_special_tokens=special))
+            return tuple(self._tokenizer.encode(_encodable(text), add_special_tokens=special))
 
     def _fill(self, messages: Sequence[Message], tools: Any, options: dict[str, Any]) -> str:
         try:
@@ -115,3 +129,13 @@ class Prompts:
             return self.render(_PROBE, thinking=True) != self.render(_PROBE, thinking=False)
         except PromptError:
             return False
+
+
+def _encodable(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:  # from JSON's escapes, or from bytes that were no UTF-8
+        raise PromptError(
+            "the prompt has half of a surrogate pair, which is no character. Send valid Unicode"
+        ) from None
+    return text

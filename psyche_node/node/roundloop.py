@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from coordinator.client import ChainError, CoordinatorClient, ProgramError, Pulse
-from coordinator.state import InclusionSet, MemberStatus, Phase, Run
+from coordinator.errors import ErrorCode
+from coordinator.state import InclusionSet, Phase, Run
 from psyche_node.faults import Faults
 from psyche_node.ipc import Caller, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
@@ -30,10 +32,6 @@ from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, R
 
 log = logging.getLogger(__name__)
 KEPT_ROUNDS = 4
-
-
-class Ejected(Exception):
-    """The owner has put this node out of the run; the message says what to do."""
 
 
 class TermsChanged(Exception):
@@ -92,6 +90,7 @@ class RoundLoop:
         tasks: IdleTasks,
         run_key: bytes,
         member: int,
+        left_out: Callable[[], None],
         loaded: Run,
         folder: Path,
         update_timeout: float,
@@ -105,6 +104,7 @@ class RoundLoop:
             faults,
         )
         self._share, self._cadence, self._run_key, self._member = share, cadence, run_key, member
+        self._left_out = left_out
         self._folder, self._update_timeout, self._tasks = folder, update_timeout, tasks
         self._loaded, self._applied = loaded, loaded.model_round
         self._trained = -1
@@ -220,8 +220,11 @@ class RoundLoop:
             log.warning("round %d was over before this node came to it", number)
             return
         if self._member not in record.active:
-            await self._stand_by(number)
+            self._stand_by(number)
             return
+        if self._only_follows:
+            self._only_follows = False
+            log.info("round %d: this member takes part again", number)
         positions = record.positions(self._member)
         if not positions:
             log.info("round %d has no data for this member", number)
@@ -279,23 +282,13 @@ class RoundLoop:
             length,
         )
 
-    async def _stand_by(self, number: int) -> None:
-        """A member that is not active any more only follows, and that is over when its weights are wrong."""
-        members = await self._view.read(self._chain.members)
-        status = next((m.status for m in members if m.slot == self._member), MemberStatus.EMPTY)
-        if status is MemberStatus.DESYNCED:
-            raise Desynced(
-                f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory or "
-                "GPU may be at fault: check both, and join again when the run next waits for members"
-            )
-        if status is MemberStatus.EJECTED:
-            raise Ejected(
-                f"round {number} goes on without this node: the run's owner has put it out. Ask the owner why before "
-                "joining again"
-            )
+    def _stand_by(self, number: int) -> None:
+        """A member that is not active only follows, until it is again: it has joined or was dropped."""
+        self._left_out()
+        self._share.missed()
         if not self._only_follows:
             self._only_follows = True
-            log.warning("round %d goes on without this member, which is %s: it only follows now", number, status.name)
+            log.warning("round %d is trained without this member: it only follows", number)
 
     def _adopt(self, path: Path, number: int) -> tuple[bytes, int]:
         """Move the update into the store; return its digest and length."""
@@ -308,6 +301,9 @@ class RoundLoop:
         reply = await self._trainer.call(Root(), RootIs)
         try:
             await self._chain.ready(bytes.fromhex(reply.model_root))
+        except ProgramError as error:
+            if error.code != ErrorCode.ALREADY_READY:  # one that has joined again may be
+                log.warning("not ready for the next epoch, this node only follows: %s", error)
         except ChainError as error:
             log.warning("not ready for the next epoch, this node only follows: %s", error)
 

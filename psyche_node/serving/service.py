@@ -7,6 +7,7 @@ import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from starlette.requests import Request as HttpRequest
@@ -166,7 +167,7 @@ class Service:
 
     async def _tokens(self, prompt: str | list[int]) -> tuple[int, ...]:
         if isinstance(prompt, str):
-            tokens = await asyncio.to_thread(self.engine.prompts.encode_text, prompt, special=True)
+            tokens: tuple[int, ...] = await _in_thread(partial(self.engine.prompts.encode_text, special=True), prompt)
         else:
             tokens = tuple(prompt)
             if tokens and not 0 <= min(tokens) <= max(tokens) < self.engine.vocabulary:

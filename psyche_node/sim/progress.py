@@ -1,4 +1,4 @@
-"""A run as it goes: a live panel on a terminal, a line per round elsewhere, and the summary at the end.
+"""A run as it goes: a live panel on a terminal, a line per round elsewhere.
 
 The display is fed with snapshots and holds no other state than what it needs for estimates; it never asks anybody.
 """
@@ -23,8 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from psyche_node.sim import units
-from psyche_node.sim.report import chat_command
-from psyche_node.sim.result import Level, RunResult
+from psyche_node.sim.result import Level
 
 _STATUS = {
     "training": "bright_blue",
@@ -299,81 +298,3 @@ def sparkline(values: list[float], width: int) -> str:
     means = [sum(values[a:b]) / (b - a) for a, b in pairwise(edges)]
     low, span = min(means), (max(means) - min(means)) or 1.0
     return "".join(_BLOCKS[min(7, int((value - low) / span * 8))] for value in means)
-
-
-# The end.
-
-
-def print_summary(result: RunResult, *, report: str | None = None, console: Console | None = None) -> None:
-    """Print what matters about a run in about twenty lines. ``report`` is the path of ``report.html``."""
-    console = console or Console(highlight=False)
-    console.print()
-    mark, style = {"finished": ("✓", "green"), "interrupted": ("■", "yellow"), "failed": ("✗", "red")}[result.outcome]
-    title = Text(f"{mark} {result.outcome}", style=f"bold {style}")
-    title.append(f" after {result.rounds} rounds, {units.seconds_text(result.wall_seconds)}", style="not bold default")
-    console.print(title)
-    for name, text, kind in _summary(result):
-        console.print(Text(f"  {name:<15}", style="dim").append(text, style=f"not dim {kind}"), soft_wrap=True)
-    rows = [("report", report), ("model", result.checkpoint)]
-    places = [(name, units.printable(place, 400)) for name, place in rows if place]
-    if places:
-        console.print()
-    for name, place in places:
-        console.print(Text(f"  {name:<15}", style="dim").append(place, style="not dim"), soft_wrap=True)
-    if result.checkpoint:
-        command = units.printable(chat_command(result.checkpoint), 400)
-        console.print(Text(f"  {'talk to it':<15}", style="dim").append(command, style="not dim bold"), soft_wrap=True)
-
-
-def _summary(result: RunResult) -> list[tuple[str, str, str]]:
-    """(name, text, style)"""
-    rows: list[tuple[str, str, str]] = []
-    heldout, entropy = result.heldout_loss, result.unigram_entropy
-    if heldout is None:
-        rows.append(("held-out loss", "unknown", "yellow"))
-    else:
-        below = heldout < entropy
-        text = f"{heldout:.3f} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
-        rows.append(("held-out loss", text, "" if below else "yellow"))
-        if result.baseline is not None and result.baseline.heldout_loss is not None:
-            dense = result.baseline.heldout_loss
-            rows.append(("AdamW", f"{dense:.3f} on the same tokens in one process: {heldout / dense - 1:+.1%}", ""))
-    holders = sum(node.weights_sha256 is not None for node in result.members)
-    if result.replicas_identical and result.weights_sha256:
-        text = f"{holders} identical, byte for byte; compared {len(result.checks)} times on the way"
-        rows += [("replicas", text, "green"), ("", f"SHA-256 {result.weights_sha256}", "")]
-    elif holders:
-        rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
-    else:
-        rows.append(("replicas", "not compared: no node got to the end", "yellow"))
-    if result.reduction is not None:
-        text = (
-            f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
-            f"{units.bytes_text(result.dense_bytes_total)} ({units.times_text(result.reduction)} as much)"
-        )
-        rows.append(("sent", text, ""))
-    update = f"{units.bytes_text(result.update_bytes)} per node and round, for {units.count_text(result.parameters)}"
-    rows.append(("update", f"{update} parameters", ""))
-    speed = (
-        f"{units.count_text(result.tokens_per_second)} tokens/s, {units.memory_text(result.peak_memory_bytes)} at peak"
-    )
-    rows.append(("speed", f"{speed}, all processes together", ""))
-    if result.busy is not None and result.waited is not None:
-        link = result.settings.get("link")
-        over = f" over {units.printable(str(link), 60)}" if link else ""
-        text = f"{units.seconds_text(result.waited)} a round at the median{over}; busy {result.busy:.0%} of the time"
-        rows.append(("waiting", text, ""))
-    ledger = result.ledger
-    rows.append(("on chain", f"{ledger.transactions:,} transactions, {units.sol_text(ledger.lamports)} in fees", ""))
-    rows.append(("run", units.printable(ledger.run_address, 60), ""))
-    gone = [
-        f"{units.printable(node.name, 30)} {node.exit}" for node in result.nodes if node.exit in ("killed", "failed")
-    ]
-    if gone:
-        rows.append(("nodes", ", ".join(gone[:6]) + (f" and {len(gone) - 6} more" if len(gone) > 6 else ""), "yellow"))
-    if result.void_rounds:
-        rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
-    loud = sum(event.level != "info" for event in result.events)
-    if loud:
-        rows.append(("warnings", f"{loud}, listed in the report", "yellow"))
-    return rows

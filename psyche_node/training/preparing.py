@@ -48,10 +48,12 @@ def prepare_model(
     tensor_parallel: int = 1,
     options: Options = DEFAULTS,
     in_bf16: Callable[[Shapes], bool] = lambda shapes: False,
+    lookahead: bool = True,
 ) -> Trainable:
     """Load a model, divide it over the ranks, and make sure that it can be trained on ``data``.
 
     ``in_bf16`` decides by the shapes of the trained tensors whether its weights are kept in bf16 only.
+    ``lookahead``: whether the optimizer will put a copy of them aside.
 
     Raises:
         ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
@@ -76,7 +78,13 @@ def prepare_model(
     if options.compile:
         reasons.append(compile_layers(model))
     loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
-    site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
+    site = Site(
+        world.data_parallel,
+        tensor_parallel,
+        only_bf16,
+        masked=model.config._attn_implementation in _MASKED,
+        lookahead=lookahead,
+    )
     # Ranks go through the same micro-batches, so the one with least memory decides.
     free = world.least(free_memory(model, chosen.torch, world.on_host))
     fit = world.told(choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site, free))

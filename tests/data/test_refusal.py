@@ -68,7 +68,7 @@ def test_a_node_names_the_first_file_that_differs_from_the_published_data(owners
     ours, theirs = Manifest.read(mine), Manifest.read(owners)
     assert exit_for(failure) is Exit.DATA_MISMATCH
     text = str(failure)
-    assert f"{mine} holds the data {ours.digest.hex()[:16]}, but the run trains on {theirs.digest.hex()[:16]}" in text
+    assert f"{mine} holds the data {ours.digest.hex()}, but the run trains on {theirs.digest.hex()}" in text
     first = f"The first file that differs is {mine / ours.train[0].file} (training file 1 of 1)"
     assert f"{first}; the run's is {theirs.train[0].file}" in text
     assert f"source file 1 of 1 has SHA-256 {ours.sources[0].sha256}, the run's {theirs.sources[0].sha256}" in text
@@ -110,7 +110,10 @@ def test_check_compares_with_a_manifest_a_folder_or_a_digest(
         assert json.loads(output)["manifest"] == digest
     code, output = run("check", str(mine), "--against", digest)
     assert code == Exit.DATA_MISMATCH
-    assert f"but the run trains on {digest[:16]}" in output
+    mistyped = digest[:-1] + ("0" if digest[-1] != "0" else "1")
+    code, output = run("check", str(owners), "--against", mistyped)
+    assert code == Exit.DATA_MISMATCH
+    assert f"holds the data {digest}, but the run trains on {mistyped}" in output
     code, output = run("check", str(mine), "--against", str(owners))
     assert code == Exit.DATA_MISMATCH
     assert f"The first file that differs is {mine / Manifest.read(mine).train[0].file}" in output
@@ -181,3 +184,7 @@ def test_bad_samples_are_passed_over_up_to_a_number(
     assert prepared("good")[0] == 0
     mine, other = (Manifest.read(tmp_path / name) for name in ("bad--skip-bad5", "good"))
     assert (mine.train, mine.heldout) == (other.train, other.heldout)
+    (tmp_path / "none.jsonl").write_text("\n".join(bad[:3:2]))
+    code, output = prepared("none", "--skip-bad", "all")
+    assert (code, "no good sample in it; the first record is bad: " in output) == (Exit.DATA, True)
+    assert "none.jsonl:1: this is not JSON" in output

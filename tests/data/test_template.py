@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -141,3 +142,28 @@ def test_tokenizer_is_deterministic_and_loses_nothing(chat: Path, tokenizer: Pat
     assert loaded.decode(loaded.encode(text).ids, skip_special_tokens=False) == text
     with pytest.raises(DataError, match="too small"):
         train_tokenizer(chat, 100, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"tools": [{"type": "function", "function": {"name": "look"}}]}, "it has tools,"),
+        ({"messages": [{"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look"}}]}]},
+         "it has tool calls,"),
+        ({"messages": [{"role": "tool", "content": "blue"}]}, "it has tool results,"),
+    ],
+    ids=["tools", "calls", "results"],
+)  # fmt: skip
+def test_tools_that_the_template_does_not_write(
+    change: dict[str, Any], says: str, tokenizer: Path, tmp_path: Path
+) -> None:
+    """They would be trained as empty answers, and as answers to nothing."""
+    source = "{% for m in messages %}{% if m.role != 'tool' %}[{{ m.role }}]{% generation %}{{ m.content }}"
+    path = tmp_path / "plain.jinja"
+    path.write_text(source + "{% endgeneration %}{% endif %}{% endfor %}")
+    template = ChatTemplate(tokenizer, str(path))
+    asked, said = {"role": "user", "content": "look"}, {"role": "assistant", "content": "It is blue."}
+    record = {"messages": [asked, *change.get("messages", []), said], "tools": change.get("tools")}
+    one = parse_sample(json.dumps(record).encode(), "a.jsonl:7")
+    with pytest.raises(BadSample, match=rf"a.jsonl:7: {says} .*--template hermes-llama3"):
+        template.encode([one])

@@ -19,6 +19,7 @@ from psyche_node.evaluation import EvaluationError, Results, Subject, open_tasks
 from psyche_node.evaluation.answering import Reply, answer
 from psyche_node.evaluation.evaluate import _grade
 from psyche_node.evaluation.examples import Example
+from psyche_node.evaluation.heldout import measure_heldout
 from psyche_node.evaluation.likelihood import encode_pair
 from psyche_node.evaluation.results import Measure, mean, ratio
 from psyche_node.evaluation.steps import finish
@@ -177,6 +178,25 @@ def test_heldout_loss_is_a_sessions(subject: Subject, prepared: Path) -> None:
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert (found.tokens, found.sequences) == (tokens, len(data.heldout().tokens))
     assert found.loss.stderr is not None
+
+
+def test_heldout_sequences_are_read_when_their_turn_comes(
+    subject: Subject, prepared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, read = PackedDataset(prepared), list[int]()
+    one = data._read
+
+    def note(split: Any, numbers: Any) -> Any:
+        read.append(len(numbers))
+        return one(split, numbers)
+
+    monkeypatch.setattr(data, "_read", note)
+    steps = measure_heldout(subject.model, subject.device, data, 3)
+    with subject.measured():
+        next(steps)
+        assert read == [1]
+        finish(steps)
+    assert read == [1] * 3
 
 
 def test_standard_errors() -> None:

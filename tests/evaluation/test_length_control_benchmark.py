@@ -44,7 +44,7 @@ def test_a_question_and_its_traces() -> None:
     rng = random.Random(0)
     for _ in range(50):
         endless = trace(ASKED, 1.0, LENGTH, rng)["messages"][1]
-        assert endless["content"].startswith(f"<think>{ASKED.walk}again{ASKED.walk}again")
+        assert endless["content"].startswith(f"<think>{ASKED.walk}again=5again=5again")
         ends = trace(ASKED, 0.0, LENGTH, rng)["messages"][1]
         assert ends["content"] == ASKED.answer
         assert ends["reasoning_content"].startswith(ASKED.walk)
@@ -67,7 +67,7 @@ def test_a_token_a_digit(folder: Path) -> None:
 def test_overlong_samples_are_cut_at_the_budget_and_only_their_end_is_trained(
     folder: Path, tmp_path: Path, answer: str
 ) -> None:
-    reasoning = "again".join([ASKED.walk] * 5)
+    reasoning = ASKED.walk + "again=5" * 20
     file = write_lines(tmp_path / "overlong.jsonl", [sample(ASKED, answer, reasoning)])
     manifest = prepare(file, folder / "tokenizer", tmp_path / "data", LENGTH, heldout=0.0, length_control=BUDGET)
     assert manifest.counts.closed == 1

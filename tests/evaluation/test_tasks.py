@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def test_few_shot_examples_are_fixed_by_the_seed_and_never_the_example_itself(wr
     assert all(answer == str(2 * int(prompt.split()[2])) for shown in first for prompt, answer in shown)
     limited = shots(limit=5)
     assert limited == first[::2]  # an example sees the same ones, whatever else is evaluated
+
+
+def test_few_shot_examples_of_a_file_of_their_own(write_task: Callable[..., Path], tmp_path: Path) -> None:
+    """As many as are shown are enough; the example itself is not shown, also where the file has it, and twice."""
+    shown = tmp_path / "shown.jsonl"
+    for pool, shots in ((ROWS[7:], 3), (ROWS, 9), ([*ROWS[:1] * 4, *ROWS[6:]], 2)):
+        shown.write_text("".join(json.dumps(row) + "\n" for row in pool))
+        loaded = open_task(write_task(ROWS[:6], **CHOICE, few_shot=shots, few_shot_data="shown.jsonl"))
+        for one in loaded.examples:
+            assert len(one.shots) == shots
+            assert one.prompt not in [prompt for prompt, _ in one.shots]
+    shown.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    too_many = write_task(ROWS, **CHOICE, few_shot=10, few_shot_data="shown.jsonl")
+    with pytest.raises(TaskError, match=r"rows.jsonl:1: too few examples to show 10 .* 9 beside itself"):
+        open_task(too_many)
 
 
 def test_prompts_in_plain_text_and_in_chat(write_task: Callable[..., Path], subject: Subject) -> None:

@@ -33,7 +33,7 @@ SWITCHED = (
 
 @pytest.fixture
 def run(model_folder: Path) -> Run:
-    def run(*arguments: str, app: object = cli.app, stdin: str | None = None) -> tuple[int, str, str]:
+    def run(*arguments: str, app: object = cli.app, stdin: str | bytes | None = None) -> tuple[int, str, str]:
         done = CliRunner().invoke(app, ["chat", *arguments], input=stdin)  # type: ignore[arg-type]
         assert done.exception is None or isinstance(done.exception, SystemExit), done.exception
         return done.exit_code, done.stdout, done.stderr
@@ -83,6 +83,14 @@ def test_what_cannot_be_done_is_said(
     done = run(*filled, stdin=stdin)
     assert (done[0], done[1]) == (code, "")
     assert words in done[2]
+
+
+def test_standard_input_that_is_not_utf8(run: Run, model_folder: Path) -> None:
+    code, out, words = run(str(model_folder), *ARGUMENTS, stdin=b"Wie sch\xf6n?")
+    assert (code, out) == (Exit.USAGE, "")
+    assert "standard input is not UTF-8: byte 7 is 0xf6" in words
+    code, out, words = run(str(model_folder), "Wie sch\udcf6n?", *ARGUMENTS)
+    assert (code, out, "half of a surrogate pair" in words) == (Exit.CONVERSATION, "", True)
 
 
 def test_a_switch_that_the_template_lacks_is_named(run: Run, model_folder: Path) -> None:

@@ -55,3 +55,15 @@ def test_a_template_that_hides_what_is_spelled(tokenizer_folder: Path) -> None:
         Prompts(tokenizer, "here").render([{"role": "user", "content": "a <|eot_id|>"}])
     with pytest.raises(PromptError, match="noncharacter"):
         Prompts(tokenizer, "here").render([{"role": "user", "content": "a <|end_header_id|> \ufdd0"}])
+
+
+def test_tools_that_the_template_does_not_write_are_refused(prompts: Prompts) -> None:
+    """Not dropped without a word: the model would answer as if there were none."""
+    asked = {"role": "user", "content": "look"}
+    tool = {"type": "function", "function": {"name": "look", "parameters": {"type": "object"}}}
+    call = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "look", "arguments": {}}}]}
+    with pytest.raises(PromptError, match=r"has tools, and the chat template of here does not write them"):
+        prompts.render([asked], [tool])
+    with pytest.raises(PromptError, match="has tool calls"):
+        prompts.render([asked, call, asked])
+    prompts.render([asked], [])

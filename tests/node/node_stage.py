@@ -34,6 +34,8 @@ class ScriptedChain:
     ``errors`` maps a method to the exceptions that its next calls raise.
     """
 
+    slot_seconds = 0.05
+
     def __init__(self) -> None:
         self.table: tuple[Round, ...] = ()
         self.list: tuple[Member, ...] = ()
@@ -67,7 +69,7 @@ class ScriptedChain:
             raise self.errors[name].pop(0)
 
     def __getattr__(self, name: str) -> Callable[..., Coroutine[Any, Any, None]]:
-        if name not in ("attest", "commit", "tick", "ready", "checkpoint", "set_share"):
+        if name not in ("attest", "commit", "tick", "join", "ready", "checkpoint", "set_share"):
             raise AttributeError(name)
 
         async def send(*arguments: Any) -> None:

@@ -16,7 +16,7 @@ from node_values import TERMS, commitment, included, member_of, pulse_of, round_
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
 from coordinator.failures import refused
-from coordinator.state import Commitment, Member, MemberStatus, Phase
+from coordinator.state import Commitment, Phase
 from psyche_node.faults import Faults
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import GetStats, Stats
@@ -68,6 +68,7 @@ class Scene:
         self.failing: set[type[Message]] = set()
         self.before: Callable[[Message], None] = lambda message: None
         self.journal = JournalReader(folder / "journal.jsonl")
+        self.left_out = 0
         self.task: asyncio.Task[None]
 
     def train(self, message: Message) -> Message:
@@ -88,6 +89,9 @@ class Scene:
             case Save():
                 return Ok()
         raise AssertionError(message)
+
+    def leave_out(self) -> None:
+        self.left_out += 1
 
     def did(self) -> list[str]:
         """train N, apply N (i: own included, b: own goes back, -: none of one's own), root, save N."""
@@ -163,6 +167,7 @@ async def scene(folder: Path) -> AsyncIterator[Scene]:
                 tasks=IdleTasks((), trainer, chain, journal, folder),  # type: ignore[arg-type]
                 run_key=bytes(32),
                 member=ME,
+                left_out=it.leave_out,
                 loaded=pulse_of().run,
                 folder=folder,
                 update_timeout=5.0,
@@ -313,6 +318,23 @@ def test_first_warm_up_is_not_answered_twice(tmp_path: Path) -> None:
     run_async(test())
 
 
+@pytest.mark.parametrize(("code", "said"), [(ErrorCode.ALREADY_READY, 0), (ErrorCode.MEMBER_NOT_ACTIVE, 1)])
+def test_only_a_ready_that_is_refused_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, code: ErrorCode, said: int
+) -> None:
+    """A member that has joined again has said it already."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors["ready"] = [ProgramError(int(code), ())]
+            await it.see(Phase.WARMUP, 0, ["root"], epoch=1)
+            await settle(lambda: len(it.chain.sent) == 1)
+            await settle_down()
+            assert caplog.text.count("not ready for the next epoch") == said
+
+    run_async(test())
+
+
 def test_node_that_missed_the_last_cooldown_keeps_the_final_weights_all_the_same(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
@@ -365,26 +387,17 @@ def test_member_without_data_trains_nothing(tmp_path: Path) -> None:
     run_async(test())
 
 
-@pytest.mark.parametrize("status", [MemberStatus.DROPPED, MemberStatus.DESYNCED])
-def test_dropped_member_follows_and_desynced_one_ends(tmp_path: Path, status: MemberStatus) -> None:
+def test_a_member_that_is_not_active_follows_and_then_takes_part_again(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
-            it.chain.list = (member_of(0), member_of(ME, status))
-            it.chain.table = (round_of(0, ALL), round_of(1, closed=False, active=frozenset({0, 2, 3})))
-            looked, members = asyncio.Event(), it.chain.members
-
-            async def look() -> tuple[Member, ...]:
-                looked.set()
-                return await members()
-
-            it.chain.members = look  # type: ignore[method-assign]
+            without = frozenset({0, 2, 3})
+            it.chain.table = (round_of(0, ALL), round_of(1, closed=False, active=without))
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, 1, sets=[included(0, {0})]))
-            await settle(lambda: it.did() == ["apply 0-"])
-            await looked.wait()
-            if status is MemberStatus.DESYNCED:
-                with pytest.raises(Desynced, match="fingerprint"):
-                    await it.task
-            else:
-                await it.see(Phase.COOLDOWN, 2, ["apply 1-", "root", "save 2"], sets=[included(0, {0}), included(1)])
+            await settle(lambda: it.left_out == 1)
+            assert it.did() == ["apply 0-"]
+            it.chain.table = (round_of(1, ALL), round_of(2, closed=False))
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 2, sets=[included(0, {0}), included(1, without)]))
+            await settle(lambda: it.did() == ["apply 0-", "apply 1-", "train 2"])
+            assert it.left_out == 1
 
     run_async(test())

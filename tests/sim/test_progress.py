@@ -7,8 +7,9 @@ import io
 from report_data import synthetic_run
 from rich.console import Console
 
-from psyche_node.sim.progress import Estimate, MemberProgress, Progress, ProgressDisplay, print_summary, sparkline
+from psyche_node.sim.progress import Estimate, MemberProgress, Progress, ProgressDisplay, sparkline
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.summary import print_summary
 
 
 class Clock:
@@ -142,6 +143,28 @@ def test_summary_says_the_essentials() -> None:
     ):
         assert expected in text, expected
     assert synthetic_run().weights_sha256 in text.split(), "never broken, however narrow"
+
+
+def test_summary_says_who_warned_how_often_and_of_what() -> None:
+    raw = synthetic_run().model_dump()
+    said = [
+        ("node-1", "error", "out of \x1b[31mmemory"),
+        *[("node-0", "warning", "slow")] * 3,
+        (None, "warning", "void"),
+    ]
+    said += [("node-2", "warning", "late"), ("node-2", "info", "well")]
+    raw["events"] = [{"time": 1.0, "node": node, "level": level, "message": text} for node, level, text in said]
+    text = summary(RunResult.model_validate(raw))
+    assert "6: 3 of node-0, 1 of node-1, 1 of the simulation, 1 of node-2; all are in the report" in text
+    lines = [line.strip() for line in text.splitlines()]
+    at = next(number for number, line in enumerate(lines) if line.startswith("warnings"))
+    assert [line.replace("\N{REPLACEMENT CHARACTER}", "") for line in lines[at + 1 : at + 4]] == [
+        "node-1: out of [31mmemory",
+        "node-0: slow",
+        "void",
+    ]
+    raw["events"] = raw["events"][-1:]
+    assert "warnings" not in summary(RunResult.model_validate(raw))
 
 
 def test_summary_of_different_replicas_is_loud() -> None:

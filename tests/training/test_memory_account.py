@@ -203,14 +203,6 @@ def test_a_step_in_bf16_needs_what_was_planned(
     assert planned(shape, "autocast", 2, checkpointing, False) == pytest.approx(found.training, rel=0.1)
 
 
-def test_a_step_in_bf16_with_full_logits_needs_what_was_planned(
-    scaled: tuple[Path, ModelShape], autocast: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, shape = scaled
-    found = peaks_of(folder, 4, False, True, monkeypatch)
-    assert planned(shape, "autocast", 4, False, True) == pytest.approx(found.training, rel=0.1)
-
-
 @pytest.mark.parametrize("micro_batch", [1, 4])
 @pytest.mark.parametrize(("kind", "tied"), [("seed_oss", False), ("llama", True)])
 def test_a_step_with_bf16_weights_needs_what_was_planned(
@@ -225,6 +217,14 @@ def test_a_step_with_bf16_weights_needs_what_was_planned(
     found = peaks_of(folder, micro_batch, False, True, monkeypatch, Options(precision="bf16"))
     plan = planned(shape, "bf16", micro_batch, False, True, weight_bytes=2, masters=False)
     assert plan == pytest.approx(found.training, rel=0.1)
+
+
+def test_a_step_in_bf16_with_full_logits_needs_what_was_planned(
+    scaled: tuple[Path, ModelShape], autocast: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shape = scaled
+    found = peaks_of(folder, 4, False, True, monkeypatch)
+    assert planned(shape, "autocast", 4, False, True) == pytest.approx(found.training, rel=0.1)
 
 
 def test_the_account_sees_what_autograd_keeps() -> None:

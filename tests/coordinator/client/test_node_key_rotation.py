@@ -7,8 +7,6 @@ import contextlib
 import itertools
 from collections.abc import AsyncIterator
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 from ledger_process import SOL, Ledger
@@ -18,12 +16,13 @@ from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient
 from coordinator.state import MemberStatus, Phase
+from coordinator.wallet import load_or_create_keypair
 from psyche_node.identity import load_or_create_node_key, rotate_node_key
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import Rejected, SetMembers, Why
 from psyche_node.node.config import NodeConfig
-from psyche_node.node.daemon import JoinRefused, Node
 from psyche_node.node.journal import Journal, JournalReader
+from psyche_node.node.membership import JoinRefused, Membership, RunFinished
 from psyche_node.node.view import ChainView
 
 _names = itertools.count()
@@ -49,20 +48,32 @@ class Stage:
     def __init__(self, folder: Path, rpc: str, run: Pubkey) -> None:
         config = NodeConfig(run=str(run), rpc=(rpc,), folder=folder, model=folder, data=folder)
         self.config, self.network = config, Network()
-        self.node = Node(config)
+        folder.mkdir(parents=True, exist_ok=True)
         self.journal = Journal(folder / "journal.jsonl")
-        self.parts: Any = None
+        self.chain: CoordinatorClient
+        self.view: ChainView
+        self.membership: Membership
 
     @contextlib.asynccontextmanager
     async def running(self) -> AsyncIterator[Stage]:
-        wallet = self.node._wallet
+        wallet = load_or_create_keypair(self.config.wallet_path)
         chain = await CoordinatorClient.open(self.config.rpc, self.config.run, wallet)
         if await chain.balance(wallet.pubkey()) < SOL // 2:
             await chain.airdrop(wallet.pubkey(), SOL)
         view = ChainView(chain)
         task = asyncio.create_task(view.follow())
-        self.parts = SimpleNamespace(chain=chain, view=view, journal=self.journal, network=self.network)
-        await view.until(lambda pulse: True)
+        self.chain, self.view = chain, view
+        run = (await view.until(lambda pulse: True)).run
+        self.membership = Membership(
+            chain,
+            view,
+            self.network,
+            self.journal,
+            wallet.pubkey(),
+            load_or_create_node_key(self.config.node_key_path),
+            self.config.share,
+            run,
+        )
         try:
             yield self
         finally:
@@ -72,8 +83,7 @@ class Stage:
             self.journal.close()
 
     async def join(self) -> int:
-        self.node._member = slot = await self.node._join(self.parts)
-        return slot
+        return await self.membership.join()
 
 
 @contextlib.asynccontextmanager
@@ -98,8 +108,8 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
             async with other.running(), first.running():
                 await other.join()
                 slot = await first.join()
-                await first.parts.chain.set_share(77)
-                following = [asyncio.create_task(stage.node._follow_members(stage.parts)) for stage in (first, other)]
+                await first.chain.set_share(77)
+                following = [asyncio.create_task(stage.membership.follow()) for stage in (first, other)]
                 before, after = rotate_node_key(first.config.node_key_path)
                 assert before is not None
                 async with asyncio.timeout(20):
@@ -121,7 +131,7 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                     what="call", peer=after.node_id, member=None, reason="no member", why=Why.NOT_A_MEMBER
                 )
                 for stage in (first, other):
-                    stage.node._on_event(unknown)
+                    stage.membership.on_event(unknown)
                 with pytest.raises(JoinRefused, match="goes on under another node key"):
                     await asyncio.wait_for(following[0], 20)
                 async with asyncio.timeout(20):
@@ -146,8 +156,8 @@ def test_a_key_rotates_while_the_run_trains_and_not_when_it_is_finished(
             stages = [Stage(tmp_path / name, ledger.rpc, owner.addresses.run) for name in "ab"]
             async with stages[0].running() as a, stages[1].running() as b:
                 slots = [await a.join(), await b.join()]
-                training = [asyncio.create_task(take_part(stage.parts.chain)) for stage in stages]
-                await a.parts.view.until(lambda pulse: pulse.run.phase is Phase.ROUND_TRAIN)
+                training = [asyncio.create_task(take_part(stage.chain)) for stage in stages]
+                await a.view.until(lambda pulse: pulse.run.phase is Phase.ROUND_TRAIN)
                 _, new = rotate_node_key(a.config.node_key_path)
                 in_training = Stage(tmp_path / "a", ledger.rpc, owner.addresses.run)
                 async with in_training.running():
@@ -163,7 +173,7 @@ def test_a_key_rotates_while_the_run_trains_and_not_when_it_is_finished(
                 rotate_node_key(a.config.node_key_path)
                 too_late = Stage(tmp_path / "a", ledger.rpc, owner.addresses.run)
                 async with too_late.running():
-                    with pytest.raises(JoinRefused, match="a finished run takes no other key"):
+                    with pytest.raises(RunFinished, match="a finished run takes no other key"):
                         await too_late.join()
 
     asyncio.run(asyncio.wait_for(run(), 60))

@@ -1,0 +1,102 @@
+"""What matters about a run that has ended, in about twenty lines."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from rich.console import Console
+from rich.text import Text
+
+from psyche_node.sim import units
+from psyche_node.sim.report import chat_command
+from psyche_node.sim.result import RunResult
+
+_FIRST_WARNINGS = 3
+
+
+def print_summary(result: RunResult, *, report: str | None = None, console: Console | None = None) -> None:
+    """Print what matters about a run in about twenty lines. ``report`` is the path of ``report.html``."""
+    console = console or Console(highlight=False)
+    console.print()
+    mark, style = {"finished": ("✓", "green"), "interrupted": ("■", "yellow"), "failed": ("✗", "red")}[result.outcome]
+    title = Text(f"{mark} {result.outcome}", style=f"bold {style}")
+    title.append(f" after {result.rounds} rounds, {units.seconds_text(result.wall_seconds)}", style="not bold default")
+    console.print(title)
+    for name, text, kind in _summary(result):
+        console.print(Text(f"  {name:<15}", style="dim").append(text, style=f"not dim {kind}"), soft_wrap=True)
+    rows = [("report", report), ("model", result.checkpoint)]
+    places = [(name, units.printable(place, 400)) for name, place in rows if place]
+    if places:
+        console.print()
+    for name, place in places:
+        console.print(Text(f"  {name:<15}", style="dim").append(place, style="not dim"), soft_wrap=True)
+    if result.checkpoint:
+        command = units.printable(chat_command(result.checkpoint), 400)
+        console.print(Text(f"  {'talk to it':<15}", style="dim").append(command, style="not dim bold"), soft_wrap=True)
+
+
+def _summary(result: RunResult) -> list[tuple[str, str, str]]:
+    """(name, text, style)"""
+    rows: list[tuple[str, str, str]] = []
+    heldout, entropy = result.heldout_loss, result.unigram_entropy
+    if heldout is None:
+        rows.append(("held-out loss", "unknown", "yellow"))
+    else:
+        below = heldout < entropy
+        text = f"{heldout:.3f} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        rows.append(("held-out loss", text, "" if below else "yellow"))
+        if result.baseline is not None and result.baseline.heldout_loss is not None:
+            dense = result.baseline.heldout_loss
+            rows.append(("AdamW", f"{dense:.3f} on the same tokens in one process: {heldout / dense - 1:+.1%}", ""))
+    holders = sum(node.weights_sha256 is not None for node in result.members)
+    if result.replicas_identical and result.weights_sha256:
+        text = f"{holders} identical, byte for byte; compared {len(result.checks)} times on the way"
+        rows += [("replicas", text, "green"), ("", f"SHA-256 {result.weights_sha256}", "")]
+    elif holders:
+        rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
+    else:
+        rows.append(("replicas", "not compared: no node got to the end", "yellow"))
+    if result.reduction is not None:
+        text = (
+            f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
+            f"{units.bytes_text(result.dense_bytes_total)} ({units.times_text(result.reduction)} as much)"
+        )
+        rows.append(("sent", text, ""))
+    update = f"{units.bytes_text(result.update_bytes)} per node and round, for {units.count_text(result.parameters)}"
+    rows.append(("update", f"{update} parameters", ""))
+    speed = (
+        f"{units.count_text(result.tokens_per_second)} tokens/s, {units.memory_text(result.peak_memory_bytes)} at peak"
+    )
+    rows.append(("speed", f"{speed}, all processes together", ""))
+    if result.busy is not None and result.waited is not None:
+        link = result.settings.get("link")
+        over = f" over {units.printable(str(link), 60)}" if link else ""
+        text = f"{units.seconds_text(result.waited)} a round at the median{over}; busy {result.busy:.0%} of the time"
+        rows.append(("waiting", text, ""))
+    ledger = result.ledger
+    rows.append(("on chain", f"{ledger.transactions:,} transactions, {units.sol_text(ledger.lamports)} in fees", ""))
+    rows.append(("run", units.printable(ledger.run_address, 60), ""))
+    gone = [
+        f"{units.printable(node.name, 30)} {node.exit}" for node in result.nodes if node.exit in ("killed", "failed")
+    ]
+    if gone:
+        rows.append(("nodes", ", ".join(gone[:6]) + (f" and {len(gone) - 6} more" if len(gone) > 6 else ""), "yellow"))
+    if result.void_rounds:
+        rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
+    return rows + _warnings(result)
+
+
+def _warnings(result: RunResult) -> list[tuple[str, str, str]]:
+    """How many, of whom, and the first different ones."""
+    loud = [event for event in result.events if event.level != "info"]
+    if not loud:
+        return []
+    counts = Counter(units.printable(event.node or "the simulation", 30) for event in loud)
+    of = ", ".join(f"{count} of {name}" for name, count in counts.most_common(6))
+    more = f" and {len(counts) - 6} more" if len(counts) > 6 else ""
+    rows = [("warnings", f"{len(loud)}: {of}{more}; all are in the report, and in the logs of the nodes", "yellow")]
+    first = list(dict.fromkeys((event.node or "", event.message) for event in loud))[:_FIRST_WARNINGS]
+    for name, message in first:
+        said = units.printable(message, 160)
+        rows.append(("", f"{units.printable(name, 30)}: {said}" if name else said, "yellow"))
+    return rows
