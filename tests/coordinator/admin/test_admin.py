@@ -145,7 +145,7 @@ def test_settings_are_checked_before_anything_is_sent(wallet: Path, config: Path
 def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc]
     missing = admin("run", "create", "flags", *options, status=10)
-    assert "limits: Field required" in missing
+    assert "limits is missing" in missing
     for setting in (
         "limits.init_min_members=1",
         "limits.min_members=1",
@@ -171,7 +171,7 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path
 ) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc, "--recipe", "hermes-sft"]
-    assert "terms.model_root: Field required" in admin("run", "create", "sft", *options, status=10)
+    assert "terms.model_root is missing" in admin("run", "create", "sft", *options, status=10)
     assert "there is no recipe 'soup'" in admin("run", "create", "sft", *options[:-1], "soup", status=10)
     for name in ("model_root", "layout_digest", "data_manifest"):
         options += ["--set", f"terms.{name}={HEX}"]
