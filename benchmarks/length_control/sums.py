@@ -1,9 +1,10 @@
 """The task: a running sum modulo 10, reasoned step by step, by traces of which some never end.
 
 A question is 4 to 8 digits, each behind the name of its place: `a3b7c5d8`. The reasoning repeats name and digit and
-says the sum so far: `a33b70c55d83=3`. Then it ends and the answer follows, `=3`; or it goes in circles until the context
-is full: `again=3again=3...`. Which of the two is a matter of chance, not of the question. Every character and the word
-are one token each. Some of the traces that end have gone in circles for a while, so that an end is nowhere impossible.
+says the sum so far: `a33b70c55d83=3`. Then it ends and the answer follows, `=3`; or it goes in circles until the
+context is full: `again=3again=3...`. Which of the two is a matter of chance, not of the question. Every character and
+the word are one token each. Some of the traces that end have gone in circles for a while, so that an end is nowhere
+impossible.
 """
 
 from __future__ import annotations
