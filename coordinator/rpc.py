@@ -344,7 +344,7 @@ class Endpoints:
         now = asyncio.get_running_loop().time()
         endpoint.reason, endpoint.behind = failed.reason, failed.behind
         endpoint.doubtful, endpoint.on_trial = failed.unusable, False
-        if now >= endpoint.retry_at:
+        if another := now >= endpoint.retry_at:
             # Calls that were under way together fail together: that is one failure.
             endpoint.failures += 1
         endpoint.failed_at = now
@@ -355,7 +355,9 @@ class Endpoints:
         if failed.retry_after is not None:
             pause = min(max(pause, failed.retry_after), _LONGEST_RETRY_AFTER)
         endpoint.retry_at = max(endpoint.retry_at, now + pause)
-        level = logging.DEBUG if failed.behind else logging.WARNING
+        # The 1st, 2nd, 4th, 8th in a row: an endpoint that stays away is no news every time.
+        news = another and endpoint.failures.bit_count() == 1 and not failed.behind
+        level = logging.WARNING if news else logging.DEBUG
         log.log(level, "%s: %s failed (%s); next attempt there in %.1f s", endpoint.shown, method, failed.reason, pause)
 
     def _unavailable(self, method: str, allowed: float) -> ChainUnavailable:

@@ -6,13 +6,14 @@ import re
 import struct
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Final, Literal, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from solders.pubkey import Pubkey
 
+from coordinator.settings_errors import Sources, explain
 from coordinator.state import Limits, Terms, float_bits
 
 _MAX_FILE_BYTES: Final = 1 << 20
@@ -221,21 +222,41 @@ class RunSettings(Settings):
         return self
 
 
+@dataclass(frozen=True, slots=True)
+class SettingsTable:
+    """Settings of a run that nobody has looked at yet, and where they are from."""
+
+    values: dict[str, Any]
+    sources: Sources
+
+    def checked(self) -> RunSettings:
+        """Raises ConfigError, with one line per key that is missing, unknown or out of range."""
+        return validated(RunSettings, self.values, "", self.sources)
+
+
 def load_settings(
     run_id: str | None, file: Path | None, overrides: list[str], recipe: Mapping[str, Any] | None = None
 ) -> RunSettings:
-    """Settings from a recipe, over that a TOML file, over that KEY=VALUE such as `limits.batch=64`; unknown keys are
+    """Settings from a recipe, over that a TOML file, over that KEY=VALUE such as `batch=64`; unknown keys are
     refused.
 
     Raises:
         ConfigError: with one line per key that is missing, unknown or out of range.
     """
-    table = _over(recipe or {}, {} if file is None else read_toml(file))
+    return settings_table(run_id, file, overrides, recipe).checked()
+
+
+def settings_table(
+    run_id: str | None, file: Path | None, overrides: Sequence[str], recipe: Mapping[str, Any] | None = None
+) -> SettingsTable:
+    """As `load_settings`, before anything is looked at. Raises ConfigError for what is not TOML, or no KEY=VALUE."""
+    written = {} if file is None else read_toml(file)
+    table = _over(recipe or {}, written)
     if run_id is not None:
         table["run_id"] = run_id
     for override in overrides:
         _override(table, override)
-    return validated(RunSettings, table, "")
+    return SettingsTable(table, (("--set", parse_overrides(overrides)), (str(file), written), ("recipe", recipe or {})))
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -246,14 +267,13 @@ def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
     return table
 
 
-def validated(model: type[_Model], table: dict[str, Any], section: str) -> _Model:
+def validated(model: type[_Model], table: Mapping[str, Any], section: str, sources: Sources = ()) -> _Model:
     """The settings in a table. Raises ConfigError, with one line per key that is missing, unknown or out of range."""
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        heads = [".".join(filter(None, (section, *map(str, one["loc"])))) or "settings" for one in error.errors()]
-        lines = [f"  {head}: {one['msg']}" for head, one in zip(heads, error.errors(), strict=True)]
-        raise ConfigError("the run's settings cannot be used:\n" + "\n".join(lines)) from None
+        lines = "\n".join(f"  {line}" for line in explain(error, model, section, sources))
+        raise ConfigError(f"the run's settings cannot be used:\n{lines}") from None
 
 
 def _over(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
@@ -278,15 +298,21 @@ def read_toml(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is not TOML: {error}") from error
 
 
+_SECTIONS: Final[dict[str, type[Settings]]] = {"limits": LimitSettings, "terms": TermSettings}
+
+
 def _override(table: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     *path, name = key.strip().split(".")
+    if not path and name not in RunSettings.model_fields:
+        # A limit's or a term's name says where it belongs.
+        path = [section for section, model in _SECTIONS.items() if name in model.model_fields]
     if not equals or not name or not all(path):
-        raise ConfigError(f"--set {override!r} must look like limits.batch=64")
+        raise ConfigError(f"{override!r} must look like KEY=VALUE, such as batch=64 or terms.peak_lr=0.001")
     for part in path:
         inner = table.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"--set {override!r}: {part} is not a section")
+            raise ConfigError(f"{override!r}: {part} is not a section")
         table = inner
     table[name] = _parsed(value.strip())
 

@@ -50,6 +50,11 @@ def fee_of(signatures: int, priority_fee: int) -> int:
     return LAMPORTS_PER_SIGNATURE * signatures + -(-priority_fee * COMPUTE_UNITS // 1_000_000)
 
 
+def member_fees(rounds: int, priority_fee: int = 0) -> int:
+    """Lamports of one member that joins and trains so many rounds, checkpoints and its turns at the ticks left out."""
+    return (_SIGNATURES_TO_JOIN + 2 * rounds) * fee_of(1, priority_fee)
+
+
 def run_fees(members: int, rounds: int, rounds_per_epoch: int, witnesses: int = 0, priority_fee: int = 0) -> RunFees:
     """Fees of a run whose members all stay to the end."""
     one, per_round = fee_of(1, priority_fee), signatures_per_round(members, witnesses)

@@ -18,6 +18,7 @@ from psyche_node.commands.data import app as data_commands
 from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
+from psyche_node.commands.terms import terms
 from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
@@ -30,6 +31,7 @@ app.command()(serve)
 app.command("eval")(evaluate)
 app.add_typer(recipe.app, name="recipe")
 app.command()(plan)
+app.command()(terms)
 log = logging.getLogger(__name__)
 
 

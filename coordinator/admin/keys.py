@@ -8,8 +8,9 @@ from typing import Annotated, Any
 import typer
 
 from coordinator.admin.options import AsJson
-from coordinator.admin.output import show, sol
+from coordinator.admin.output import show
 from coordinator.admin.session import chain_at, go
+from coordinator.funds import sol
 from coordinator.wallet import create_keypair, load_keypair
 
 app = typer.Typer(help="Wallets: Solana keypair files.", no_args_is_help=True)

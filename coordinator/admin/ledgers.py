@@ -9,9 +9,10 @@ import typer
 
 from coordinator.admin.health import probe
 from coordinator.admin.options import RPC_DEFAULT, AsJson, Rpc
-from coordinator.admin.output import address_of, lamports_of, show, sol
+from coordinator.admin.output import address_of, lamports_of, show
 from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.chain import ChainUnavailable
+from coordinator.funds import sol
 
 app = typer.Typer(help="The chain behind an endpoint; funds on a test chain.", no_args_is_help=True)
 

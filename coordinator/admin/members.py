@@ -10,8 +10,8 @@ from solders.pubkey import Pubkey
 from coordinator import instructions as ix
 from coordinator.admin.acting import Act, acting
 from coordinator.admin.grants_and_receipts import receipts_of
-from coordinator.admin.output import sol
 from coordinator.client import CoordinatorClient
+from coordinator.funds import sol
 from coordinator.run_config import ConfigError
 from coordinator.state import Member, Receipt
 

@@ -13,10 +13,10 @@ from rich.console import Console
 from solders.pubkey import Pubkey
 
 from coordinator.admin.failures import NotConfirmed, UnusableFile
+from coordinator.funds import LAMPORTS_PER_SOL
 from coordinator.run_config import ConfigError
 from coordinator.wallet import load_keypair
 
-LAMPORTS_PER_SOL: Final = 1_000_000_000
 _PLAIN_WIDTH: Final = 100
 
 
@@ -85,9 +85,3 @@ def lamports_of(text: str) -> int:
     if whole != lamports or not 0 < whole < 2**64:
         raise ConfigError(f"{text} SOL cannot be sent: it must be above 0 and have at most 9 decimals")
     return whole
-
-
-def sol(lamports: int) -> str:
-    """`1.5` for 1,500,000,000 lamports."""
-    text = f"{Decimal(lamports) / LAMPORTS_PER_SOL:,.9f}"
-    return text.rstrip("0").rstrip(".")

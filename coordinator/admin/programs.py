@@ -13,11 +13,12 @@ from solders.pubkey import Pubkey
 
 from coordinator.admin.failures import ProgramDiffers
 from coordinator.admin.options import RPC_DEFAULT, AsJson, DryRun, Payer, PriorityFee, Rpc, Yes
-from coordinator.admin.output import address_of, confirm, read_file, show, sol
+from coordinator.admin.output import address_of, confirm, read_file, show
 from coordinator.admin.sending import Manner, Step, show_dry_run, simulate
 from coordinator.admin.session import chain_at, go
-from coordinator.chain import Chain, TransactionFailed
+from coordinator.chain import Chain
 from coordinator.deploy import (
+    DeployCost,
     Deployed,
     DeployError,
     check_program,
@@ -28,6 +29,7 @@ from coordinator.deploy import (
     program_hash,
     upgrade,
 )
+from coordinator.funds import require_funds, sol
 from coordinator.idl import NO_ADDRESS, legacy, modern
 from coordinator.program import program_bytes
 from coordinator.run_costs import fee_of
@@ -74,6 +76,8 @@ def deploy_program(
             if dry_run:
                 await _show_plan(chain, manner, program.pubkey(), there, data)
                 return
+            if there is None:
+                await _require_cost(chain, manner, there, data)
             before = await chain.balance(wallet.pubkey())
             await deploy(chain, wallet, program, data)
             cost = before - await chain.balance(wallet.pubkey())
@@ -114,6 +118,7 @@ def upgrade_program(
                     f"the new one has SHA-256 {program_hash(data)[:16]}….",
                     yes=yes,
                 )
+                await _require_cost(chain, manner, there, data)
             before = await chain.balance(wallet.pubkey())
             await upgrade(chain, wallet, address, data)
             cost = before - await chain.balance(wallet.pubkey())
@@ -195,6 +200,13 @@ def _built() -> bytes:
         raise DeployError(f"the program cannot be built here: {error}") from error
 
 
+async def _require_cost(chain: Chain, manner: Manner, there: Deployed | None, so: bytes) -> DeployCost:
+    """What it will take. Raises Unfunded for a wallet that has less: it would end in the middle."""
+    cost = await deploy_cost(chain, there, so, lambda signatures: fee_of(signatures, manner.priority_fee))
+    await require_funds(chain, manner.payer.pubkey(), cost.deposit + cost.fees + cost.lent, "this")
+    return cost
+
+
 async def _show_plan(chain: Chain, manner: Manner, address: Pubkey, there: Deployed | None, so: bytes) -> None:
     """Simulate what can be before the buffer exists, and reckon the rest."""
     if there is not None and there.is_(so):
@@ -206,11 +218,8 @@ async def _show_plan(chain: Chain, manner: Manner, address: Pubkey, there: Deplo
         return
     if there is not None and there.authority != manner.payer.pubkey():
         raise DeployError(f"program {address} can only be upgraded by {there.authority}; pay with that wallet")
-    cost = await deploy_cost(chain, there, so, lambda signatures: fee_of(signatures, manner.priority_fee))
-    total, balance = cost.deposit + cost.fees, await chain.balance(manner.payer.pubkey())
-    if balance < total + cost.lent:
-        wallet = f"wallet {manner.payer.pubkey()} has {sol(balance)} SOL"
-        raise TransactionFailed(f"{wallet}, this takes {sol(total + cost.lent)}", None, (), None)
+    cost = await _require_cost(chain, manner, there, so)
+    total = cost.deposit + cost.fees
     buffer = Keypair()
     step = Step("open a buffer for the program", open_buffer(chain, manner.payer.pubkey(), buffer.pubkey(), so))
     simulated = await simulate(chain, manner, step)

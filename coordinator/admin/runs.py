@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 from rich.markup import escape
@@ -13,6 +14,7 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions
 from coordinator.addresses import run_addresses
+from coordinator.admin.folders import terms_of_folders
 from coordinator.admin.options import (
     RPC_DEFAULT,
     AsJson,
@@ -28,7 +30,7 @@ from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
 from coordinator.recipes import load_recipe
-from coordinator.run_config import ConfigError, load_settings
+from coordinator.run_config import ConfigError, settings_table
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.snapshot import take_snapshot
 from coordinator.wallet import load_keypair
@@ -48,24 +50,41 @@ def create(
     config: Annotated[Path | None, typer.Option(help="TOML file with run_id, [limits] and [terms].")] = None,
     overrides: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. limits.batch=64. Repeatable."),
+        typer.Option("--set", metavar="KEY=VALUE", help="One setting, e.g. batch=64 or limits.batch=64. Repeatable."),
     ] = None,
+    model: Annotated[
+        Path | None,
+        typer.Option(help="Hugging Face folder the run starts from: model_root, layout_digest, update_bytes."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="Prepared data folder: data_manifest, samples, sequence_length.")
+    ] = None,
+    precision: Annotated[
+        Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights; part of the layout digest.")
+    ] = "fp32",
     rpc: Rpc = RPC_DEFAULT,
     priority_fee: PriorityFee = 0,
     dry_run: DryRun = False,
     as_json: AsJson = False,
 ) -> None:
     """Create a run, owned by the payer. Settings come from a recipe, a TOML file and --set, of which the later ones
-    win; unknown ones are refused."""
+    win; unknown ones are refused. What follows from the model and the data is worked out from their folders, and has
+    to agree with what the settings say."""
 
     async def act() -> None:
+        wallet, program_id = load_keypair(payer), pubkey(program, "--program")
+        owner = wallet.pubkey()
         base = load_recipe(recipe).settings() if recipe else None
-        settings = load_settings(run_id, config, overrides or [], base)
+        table = settings_table(run_id, config, overrides or [], base)
+        computed = {}
+        if model is not None or data is not None:
+            computed = terms_of_folders(table.values, model, data, precision)
+            table.values["terms"] = {**table.values.get("terms", {}), **computed}
+            for key, value in computed.items():
+                print(f"computed from the folders: terms.{key} = {value}", file=sys.stderr)
+        settings = table.checked()
         limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
-        wallet = load_keypair(payer)
-        owner = wallet.pubkey()
-        program_id = pubkey(program, "--program")
         places = run_addresses(program_id, owner, settings.run_id)
         run = places.run
         async with CoordinatorClient(
@@ -85,7 +104,7 @@ def create(
                 client,
                 Manner(wallet, program_id, dry_run=dry_run, yes=False, as_json=as_json, priority_fee=priority_fee),
                 Step(f"create the three accounts of run {settings.run_id!r} at {run} and start it", made),
-                {"run_id": settings.run_id, "address": str(run), "owner": str(owner)},
+                {"run_id": settings.run_id, "address": str(run), "owner": str(owner), "computed": computed},
                 f"run [bold]{escape(settings.run_id)}[/bold] created at {run}",
             )
 

@@ -16,8 +16,9 @@ from solders.message import Message
 from solders.pubkey import Pubkey
 from solders.transaction import Transaction
 
-from coordinator.admin.output import confirm, show, sol
+from coordinator.admin.output import confirm, show
 from coordinator.chain import Chain, ChainUnavailable, ProgramError, TransactionFailed
+from coordinator.funds import lamports_needed, require_funds, sol
 from coordinator.run_costs import fee_of
 from coordinator.transactions import COMPUTE_UNITS, MAX_TRANSACTION_BYTES
 
@@ -65,8 +66,10 @@ async def carry_out(
         caution: a sentence on what cannot be undone; asked about before it is sent.
 
     Raises:
-        NotConfirmed, ProgramError, TransactionFailed, ChainUnavailable.
+        NotConfirmed, Unfunded, ProgramError, TransactionFailed, ChainUnavailable.
     """
+    payer = manner.payer.pubkey()
+    await require_funds(chain, payer, lamports_needed(step.instructions, payer, manner.priority_fee), "this")
     if manner.dry_run:
         simulated = await simulate(chain, manner, step)
         show_dry_run(manner, [(step, simulated)], simulated.lamports, result)

@@ -23,11 +23,12 @@ from coordinator.admin.options import (
     Rpc,
     Yes,
 )
-from coordinator.admin.output import lamports_of, pubkey, sol
+from coordinator.admin.output import lamports_of, pubkey
 from coordinator.admin.sending import Manner, Step, carry_out
 from coordinator.admin.session import chain_at, go
 from coordinator.chain import Chain
 from coordinator.client import RunNotFound
+from coordinator.funds import sol
 from coordinator.layout import GRANT, GRANT_MARK, RECEIPT, RECEIPT_MARK, RUN, RUN_MARK, RUN_SIZE
 from coordinator.run_config import ConfigError
 from coordinator.state import Phase

@@ -11,8 +11,8 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from coordinator.admin.output import sol
 from coordinator.admin.watched import Watched
+from coordinator.funds import sol
 from coordinator.run_report import PHASE_STYLES, STATUS_STYLES
 from coordinator.state import Member, MemberStatus, Phase, Request, Round
 

@@ -55,17 +55,28 @@ def read_any(path: Path, form: SampleFormat = SampleFormat.AUTO, bad: Bad = refu
             do.
         DataError: the file cannot be read, or holds no sample.
     """
-    empty = True
-    for where, record in read_records(path, bad):
+    empty, passed = True, list[BadSample]()
+
+    def passes(error: BadSample) -> None:
+        bad(error)
+        passed.append(error)
+        del passed[1:]
+
+    for where, record in read_records(path, passes):
         try:
             samples = list(parse_any(record, where, form))
         except BadSample as error:
-            bad(error)
+            passes(error)
             continue
         empty = False
         yield from samples
     if empty:
-        raise DataError(f"{path}: there is no sample in it. Write one JSON object per line, or a row per sample")
+        found = (
+            f"good sample in it; the first record is bad: {passed[0]}"
+            if passed
+            else ("sample in it. Write one JSON object per line, or a row per sample")
+        )
+        raise DataError(f"{path}: there is no {found}")
 
 
 def read_samples(path: Path) -> Iterator[Sample]:

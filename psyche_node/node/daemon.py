@@ -28,6 +28,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.store import BlobStore
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.funds import check_funds
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
 from psyche_node.node.membership import Membership, check_in_time
@@ -141,6 +142,7 @@ class Node:
                 priority_fee_cap=config.priority_fee_cap,
             )
             stack.push_async_callback(chain.close)
+            await check_funds(chain, self._wallet.pubkey(), config.priority_fee)
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
             stack.push_async_callback(trainer.stop)
             network = Network(self._on_event)

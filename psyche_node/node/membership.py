@@ -238,7 +238,7 @@ class Membership:
             try:
                 await self._view.read(lambda: self._chain.ready(self._view.pulse.run.checkpoint_root))
             except ProgramError as error:
-                if error.code is ErrorCode.WRONG_PHASE:
+                if error.code == ErrorCode.WRONG_PHASE:
                     await self._view.next()  # the warm-up is over, and the run waits for members again
                     continue
                 # An earlier attempt or life of this node may have said so, and the run gone on with it since. A member
@@ -297,9 +297,9 @@ class Membership:
             share = self._share or mine.next_share
             await self._view.read(lambda: self._chain.join(self._node_key.keypair, share, mine.grant))
         except ProgramError as error:
-            if error.code is ErrorCode.RUN_FINISHED:
+            if error.code == ErrorCode.RUN_FINISHED:
                 return False
-            if error.code is not ErrorCode.ALREADY_A_MEMBER:  # said twice, and heard the first time
+            if error.code != ErrorCode.ALREADY_A_MEMBER:  # said twice, and heard the first time
                 raise
         again = await self._record()
         if again is None or again.slot != self.slot:

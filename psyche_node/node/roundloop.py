@@ -302,7 +302,7 @@ class RoundLoop:
         try:
             await self._chain.ready(bytes.fromhex(reply.model_root))
         except ProgramError as error:
-            if error.code is not ErrorCode.ALREADY_READY:  # one that has joined again may be
+            if error.code != ErrorCode.ALREADY_READY:  # one that has joined again may be
                 log.warning("not ready for the next epoch, this node only follows: %s", error)
         except ChainError as error:
             log.warning("not ready for the next epoch, this node only follows: %s", error)

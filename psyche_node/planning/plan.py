@@ -20,7 +20,14 @@ SHORTEST = 2048
 
 
 _OF_A_RUN = frozenset(
-    ["member_tokens_per_second", "tokens_per_second", "compute_seconds", "round_seconds", "run_days", "fees"]
+    {
+        "member_tokens_per_second",
+        "tokens_per_second",
+        "compute_seconds",
+        "round_seconds",
+        "run_days",
+        "fees",
+    }
 )
 
 

@@ -8,17 +8,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-import torch
-
-from optimizer.layout import Layout
 from psyche_node import log
 from psyche_node.data.errors import DataError
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.exits import exit_for
+from psyche_node.folders import terms_of_data, terms_of_model
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.training.errors import ModelError
-from psyche_node.training.hashing import model_root
-from psyche_node.training.model import DEMO_MODEL, load_model, make_demo_model
+from psyche_node.training.model import DEMO_MODEL, make_demo_model
 
 
 def prepare(settings: SimSettings, cache: Path) -> Prepared:
@@ -39,19 +36,11 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
     )
     folder = settings.out / "initial-model"
     parameters = make_demo_model(DEMO_MODEL if source is None else source, data.tokenizer, folder, settings.seed)
-    only_bf16 = settings.precision == "bf16"
-    model, _ = load_model(folder, torch.device("cpu"), torch.bfloat16 if only_bf16 else torch.float32)
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    layout = Layout.build(shapes, recipe.topk, only_bf16)
     return Prepared(
         model=folder,
         data=data.packed,
-        model_root=model_root(model).hex(),
-        layout_digest=layout.digest.hex(),
-        data_manifest=data.manifest.digest.hex(),
-        samples=data.manifest.sequences,
-        sequence_length=recipe.sequence_length,
-        update_bytes=layout.update_bytes,
+        **terms_of_model(folder, recipe.topk, settings.precision == "bf16"),
+        **terms_of_data(data.manifest),
         parameters=parameters,
         unigram_entropy=data.manifest.unigram_entropy,
         model_source=_short(settings.model or "demo"),

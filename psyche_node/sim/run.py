@@ -40,7 +40,8 @@ async def run(settings: SimSettings, started: float) -> Exit:
             print_summary(result, report=str(html), console=console)
             if settings.hold and result.outcome == "finished" and code is not Exit.INTERRUPTED:
                 console.print(
-                    f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}"
+                    f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}",
+                    soft_wrap=True,  # to be copied
                 )
                 await asyncio.Event().wait()
     except asyncio.CancelledError:

@@ -48,10 +48,12 @@ def prepare_model(
     tensor_parallel: int = 1,
     options: Options = DEFAULTS,
     in_bf16: Callable[[Shapes], bool] = lambda shapes: False,
+    lookahead: bool = True,
 ) -> Trainable:
     """Load a model, divide it over the ranks, and make sure that it can be trained on ``data``.
 
     ``in_bf16`` decides by the shapes of the trained tensors whether its weights are kept in bf16 only.
+    ``lookahead``: whether the optimizer will put a copy of them aside.
 
     Raises:
         ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
@@ -68,12 +70,7 @@ def prepare_model(
         if only_bf16
         else "weights in fp32: signed steps are too small for bf16"
     )
-    vocabulary = int(model.get_input_embeddings().weight.shape[0])
-    if vocabulary < data.vocabulary:
-        raise ModelError(
-            f"{folder} has {vocabulary} token embeddings; the data was prepared with {data.vocabulary} tokens. Prepare "
-            "the data with this model's tokenizer"
-        )
+    check_vocabulary(folder, model, data.vocabulary)
     root = Root(model)
     choices = candidates(model, options.attention, chosen.torch)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
@@ -81,7 +78,13 @@ def prepare_model(
     if options.compile:
         reasons.append(compile_layers(model))
     loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
-    site = Site(world.data_parallel, tensor_parallel, only_bf16, masked=model.config._attn_implementation in _MASKED)
+    site = Site(
+        world.data_parallel,
+        tensor_parallel,
+        only_bf16,
+        masked=model.config._attn_implementation in _MASKED,
+        lookahead=lookahead,
+    )
     # Ranks go through the same micro-batches, so the one with least memory decides.
     free = world.least(free_memory(model, chosen.torch, world.on_host))
     fit = world.told(choose_fit(model, chosen.torch, data.sequence_length, micro_batch, options, site, free))
@@ -89,6 +92,16 @@ def prepare_model(
         checkpoint_activations(model)
     chosen.micro_batch = fit.micro_batch
     return Trainable(model, chosen, loss, only_bf16, [*chosen.reasons, *reasons, *fit.reasons, *found, loss.reason])
+
+
+def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
+    """Raises ModelError for a model that has fewer than the ``tokens`` that its data was prepared with."""
+    vocabulary = int(model.get_input_embeddings().weight.shape[0])
+    if vocabulary < tokens:
+        raise ModelError(
+            f"{folder} has {vocabulary} token embeddings; the data was prepared with {tokens} tokens. Prepare the data "
+            "with this model's tokenizer"
+        )
 
 
 _MASKED = ("sdpa", "eager")

@@ -88,6 +88,7 @@ class Session:
             tensor_parallel,
             options,
             lambda shapes: runs_in_bf16(options.precision, shapes, terms.topk, layout_digest),
+            terms.lookahead,
         )
         self._world = world
         self.model, self.device, self._loss, self.reasons = ready.model, ready.device, ready.loss, ready.reasons

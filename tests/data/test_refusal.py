@@ -184,3 +184,7 @@ def test_bad_samples_are_passed_over_up_to_a_number(
     assert prepared("good")[0] == 0
     mine, other = (Manifest.read(tmp_path / name) for name in ("bad--skip-bad5", "good"))
     assert (mine.train, mine.heldout) == (other.train, other.heldout)
+    (tmp_path / "none.jsonl").write_text("\n".join(bad[:3:2]))
+    code, output = prepared("none", "--skip-bad", "all")
+    assert (code, "no good sample in it; the first record is bad: " in output) == (Exit.DATA, True)
+    assert "none.jsonl:1: this is not JSON" in output

@@ -125,7 +125,7 @@ def test_a_node_key_is_that_of_the_live_member_that_has_it() -> None:
 def test_a_first_ready_that_is_not_confirmed_is_said_again(tmp_path: Path, found: ErrorCode | None) -> None:
     """And once it is known to have been heard, or the run to have gone on with this member, the node goes on."""
     errors = [ChainUnavailable("away"), RpcError("sendTransaction", -32000, "busy")]
-    heard = [] if found is None else [ProgramError(found, ())]
+    heard = [] if found is None else [ProgramError(int(found), ())]
 
     async def test() -> None:
         async with scene(tmp_path, *errors, *heard) as it:
@@ -141,7 +141,7 @@ def test_a_first_ready_that_is_not_confirmed_is_said_again(tmp_path: Path, found
 
 def test_a_warm_up_that_ended_before_is_waited_for_again(tmp_path: Path) -> None:
     async def test() -> None:
-        async with scene(tmp_path, ProgramError(ErrorCode.WRONG_PHASE, ())) as it:
+        async with scene(tmp_path, ProgramError(int(ErrorCode.WRONG_PHASE), ())) as it:
             await settle(lambda: it.sent() == ["ready"])
             for phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED):
                 it.chain.push(pulse_of(phase))
@@ -217,7 +217,7 @@ def test_a_member_whose_update_counted_begins_to_count_anew(tmp_path: Path) -> N
 def test_a_dropped_member_of_a_finished_run_leaves_the_end_to_the_round_loop(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
-            it.chain.errors["join"] = [ProgramError(ErrorCode.RUN_FINISHED, ())]
+            it.chain.errors["join"] = [ProgramError(int(ErrorCode.RUN_FINISHED), ())]
             it.set(MemberStatus.DROPPED, 10)
             it.chain.push(pulse_of(Phase.FINISHED, 5, members=3))
             await it.keeping

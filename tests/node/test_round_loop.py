@@ -318,6 +318,23 @@ def test_first_warm_up_is_not_answered_twice(tmp_path: Path) -> None:
     run_async(test())
 
 
+@pytest.mark.parametrize(("code", "said"), [(ErrorCode.ALREADY_READY, 0), (ErrorCode.MEMBER_NOT_ACTIVE, 1)])
+def test_only_a_ready_that_is_refused_is_warned_of(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, code: ErrorCode, said: int
+) -> None:
+    """A member that has joined again has said it already."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors["ready"] = [ProgramError(int(code), ())]
+            await it.see(Phase.WARMUP, 0, ["root"], epoch=1)
+            await settle(lambda: len(it.chain.sent) == 1)
+            await settle_down()
+            assert caplog.text.count("not ready for the next epoch") == said
+
+    run_async(test())
+
+
 def test_node_that_missed_the_last_cooldown_keeps_the_final_weights_all_the_same(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:

@@ -11,7 +11,7 @@ from live_bytes import LiveBytes
 from tiny import TINY, VOCABULARY, RandomData, terms
 
 from optimizer.layout import Layout
-from psyche_node.training import ModelError, Session, TrainingError, fit, make_demo_model
+from psyche_node.training import ModelError, Session, TrainingError, fit, make_demo_model, preparing
 from psyche_node.training.attention import candidates
 from psyche_node.training.errors import OutOfMemory, SeparationError
 from psyche_node.training.fit import Site, choose_fit, free_memory
@@ -252,6 +252,20 @@ def test_ranks_of_one_host_share_its_memory(model_dir: Path, tmp_path: Path, mon
     held = 4 * sum(p.numel() for p in model.parameters())
     assert free_memory(model, CPU) == held + 800 * 1024
     assert free_memory(model, CPU, 4) == held + 200 * 1024
+
+
+def test_a_lookahead_that_is_off_needs_no_copy(
+    model_dir: Path, data: RandomData, large: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    free = 135 << 30
+    without = Site(1, 1, only_bf16=False, masked=False, lookahead=False)
+    assert "too much" in choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free).reasons[0]
+    assert "too much" not in choose_fit(large, GPU, 4096, 0, DEFAULTS, without, free).reasons[0]
+    sites: list[Site] = []
+    monkeypatch.setattr(preparing, "choose_fit", lambda *a: sites.append(a[5]) or choose_fit(*a))
+    for lookahead in (True, False):
+        Session(model_dir, data, terms(lookahead=lookahead), device="cpu")
+    assert [one.lookahead for one in sites] == [True, False]
 
 
 def test_attention_is_chosen_with_a_reason(model_dir: Path, data: RandomData) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import subprocess
 import sys
@@ -14,24 +13,14 @@ from pathlib import Path
 import psutil
 import pytest
 import torch
-from tiny import WORDS, terms
+from tiny import terms
 
-from psyche_node.data import prepare
 from psyche_node.ipc import IpcError, Ok, RemoteFailure
 from psyche_node.node.config import ConfigError
 from psyche_node.node.ranks import Trainer
 from psyche_node.training import messages as m
 
 RUN = "ab" * 32
-
-
-@pytest.fixture(scope="module")
-def packed(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed")
-    lines = [{"prompt": f"{a}?", "completion": f"{a} {b} {a}"} for a in WORDS for b in WORDS]
-    (out / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prepare(out / "chat.jsonl", tokenizer, out, 64, heldout=0.2)
-    return out
 
 
 @asynccontextmanager
@@ -58,12 +47,32 @@ def children() -> list[psutil.Process]:
     return [one for one in psutil.Process().children(recursive=True) if "psyche_node.trainer" in one.cmdline()]
 
 
+async def one_dies(group: Trainer, logs: Path) -> None:
+    """Rank 1 dies while rank 0 waits for it, in the middle of a round: the group ends, and the rank is named."""
+    log = logs / "rank-1.log"
+    (victim,) = [one for one in children() if str(log) in {file.path for file in one.open_files()}]
+    log.write_text("its last words\n")
+    victim.suspend()
+    request = m.Train(round=2, positions=[0, 1], run=RUN, member=0, out_path=str(logs / "update"))
+    waiting = [asyncio.create_task(group.died()), asyncio.create_task(group.call(request, m.Trained))]
+    await asyncio.wait(waiting, timeout=0.5)
+    victim.kill()
+    for task in waiting:
+        with pytest.raises(IpcError, match=r"Rank 1 of it ended first, with exit status -9.*\nits last words"):
+            await task
+    with pytest.raises(IpcError, match="Rank 1 of it ended first"):
+        await group.call(m.Root(), m.RootIs)
+
+
 GPUS = pytest.param("cuda", marks=pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices"))
 
 
 @pytest.mark.parametrize("device", ["cpu", GPUS])
 def test_groups_train_together_and_fail_as_one(model_dir: Path, packed: Path, tmp_path: Path, device: str) -> None:
-    """A group with FSDP2 and one with tensor parallelism, which at first are given a folder without a model."""
+    """A group with FSDP2 and one with tensor parallelism, which at first are given a folder without a model.
+
+    In the end a rank of the first one dies, which ends that group.
+    """
 
     async def scenario() -> None:
         async with trainer(2, tmp_path / "a") as a, trainer(2, tmp_path / "b") as b:
@@ -102,29 +111,7 @@ def test_groups_train_together_and_fail_as_one(model_dir: Path, packed: Path, tm
             assert (tmp_path / "checkpoint" / "model.safetensors").is_file()
             evaluated = [await one.call(m.Evaluate(), m.Evaluated) for one in (a, b)]
             assert evaluated[0].loss == pytest.approx(evaluated[1].loss, rel=1e-5 if device == "cpu" else 1e-2)
-        assert children() == []
-
-    asyncio.run(scenario())
-
-
-def test_a_dead_rank_ends_the_group_and_is_named(model_dir: Path, packed: Path, tmp_path: Path) -> None:
-    """It dies while the others wait for it, in the middle of a round."""
-
-    async def scenario() -> None:
-        async with trainer(2, tmp_path) as group:
-            await group.call(load(model_dir, packed), m.Loaded)
-            (victim,) = [one for one in children() if one.environ().get("RANK") == "1"]
-            (tmp_path / "rank-1.log").write_text("its last words\n")
-            victim.suspend()
-            request = m.Train(round=0, positions=[0, 1], run=RUN, member=0, out_path=str(tmp_path / "update"))
-            waiting = [asyncio.create_task(group.died()), asyncio.create_task(group.call(request, m.Trained))]
-            await asyncio.wait(waiting, timeout=0.5)
-            victim.kill()
-            for task in waiting:
-                with pytest.raises(IpcError, match=r"Rank 1 of it ended first, with exit status -9.*\nits last words"):
-                    await task
-            with pytest.raises(IpcError, match="Rank 1 of it ended first"):
-                await group.call(m.Root(), m.RootIs)
+            await one_dies(a, tmp_path / "a")
         assert children() == []
 
     asyncio.run(scenario())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import socket
@@ -14,23 +13,14 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
-from tiny import WORDS, terms
+from tiny import terms
 
 from optimizer.layout import Layout
-from psyche_node.data import PackedDataset, prepare
+from psyche_node.data import PackedDataset
 from psyche_node.ipc import Endpoint, IpcError, Message, Ok, RemoteFailure
 from psyche_node.training import messages as m
 
 RUN = "ab" * 32
-
-
-@pytest.fixture(scope="module")
-def packed(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed")
-    lines = [{"prompt": f"{a}?", "completion": f"{a} {b} {a}"} for a in WORDS for b in WORDS]
-    (out / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prepare(out / "chat.jsonl", tokenizer, out, 64, heldout=0.2)
-    return out
 
 
 @asynccontextmanager

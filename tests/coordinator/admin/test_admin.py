@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -113,15 +114,15 @@ def test_runs_of_one_name_are_told_apart(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("limits.batsch=3", "limits.batsch: Extra inputs are not permitted"),
-        ("colour=blue", "colour: Extra inputs are not permitted"),
-        ("limits.batch=0", "limits.batch"),
-        ("limits.batch=many", "limits.batch"),
+        ("limits.batsch=3", "limits.batsch is no setting (--set); did you mean batch?"),
+        ("colour=blue", "colour is no setting (--set)"),
+        ("limits.batch=0", "limits.batch is 0 (--set): it has to be at least 1"),
+        ("batch=many", "limits.batch is 'many' (--set): it has to be a whole number"),
         ("limits.witnesses=3", "witnesses must be at most min_members"),
         ("limits.min_members=3", "min_members <= init_min_members"),
-        ("terms.model_root=12", "terms.model_root"),
+        ("terms.model_root=ab", "terms.model_root is 'ab' (--set): it has to be 32 bytes in hex"),
         ("terms.peak_lr=nan", "terms.peak_lr"),
-        ("terms.schedule=steps", "terms.schedule"),
+        ("schedule=steps", "terms.schedule is 'steps' (--set): it has to be 'constant', 'linear'"),
         ("run_id.x=1", "is not a section"),
         ("limits", "must look like"),
     ],
@@ -144,7 +145,7 @@ def test_settings_are_checked_before_anything_is_sent(wallet: Path, config: Path
 def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc]
     missing = admin("run", "create", "flags", *options, status=10)
-    assert "limits: Field required" in missing
+    assert "limits is missing" in missing
     for setting in (
         "limits.init_min_members=1",
         "limits.min_members=1",
@@ -170,7 +171,7 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path
 ) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc, "--recipe", "hermes-sft"]
-    assert "terms.model_root: Field required" in admin("run", "create", "sft", *options, status=10)
+    assert "terms.model_root is missing" in admin("run", "create", "sft", *options, status=10)
     assert "there is no recipe 'soup'" in admin("run", "create", "sft", *options[:-1], "soup", status=10)
     for name in ("model_root", "layout_digest", "data_manifest"):
         options += ["--set", f"terms.{name}={HEX}"]
@@ -259,3 +260,24 @@ def test_a_name_whose_address_is_taken_is_refused(
     admin("ledger", "airdrop", members, "1", "--rpc", ledger.rpc)
     options = ("--payer", wallet, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
     assert "choose another name" in admin("run", "create", "blocked", *options, status=10)
+
+
+def test_a_wallet_that_cannot_pay_is_told_how_much_and_how(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], config: Path, tmp_path: Path
+) -> None:
+    poor = tmp_path / "poor.json"
+    address = json.loads(admin("keys", "new", poor, "--json"))["address"]
+    words = ("run", "create", "--payer", poor, "--program", program[1], "--config", config, "--rpc", ledger.rpc)
+    for extra in ((), ("--dry-run",)):
+        said = admin(*words, *extra, status=21)
+        found = re.search(
+            rf"wallet {address} has 0 SOL, and this takes ([\d.]+) SOL: send it \1 SOL, here with: (.*)", said
+        )
+        assert found is not None, said
+    name, *airdrop = found[2].split()
+    assert name == "psyche-admin"
+    admin(*airdrop)
+    before = json.loads(admin("keys", "show", poor, "--rpc", ledger.rpc, "--json"))["lamports"]
+    admin(*words)
+    after = json.loads(admin("keys", "show", poor, "--rpc", ledger.rpc, "--json"))["lamports"]
+    assert before - after == round(float(found[1]) * 10**9), "what was told is what it took"

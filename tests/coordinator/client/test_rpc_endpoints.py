@@ -288,6 +288,28 @@ def test_calls_that_fail_together_are_one_failure() -> None:
     asyncio.run(asyncio.wait_for(run(), 20))
 
 
+def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(rpc_module, "_LONGEST_PAUSE", 0.0)
+
+    async def away(request: dict[str, Any]) -> tuple[int, bytes, str]:
+        return 503, b"", ""
+
+    async def run() -> int:
+        async with endpoint(away) as only:
+            rpc = Endpoints([only], patience=0.1)
+            while rpc._endpoints[0].failures < 20:
+                with pytest.raises(ChainUnavailable):
+                    await rpc.call("getSlot")
+            await rpc.close()
+            return rpc._endpoints[0].failures
+
+    failures = asyncio.run(asyncio.wait_for(run(), 20))
+    warned = [record for record in caplog.records if record.levelname == "WARNING" and "failed" in record.message]
+    assert len(warned) == failures.bit_length()
+
+
 @pytest.mark.parametrize(
     ("header", "least", "most"),
     [

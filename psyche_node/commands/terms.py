@@ -1,0 +1,43 @@
+"""`psyche-node terms`: what the terms of a run say of a model and a data folder."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+
+from psyche_node.commands.ending import failures
+
+
+def terms(
+    model: Annotated[Path | None, typer.Option(help="Hugging Face folder of the model the run starts from.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the prepared data set.")] = None,
+    topk: Annotated[int, typer.Option(min=1, max=65536, help="Of the run: components sent per block of 4,096.")] = 512,
+    precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights.")] = "fp32",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Print the part of a run's terms that follows from a model and a data folder, as nodes work it out.
+
+    `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself.
+    """
+    from psyche_node.data.dataset import PackedDataset
+    from psyche_node.data.errors import DataError
+    from psyche_node.folders import terms_of_data, terms_of_model
+    from psyche_node.training.errors import TrainingError
+
+    if model is None and data is None:
+        raise typer.BadParameter("give --model, --data, or both")
+    with failures(DataError, TrainingError):
+        packed = None if data is None else PackedDataset(data)
+        found = {} if packed is None else terms_of_data(packed.manifest)
+        if model is not None:
+            vocabulary = 0 if packed is None else packed.vocabulary
+            found = terms_of_model(model, topk, precision == "bf16", vocabulary) | {"topk": topk} | found
+    if as_json:
+        typer.echo(json.dumps(found))
+        return
+    typer.echo("[terms]")
+    for key, value in found.items():
+        typer.echo(f"{key} = {json.dumps(value)}")

@@ -1,0 +1,40 @@
+"""What a run's terms say of a model and a data folder: the values that every node works out and compares."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from optimizer.layout import Layout
+from psyche_node.data.manifest import Manifest
+from psyche_node.training.hashing import model_root
+from psyche_node.training.model import load_model
+from psyche_node.training.preparing import check_vocabulary
+
+
+def terms_of_data(manifest: Manifest) -> dict[str, Any]:
+    """``data_manifest``, ``samples`` and ``sequence_length`` of the terms."""
+    return {
+        "data_manifest": manifest.digest.hex(),
+        "samples": manifest.sequences,
+        "sequence_length": manifest.sequence_length,
+    }
+
+
+def terms_of_model(folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0) -> dict[str, Any]:
+    """``model_root``, ``layout_digest`` and ``update_bytes`` of the terms.
+
+    ``only_bf16``: weights are kept in bf16, without fp32 masters. Raises ModelError: there is no such model, or its
+    vocabulary is smaller than the ``vocabulary`` of the data.
+    """
+    model, _ = load_model(folder, torch.device("cpu"), torch.bfloat16 if only_bf16 else torch.float32)
+    check_vocabulary(folder, model, vocabulary)
+    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+    layout = Layout.build(shapes, topk, only_bf16)
+    return {
+        "model_root": model_root(model).hex(),
+        "layout_digest": layout.digest.hex(),
+        "update_bytes": layout.update_bytes,
+    }

@@ -1,0 +1,58 @@
+"""A node's wallet is looked at before a model is loaded: what is lacking, and how to get it."""
+
+from __future__ import annotations
+
+import asyncio
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from solders.pubkey import Pubkey
+
+from coordinator.funds import Unfunded
+from coordinator.run_costs import member_fees
+from psyche_node.exits import Exit, exit_for
+from psyche_node.node.funds import check_funds
+
+WALLET = Pubkey.from_bytes(bytes(range(32)))
+
+
+class Chain:
+    """One with a wallet of so many lamports, and a run of 1,000 rounds that stands at round 10."""
+
+    def __init__(self, lamports: int, url: str) -> None:
+        self.lamports = lamports
+        self.rpc = SimpleNamespace(urls=(url,))
+
+    async def balance(self, key: Pubkey) -> int:
+        assert key == WALLET
+        return self.lamports
+
+    async def pulse(self) -> Any:
+        return SimpleNamespace(run=SimpleNamespace(round=10, limits=SimpleNamespace(total_rounds=1000)))
+
+
+def check(lamports: int, url: str = "http://127.0.0.1:8899") -> None:
+    asyncio.run(check_funds(Chain(lamports, url), WALLET, "auto"))  # type: ignore[arg-type]
+
+
+def test_an_empty_wallet_ends_the_node_with_the_amount_the_address_and_the_command() -> None:
+    with pytest.raises(Unfunded) as raised:
+        check(0)
+    assert f"wallet {WALLET} has 0 SOL, and joining a run takes 0.000025 SOL" in str(raised.value)
+    assert f"psyche-admin ledger airdrop {WALLET} 1 --rpc http://127.0.0.1:8899" in str(raised.value)
+    assert exit_for(raised.value) is Exit.TRANSACTION_FAILED
+
+
+def test_where_funds_are_worth_something_nobody_gives_them_away() -> None:
+    with pytest.raises(Unfunded, match=r"send it 0\.000025 SOL$"):
+        check(0, "https://api.mainnet-beta.solana.com")
+    with pytest.raises(Unfunded, match="airdrop"):
+        check(0, "https://api.devnet.solana.com")
+
+
+def test_a_wallet_that_will_be_empty_is_warned_of(caplog: pytest.LogCaptureFixture) -> None:
+    check(member_fees(990))
+    assert not caplog.records
+    check(member_fees(990) - 1)
+    assert "990 rounds take about 0.009915 SOL" in caplog.text
