@@ -31,12 +31,13 @@ from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.funds import check_funds
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
-from psyche_node.node.membership import Membership, check_in_time
+from psyche_node.node.membership import Membership
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.ranks import Trainer
 from psyche_node.node.roundloop import Cadence, RoundLoop
 from psyche_node.node.share import Share
+from psyche_node.node.standing import check_in_time
 from psyche_node.node.ticker import keep_ticking
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
@@ -101,7 +102,7 @@ class Node:
             return
         check_in_time(run, self._config.model)
         member = await membership.join()
-        background += [tasks.create_task(membership.follow()), tasks.create_task(membership.keep())]
+        background.append(tasks.create_task(membership.follow()))
         witness = Witness(parts.chain, parts.view, parts.exchange, member)
         background.append(tasks.create_task(witness.run()))
         loop = RoundLoop(
@@ -124,6 +125,7 @@ class Node:
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
         )
+        background.append(tasks.create_task(membership.keep(loop)))
         await loop.run()
         await self._finish(parts, loop, member)
 

@@ -115,6 +115,15 @@ class RoundLoop:
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
 
+    @property
+    def applied(self) -> int:
+        """Rounds whose result is in the weights."""
+        return self._applied
+
+    async def root(self) -> bytes:
+        """Return the model root of the weights."""
+        return bytes.fromhex((await self._trainer.call(Root(), RootIs)).model_root)
+
     async def run(self) -> None:
         """Return when the run is finished and everything final has been applied.
 
@@ -298,9 +307,9 @@ class RoundLoop:
 
     async def _report_ready(self) -> None:
         """The run waited for members and now warms up again: this node has the checkpoint's weights."""
-        reply = await self._trainer.call(Root(), RootIs)
+        root = await self.root()
         try:
-            await self._chain.ready(bytes.fromhex(reply.model_root))
+            await self._chain.ready(root)
         except ProgramError as error:
             if error.code != ErrorCode.ALREADY_READY:  # one that has joined again may be
                 log.warning("not ready for the next epoch, this node only follows: %s", error)
@@ -338,5 +347,5 @@ class RoundLoop:
 def _away(round_number: int, now: int) -> Desynced:
     return Desynced(
         f"round {round_number} is no longer kept on chain (the run is in round {now}): this node was away for too "
-        "long. It can join again when the run next waits for members"
+        "long. It takes part in the owner's next run, or in this one when it gets a new model"
     )
