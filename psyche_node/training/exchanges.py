@@ -25,8 +25,8 @@ class Exchanges:
     def __init__(self) -> None:
         self._made = self._left_out = 0
 
-    def begin(self) -> None:
-        """A step begins."""
+    def reset(self) -> None:
+        """A step begins or has ended, and nothing of it is left out any more."""
         self._made = self._left_out = 0
 
     def again(self) -> None:
@@ -34,7 +34,13 @@ class Exchanges:
         self._left_out = self._made
 
     def make(self, exchange: Callable[[], Any]) -> Any:
-        """Do ``exchange``, or leave it out: then what it would have written stays as it is."""
+        """Do ``exchange``, or leave it out: then what it would have written stays as it is.
+
+        In a compiled layer it is done, and not counted: a graph would be made for every count. So a rank that fails
+        alone behind one does not bring the others to their end.
+        """
+        if torch.compiler.is_compiling():
+            return exchange()
         if self._left_out:
             self._left_out -= 1
             return None

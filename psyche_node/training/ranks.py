@@ -229,22 +229,27 @@ class Ranks(World):
         return box[0]
 
     def jointly(self, step: Callable[[], T], motions: Callable[[], object] | None = None) -> T:
-        EXCHANGES.begin()
-        failure: Exception | None = None
-        result: T | None = None
+        EXCHANGES.reset()
+        try:
+            failure, result = self._tried(step)
+            others_wait = failure is not None and (motions is None or not self._goes_through(motions))
+            self._arrive(failure, _PATIENCE if others_wait else _START)
+            self._agree(failure)
+        finally:
+            # Motions may have ended before they came to where the step was: the next exchange is not one of theirs.
+            EXCHANGES.reset()
+        return cast(T, result)
+
+    def _tried(self, step: Callable[[], T]) -> tuple[Exception | None, T | None]:
         try:
             with self.attempt():
-                result = step()
+                return None, step()
         except OutOfStep:
             raise
         except Exception as error:
             log.info("a step failed on this rank", exc_info=True)
             # Without what the frames hold, which may be all the memory that there is.
-            failure = error.with_traceback(None)
-        others_wait = failure is not None and (motions is None or not self._goes_through(motions))
-        self._arrive(failure, _PATIENCE if others_wait else _START)
-        self._agree(failure)
-        return cast(T, result)
+            return error.with_traceback(None), None
 
     def _goes_through(self, motions: Callable[[], object]) -> bool:
         """Bring the others to the end of a step that failed here; say whether that went well."""

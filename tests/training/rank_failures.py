@@ -142,6 +142,33 @@ def what_fails_within_a_step_on_one_rank_fails_on_all() -> None:
     assert one.train(0, POSITIONS, run=RUN, member=0).blob == other.train(0, POSITIONS, run=RUN, member=0).blob
 
 
+def motions_that_fail_before_the_step_did_leave_nothing_behind() -> None:
+    """Memory runs out everywhere in a layer, and in going through the motions in the layer before it."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        return
+    one, other = session(1), session(1)
+    one.device.micro_batch = other.device.micro_batch = 1
+    failed: list[int] = []
+
+    def scarce(module: Any, arguments: Any, output: Tensor) -> None:
+        failed.append(1)
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    def scarcer(module: Any, arguments: Any, output: Tensor) -> None:
+        if failed:
+            scarce(module, arguments, output)
+
+    layers = one.model.model.layers
+    handles = [layers[1].mlp.register_forward_hook(scarce), layers[0].mlp.register_forward_hook(scarcer)]
+    with pytest.raises(OutOfMemory):
+        one.train(0, POSITIONS, run=RUN, member=0)
+    assert len(failed) == 2
+    for handle in handles:
+        handle.remove()
+    # All-gathers that are left out would leave memory as it was allocated.
+    assert one.evaluate() == other.evaluate()
+
+
 def all_ranks_take_the_same_attention() -> None:
     """It fails on one of them, within a forward pass; and memory that runs out says nothing of it."""
     plain = torch.nn.functional.scaled_dot_product_attention

@@ -18,6 +18,7 @@ CASES = "rank_failures"
         "a_step_that_breaks_off_everywhere_leaves_the_round",
         "memory_that_runs_out_on_one_rank_is_everybodys",
         "what_fails_within_a_step_on_one_rank_fails_on_all",
+        "motions_that_fail_before_the_step_did_leave_nothing_behind",
         "all_ranks_take_the_same_attention",
         "the_rank_with_least_memory_decides",
         "a_step_that_fails_on_one_rank_fails_on_all",
