@@ -12,11 +12,13 @@ import torch.distributed as dist
 from rank_world import RUN, folder, gradients, kinds, layouts, session
 from tiny import VOCABULARY, RandomData, bits, terms
 from torch import Tensor
+from torch._dynamo.utils import counters
 from torch.distributed.tensor import DTensor
 
 from optimizer.sharding import part_of
 from psyche_node.training import Session, load_model
 from psyche_node.training.options import Options
+from psyche_node.training.preparing import compile_layers
 from psyche_node.training.weight_files import OpenFile
 
 READ = OpenFile.read
@@ -130,6 +132,23 @@ def share(full: Tensor, placement: Any, parameter: Tensor) -> Tensor:
     return DTensor.from_local(
         held, parameter.device_mesh, parameter.placements, shape=parameter.shape, stride=parameter.stride()
     )
+
+
+def compiled_layers_are_captured_once() -> None:
+    """Not once for every exchange, until Dynamo gives up, which is an error here."""
+
+    def captured(model: Any) -> str:
+        return compile_layers(model, "eager")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("psyche_node.training.preparing.compile_layers", captured)
+        patch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+        one = session(dist.get_world_size(), options=Options(compile=True))
+        for round in range(2):
+            one.train(round, range(6), run=RUN, member=0)
+    assert counters["stats"]["unique_graphs"] > 0
+    torch._dynamo.reset()
+    counters.clear()
 
 
 def clipping_is_by_the_norm_of_the_whole() -> None:

@@ -29,5 +29,9 @@ def test_ranks(ranks: Run, size: int, case: str) -> None:
     ranks(size, case)
 
 
+def test_two_ranks_and_torch_compile(ranks: Run) -> None:
+    ranks(2, "compiled_layers_are_captured_once")
+
+
 def test_four_ranks_and_two_heads(ranks: Run) -> None:
     ranks(4, "heads_that_cannot_be_divided_stay_whole")
