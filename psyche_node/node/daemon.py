@@ -28,6 +28,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.store import BlobStore
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.folder import CHECKPOINT, keep_for_run
 from psyche_node.node.funds import check_funds
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
@@ -145,6 +146,7 @@ class Node:
             )
             stack.push_async_callback(chain.close)
             await check_funds(chain, self._wallet.pubkey(), config.priority_fee)
+            keep_for_run(config.folder, str(chain.addresses.run))
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
             stack.push_async_callback(trainer.stop)
             network = Network(self._on_event)
@@ -169,6 +171,7 @@ class Node:
             stack.push_async_callback(exchange.close)
             journal.write(
                 "started",
+                run=str(chain.addresses.run),
                 wallet=str(self._wallet.pubkey()),
                 node_id=ready.node_id,
                 multiaddrs=ready.multiaddrs,
@@ -266,7 +269,7 @@ class Node:
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run
         weights = await parts.trainer.call(Weights(), WeightsAre)
-        await loop.evaluate(run.final_rounds - 1)
+        loss = await loop.evaluate(run.final_rounds - 1)
         await parts.tasks.finish(run.final_rounds)
         stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
@@ -280,7 +283,15 @@ class Node:
             train_seconds=round(loop.train_seconds, 3),
             wait_seconds=round(loop.wait_seconds, 3),
         )
-        log.info("the run is finished after %d rounds; weights %s", run.final_rounds, weights.sha256)
+        log.info(
+            "the run is finished after %d rounds: held-out loss %.4f, weights %s, model in %s. For %.0f s others can "
+            "still fetch from this node",
+            run.final_rounds,
+            loss,
+            weights.sha256,
+            self._config.folder / CHECKPOINT,
+            LINGER_SECONDS,
+        )
         await asyncio.sleep(LINGER_SECONDS)
 
     def _on_event(self, message: Message) -> None:
