@@ -21,6 +21,7 @@ _SCHEDULES: Final = {"constant": 0, "linear": 1, "cosine": 2, "wsd": 3}
 _U32: Final = 2**32 - 1
 
 Slots = Annotated[int, Field(ge=1, le=_U32)]
+Topk = Annotated[int, Field(ge=1, le=65536)]
 Hash = Annotated[str, Field(pattern=r"^[0-9a-fA-F]{64}$")]
 Source = Annotated[str, Field(max_length=64)]
 
@@ -98,7 +99,7 @@ class TrainingSettings(Settings):
 
     sequence_length: int = Field(ge=1, le=2**24)
     """Tokens per packed sequence."""
-    topk: int = Field(default=512, ge=1, le=65536)
+    topk: Topk = 512
     """Components sent per block of 4,096. Fewer make smaller updates and a higher loss."""
     lookahead: bool = True
     """Whether gradients are taken at the weights that the trend of the votes predicts."""

@@ -7,13 +7,17 @@ as a node does before it joins. So this package needs no torch, and the two cann
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from coordinator.run_config import ConfigError, TrainingSettings
+from pydantic import BaseModel
+
+from coordinator.run_config import ConfigError, Topk, TrainingSettings, validated
+from coordinator.settings_errors import Sources
 
 TERMS_OF_FOLDERS: Final = {
     "model_root": "--model",
@@ -26,15 +30,26 @@ TERMS_OF_FOLDERS: Final = {
 """Keys of `terms`, and the folder that each follows from."""
 
 
-def terms_of_folders(table: Mapping[str, Any], model: Path | None, data: Path | None, precision: str) -> dict[str, Any]:
-    """The keys of `terms` that follow from the folders, with the topk that ``table`` has.
+class _Terms(BaseModel):
+    """What has to be right of a run's terms before the folders are looked at."""
+
+    topk: Topk = TrainingSettings.model_fields["topk"].default
+
+
+class _Run(BaseModel):
+    terms: _Terms = _Terms()
+
+
+def terms_of_folders(
+    table: Mapping[str, Any], model: Path | None, data: Path | None, precision: str, sources: Sources = ()
+) -> dict[str, Any]:
+    """The keys of `terms` that follow from the folders, with the topk that ``table`` has, which is from ``sources``.
 
     Raises:
-        ConfigError: a folder cannot be used, or ``table`` gives another value for one of the keys.
+        ConfigError: a folder cannot be used, or ``table`` gives another value for one of the keys, or no such topk.
     """
+    topk = validated(_Run, table, "", sources).terms.topk
     given = table.get("terms", {})
-    given = given if isinstance(given, Mapping) else {}
-    topk = given.get("topk", TrainingSettings.model_fields["topk"].default)
     words = ["terms", "--topk", str(topk), "--precision", precision, "--json"]
     words += [] if model is None else ["--model", str(model)]
     words += [] if data is None else ["--data", str(data)]
@@ -57,10 +72,11 @@ def terms_of_folders(table: Mapping[str, Any], model: Path | None, data: Path | 
 
 def _ask(words: list[str]) -> dict[str, Any]:
     """What `psyche-node` prints as JSON. Raises ConfigError with what it says if it fails."""
-    done = subprocess.run([sys.executable, "-m", "psyche_node.cli", *words], capture_output=True)
+    plain = {**os.environ, "TYPER_USE_RICH": "0"}  # no boxes around what it says
+    done = subprocess.run([sys.executable, "-m", "psyche_node.cli", *words], capture_output=True, env=plain)
     if done.returncode:
-        lines = done.stderr.decode(errors="replace").strip().splitlines()
-        raise ConfigError("the folders cannot be used: " + (lines[-1] if lines else f"exit code {done.returncode}"))
+        said = done.stderr.decode(errors="replace").strip()
+        raise ConfigError(f"the folders cannot be used: {said or f'exit code {done.returncode}'}")
     found: dict[str, Any] = json.loads(done.stdout)
     return found
 

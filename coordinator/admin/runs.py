@@ -78,7 +78,7 @@ def create(
         table = settings_table(run_id, config, overrides or [], base)
         computed = {}
         if model is not None or data is not None:
-            computed = terms_of_folders(table.values, model, data, precision)
+            computed = terms_of_folders(table.values, model, data, precision, table.sources)
             table.values["terms"] = {**table.values.get("terms", {}), **computed}
             for key, value in computed.items():
                 print(f"computed from the folders: terms.{key} = {value}", file=sys.stderr)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from psyche_node.ipc import BlockingChannel, Message, Ok, serve
 from psyche_node.training import messages as m
-from psyche_node.training.errors import RankFailed, TrainingError
+from psyche_node.training.errors import TrainingError
 from psyche_node.training.reader import DataReader
 from psyche_node.training.session import HELDOUT_SEQUENCES, Session
 from psyche_node.training.world import ONE_PROCESS, World
@@ -160,7 +160,7 @@ class Trainer:
         result = session.train(request.round, request.positions, run=bytes.fromhex(request.run), member=request.member)
         try:
             self._world.together(lambda: self._write(result.blob, Path(request.out_path)))
-        except (OSError, RankFailed):
+        except Exception:
             # Nobody will get it, so lookahead must not count on it for good.
             session.take_back(request.round)
             raise

@@ -108,3 +108,32 @@ def test_the_command_names_the_folder_that_is_wrong(tmp_path: Path) -> None:
     done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
     assert done.exit_code == Exit.CONFIG
     assert "nowhere has no config.json" in done.output
+
+
+@pytest.mark.parametrize(
+    ("lines", "why"),
+    [
+        ("[terms]\ntopk = 0", "terms.topk is 0 ({file}): it has to be at least 1"),
+        ("[terms]\ntopk = 'all'", "terms.topk is 'all' ({file}): it has to be a whole number"),
+        ("terms = 3", "terms is 3 ({file}): it has to be a section with keys of its own"),
+    ],
+    ids=["too small", "no number", "no section"],
+)
+def test_settings_that_the_folders_need_are_looked_at_first(tmp_path: Path, lines: str, why: str) -> None:
+    wallet, file = tmp_path / "owner.json", tmp_path / "run.toml"
+    create_keypair(wallet)
+    file.write_text(lines)
+    words = ["run", "create", "x", "--config", str(file), "--model", str(tmp_path / "nowhere")]
+    done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
+    assert done.exit_code == Exit.CONFIG, done.output
+    assert why.format(file=file) in done.output
+    assert "nowhere" not in done.output
+
+
+def test_all_that_the_node_says_is_passed_on_without_a_box(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        terms_of_folders({}, tmp_path, None, "fp64")
+    said = str(raised.value)
+    assert "Usage: " in said
+    assert "Invalid value for '--precision': " in said
+    assert said.isascii()

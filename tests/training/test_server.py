@@ -35,3 +35,10 @@ def test_an_update_that_cannot_be_written_is_taken_back(model_dir: Path, data: R
         return [second.read_bytes(), session.weights_sha256().encode()]
 
     assert rounds(fails=True) == rounds(fails=False)
+
+
+def test_whatever_keeps_an_update_from_being_written_takes_it_back(model_dir: Path, data: RandomData) -> None:
+    trainer, session = serving(model_dir, data)
+    with pytest.raises(ValueError, match="null"):
+        trainer.handle(m.Train(round=0, positions=[4, 5], run=RUN, member=0, out_path="no\0path"))
+    assert session.optimizer.travelling == {}
