@@ -161,10 +161,10 @@ def rotate(
     if old is not None:
         typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
     typer.echo(f"new node key  {new.node_id}  ({path})")
-    typer.echo("Restart the node: it joins again with the new key, and keeps its slot, share and credit. While the run")
     typer.echo(
-        "trains a node that was stopped cannot come back in this version: do it while the run waits for members."
+        "Restart the node: it joins again with the new key, and keeps its slot, share and credit. A node that was"
     )
+    typer.echo("stopped cannot come back once the run has trained, in this version: do it before the first round.")
 
 
 async def _run(settings: NodeConfig) -> int:

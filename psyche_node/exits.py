@@ -107,7 +107,8 @@ class Exit(ExitCode):
         27,
         "The run has dropped this node again and again, though it has joined again each time.",
         "The message says why: rounds missed (a slow device or link), updates that others could not get (ports, "
-        "firewall), or a warm-up that was too short. Mend that; the node can join when the run next waits for members.",
+        "firewall), or a warm-up that was too short. Mend that; a node that starts anew takes part in the owner's next "
+        "run, or in this one when it gets a new model.",
     )
     RUN_FINISHED = (
         28,
@@ -159,7 +160,7 @@ class Exit(ExitCode):
     DESYNCED = (
         53,
         "This node's weights are not those of the majority, or it missed too much to go on.",
-        "This version cannot rejoin a run that goes on: it can join when the run waits for members again. If it "
+        "A node that starts anew takes part in the owner's next run, or in this one when it gets a new model. If it "
         "repeats on one host only, suspect its memory or its GPU.",
     )
     NO_ROOM = (
@@ -219,11 +220,11 @@ _EXITS: dict[str, Exit] = {
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
-    "psyche_node.node.membership.JoinRefused": Exit.JOIN_REFUSED,
-    "psyche_node.node.membership.RunFinished": Exit.RUN_FINISHED,
-    "psyche_node.node.membership.Dropped": Exit.DROPPED,
-    "psyche_node.node.membership.Ejected": Exit.EJECTED,
-    "psyche_node.node.membership.Left": Exit.LEFT,
+    "psyche_node.node.standing.JoinRefused": Exit.JOIN_REFUSED,
+    "psyche_node.node.standing.RunFinished": Exit.RUN_FINISHED,
+    "psyche_node.node.standing.Dropped": Exit.DROPPED,
+    "psyche_node.node.standing.Ejected": Exit.EJECTED,
+    "psyche_node.node.standing.Left": Exit.LEFT,
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,

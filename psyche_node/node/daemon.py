@@ -28,15 +28,17 @@ from psyche_node.network.messages import (
 from psyche_node.network.store import BlobStore
 from psyche_node.node.config import ConfigError, NodeConfig
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.folder import CHECKPOINT, keep_for_run
 from psyche_node.node.funds import check_funds
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
-from psyche_node.node.membership import Membership, check_in_time
+from psyche_node.node.membership import Membership
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.ranks import Trainer
 from psyche_node.node.roundloop import Cadence, RoundLoop
 from psyche_node.node.share import Share
+from psyche_node.node.standing import check_in_time
 from psyche_node.node.ticker import keep_ticking
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
@@ -101,7 +103,7 @@ class Node:
             return
         check_in_time(run, self._config.model)
         member = await membership.join()
-        background += [tasks.create_task(membership.follow()), tasks.create_task(membership.keep())]
+        background.append(tasks.create_task(membership.follow()))
         witness = Witness(parts.chain, parts.view, parts.exchange, member)
         background.append(tasks.create_task(witness.run()))
         loop = RoundLoop(
@@ -124,6 +126,7 @@ class Node:
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
         )
+        background.append(tasks.create_task(membership.keep(loop)))
         await loop.run()
         await self._finish(parts, loop, member)
 
@@ -146,6 +149,7 @@ class Node:
             if Fault.OUTSIDER not in self._faults:
                 check_in_time(run, config.model)  # before it asks for funds, or loads a large model, for nothing
             await check_funds(chain, self._wallet.pubkey(), config.priority_fee)
+            keep_for_run(config.folder, str(chain.addresses.run))
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
             stack.push_async_callback(trainer.stop)
             network = Network(self._on_event)
@@ -167,6 +171,7 @@ class Node:
             stack.push_async_callback(exchange.close)
             journal.write(
                 "started",
+                run=str(chain.addresses.run),
                 wallet=str(self._wallet.pubkey()),
                 node_id=ready.node_id,
                 multiaddrs=ready.multiaddrs,
@@ -264,7 +269,7 @@ class Node:
     async def _finish(self, parts: _Parts, loop: RoundLoop, member: int) -> None:
         run = parts.view.pulse.run
         weights = await parts.trainer.call(Weights(), WeightsAre)
-        await loop.evaluate(run.final_rounds - 1)
+        loss = await loop.evaluate(run.final_rounds - 1)
         await parts.tasks.finish(run.final_rounds)
         stats = await parts.network.call(GetStats(), Stats)
         parts.journal.write(
@@ -278,7 +283,15 @@ class Node:
             train_seconds=round(loop.train_seconds, 3),
             wait_seconds=round(loop.wait_seconds, 3),
         )
-        log.info("the run is finished after %d rounds; weights %s", run.final_rounds, weights.sha256)
+        log.info(
+            "the run is finished after %d rounds: held-out loss %.4f, weights %s, model in %s. For %.0f s others can "
+            "still fetch from this node",
+            run.final_rounds,
+            loss,
+            weights.sha256,
+            self._config.folder / CHECKPOINT,
+            LINGER_SECONDS,
+        )
         await asyncio.sleep(LINGER_SECONDS)
 
     def _on_event(self, message: Message) -> None:

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
+log = logging.getLogger(__name__)
 LOCK = "lock"
+RUN = "run"
+CHECKPOINT = "checkpoint"
+# What a node writes over while it trains, and would not have written over by another run.
+_RESULTS = (CHECKPOINT, "evaluations")
 
 
 class FolderInUse(Exception):
@@ -38,6 +45,23 @@ def held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(descriptor)
+
+
+def keep_for_run(folder: Path, run: str) -> None:
+    """Note that ``folder`` is for ``run`` (an address), and put aside the results of another one. Raises OSError.
+
+    A checkpoint of run ABCD... becomes ``checkpoint-ABCDabcd``.
+    """
+    note = folder / RUN
+    before = note.read_text().strip() if note.exists() else run
+    for name in _RESULTS if before != run else ():
+        aside = folder / f"{name}-{before[:8]}"
+        if aside.exists():
+            aside = folder / f"{aside.name}-{int(time.time())}"
+        if (folder / name).exists():
+            (folder / name).rename(aside)
+            log.warning("%s was of run %s, and is now %s", folder / name, before, aside)
+    note.write_text(f"{run}\n")
 
 
 def _holder(path: Path) -> str:

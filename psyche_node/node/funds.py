@@ -12,6 +12,8 @@ from coordinator.funds import require_funds, sol
 from coordinator.run_costs import member_fees
 
 log = logging.getLogger(__name__)
+# What a wallet has to keep, unless it is emptied to the last lamport: the deposit of an account without data.
+_DEPOSIT = 890_880
 
 
 async def check_funds(chain: CoordinatorClient, wallet: Pubkey, priority_fee: int | Literal["auto"]) -> None:
@@ -20,12 +22,13 @@ async def check_funds(chain: CoordinatorClient, wallet: Pubkey, priority_fee: in
     An automatic priority fee is not known before, and not counted.
     """
     run, priority = (await chain.pulse()).run, 0 if priority_fee == "auto" else priority_fee
-    await require_funds(chain, wallet, member_fees(1, priority), "joining a run")
+    purpose = f"joining a run (of which {sol(_DEPOSIT)} SOL stay in the wallet: the deposit that an account needs)"
+    await require_funds(chain, wallet, member_fees(1, priority) + _DEPOSIT, purpose)
     left = max(run.limits.total_rounds - run.round, 1)
-    there, whole = await chain.balance(wallet), member_fees(left, priority)
+    there, whole = await chain.balance(wallet), member_fees(left, priority) + _DEPOSIT
     if there < whole:
         log.warning(
-            "wallet %s has %s SOL, and %d rounds take about %s SOL in fees: send it more before it is empty",
+            "wallet %s has %s SOL, and %d rounds take about %s SOL with its deposit: send it more before it is empty",
             wallet,
             sol(there),
             left,

@@ -42,7 +42,8 @@ class Meeting:
         began = said = loop.time()
         patience = min(MEET_SECONDS, seconds)
         while True:
-            version, waited = self.changes.version, loop.time() - began
+            version, now = self.changes.version, loop.time()
+            waited = now - began
             others = self.others()
             here = others & self.connected()
             late = waited >= seconds
@@ -54,8 +55,8 @@ class Meeting:
                 through = "they may be reached through others" if here else "the run goes on with whoever is ready"
                 log.warning("not connected to members %s yet; %s", missing, through)
                 return
-            if loop.time() - said >= SAY_SECONDS:
-                said = loop.time()
+            if now - said >= SAY_SECONDS:
+                said = now
                 log.warning(
                     "not ready: connected to %d of %d other members, %d needed; missing: %s. Do they run? Look at "
                     "`bootstrap`, and whether their ports and this node's can be reached",
@@ -66,5 +67,5 @@ class Meeting:
                 )
             turns = (began + patience, began + seconds, said + SAY_SECONDS)
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout_at(min(turn for turn in turns if turn > loop.time())):
+                async with asyncio.timeout_at(min(turn for turn in turns if turn > now)):
                     await self.changes.beyond(version)

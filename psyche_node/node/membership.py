@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
+from typing import Protocol
 
 from solders.pubkey import Pubkey
 
@@ -20,6 +21,17 @@ from psyche_node.node.changes import Changes, first
 from psyche_node.node.journal import Journal
 from psyche_node.node.meeting import Meeting
 from psyche_node.node.roundloop import Desynced, TermsChanged
+from psyche_node.node.standing import (
+    LATER,
+    LIVE,
+    Dropped,
+    Ejected,
+    JoinRefused,
+    Left,
+    RunFinished,
+    admitted,
+    why_dropped,
+)
 from psyche_node.node.view import ChainView
 
 log = logging.getLogger(__name__)
@@ -32,29 +44,21 @@ _MARGIN = 0.2
 # Dropped this often without an update that counted, a node has a fault that joining again does not cure.
 MOST_RETURNS = 5
 
+# How often it is looked whether the weights have caught up with the run.
+_LOOK_SECONDS = 0.5
 _IDLE = (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN)
-LIVE = (MemberStatus.PENDING, MemberStatus.ACTIVE, MemberStatus.DESYNCED)
 
 
-class JoinRefused(Exception):
-    """The run does not take this node; the message says why and what to do."""
+class Replica(Protocol):
+    """This node's weights, which the round loop keeps in step with the run."""
 
+    @property
+    def applied(self) -> int:
+        """Rounds whose result is in them."""
 
-class RunFinished(Exception):
-    """There is nothing to join any more."""
-
-
-class Dropped(Exception):
-    """The run goes on without this node, and joining again has not helped; the message says why and what to do."""
-
-
-class Ejected(Exception):
-    """The owner has put this node out of the run; the message says what to do."""
-
-
-class Left(Exception):
-    """The wallet's owner has taken this node out of the run."""
+    async def root(self) -> bytes:
+        """Return their model root."""
 
 
 class Membership:
@@ -81,6 +85,7 @@ class Membership:
         self.slot: int | None = None
         self._table: Sequence[Member] = ()
         self._mine: Member | None = None
+        self._before: MemberStatus | None = None
         self._connected: set[int] = set()
         self._changes = Changes()
         self._hint = asyncio.Event()
@@ -148,6 +153,8 @@ class Membership:
     def _see(self, mine: Member) -> None:
         # Two tasks read the table: the older of two answers may come last.
         if self._mine is None or mine.status_slot >= self._mine.status_slot:
+            if self._mine is not None and self._mine.status is not mine.status:
+                self._before = self._mine.status
             self._mine = mine
             self._changes.fire()
 
@@ -169,8 +176,7 @@ class Membership:
                 self._see(mine)
             elif self.slot is not None:
                 raise Dropped(
-                    f"member {self.slot} is another wallet by now: this one was dropped, and the run is full. Start "
-                    "this node again when a place is free (psyche-admin run show)"
+                    f"member {self.slot} is another wallet by now: this one was dropped, and the run is full; {LATER}"
                 )
             self._changes.fire()
             members = admitted(table)
@@ -191,7 +197,7 @@ class Membership:
             case MemberStatus.DESYNCED:
                 raise Desynced(
                     f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory "
-                    "or GPU may be at fault: check both, and join again when the run next waits for members"
+                    f"or GPU may be at fault: check both; {LATER}"
                 )
             case MemberStatus.EJECTED:
                 raise Ejected(
@@ -218,34 +224,56 @@ class Membership:
 
     # Being ready -----------------------------------------------------------------------------------------------------
 
-    async def keep(self) -> None:
+    async def keep(self, replica: Replica) -> None:
         """Say that this node is ready as soon as it can be, and join again whenever it was dropped; until cancelled.
 
-        Raises Dropped when that does not help, and what chain and program raise.
+        Raises Dropped or Ejected when that does not help, Desynced when the weights are not the run's, and what chain
+        and program raise.
         """
         while True:
-            await first(self._get_ready(), self._dropped())
-            if not await self._come_back(await self._dropped()):
+            await first(self._get_ready(replica), self._dropped())
+            if not await self._come_back(await self._dropped(), replica):
                 return
 
-    async def _get_ready(self) -> None:
+    async def _get_ready(self, replica: Replica) -> None:
         """Meet the other members when the run warms up, or trains already, and report ready."""
         while True:
             run = (await self._view.until(lambda pulse: pulse.run.phase not in _IDLE)).run
+            await self._record()
             await self._meeting().held(self._seconds_left(), alone=run.limits.min_members == 1)
-            if TermsChanged.between(self._loaded, self._view.pulse.run):
+            await self._caught_up(replica)
+            run = self._view.pulse.run
+            if TermsChanged.between(self._loaded, run):
                 return  # the round loop ends this node
+            # In a warm-up everybody shows what its weights are. While others train, the root is that of the epoch's
+            # beginning, and the first fingerprint shows whether this node is in step.
+            own = run.phase is Phase.WARMUP and replica.applied > self._loaded.model_round
+            root = await replica.root() if own else run.checkpoint_root
             try:
-                await self._view.read(lambda: self._chain.ready(self._view.pulse.run.checkpoint_root))
+                await self._view.read(lambda root=root: self._chain.ready(root))  # type: ignore[misc]
             except ProgramError as error:
                 if error.code == ErrorCode.WRONG_PHASE:
                     await self._view.next()  # the warm-up is over, and the run waits for members again
                     continue
+                if error.code == ErrorCode.WRONG_MODEL_ROOT:
+                    now = (await self._view.next()).run
+                    if own and now.phase is Phase.WARMUP and now.checkpoint_root != root:
+                        raise Desynced(
+                            f"round {now.round}: the root of these weights is {root.hex()}, and that of the run's "
+                            f"checkpoint {now.checkpoint_root.hex()}. This host's memory or GPU may be at fault: check "
+                            f"both; {LATER}"
+                        ) from None
+                    continue  # a new epoch has begun meanwhile
                 # An earlier attempt or life of this node may have said so, and the run gone on with it since. A member
                 # that is out for another reason learns it from the table.
                 if error.code not in (ErrorCode.ALREADY_READY, ErrorCode.MEMBER_NOT_ACTIVE, ErrorCode.RUN_FINISHED):
                     raise
             return
+
+    async def _caught_up(self, replica: Replica) -> None:
+        """Wait until everything that is final is in this node's weights: until then they are not the others'."""
+        while replica.applied < self._view.pulse.run.final_rounds:
+            await asyncio.sleep(_LOOK_SECONDS)
 
     def _meeting(self) -> Meeting:
         def others() -> set[int]:
@@ -268,22 +296,25 @@ class Membership:
             await self._changes.beyond(self._changes.version)
         return self._mine
 
-    async def _come_back(self, mine: Member) -> bool:
-        """Join again: this node has followed the run meanwhile, so its weights are those of the others. Return whether
-        there was a run to join. Raises Dropped."""
+    async def _come_back(self, mine: Member, replica: Replica) -> bool:
+        """Join again, once this node has followed the run so far that its weights are those of the others. Return
+        whether there was a run to join. Raises Dropped, Ejected or Desynced."""
         run = self._view.pulse.run
-        why = _why(mine, run)
+        if run.phase is Phase.FINISHED:
+            return False
+        await self._check_last_fingerprint()
+        why = why_dropped(mine, self._before, run)
         self._returns = 1 if mine.updates_included > self._included else self._returns + 1
         self._included = mine.updates_included
         self._journal.write("dropped", round=run.round, reason=why)
         if self._returns > MOST_RETURNS:
             raise Dropped(
                 f"the run has dropped member {mine.slot} {self._returns} times, and no update of it counted in "
-                f"between: {why}. Start this node again when that is mended and the run waits for members"
+                f"between: {why}. Mend that; {LATER}"
             )
         # At once, then after 1, 2, 4, 8 rounds: the others wait for whoever takes part.
         pause = 2 ** (self._returns - 2) if self._returns > 1 else 0
-        when = f"after {pause} rounds" if pause else "now"
+        when = f"after {pause} rounds" if pause else "as soon as it is in step"
         log.warning(
             "the run has dropped member %d: %s. It follows the run, and joins again %s (%d of %d times)",
             mine.slot,
@@ -293,62 +324,51 @@ class Membership:
             MOST_RETURNS,
         )
         await self._view.until(lambda now: now.run.phase not in _TRAINING or now.run.round >= run.round + pause)
-        try:
-            share = self._share or mine.next_share
-            await self._view.read(lambda: self._chain.join(self._node_key.keypair, share, mine.grant))
-        except ProgramError as error:
-            if error.code == ErrorCode.RUN_FINISHED:
-                return False
-            if error.code != ErrorCode.ALREADY_A_MEMBER:  # said twice, and heard the first time
-                raise
+        await self._caught_up(replica)
+        if not await self._join_again(mine):
+            return False
         again = await self._record()
         if again is None or again.slot != self.slot:
-            raise Dropped(f"the place of member {self.slot} has gone to another wallet. Start this node again")
+            raise Dropped(f"the place of member {self.slot} has gone to another wallet; {LATER}")
         self._see(again)
         self._journal.write("joined", member=again.slot)
         log.info("member %d has joined again: it takes part from the round on that begins when it is ready", again.slot)
         return True
 
+    async def _join_again(self, mine: Member) -> bool:
+        """Return whether there was a run to join. Raises Dropped or Ejected where the run has no place for it."""
+        share = self._share or mine.next_share
+        share = min(share, self._view.pulse.run.limits.max_share or share)  # 0: no limit
+        try:
+            await self._view.read(lambda: self._chain.join(self._node_key.keypair, share, mine.grant))
+        except ProgramError as error:
+            if error.code == ErrorCode.RUN_FINISHED:
+                return False
+            if error.code == ErrorCode.BANNED:
+                raise Ejected(f"member {mine.slot} was dropped, and cannot join again: {error}") from None
+            if error.code in (ErrorCode.RUN_FULL, ErrorCode.GRANT_FULL):
+                raise Dropped(f"member {mine.slot} was dropped, and its place is taken: {error}; {LATER}") from None
+            if error.code != ErrorCode.ALREADY_A_MEMBER:  # said twice, and heard the first time
+                raise
+        return True
 
-def check_in_time(run: Run, model: Path) -> None:
-    """Raise JoinRefused or RunFinished if a node that has the run's initial ``model`` cannot take part any more."""
-    if run.phase is Phase.FINISHED:
-        raise RunFinished(
-            f"the run was finished after {run.final_rounds} rounds; there is nothing to join. Its last checkpoint has "
-            f"the model root {run.checkpoint_root.hex()}"
-        )
-    sets = [run.inclusion_set(number) for number in range(run.model_round, run.final_rounds)]
-    trained = any(one is None or not one.void for one in sets)  # one that is not kept: who knows
-    if trained or run.checkpoint_root != run.terms.model_root:
-        raise JoinRefused(
-            f"the run is in {run.phase.name} of round {run.round}, and its members have trained the model in {model} "
-            f"since round {run.model_round}. In this version a node takes part from there on or not at all: wait for "
-            "the owner's next run, or for a new model in this one"
-        )
+    async def _check_last_fingerprint(self) -> None:
+        """Raise Desynced if the last fingerprint that this member has committed is not the majority's.
 
-
-def admitted(table: Sequence[Member]) -> list[MemberEntry]:
-    """The members that the network is for: the live ones, and those dropped, which go on following.
-
-    The program keeps a node key for one member only while that one is live: later another wallet may join with it, and
-    the key is that member's.
-    """
-    by_key = {m.node_key: m for m in table if m.status is MemberStatus.DROPPED}
-    by_key |= {m.node_key: m for m in table if m.status in LIVE}
-    members = sorted(by_key.values(), key=lambda m: m.slot)
-    return [MemberEntry(slot=m.slot, node_key=m.node_key.hex(), wallet=str(m.wallet)) for m in members]
-
-
-def _why(mine: Member, run: Run) -> str:
-    most = run.limits.max_missed
-    if mine.missed >= most:
-        return f"it has missed {mine.missed} rounds in a row (is the device or the link too slow?)"
-    if mine.excluded >= most:
-        return (
-            f"{mine.excluded} times in a row two thirds of the witnesses did not hold its update, or its own word as a "
-            "witness was missing (can others reach its ports?)"
-        )
-    return "it was not ready when the warm-up ended"
+        The program counts that as a missed round, too, and drops who has missed too many, whatever the reason.
+        """
+        records = [one for one in await self._view.read(self._chain.rounds) if one.closed]
+        mine = [one for one in records if self.slot in one.commitments]
+        if not mine:
+            return
+        last = max(mine, key=lambda one: one.round)
+        fingerprints = Counter(one.fingerprint for one in last.commitments.values())
+        (most, votes), own = fingerprints.most_common(1)[0], last.commitments[self.slot or 0].fingerprint
+        if own != most and 2 * votes > len(last.commitments):
+            raise Desynced(
+                f"round {last.round}: the fingerprint of these weights, {own:016x}, is not that of the majority, "
+                f"{most:016x}. This host's memory or GPU may be at fault: check both; {LATER}"
+            )
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:

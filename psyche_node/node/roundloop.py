@@ -23,6 +23,7 @@ from psyche_node.ipc import Caller, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
 from psyche_node.node.exchange import UpdateExchange
+from psyche_node.node.folder import CHECKPOINT
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
 from psyche_node.node.share import Share
@@ -50,6 +51,10 @@ class TermsChanged(Exception):
 
 def _trains_by(run: Run) -> tuple[object, ...]:
     return run.terms, run.model_round, run.schedule_rounds
+
+
+# Below this share of the peak learning rate, as a schedule that ends at 0 comes to, lost steps are no news.
+LEAST_RATE = 0.05
 
 
 class Desynced(Exception):
@@ -114,6 +119,15 @@ class RoundLoop:
         self._ready_epoch = 0
         self.train_seconds = 0.0
         self.wait_seconds = 0.0
+
+    @property
+    def applied(self) -> int:
+        """Rounds whose result is in the weights."""
+        return self._applied
+
+    async def root(self) -> bytes:
+        """Return the model root of the weights."""
+        return bytes.fromhex((await self._trainer.call(Root(), RootIs)).model_root)
 
     async def run(self) -> None:
         """Return when the run is finished and everything final has been applied.
@@ -198,12 +212,12 @@ class RoundLoop:
             weights_sha256=reply.weights_sha256,
             updates_lost=reply.updates_lost,
         )
-        if reply.updates_lost:
+        if reply.updates_lost and reply.rate >= LEAST_RATE:
             log.warning(
-                "round %d: %.2g of the weights are so large that their step is lost to rounding: the learning rate is "
-                "too small for them, or the model diverges",
+                "round %d: of %.2g%% of the weights the step is lost to rounding: the learning rate is too small for "
+                "them, or the model diverges",
                 number,
-                reply.updates_lost,
+                100 * reply.updates_lost,
             )
         if included is False:
             log.warning("round %d: my update does not count; it went back into the momentum", number)
@@ -298,9 +312,9 @@ class RoundLoop:
 
     async def _report_ready(self) -> None:
         """The run waited for members and now warms up again: this node has the checkpoint's weights."""
-        reply = await self._trainer.call(Root(), RootIs)
+        root = await self.root()
         try:
-            await self._chain.ready(bytes.fromhex(reply.model_root))
+            await self._chain.ready(root)
         except ProgramError as error:
             if error.code != ErrorCode.ALREADY_READY:  # one that has joined again may be
                 log.warning("not ready for the next epoch, this node only follows: %s", error)
@@ -319,7 +333,7 @@ class RoundLoop:
                 log.info("checkpoint of round %d: %s", run.round, error)
             except ChainError as error:
                 log.warning("checkpoint of round %d not reported, the others may do: %s", run.round, error)
-        folder = self._folder / "checkpoint"
+        folder = self._folder / CHECKPOINT
         try:
             await self._trainer.call(Save(folder=str(folder), round=run.round), Ok)
         except RemoteFailure as error:
@@ -327,16 +341,17 @@ class RoundLoop:
             return
         self._journal.write("checkpoint", round=run.round, model_root=reply.model_root, folder=str(folder))
 
-    async def evaluate(self, round_number: int) -> None:
-        """Measure the held-out loss of the current weights and journal it."""
+    async def evaluate(self, round_number: int) -> float:
+        """Measure the held-out loss of the current weights, journal it and return it."""
         started = time.monotonic()
         reply = await self._trainer.call(Evaluate(), Evaluated)
         seconds = round(time.monotonic() - started, 4)
         self._journal.write("evaluated", round=round_number, heldout_loss=reply.loss, seconds=seconds)
+        return reply.loss
 
 
 def _away(round_number: int, now: int) -> Desynced:
     return Desynced(
         f"round {round_number} is no longer kept on chain (the run is in round {now}): this node was away for too "
-        "long. It can join again when the run next waits for members"
+        "long. It takes part in the owner's next run, or in this one when it gets a new model"
     )

@@ -119,6 +119,7 @@ class Trainer:
                     weights_sha256=session.weights_sha256() if request.digest else None,
                     seconds=time.perf_counter() - started,
                     updates_lost=lost,
+                    rate=session.rate(request.round),
                 )
             case m.Evaluate():
                 limit = HELDOUT_SEQUENCES if request.sequences is None else request.sequences

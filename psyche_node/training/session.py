@@ -152,6 +152,10 @@ class Session:
         self._updates[round] = blob
         return TrainResult(blob, loss, tokens, time.perf_counter() - started, before, norm)
 
+    def rate(self, round: int) -> float:
+        """Return the learning rate of a round as a share of the peak."""
+        return fp32(lr_bits(self.terms, round)) / fp32(self.terms.peak_lr_bits)
+
     def apply(self, round: int, blobs: Sequence[bytes | memoryview], included: bool | None) -> None:
         """Step by the updates of ``round`` that count; no blob is a void round, which changes nothing.
 

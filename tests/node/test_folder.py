@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from psyche_node.cli import app
 from psyche_node.exits import Exit, exit_for
-from psyche_node.node.folder import FolderInUse, held
+from psyche_node.node.folder import FolderInUse, held, keep_for_run
 
 HOLD = """
 import signal, sys
@@ -23,6 +23,27 @@ with held(Path(sys.argv[1])):
     print("held", flush=True)
     signal.pause()
 """
+
+
+def test_what_another_run_has_left_in_a_folder_is_put_aside(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "checkpoint"
+
+    def trained(words: str) -> None:
+        checkpoint.mkdir()
+        (checkpoint / "README.md").write_text(words)
+
+    keep_for_run(tmp_path, "first-run-address")
+    trained("first")
+    keep_for_run(tmp_path, "first-run-address")
+    assert checkpoint.exists(), "it is that of the same run"
+    keep_for_run(tmp_path, "second-run-address")
+    assert not checkpoint.exists()
+    trained("second")
+    keep_for_run(tmp_path, "first-run-address")
+    trained("first again")
+    keep_for_run(tmp_path, "second-run-address")
+    kept = sorted((path / "README.md").read_text() for path in tmp_path.glob("checkpoint-*"))
+    assert kept == ["first", "first again", "second"]
 
 
 def test_a_folder_has_one_process_and_the_error_names_it(tmp_path: Path) -> None:

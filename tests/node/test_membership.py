@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from node_stage import ScriptedChain, child, run_async, settle, watching
-from node_values import KEY, included, member_of, pulse_of
+from node_values import KEY, commitment, included, member_of, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
@@ -21,18 +21,22 @@ from psyche_node.identity import load_or_create_node_key
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import MemberEntry, PeerUp, SetMembers
 from psyche_node.node.journal import Journal, JournalReader
-from psyche_node.node.membership import (
-    MOST_RETURNS,
-    Dropped,
-    JoinRefused,
-    Membership,
-    RunFinished,
-    admitted,
-    check_in_time,
-)
+from psyche_node.node.membership import MOST_RETURNS, Membership
+from psyche_node.node.roundloop import Desynced
+from psyche_node.node.standing import Dropped, Ejected, JoinRefused, RunFinished, admitted, check_in_time, why_dropped
 
 ME = 1
 ROOT = bytes(32)
+
+
+class Weights:
+    """The replica of a node, as its round loop has it."""
+
+    applied = 0
+    own = bytes([7]) * 32
+
+    async def root(self) -> bytes:
+        return self.own
 
 
 class Scene:
@@ -41,6 +45,7 @@ class Scene:
     def __init__(self, folder: Path, chain: ScriptedChain) -> None:
         self.folder, self.chain = folder, chain
         self.key = load_or_create_node_key(folder / "node.key")
+        self.replica = Weights()
         self.lists: list[list[int]] = []
         self.it: Membership
         self.following: asyncio.Task[None]
@@ -93,7 +98,7 @@ async def scene(folder: Path, *errors: Exception) -> AsyncIterator[Scene]:
         chain.push(pulse_of(Phase.WARMUP))
         await view.until(lambda pulse: True)
         assert await stage.it.join() == ME
-        tasks = [asyncio.create_task(part) for part in (stage.it.follow(), stage.it.keep())]
+        tasks = [asyncio.create_task(part) for part in (stage.it.follow(), stage.it.keep(stage.replica))]
         stage.following, stage.keeping = tasks
         try:
             yield stage
@@ -192,7 +197,7 @@ def test_a_member_that_is_dropped_again_and_again_waits_longer_and_ends(tmp_path
                 )  # type: ignore[misc]
             it.set(MemberStatus.DROPPED, slot + 1)
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, number, members=1))
-            with pytest.raises(Dropped, match=r"dropped member 1 6 times.*missed 2 rounds in a row") as said:
+            with pytest.raises(Dropped, match=r"dropped member 1 6 times.*not ready when") as said:
                 await it.keeping
             assert exit_for(said.value) is Exit.DROPPED
 
@@ -210,6 +215,132 @@ def test_a_member_whose_update_counted_begins_to_count_anew(tmp_path: Path) -> N
                 it.set(MemberStatus.DROPPED, slot, updates_included=returns + 1)
                 it.chain.push(pulse_of(Phase.ROUND_TRAIN, 0, members=3 - returns % 2))
                 await it.said("ready", returns + 2)
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    ("before", "fields", "words"),
+    [
+        (MemberStatus.PENDING, {"missed": 2}, "not ready"),
+        (MemberStatus.ACTIVE, {"missed": 2}, "missed 2 rounds in a row"),
+        (MemberStatus.ACTIVE, {"excluded": 2}, "2 times in a row two thirds of the witnesses did not hold its update"),
+        (MemberStatus.ACTIVE, {}, "not ready"),
+    ],
+)
+def test_why_a_member_was_dropped_is_said(before: MemberStatus, fields: dict[str, int], words: str) -> None:
+    mine = dataclasses.replace(member_of(ME, MemberStatus.DROPPED), **fields)  # type: ignore[arg-type]
+    limits = dataclasses.replace(pulse_of().run.limits, max_missed=2)
+    assert words in why_dropped(mine, before, pulse_of(limits=limits).run)
+
+
+def test_a_dropped_member_joins_only_when_it_has_caught_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("psyche_node.node.membership._LOOK_SECONDS", 0.0)
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            it.set(MemberStatus.DROPPED, 10)
+            it.replica.applied = 4
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3, final_rounds=5))
+            await it.said("dropped", 1)
+            for _ in range(50):
+                await asyncio.sleep(0)
+            assert it.sent() == ["ready"], "its weights are not the others' yet"
+            it.replica.applied = 5
+            await settle(lambda: it.sent() == ["ready", "join", "ready"])
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(("others", "desynced"), [((1, 1, 2), False), ((2, 2, 2), True), ((1, 2, 3), False)])
+def test_a_dropped_member_whose_last_fingerprint_was_not_the_majoritys_ends(
+    tmp_path: Path, others: tuple[int, int, int], desynced: bool
+) -> None:
+    prints = dict(zip((0, 2, 3), others, strict=True)) | {ME: 1}
+    commitments = [dataclasses.replace(commitment(slot), fingerprint=value) for slot, value in prints.items()]
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            it.chain.table = (round_of(4, commitments),)
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            if desynced:
+                with pytest.raises(Desynced, match="round 4: the fingerprint of these weights"):
+                    await it.keeping
+                assert it.sent() == ["ready"]
+            else:
+                await settle(lambda: it.sent() == ["ready", "join", "ready"])
+
+    run_async(test())
+
+
+def test_in_a_warm_up_a_member_that_has_trained_shows_its_own_root_and_ends_if_it_is_wrong(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
+            it.set(MemberStatus.DROPPED, 10)
+            it.replica.applied = 5
+            warm_up = pulse_of(Phase.WARMUP, 5, members=3, final_rounds=5)
+            it.chain.push(warm_up)
+            await settle(lambda: it.sent() == ["ready", "join", "ready"])
+            assert it.chain.sent[-1] == ("ready", it.replica.own)
+            it.chain.push(warm_up)
+            with pytest.raises(Desynced, match="the root of these weights is 0707"):
+                await it.keeping
+
+    run_async(test())
+
+
+def test_a_root_that_was_changed_meanwhile_is_shown_anew(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.COOLDOWN, 5, members=3))
+            await settle(lambda: it.sent() == ["ready", "join", "ready"])
+            it.chain.push(pulse_of(Phase.COOLDOWN, 5, members=3, checkpoint_root=bytes([9]) * 32))
+            await settle(lambda: it.sent() == ["ready", "join", "ready", "ready"])
+            assert it.chain.sent[-1] == ("ready", bytes([9]) * 32)
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    ("found", "error"),
+    [(ErrorCode.BANNED, Ejected), (ErrorCode.RUN_FULL, Dropped), (ErrorCode.GRANT_FULL, Dropped)],
+)
+def test_a_dropped_member_that_finds_no_place_ends_with_the_code_for_it(
+    tmp_path: Path, found: ErrorCode, error: type[Exception]
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.chain.errors["join"] = [ProgramError(int(found), ())]
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            with pytest.raises(error):
+                await it.keeping
+
+    run_async(test())
+
+
+def test_a_dropped_member_asks_for_no_more_than_the_run_gives_by_now(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+            it.set(MemberStatus.DROPPED, 10, next_share=77)
+            now = pulse_of(Phase.ROUND_TRAIN, 5, members=3)
+            limits = dataclasses.replace(now.run.limits, max_share=50)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3, limits=limits))
+            await settle(lambda: ("join", it.key.keypair, 50, None) in it.chain.sent)
 
     run_async(test())
 

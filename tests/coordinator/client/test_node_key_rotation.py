@@ -22,7 +22,8 @@ from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import Rejected, SetMembers, Why
 from psyche_node.node.config import NodeConfig
 from psyche_node.node.journal import Journal, JournalReader
-from psyche_node.node.membership import JoinRefused, Membership, RunFinished
+from psyche_node.node.membership import Membership
+from psyche_node.node.standing import JoinRefused, RunFinished
 from psyche_node.node.view import ChainView
 
 _names = itertools.count()
