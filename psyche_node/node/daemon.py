@@ -145,6 +145,9 @@ class Node:
                 priority_fee_cap=config.priority_fee_cap,
             )
             stack.push_async_callback(chain.close)
+            run = (await chain.pulse()).run
+            if Fault.OUTSIDER not in self._faults:
+                check_in_time(run, config.model)  # before it asks for funds, or loads a large model, for nothing
             await check_funds(chain, self._wallet.pubkey(), config.priority_fee)
             keep_for_run(config.folder, str(chain.addresses.run))
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
@@ -154,9 +157,6 @@ class Node:
             self._network = network
             if config.metrics is not None:
                 self._serve_metrics(config.metrics, stack)
-            run = (await chain.pulse()).run
-            if Fault.OUTSIDER not in self._faults:
-                check_in_time(run, config.model)  # before a large model is loaded for nothing
             loaded, ready = await asyncio.gather(
                 trainer.call(self._load_message(run), Loaded),
                 network.start(self._configure_message(str(chain.addresses.run))),
