@@ -69,6 +69,7 @@ class Scene:
         self.before: Callable[[Message], None] = lambda message: None
         self.journal = JournalReader(folder / "journal.jsonl")
         self.left_out = 0
+        self.applied = Applied(fingerprint=7)
         self.task: asyncio.Task[None]
 
     def train(self, message: Message) -> Message:
@@ -81,7 +82,7 @@ class Scene:
                 Path(message.out_path).write_bytes(b"update")
                 return Trained(loss=1.0, tokens=5, seconds=0.1, fingerprint_before=7, gradient_norm=1.0)
             case Apply():
-                return Applied(fingerprint=7)
+                return self.applied
             case Root():
                 return RootIs(model_root=ROOT)
             case Evaluate():
@@ -373,6 +374,21 @@ def test_wallet_or_endpoint_that_fails_costs_what_was_to_be_sent_only(tmp_path: 
             assert [line["round"] for line in it.journal.read() if line["kind"] == "late"] == [0]
 
     run_async(test())
+
+
+@pytest.mark.parametrize(("rate", "warned"), [(1.0, True), (0.05, True), (0.001, False)])
+def test_lost_steps_are_warned_of_but_for_the_end_of_a_schedule(
+    tmp_path: Path, rate: float, warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.applied = Applied(fingerprint=7, updates_lost=0.25, rate=rate)
+            it.chain.table = (round_of(0, ALL), round_of(1, closed=False))
+            it.chain.push(pulse_of(Phase.ROUND_WITNESS, 1, sets=[included(0, {0})]))
+            await settle(lambda: it.did() == ["apply 0-"])
+
+    run_async(test())
+    assert ("of 25% of the weights the step is lost" in caplog.text) is warned
 
 
 def test_member_without_data_trains_nothing(tmp_path: Path) -> None:
