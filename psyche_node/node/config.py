@@ -14,6 +14,7 @@ from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
 from psyche_node.training.options import Options
+from psyche_node.wording import problems
 
 
 class ConfigError(Exception):
@@ -25,7 +26,7 @@ class NodeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str = Field(min_length=32, max_length=44)
+    run: str
     """Address of the run's account (`psyche-admin run create` prints it)."""
     rpc: tuple[str, ...] = Field(min_length=1)
     """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
@@ -109,6 +110,13 @@ class NodeConfig(BaseModel):
     """Seconds to look for an update that counts before giving up. Raise it on slow links."""
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
+
+    @field_validator("run")
+    @classmethod
+    def _address(cls, run: str) -> str:
+        if not 32 <= len(run) <= 44:
+            raise ValueError(f"{run!r} is no address of a run; `psyche-admin run list` shows them beside the names")
+        return run
 
     @field_validator("announce_p2p", "announce_grpc", "announce_bulk")
     @classmethod
@@ -227,5 +235,5 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
         return NodeConfig.model_validate(values)
     except ValidationError as error:
         where = f"{file} and flags" if file else "flags"
-        lines = [f"  {'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        lines = [f"  {key + ': ' if key else ''}{words}" for key, words in problems(error, NodeConfig)]
         raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines)) from error

@@ -17,6 +17,7 @@ from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.recipe import DEMO, recipe_for
 from psyche_node.sim.settings import Kill, Ranks, SimSettings
+from psyche_node.wording import problems
 
 app = typer.Typer(
     add_completion=False,
@@ -116,13 +117,8 @@ def simulate(
             recipe=recipe_for(recipe, rounds, **{key: value for key, value in changes.items() if value is not None}),
         )
     except ValidationError as error:
-        for problem in error.errors():
-            where = ".".join(map(str, problem["loc"]))
-            typer.secho(
-                f"psyche-sim: {where + ': ' if where else ''}{problem['msg'].removeprefix('Value error, ')}",
-                fg="red",
-                err=True,
-            )
+        for key, words in problems(error):
+            typer.secho(f"psyche-sim: {key + ': ' if key else ''}{words}", fg="red", err=True)
         raise typer.Exit(Exit.USAGE) from None
     except (ValueError, ConfigError) as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)
