@@ -40,6 +40,12 @@ def test_modules_are_short(code_files: list[Path], root: Path) -> None:
     assert not long, f"over {LONGEST} lines; split them by job:\n" + "\n".join(long)
 
 
+def test_modules_of_tests_have_names_of_their_own(python_files: tuple[Path, ...], root: Path) -> None:
+    """pytest imports them by name alone: of two with one name, it reads the first and fails for the second."""
+    names = [path.name for path in python_files if path.is_relative_to(root / "tests") and path.name != "conftest.py"]
+    assert not {name for name in names if names.count(name) > 1}
+
+
 def test_nothing_is_unfinished(code_files: list[Path], root: Path) -> None:
     found = lines_matching([path for path in code_files if path != Path(__file__)], UNFINISHED, root)
     assert not found, "\n".join(found)
