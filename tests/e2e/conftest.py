@@ -2,12 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 from e2e_harness import Finished, Simulate, environment, processes_of, sim_command, until
+
+
+@pytest.fixture
+def rpc() -> Iterator[str]:
+    """The address of a chain that the test has started itself."""
+    command = [sys.executable, "-m", "coordinator.ledger", "run", "--port", "0", "--slot-ms", "100"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ledger:
+        assert ledger.stdout is not None
+        yield json.loads(ledger.stdout.readline())["rpc"]
+        ledger.terminate()
 
 
 @pytest.fixture

@@ -25,15 +25,6 @@ pytestmark = pytest.mark.e2e
 
 
 @pytest.fixture
-def rpc() -> Iterator[str]:
-    command = [sys.executable, "-m", "coordinator.ledger", "run", "--port", "0", "--slot-ms", "100"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ledger:
-        assert ledger.stdout is not None
-        yield json.loads(ledger.stdout.readline())["rpc"]
-        ledger.terminate()
-
-
-@pytest.fixture
 def prepared(tmp_path: Path) -> Prepared:
     write_chat(tmp_path / "chat.jsonl", "two")
     settings = SimSettings(out=tmp_path, data=str(tmp_path / "chat.jsonl"))

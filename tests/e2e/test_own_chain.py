@@ -5,22 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from e2e_harness import Simulate
 
 pytestmark = pytest.mark.e2e
-
-
-@pytest.fixture
-def rpc() -> Iterator[str]:
-    command = [sys.executable, "-m", "coordinator.ledger", "run", "--port", "0", "--slot-ms", "100"]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as ledger:
-        assert ledger.stdout is not None
-        yield json.loads(ledger.stdout.readline())["rpc"]
-        ledger.terminate()
 
 
 def admin(*arguments: str) -> str:

@@ -67,6 +67,11 @@ class Scene:
     def sent(self) -> list[str]:
         return [what[0] for what in self.chain.sent]
 
+    async def is_ready(self) -> None:
+        """Wait until it has said so. From then on the run takes it back when it joins."""
+        await settle(lambda: self.sent() == ["ready"])
+        self.chain.on_sent = lambda what: self.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+
     async def said(self, name: str, count: int) -> None:
         """Wait until it has sent ``name`` so often, or noted it in the journal."""
         await settle(lambda: self.sent().count(name) == count or self.journal().count(name) == count)
@@ -161,8 +166,7 @@ def test_a_warm_up_that_ended_before_is_waited_for_again(tmp_path: Path) -> None
 def test_a_dropped_member_joins_again_and_says_that_it_is_ready(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            await it.is_ready()
             it.set(MemberStatus.DROPPED, 10, next_share=77)
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3, checkpoint_root=bytes([9]) * 32))
             await settle(lambda: it.sent() == ["ready", "join", "ready"])
@@ -239,8 +243,7 @@ def test_a_dropped_member_joins_only_when_it_has_caught_up(tmp_path: Path, monke
 
     async def test() -> None:
         async with scene(tmp_path) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            await it.is_ready()
             it.set(MemberStatus.DROPPED, 10)
             it.replica.applied = 4
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3, final_rounds=5))
@@ -263,8 +266,7 @@ def test_a_dropped_member_whose_last_fingerprint_was_not_the_majoritys_ends(
 
     async def test() -> None:
         async with scene(tmp_path) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            await it.is_ready()
             it.chain.table = (round_of(4, commitments),)
             it.set(MemberStatus.DROPPED, 10)
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
@@ -281,8 +283,7 @@ def test_a_dropped_member_whose_last_fingerprint_was_not_the_majoritys_ends(
 def test_in_a_warm_up_a_member_that_has_trained_shows_its_own_root_and_ends_if_it_is_wrong(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            await it.is_ready()
             it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
             it.set(MemberStatus.DROPPED, 10)
             it.replica.applied = 5
@@ -300,8 +301,7 @@ def test_in_a_warm_up_a_member_that_has_trained_shows_its_own_root_and_ends_if_i
 def test_a_root_that_was_changed_meanwhile_is_shown_anew(tmp_path: Path) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
+            await it.is_ready()
             it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
             it.set(MemberStatus.DROPPED, 10)
             it.chain.push(pulse_of(Phase.COOLDOWN, 5, members=3))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import WORDS, terms
+from tiny import terms
 from typer.testing import CliRunner
 
 from coordinator.admin import app as admin
@@ -16,18 +16,9 @@ from coordinator.admin.folders import TERMS_OF_FOLDERS, terms_of_folders
 from coordinator.run_config import ConfigError
 from coordinator.wallet import create_keypair
 from psyche_node.cli import app
-from psyche_node.data import PackedDataset, prepare
+from psyche_node.data import PackedDataset
 from psyche_node.exits import Exit
 from psyche_node.training import Session
-
-
-@pytest.fixture(scope="module")
-def packed(tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("packed")
-    lines = [{"prompt": f"{a}?", "completion": f"{a} {b} {a}"} for a in WORDS for b in WORDS]
-    (out / "chat.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    prepare(out / "chat.jsonl", tokenizer, out, 64, heldout=0.2)
-    return out
 
 
 def printed(*words: str | Path) -> str:
