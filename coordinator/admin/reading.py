@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -26,11 +26,9 @@ class Look:
     def rpc(self) -> Sequence[str]:
         return self.choice.rpc
 
-    @contextlib.asynccontextmanager
-    async def open(self) -> AsyncIterator[CoordinatorClient]:
+    def open(self) -> contextlib.AbstractAsyncContextManager[CoordinatorClient]:
         """The run's client. Raises RunNotFound, ConfigError, ChainUnavailable."""
-        async with self.choice.open() as client:
-            yield client
+        return self.choice.open()
 
 
 def _common(

@@ -148,7 +148,7 @@ class Node:
             run = (await chain.pulse()).run
             if Fault.OUTSIDER not in self._faults:
                 check_in_time(run, config.model)  # before it asks for funds, or loads a large model, for nothing
-            await check_funds(chain, self._wallet.pubkey(), config.priority_fee)
+            await check_funds(chain, run, self._wallet.pubkey(), config.priority_fee)
             keep_for_run(config.folder, str(chain.addresses.run))
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
             stack.push_async_callback(trainer.stop)

@@ -43,9 +43,9 @@ MEMBERS_SECONDS = 120.0
 _MARGIN = 0.2
 # Dropped this often without an update that counted, a node has a fault that joining again does not cure.
 MOST_RETURNS = 5
-
 # How often it is looked whether the weights have caught up with the run.
 _LOOK_SECONDS = 0.5
+
 _IDLE = (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED)
 _TRAINING = (Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN)
 
@@ -195,10 +195,7 @@ class Membership:
             )
         match mine.status:
             case MemberStatus.DESYNCED:
-                raise Desynced(
-                    f"round {number}: the fingerprint of these weights is not that of the majority. This host's memory "
-                    f"or GPU may be at fault: check both; {LATER}"
-                )
+                raise _desynced(number, "the fingerprint of these weights is not that of the majority")
             case MemberStatus.EJECTED:
                 raise Ejected(
                     f"round {number}: the run's owner has put this node out. Ask the owner why before joining again"
@@ -258,11 +255,9 @@ class Membership:
                 if error.code == ErrorCode.WRONG_MODEL_ROOT:
                     now = (await self._view.next()).run
                     if own and now.phase is Phase.WARMUP and now.checkpoint_root != root:
-                        raise Desynced(
-                            f"round {now.round}: the root of these weights is {root.hex()}, and that of the run's "
-                            f"checkpoint {now.checkpoint_root.hex()}. This host's memory or GPU may be at fault: check "
-                            f"both; {LATER}"
-                        ) from None
+                        theirs = now.checkpoint_root.hex()
+                        what = f"the root of these weights is {root.hex()}, and that of the run's checkpoint {theirs}"
+                        raise _desynced(now.round, what) from None
                     continue  # a new epoch has begun meanwhile
                 # An earlier attempt or life of this node may have said so, and the run gone on with it since. A member
                 # that is out for another reason learns it from the table.
@@ -365,12 +360,14 @@ class Membership:
         fingerprints = Counter(one.fingerprint for one in last.commitments.values())
         (most, votes), own = fingerprints.most_common(1)[0], last.commitments[self.slot or 0].fingerprint
         if own != most and 2 * votes > len(last.commitments):
-            raise Desynced(
-                f"round {last.round}: the fingerprint of these weights, {own:016x}, is not that of the majority, "
-                f"{most:016x}. This host's memory or GPU may be at fault: check both; {LATER}"
-            )
+            what = f"the fingerprint of these weights, {own:016x}, is not that of the majority, {most:016x}"
+            raise _desynced(last.round, what)
 
 
 def _membership(pulse: Pulse) -> tuple[object, ...]:
     gathering = pulse.run.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
     return (pulse.run.phase if gathering else None, pulse.header.members, pulse.header.active)
+
+
+def _desynced(number: int, what: str) -> Desynced:
+    return Desynced(f"round {number}: {what}. This host's memory or GPU may be at fault: check both; {LATER}")

@@ -325,10 +325,10 @@ class RoundLoop:
         """Vote for the root of these weights, if the run asks for it, and keep them; once per cooldown."""
         if run.round <= self._checkpointed:
             return
-        reply = await self._trainer.call(Root(), RootIs)
+        root = await self.root()
         if run.phase is Phase.COOLDOWN:
             try:
-                await self._chain.checkpoint(run.round, bytes.fromhex(reply.model_root))
+                await self._chain.checkpoint(run.round, root)
             except ProgramError as error:
                 log.info("checkpoint of round %d: %s", run.round, error)
             except ChainError as error:
@@ -339,7 +339,7 @@ class RoundLoop:
         except RemoteFailure as error:
             log.error("checkpoint of round %d not saved: %s", run.round, error)
             return
-        self._journal.write("checkpoint", round=run.round, model_root=reply.model_root, folder=str(folder))
+        self._journal.write("checkpoint", round=run.round, model_root=root.hex(), folder=str(folder))
 
     async def evaluate(self, round_number: int) -> float:
         """Measure the held-out loss of the current weights, journal it and return it."""

@@ -5,11 +5,11 @@ from __future__ import annotations
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 
 from optimizer.layout import Layout, LayoutError
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.shape import ModelConfig, ModelShape, shape_of
+from psyche_node.planning.sizes import NOT_A_MODEL
 
 
 def shape_from(config: ModelConfig) -> ModelShape:
@@ -21,15 +21,7 @@ def shape_from(config: ModelConfig) -> ModelShape:
         made = AutoConfig.for_model(str(config.values.get("model_type")), **values)
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(made)
-    except (
-        ValueError,
-        TypeError,
-        KeyError,
-        AttributeError,
-        RuntimeError,
-        ArithmeticError,
-        StrictDataclassError,
-    ) as error:
+    except NOT_A_MODEL as error:
         why = " ".join(str(error).split())
         raise PlanError(f"{config.file}: no causal language model can be built from this config: {why}") from error
     tensors = tuple((each, tuple(p.shape)) for each, p in model.named_parameters() if p.requires_grad)

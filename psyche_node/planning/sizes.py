@@ -7,6 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
+from huggingface_hub.errors import StrictDataclassError
+
+NOT_A_MODEL: Final = (
+    ValueError,
+    TypeError,
+    KeyError,
+    AttributeError,
+    RuntimeError,
+    ArithmeticError,
+    StrictDataclassError,
+)
+"""What transformers raises for a config that it cannot build a model from."""
 _MOST: Final = 1 << 24
 _MOST_OF: Final = {"num_hidden_layers": 4096}
 _SIZES: Final = (

@@ -9,24 +9,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
-from psyche_node.planning.sizes import bad_size, config_values
+from psyche_node.planning.sizes import NOT_A_MODEL, bad_size, config_values
 from psyche_node.training.errors import ModelError
 from psyche_node.training.weight_files import INDEX, SINGLE
 from psyche_node.training.weights import load_into
-
-_NOT_A_MODEL = (
-    ValueError,
-    TypeError,
-    KeyError,
-    AttributeError,
-    RuntimeError,
-    ArithmeticError,
-    StrictDataclassError,
-)
-"""What transformers raises for a config that it cannot build a model from."""
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -86,7 +74,7 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
             torch.manual_seed(seed)
             try:
                 model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=torch.float32)
-            except _NOT_A_MODEL as error:
+            except NOT_A_MODEL as error:
                 raise ModelError(f"no causal language model can be built from this config: {error}") from error
         model.generation_config.update(**_SMALL_MODELS_NEED)
     _check_vocabulary(model, tokenizer)
@@ -126,7 +114,7 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         if model.can_generate() and (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
-    except (OSError, *_NOT_A_MODEL) as error:
+    except (OSError, *NOT_A_MODEL) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{folder} needs code of its own, which is not run here. Use a model that transformers itself has"
@@ -183,7 +171,7 @@ def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
     kind = values.pop("model_type")
     try:
         config = AutoConfig.for_model(kind, **values)
-    except _NOT_A_MODEL as error:
+    except NOT_A_MODEL as error:
         raise ModelError(f"the config of a {kind} model is not valid: {error}") from error
     without_dropout(config)
     return config

@@ -18,7 +18,7 @@ WALLET = Pubkey.from_bytes(bytes(range(32)))
 
 
 class Chain:
-    """One with a wallet of so many lamports, and a run of 1,000 rounds that stands at round 10."""
+    """One with a wallet of so many lamports, where an account's deposit is what it is on Solana."""
 
     def __init__(self, lamports: int, url: str) -> None:
         self.lamports = lamports
@@ -28,12 +28,18 @@ class Chain:
         assert key == WALLET
         return self.lamports
 
-    async def pulse(self) -> Any:
-        return SimpleNamespace(run=SimpleNamespace(round=10, limits=SimpleNamespace(total_rounds=1000)))
+    async def load_rent(self) -> None:
+        pass
+
+    def rent_exempt(self, size: int) -> int:
+        return 890_880 + 6_960 * size
+
+
+RUN: Any = SimpleNamespace(round=10, limits=SimpleNamespace(total_rounds=1000))
 
 
 def check(lamports: int, url: str = "http://127.0.0.1:8899") -> None:
-    asyncio.run(check_funds(Chain(lamports, url), WALLET, "auto"))  # type: ignore[arg-type]
+    asyncio.run(check_funds(Chain(lamports, url), RUN, WALLET, "auto"))  # type: ignore[arg-type]
 
 
 def test_an_empty_wallet_ends_the_node_with_the_amount_the_address_and_the_command() -> None:
