@@ -261,30 +261,45 @@ def test_empty_messages_do_not_end_a_push(receiver: Receiver, sender: Sender) ->
     assert sender.push([first, b"", data[:1], b"", data[1:]]) is None
 
 
+def test_a_sender_has_one_place(receiver: Receiver, sender: Sender) -> None:
+    digest, over = sender.blob(), threading.Event()
+    receiver.wants[ROUND, digest] = len(DATA)
+    parts = sender.parts(digest)
+
+    def in_two_halves() -> Iterator[bytes]:
+        yield from parts[:3]
+        over.wait(30)
+        yield from parts[3:]
+
+    causes: list[Cause | None] = []
+    pushing = threading.Thread(target=lambda: causes.append(sender.push(in_two_halves(), 30.0)))
+    pushing.start()
+    # The file is begun once the header and the list of pieces are read: the place is taken.
+    until_taken = time.monotonic() + 20
+    while not receiver.files():
+        assert time.monotonic() < until_taken
+        time.sleep(0.01)
+    assert sender.push(parts) is Cause.BUSY
+    over.set()
+    pushing.join()
+    assert causes == [None]
+
+
 def test_a_sender_that_stops_loses_its_place(
     receiver: Receiver, sender: Sender, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    digest = sender.blob()
+    digest, over = sender.blob(), threading.Event()
     receiver.wants[ROUND, digest] = len(DATA)
     parts = sender.parts(digest)
-    stopped, over = threading.Event(), threading.Event()
 
     def half() -> Iterator[bytes]:
         yield from parts[:3]
-        stopped.set()
-        over.wait(30)
+        over.wait(60)
 
     monkeypatch.setattr(push, "HEADER_SECONDS", 1.0)
     monkeypatch.setattr(push, "STREAM_SECONDS", 1.0)
-    causes: list[Cause | None] = []
-    pushing = threading.Thread(target=lambda: causes.append(sender.push(half(), 30.0)))
-    pushing.start()
-    assert stopped.wait(10)
-    # One at a time of each sender.
-    assert sender.push(parts) is Cause.BUSY
-    # Long before the time for all of it is over.
-    pushing.join(15)
-    assert causes == [Cause.BUSY]
+    # Ended by the receiver, long before the sender's own deadline (which would be UNREACHABLE).
+    assert sender.push(half(), 60.0) is Cause.BUSY
     over.set()
     monkeypatch.undo()
     while receiver.files():
