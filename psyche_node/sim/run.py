@@ -19,12 +19,14 @@ from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import SimSettings
 from psyche_node.sim.summary import print_summary
 from psyche_node.sim.world import SimNode, SimulationFailed, World
 from psyche_node.terms import training_terms
 
 BASELINE_TIMEOUT = 3600.0
+_LISTED = 3
 
 
 async def run(settings: SimSettings, started: float) -> Exit:
@@ -65,6 +67,7 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     code = Exit.OK
     with ProgressDisplay(console) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
+        _tell_samples(world.prepared.counts, display)
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:
@@ -94,6 +97,15 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     if code is Exit.OK and not result.replicas_identical:
         code = Exit.REPLICAS_DIFFER
     return result, code
+
+
+def _tell_samples(counts: SampleCounts, display: ProgressDisplay) -> None:
+    """Say what became of the samples before anything is trained."""
+    display.log(counts.taken_text())
+    if dropped := counts.dropped_text():
+        display.log(dropped, "warning")
+    for line in counts.skipped[:_LISTED]:
+        display.log(f"bad: {line}", "warning")
 
 
 def _exit_of(error: ProcessEnded) -> Exit:

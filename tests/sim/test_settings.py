@@ -14,6 +14,7 @@ from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.cli import app
 from psyche_node.sim.recipe import recipe_for
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Kill, Prepared, Ranks, SimSettings
 
 
@@ -131,6 +132,9 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         update_bytes=999,
         parameters=5,
         unigram_entropy=1.0,
+        counts=SampleCounts(
+            samples=1, train=1, heldout=0, too_long=0, untrained=0, bad=0, cut=0, closed=0, sequence_length=64
+        ),
         model_source="demo",
         data_source="docs",
     )
@@ -153,6 +157,11 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         (["--baseline", "sgd"], "the one baseline is adamw"),
         (["--rpc", "http://127.0.0.1:1"], "funded wallet"),
         (["--adversary", "gossip"], "gossip"),
+        (
+            ["--template", "none.jinja"],
+            "--template none.jinja: no such file; name one, or one of hermes-llama3, chatml",
+        ),
+        (["--skip-bad", "most"], "--skip-bad most is neither a number nor all"),
     ],
 )
 def test_flag_that_cannot_be_used_is_named(flags: list[str], said: str, tmp_path: Path) -> None:
