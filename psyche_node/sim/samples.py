@@ -33,6 +33,11 @@ class SampleCounts(Record):
     def dropped(self) -> int:
         return self.too_long + self.untrained + self.bad
 
+    @property
+    def alarming(self) -> bool:
+        """Whether one in twenty was dropped, or any record was bad."""
+        return bool(self.bad) or 20 * self.dropped >= max(self.samples, 1)
+
     def taken_text(self) -> str:
         """How many samples were taken, and for what."""
         taken = f"{self.train + self.heldout:,} of {self.samples:,} samples taken"

@@ -219,12 +219,6 @@ class SimSettings(BaseModel):
                 )
         return self
 
-    def claim_out(self) -> None:
-        """Make the output folder. Raises FileExistsError if there is anything in it: nothing is overwritten."""
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise FileExistsError(f"{self.out} exists and is not empty; name a new folder with --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-
     def terms(self, prepared: Prepared) -> Terms:
         """The run's terms of training on chain."""
         training = self.recipe.model_dump(include=set(TrainingSettings.model_fields))

@@ -93,7 +93,7 @@ def _data(result: RunResult) -> list[tuple[str, str, str]]:
         return []
     rows = [("data", result.data.taken_text(), "")]
     if dropped := result.data.dropped_text():
-        rows.append(("", dropped, "yellow"))
+        rows.append(("", dropped, "yellow" if result.data.alarming else ""))
     return rows
 
 
