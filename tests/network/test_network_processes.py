@@ -40,7 +40,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.store import PIECE_BYTES, BlobStore, blob_digest
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def blob_of(size: int, seed: int = 0) -> bytes:
