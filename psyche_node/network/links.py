@@ -75,8 +75,8 @@ _CAUSES = {
 }
 
 
-def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None) -> PeerCertificate:
-    """Return the verified certificate of the gRPC server at ``address`` (IP:port).
+def probe(address: str, timeout: float, own: Leaf | None = None) -> PeerCertificate:
+    """Return the verified certificate of the gRPC server at ``address`` (IP:port), asked within ``timeout`` seconds.
 
     ``own`` is shown to a server that asks: to one that gets none, a probe looks like a stranger that is to be refused.
     Raises OSError when nobody answers TLS 1.3 there, and BadCertificate when the certificate names no node.
@@ -346,7 +346,7 @@ class Links:
         """Return the certificate that the node shows at its address, if it is the one in its record."""
         address = record.grpc_address
         try:
-            certificate = probe(address, own=own)
+            certificate = probe(address, PROBE_SECONDS, own)
         except (OSError, BadCertificate) as error:
             if isinstance(error, BadCertificate):
                 why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY

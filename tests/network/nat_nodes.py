@@ -84,7 +84,7 @@ class Node:
 
     def ask(self, other: Node, port: int) -> wire.DialBackReply:
         request = wire.DialBackRequest(port=port)
-        return self.links.call(other.key.public, "DialBack", request, wire.DialBackReply, 10.0)
+        return self.links.call(other.key.public, "DialBack", request, wire.DialBackReply, 60.0)
 
     def close(self) -> None:
         self.paths.close()

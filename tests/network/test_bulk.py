@@ -18,7 +18,7 @@ from psyche_node.network.links import CallFailed
 from psyche_node.network.messages import Why
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 BLOB = 6 * PIECE_BYTES + 77
 
 

@@ -29,7 +29,7 @@ from psyche_node.network.uploads import SLACK_BYTES
 from psyche_node.network.wants import Want
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def until(condition: Callable[[], object]) -> None:

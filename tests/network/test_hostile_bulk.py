@@ -36,7 +36,7 @@ from psyche_node.network.statements import NodeRecord
 from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 RUN = bytes(32)
 LENGTH = 3 * PIECE_BYTES + 5
 QUICK = Limits(handshake_seconds=0.3, request_seconds=0.3, stall_seconds=0.3, idle_seconds=20.0)

@@ -24,7 +24,7 @@ from psyche_node.network.messages import Fetched, GetStats, PeerDown, Publish, S
 
 PUBLIC_IP = "10.99.0.1"
 ROUNDS = 3
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 # What a home router does: nobody comes in who was not called from inside, and it does not say so.
 ROUTER = """

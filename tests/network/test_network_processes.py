@@ -41,7 +41,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.store import BlobStore
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def blob_of(size: int, seed: int = 0) -> bytes:

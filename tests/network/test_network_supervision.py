@@ -37,7 +37,7 @@ from psyche_node.network.store import BlobStore
 from psyche_node.node import networking
 from psyche_node.node.networking import Network
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Supervised:

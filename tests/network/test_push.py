@@ -36,7 +36,7 @@ from psyche_node.network.wire import node_pb2 as wire
 RUN = bytes(32)
 ROUND = 7
 DATA = bytes(range(256)) * 8192 + b"the last piece is short"
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Receiver:
