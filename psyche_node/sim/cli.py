@@ -64,7 +64,7 @@ def simulate(
     peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     sequence_length: Annotated[
         int | None,
-        typer.Option(help="Tokens per packed sequence. Default: the recipe's; a prepared folder has its own."),
+        typer.Option(help="Tokens per packed sequence. Default: the recipe's, or the prepared folder's."),
     ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
     overlap: Annotated[
