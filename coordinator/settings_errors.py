@@ -44,7 +44,7 @@ def _line(one: Mapping[str, Any], model: type[BaseModel], section: str, sources:
     key, kind = ".".join(filter(None, (section, *path))) or "settings", one["type"]
     if kind == "missing":
         return f"{key} is missing"
-    origin = next((f" ({name})" for name, table in sources if path and _has(table, path)), "")
+    origin = next((f" ({name})" for name, table in sources if path and has(table, path)), "")
     if kind == "extra_forbidden":
         near = difflib.get_close_matches(path[-1], _keys(model, path[:-1]), 1)
         return f"{key} is no setting{origin}" + (f"; did you mean {near[0]}?" if near else "")
@@ -55,7 +55,8 @@ def _line(one: Mapping[str, Any], model: type[BaseModel], section: str, sources:
     return f"{key} is {one['input']!r}{origin}: {rule}"
 
 
-def _has(table: Mapping[str, Any], path: Sequence[str]) -> bool:
+def has(table: Mapping[str, Any], path: Sequence[str]) -> bool:
+    """Whether there is a value at ``path`` in tables of tables."""
     for part in path:
         if not isinstance(table, Mapping) or part not in table:
             return False

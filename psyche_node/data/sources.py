@@ -100,8 +100,9 @@ def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int, templa
         raise DataError(f"{folder} was prepared with another tokenizer or chat template than {tokenizer}. Name its own")
     if manifest.sequence_length != sequence_length:
         raise DataError(
-            f"{folder} has sequences of {manifest.sequence_length} tokens, not {sequence_length}. Set the sequence "
-            f"length to {manifest.sequence_length}"
+            f"{folder} was prepared with sequences of {manifest.sequence_length} tokens, and the settings ask for "
+            f"{sequence_length}. Leave `--sequence-length` away, and the folder's is taken; or prepare the data again, "
+            f"with `psyche-node data prepare --sequence-length {sequence_length}`"
         )
     return DataFolders((), tokenizer, folder, manifest)
 

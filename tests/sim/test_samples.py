@@ -10,9 +10,12 @@ from typing import Any
 import pytest
 from report_data import synthetic_run
 from rich.console import Console
+from typer.testing import CliRunner
 
 from psyche_node.data import BadSample, ChatTemplate, DataError
 from psyche_node.data.manifest import Manifest
+from psyche_node.exits import Exit
+from psyche_node.sim.cli import app
 from psyche_node.sim.prepare import prepare
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.settings import Prepared, SimSettings
@@ -74,6 +77,23 @@ def test_the_template_of_the_data_is_the_models(chats: Path, cache: Path, tmp_pa
     assert ChatTemplate(hermes.model).source == ChatTemplate(own.model, "hermes-llama3").source
     with pytest.raises(DataError, match=r"chatml is made of <\|im_end\|>, <\|im_start\|>, and the tokenizer that is"):
         prepared(chats, cache, tmp_path / "chatml", skip_bad="all", template="chatml")
+
+
+def test_a_prepared_folder_has_its_own_sequence_length(
+    chats: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[SimSettings] = []
+
+    async def nothing(settings: SimSettings, started: float) -> Exit:
+        told.append(settings)
+        return Exit.OK
+
+    monkeypatch.setattr("psyche_node.sim.run.run", nothing)
+    folder = prepared(chats, cache, tmp_path / "a", skip_bad="1").data
+    words = ["--data", str(folder), "--recipe", "hermes-sft"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert CliRunner().invoke(app, [*words, "--sequence-length", "64"]).exit_code == 0
+    assert [settings.recipe.sequence_length for settings in told] == [LENGTH, 64]
 
 
 def printed(result: RunResult) -> str:
