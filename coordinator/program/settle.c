@@ -8,9 +8,13 @@ void drop(struct context *c, u64 slot, bitmap *dropped) {
     set_bit(dropped, slot);
 }
 
+static void count_up(u8 *count) {
+    if (*count < 255) ++*count;
+}
+
 /* One more of what max_missed bounds, for a member that still takes part. */
 INLINE void blame(struct context *c, u64 slot, u8 *count, bitmap *dropped) {
-    if (*count < 255) ++*count;
+    count_up(count);
     if (*count >= c->run->limits.max_missed && c->members->member[slot].status == ACTIVE) drop(c, slot, dropped);
 }
 
@@ -56,7 +60,9 @@ void close_round(struct context *c) {
             continue;
         }
         clear_bit(&round->eligible, slot);
-        blame(c, slot, &member->missed, &dropped);
+        /* out of sync, whatever it has missed before: it may load the run's weights again. How often is for the start
+         * of a round to say. */
+        count_up(&member->missed);
         if (member->status != ACTIVE) continue;
         become(c, member, DESYNCED);
         set_bit(&desynced, slot);

@@ -66,12 +66,13 @@ def prepare(
     from psyche_node.data.locate import find_files
     from psyche_node.data.prepare import prepare as write
     from psyche_node.data.samples import SampleFormat
-    from psyche_node.data.skipping import Skips
+    from psyche_node.data.skipping import Skips, read_limit
     from psyche_node.data.sources import cache_folder
 
-    if skip_bad != "all" and not skip_bad.isdecimal():
-        raise typer.BadParameter(f"--skip-bad {skip_bad} is neither a number nor all")
-    skips = Skips(None if skip_bad == "all" else int(skip_bad))
+    try:
+        skips = Skips(read_limit(skip_bad))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with _work():
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]

@@ -23,7 +23,7 @@ from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
-from psyche_node.data.rendering import Span, Template, find_template
+from psyche_node.data.rendering import TEMPLATE, Span, Template, find_template
 from psyche_node.data.textcoding import Coded, TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 
@@ -238,7 +238,7 @@ class ChatTemplate:
         return spans
 
     def _own(self, config: dict[str, Any]) -> Template:
-        where, path = f"the chat template of {self.folder}", self.folder / "chat_template.jinja"
+        where, path = f"the chat template of {self.folder}", self.folder / TEMPLATE
         if path.is_file():
             return Template(path.read_text(encoding="utf-8"), where)
         template = config.get("chat_template")

@@ -36,6 +36,14 @@ def simulate(
     data: Annotated[
         str | None, typer.Option(help="File, folder or URL with samples, as `psyche-node data prepare` takes them.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: hermes-llama3, chatml, or a file; by default the tokenizer's own."),
+    ] = None,
+    skip_bad: Annotated[
+        str,
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+    ] = "0",
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
     kill: Annotated[list[str] | None, typer.Option(help="SIGKILL a node in a round: NODE@ROUND; repeat.")] = None,
@@ -95,6 +103,8 @@ def simulate(
             seed=seed,
             out=out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(started)),
             data=data,
+            template=template,
+            skip_bad=skip_bad,
             model=model,
             adversaries=tuple(adversary or ()),
             kills=tuple(Kill.parse(text) for text in kill or ()),

@@ -85,6 +85,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         weights_sha256=sha,
         checks=checks,
         evaluations=_evaluations(world),
+        data=prepared.counts,
         checkpoint=_checkpoint(world),
         nodes=nodes,
         ledger=ledger,

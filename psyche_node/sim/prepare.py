@@ -10,9 +10,13 @@ from pathlib import Path
 
 from psyche_node import log
 from psyche_node.data.errors import DataError
+from psyche_node.data.files import write_atomically
+from psyche_node.data.rendering import TEMPLATE, find_template
+from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.exits import exit_for
 from psyche_node.folders import terms_of_data, terms_of_model
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.training.errors import ModelError
 from psyche_node.training.model import DEMO_MODEL, make_demo_model
@@ -33,16 +37,25 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         vocabulary=recipe.vocabulary,
         sequence_length=recipe.sequence_length,
         seed=settings.seed,
+        template=settings.template,
+        skip_bad=read_limit(settings.skip_bad),
     )
     folder = settings.out / "initial-model"
     parameters = make_demo_model(DEMO_MODEL if source is None else source, data.tokenizer, folder, settings.seed)
+    if settings.template is not None:
+        # Whoever talks to the checkpoint renders with the folder's own template: it is to be that of the data.
+        write_atomically(folder / TEMPLATE, find_template(settings.template).source.encode())
+    manifest = data.manifest
     return Prepared(
         model=folder,
         data=data.packed,
         **terms_of_model(folder, recipe.topk, settings.precision == "bf16"),
-        **terms_of_data(data.manifest),
+        **terms_of_data(manifest),
         parameters=parameters,
-        unigram_entropy=data.manifest.unigram_entropy,
+        unigram_entropy=manifest.unigram_entropy,
+        counts=SampleCounts(
+            **manifest.counts.model_dump(), sequence_length=manifest.sequence_length, skipped=data.skipped
+        ),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),
     )

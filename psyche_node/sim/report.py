@@ -121,6 +121,7 @@ def _view(result: RunResult) -> dict[str, Any]:
             for check in result.checks
         ],
         "ledger": _ledger_rows(result),
+        "skipped": [units.printable(line, 300) for line in result.data.skipped] if result.data else [],
         "tasks": tasks_view(result),
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,

@@ -56,6 +56,7 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
         rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
     else:
         rows.append(("replicas", "not compared: no node got to the end", "yellow"))
+    rows += _data(result)
     if result.reduction is not None:
         text = (
             f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
@@ -84,6 +85,16 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
     if result.void_rounds:
         rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
     return rows + _warnings(result)
+
+
+def _data(result: RunResult) -> list[tuple[str, str, str]]:
+    """What became of the samples."""
+    if result.data is None:
+        return []
+    rows = [("data", result.data.taken_text(), "")]
+    if dropped := result.data.dropped_text():
+        rows.append(("", dropped, "yellow" if result.data.alarming else ""))
+    return rows
 
 
 def _warnings(result: RunResult) -> list[tuple[str, str, str]]:

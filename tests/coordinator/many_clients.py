@@ -244,7 +244,7 @@ async def measure(setting: Setting) -> Measured:
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=10)
+            process.communicate(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
 

@@ -55,6 +55,7 @@ def test_bad_line_of_the_users_data_is_named(simulate: Simulate, tmp_path: Path)
     finished = simulate("--nodes", "2", "--rounds", "2", "--data", str(data))
     assert finished.code == 40, finished.text
     assert f"{data}:" in finished.text.replace("\n", "")
+    assert not finished.out.exists(), "the corrected command may name the same folder"
     assert "Traceback" not in finished.text
 
 

@@ -27,7 +27,7 @@ from psyche_node.network.records import MAX_BYTES, PROTOCOL
 from psyche_node.network.statements import Announcement, NodeRecord, parse_bootstrap
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Indifferent:

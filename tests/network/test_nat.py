@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from network_driver import Process
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.messages import Fetched, GetStats, PeerDown, Publish, Stats, Want, WantEntry
-from psyche_node.network.store import PIECE_BYTES
 
 PUBLIC_IP = "10.99.0.1"
 ROUNDS = 3
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 # What a home router does: nobody comes in who was not called from inside, and it does not say so.
 ROUTER = """

@@ -29,7 +29,7 @@ from psyche_node.network.nat.sockets import SocketFolder, connect, local_port, p
 from psyche_node.network.nat.splice import Door, Splice
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 # Sockets and splices -------------------------------------------------------------------------------------------------
 
@@ -106,12 +106,12 @@ def test_two_ports_punch_through_to_each_other() -> None:
     """Simultaneous open on loopback: what is there is a connection that nobody listened for."""
     with socket.create_server(("127.0.0.1", 0)) as helper:
         where = f"127.0.0.1:{helper.getsockname()[1]}"
-        ends = [connect(where, 5), connect(where, 5)]
+        ends = [connect(where, 60), connect(where, 60)]
         ports = [local_port(end) for end in ends]
         made: list[socket.socket] = []
-        other = threading.Thread(target=lambda: made.append(punch(ports[1], f"127.0.0.1:{ports[0]}", 20)))
+        other = threading.Thread(target=lambda: made.append(punch(ports[1], f"127.0.0.1:{ports[0]}", 60)))
         other.start()
-        with punch(ports[0], f"127.0.0.1:{ports[1]}", 20) as near:
+        with punch(ports[0], f"127.0.0.1:{ports[1]}", 60) as near:
             other.join()
             assert (local_port(near), near.getpeername()[1]) == tuple(ports)
             near.sendall(b"hello")
@@ -254,7 +254,7 @@ def test_a_probe_shows_who_it_is_from(tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = threading.Thread(target=serve, args=(listener,))
             serving.start()
-            found = probe(f"127.0.0.1:{listener.getsockname()[1]}", own=own)
+            found = probe(f"127.0.0.1:{listener.getsockname()[1]}", 60.0, own)
             assert found.der_hash == server.der_hash
             serving.join(20)
     certificate, nothing = shown

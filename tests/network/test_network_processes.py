@@ -19,6 +19,7 @@ from network_driver import RUN, Process, network
 from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.ipc import Message, RemoteFailure
 from psyche_node.network import swarm
+from psyche_node.network.blobs import PIECE_BYTES, blob_digest
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -38,9 +39,9 @@ from psyche_node.network.messages import (
     WantEntry,
 )
 from psyche_node.network.node import NetworkNode
-from psyche_node.network.store import PIECE_BYTES, BlobStore, blob_digest
+from psyche_node.network.store import BlobStore
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 def blob_of(size: int, seed: int = 0) -> bytes:

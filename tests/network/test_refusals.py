@@ -63,7 +63,7 @@ from psyche_node.node.config import NodeConfig
 from psyche_node.node.daemon import Node
 from psyche_node.node.networking import Network
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 STATS = Stats(
     bytes_sent=30,
     bytes_received=20,

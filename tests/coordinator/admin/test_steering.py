@@ -57,7 +57,7 @@ def do(ledger: Ledger, run: str, wallet: Path, act: Callable[[CoordinatorClient]
         async with await CoordinatorClient.open([ledger.rpc], run, load_keypair(wallet)) as client:
             return await act(client)
 
-    return asyncio.run(asyncio.wait_for(play(), 30))
+    return asyncio.run(asyncio.wait_for(play(), 90))
 
 
 def key_file(path: Path, keypair: Keypair) -> Path:
@@ -78,7 +78,7 @@ def test_an_owner_changes_and_ends_a_run(
         await close(*nodes)
         return nodes
 
-    asyncio.run(asyncio.wait_for(join_both(), 30))
+    asyncio.run(asyncio.wait_for(join_both(), 90))
     members = admin_json(*show)["members"]
 
     # settings

@@ -468,10 +468,12 @@ class RoundModel:
         entry = ModelRound(self.round, self.slot)
         for slot, member in sorted(self.members.items()):
             if member.status in (PENDING, DESYNCED):
-                if member.ready:
-                    member.become(ACTIVE, self.slot)
-                elif self.slot - member.status_slot > self.limits.warmup_time:
+                again = member.status is DESYNCED and member.missed > self.limits.max_missed
+                late = not member.ready and self.slot - member.status_slot > self.limits.warmup_time
+                if again or late:
                     member.become(MemberStatus.DROPPED, self.slot)
+                elif member.ready:
+                    member.become(ACTIVE, self.slot)
             if member.status is ACTIVE:
                 entry.active.add(slot)
         self._set_shares([self.members[slot] for slot in entry.active])
@@ -538,7 +540,7 @@ class RoundModel:
                 self._blame(member, "missed")
             elif majority is not None and entry.commitments[slot].fingerprint != majority:
                 entry.eligible.discard(slot)
-                self._blame(member, "missed")
+                member.missed = min(member.missed + 1, 255)
                 if member.status is ACTIVE:
                     member.become(DESYNCED, self.slot)
             else:

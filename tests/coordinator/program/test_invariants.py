@@ -20,6 +20,12 @@ MUTANTS = {
         "if (*count >= c->run->limits.max_missed &&",
         "if (*count > c->run->limits.max_missed &&",
     ),
+    "forgives a false fingerprint": ("settle.c", "count_up(&member->missed);", ";"),
+    "drops who is out of sync a time too early": (
+        "assign.c",
+        "member->missed > l->max_missed",
+        "member->missed >= l->max_missed",
+    ),
     "forgets a position": (
         "requeue.c",
         "push_range(r, r->range->start + (from - r->base), end - from);",
