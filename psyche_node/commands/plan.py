@@ -79,6 +79,7 @@ def plan(
             update_bytes=layout_of(config, shape, topk or terms.topk).update_bytes,
             overlap=bool(limits.overlap),
             lookahead=terms.lookahead,
+            z_loss=bool(terms.z_loss),
             tensor_parallel=tensor_parallel,
             micro_batch=micro_batch,
             checkpointing=checkpointing,

@@ -11,9 +11,9 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
 from psyche_node.evaluation.errors import EvaluationError
 from psyche_node.wording import problems
@@ -43,6 +43,8 @@ class TaskResult(Part):
     """multiple_choice, generate_until or loglikelihood."""
     thinking: bool | None
     """Whether the template's reasoning switch was on; null where the task has none."""
+    unswitched: bool = False
+    """Only there if true: reasoning was asked for and the model's template has no switch, so it was measured off."""
     samples: int = Field(ge=1)
     """Examples."""
     repeats: int = Field(ge=1)
@@ -57,6 +59,14 @@ class TaskResult(Part):
     """Digest of the task's settings."""
     data_sha256: str
     """Digest of the examples' file."""
+
+    @model_serializer(mode="wrap")
+    def _said_where_true(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Results without ``unswitched`` keep the digest that they had before there was such a field."""
+        values: dict[str, Any] = serialize(self)
+        if not self.unswitched:
+            del values["unswitched"]
+        return values
 
 
 class Heldout(Part):

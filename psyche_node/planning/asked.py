@@ -36,6 +36,7 @@ class Asked:
     update_bytes: int
     overlap: bool
     lookahead: bool = True
+    z_loss: bool = False
     tensor_parallel: int = 1
     micro_batch: int = 1
     checkpointing: bool | None = None
@@ -98,4 +99,5 @@ def _work(shape: ModelShape, asked: Asked, checkpointing: bool) -> Work:
         weight_bytes=2 if asked.bf16 else 4,
         micro_batches=ceil(share / micro),
         masters=not asked.bf16,
+        z_loss=asked.z_loss,
     )

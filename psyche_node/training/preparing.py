@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from optimizer.layout import Layout
+from psyche_node.planning.memory import Attention
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
@@ -82,8 +83,9 @@ def prepare_model(
         world.data_parallel,
         tensor_parallel,
         only_bf16,
-        masked=model.config._attn_implementation in _MASKED,
+        attention=_KEPT.get(model.config._attn_implementation, "lengths"),
         lookahead=lookahead,
+        z_loss=bool(z_loss),
     )
     # Ranks go through the same micro-batches, so the one with least memory decides.
     free = world.least(free_memory(model, chosen.torch, world.on_host))
@@ -104,7 +106,7 @@ def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
         )
 
 
-_MASKED = ("sdpa", "eager")
+_KEPT: Final[dict[str, Attention]] = {"sdpa": "mask", "eager": "scores"}
 
 
 def runs_in_bf16(wanted: str, shapes: Shapes, topk: int, layout_digest: bytes | None) -> bool:

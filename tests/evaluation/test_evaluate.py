@@ -93,6 +93,35 @@ def test_thinking_on_and_off_are_measured_apart(subject: Subject, write_task: Ca
     assert only.measures == off.measures
 
 
+def test_a_template_without_a_switch_is_measured_without_and_says_so(
+    folder: Path, write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    template = tmp_path / "chat_template.jinja"
+    text = template.read_text().replace("{% if thinking %}<think>{% endif %}", "")
+    template.unlink()
+    template.write_text(text)
+    settings = {"kind": "generate_until", "prompt": "{{ q }}", "target": "{{ sum }}", "max_new_tokens": 6, "chat": True}
+    for asked in ("both", "on"):
+        write_task(ROWS[:2], name=asked, thinking=asked, **settings)
+    write_task(ROWS[:2], name="plain", **settings)
+    words = ["eval", str(tmp_path), "--device", "cpu", "--json"]
+    for name in ("both", "on", "plain"):
+        words += ["--tasks", str(tmp_path / f"{name}.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    tasks = json.loads(done.stdout)["tasks"]
+    assert [(one["task"], one["thinking"], one.get("unswitched")) for one in tasks] == [
+        ("both", False, True),
+        ("on", False, True),
+        ("plain", False, None),
+    ]
+    assert done.stderr.count("has no switch for reasoning: measured without") == 2
+    shown = CliRunner().invoke(app, [one for one in words if one != "--json"])
+    assert shown.stdout.count("no switch") == 2
+
+
 @pytest.mark.parametrize(
     ("text", "ended", "inside", "expected"),
     [
