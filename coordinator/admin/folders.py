@@ -17,7 +17,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from coordinator.run_config import ConfigError, Topk, TrainingSettings, validated
-from coordinator.settings_errors import Sources
+from coordinator.wording import Sources
 
 TERMS_OF_FOLDERS: Final = {
     "model_root": "--model",

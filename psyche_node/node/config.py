@@ -10,11 +10,11 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from coordinator.fees import DEFAULT_FEE_CAP
+from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
 from psyche_node.training.options import Options
-from psyche_node.wording import problems
 
 
 class ConfigError(Exception):

@@ -104,9 +104,9 @@ def test_the_command_names_the_folder_that_is_wrong(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        ("[terms]\ntopk = 0", "terms.topk is 0 ({file}): it has to be at least 1"),
-        ("[terms]\ntopk = 'all'", "terms.topk is 'all' ({file}): it has to be a whole number"),
-        ("terms = 3", "terms is 3 ({file}): it has to be a section with keys of its own"),
+        ("[terms]\ntopk = 0", "terms.topk: it is 0 ({file}); it must be at least 1"),
+        ("[terms]\ntopk = 'all'", "terms.topk: it is 'all' ({file}); it must be a whole number"),
+        ("terms = 3", "terms: it is 3 ({file}); it must be an object with keys of its own"),
     ],
     ids=["too small", "no number", "no section"],
 )
