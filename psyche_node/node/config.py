@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from solders.pubkey import Pubkey
 
+from coordinator.addresses import as_address
 from coordinator.fees import DEFAULT_FEE_CAP
 from coordinator.wording import problems
 from psyche_node.faults import Faults
@@ -27,7 +29,11 @@ class NodeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str
-    """Address of the run's account (`psyche-admin run create` prints it)."""
+    """The run's name, or the address of its account (`psyche-admin run create` prints both)."""
+    program: str | None = None
+    """Address of the coordinator program, where `run` is a name and the chain has many programs."""
+    owner: str | None = None
+    """The owner's wallet, where several have a run of that name."""
     rpc: tuple[str, ...] = Field(min_length=1)
     """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
     commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
@@ -113,10 +119,20 @@ class NodeConfig(BaseModel):
 
     @field_validator("run")
     @classmethod
-    def _address(cls, run: str) -> str:
-        if not 32 <= len(run) <= 44:
-            raise ValueError(f"{run!r} is no address of a run; `psyche-admin run list` shows them beside the names")
+    def _name_or_address(cls, run: str) -> str:
+        try:
+            as_address(run)
+        except ValueError as error:
+            raise ValueError(f"{error}; `psyche-admin run list` shows both") from None
         return run
+
+    @field_validator("program", "owner")
+    @classmethod
+    def _address(cls, address: str | None) -> str | None:
+        try:
+            return None if address is None else str(Pubkey.from_string(address))
+        except ValueError:
+            raise ValueError(f"{address!r} is no address (32 bytes in base58)") from None
 
     @field_validator("announce_p2p", "announce_grpc", "announce_bulk")
     @classmethod
