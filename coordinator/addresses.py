@@ -61,13 +61,3 @@ def receipt_seed(run: Pubkey, wallet: Pubkey, slot: int) -> str:
     """A seed for the receipt of a member's credit, archived in chain slot `slot`; the base is who pays for it."""
     stem = hashlib.sha256(bytes(run) + bytes(wallet) + slot.to_bytes(8, "little")).digest()[:14].hex()
     return stem + "rct"
-
-
-def as_address(run: str) -> Pubkey | None:
-    """The address that ``run`` is, None for what can only be a run's name. Raises ValueError when it is neither."""
-    try:
-        return Pubkey.from_string(run)
-    except ValueError:
-        if 1 <= len(run.encode()) <= MAX_RUN_ID_BYTES and "\0" not in run:
-            return None
-    raise ValueError(f"{run!r} is neither an address nor a run's name (1 to {MAX_RUN_ID_BYTES} bytes)")

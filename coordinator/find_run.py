@@ -10,7 +10,7 @@ from typing import Any, Final
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from coordinator.addresses import as_address, run_addresses
+from coordinator.addresses import MAX_RUN_ID_BYTES, run_addresses
 from coordinator.chain import Chain, RpcError
 from coordinator.client import CoordinatorClient, RunNotFound
 from coordinator.deploy import LOADER
@@ -78,10 +78,10 @@ async def open_run(
     """
     async with Chain(rpc, patience=options.get("patience", PATIENCE_SECONDS)) as chain:
         address = await find_run(chain, run, program, owner)
-        if await chain.account(address, (0, 0)) is None:
-            near = await _near_on(chain, run, program)
-            raise RunNotFound(f"there is no account {address} on this chain; is it the right RPC endpoint?{near}")
-    return await CoordinatorClient.open(rpc, address, wallet, **options)
+        try:
+            return await CoordinatorClient.open(rpc, address, wallet, **options)
+        except RunNotFound as error:
+            raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
 
 
 async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey | None) -> Pubkey:
@@ -96,15 +96,13 @@ async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey
         RunNotFound: there is none, or several; the message lists those, or the ones that are called nearly so.
     """
     try:
-        address = as_address(run)
+        address = _as_address(run)
     except ValueError as error:
         raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
     if address is not None:
         return address
     if program is not None and owner is not None:
-        derived = run_addresses(program, owner, run).run
-        if await chain.account(derived, (0, 0)) is not None:
-            return derived
+        return run_addresses(program, owner, run).run
     everything = await all_runs(chain, program)
     found = [one for one in everything if one.run.run_id == run and owner in (None, one.run.owner)]
     if not found:
@@ -116,6 +114,16 @@ async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey
             f"several runs are called {run!r}; give --owner, --program or one of these addresses:\n{_listed(found)}"
         )
     return found[0].address
+
+
+def _as_address(run: str) -> Pubkey | None:
+    """The address that ``run`` is, None for what can only be a run's name. Raises ValueError when it is neither."""
+    try:
+        return Pubkey.from_string(run)
+    except ValueError:
+        if 1 <= len(run.encode()) <= MAX_RUN_ID_BYTES and "\0" not in run:
+            return None
+    raise ValueError(f"{run!r} is neither an address nor a run's name (1 to {MAX_RUN_ID_BYTES} bytes)")
 
 
 async def _near_on(chain: Chain, run: str, program: Pubkey | None) -> str:

@@ -10,7 +10,6 @@ from typing import Annotated, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from solders.pubkey import Pubkey
 
-from coordinator.addresses import as_address
 from coordinator.fees import DEFAULT_FEE_CAP
 from coordinator.wording import problems
 from psyche_node.faults import Faults
@@ -28,7 +27,7 @@ class NodeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str
+    run: str = Field(min_length=1)
     """The run's name, or the address of its account (`psyche-admin run create` prints both)."""
     program: str | None = None
     """Address of the coordinator program, where `run` is a name and the chain has many programs."""
@@ -116,15 +115,6 @@ class NodeConfig(BaseModel):
     """Seconds to look for an update that counts before giving up. Raise it on slow links."""
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
-
-    @field_validator("run")
-    @classmethod
-    def _name_or_address(cls, run: str) -> str:
-        try:
-            as_address(run)
-        except ValueError as error:
-            raise ValueError(f"{error}; `psyche-admin run list` shows both") from None
-        return run
 
     @field_validator("program", "owner")
     @classmethod

@@ -47,7 +47,9 @@ def test_a_client_is_opened_by_name_or_address(ledger: Ledger, program: Program,
         ):
             async with await open_run([ledger.rpc], name, **options) as client:
                 assert client.addresses.run == run
-        with pytest.raises(RunNotFound, match=f"no run of owner {program_id} is called {NAME!r}"):
+        with pytest.raises(RunNotFound, match=f"no run of owner {program_id} is called {NAME!r}.*did you mean"):
+            await open_run([ledger.rpc], NAME, owner=program_id)
+        with pytest.raises(RunNotFound, match=f"there is no account (.|\n)*did you mean (.|\n)*owner {owner.pubkey()}"):
             await open_run([ledger.rpc], NAME, program=program_id, owner=program_id)
 
     asyncio.run(look())
