@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from solders.pubkey import Pubkey
 
-from coordinator.settings_errors import Sources, explain, has
 from coordinator.state import Limits, Terms, float_bits
+from coordinator.wording import Sources, has, problems
 
 _MAX_FILE_BYTES: Final = 1 << 20
 _SCHEDULES: Final = {"constant": 0, "linear": 1, "cosine": 2, "wsd": 3}
@@ -291,7 +291,8 @@ def validated(model: type[_Model], table: Mapping[str, Any], section: str, sourc
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, model, section, sources))
+        found = problems(error, model, section, sources)
+        lines = "\n".join(f"  {where or 'settings'}: {words}" for where, words in found)
         raise ConfigError(f"the run's settings cannot be used:\n{lines}") from None
 
 

@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 @app.command()
 def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
-    run_address: Annotated[str | None, typer.Option("--run", help="Address of the run's account.")] = None,
+    run_name: Annotated[str | None, typer.Option("--run", help="The run's name, or its account's address.")] = None,
+    program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Owner's wallet, where several have a run of that name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
     commitment: Annotated[str | None, typer.Option(help="processed, confirmed or finalized.")] = None,
     priority_fee: Annotated[str | None, typer.Option(help="Micro-lamports per compute unit, or auto.")] = None,
@@ -92,7 +94,9 @@ def run(
         raise typer.Exit(train_along([]))
     logs.configure(name)
     overrides: dict[str, object] = {
-        "run": run_address,
+        "run": run_name,
+        "program": program,
+        "owner": owner,
         "rpc": tuple(rpc or ()),
         "commitment": commitment,
         "priority_fee": int(priority_fee) if priority_fee and priority_fee.isdecimal() else priority_fee,

@@ -15,8 +15,8 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from coordinator.wording import problems
 from psyche_node.evaluation.errors import EvaluationError
-from psyche_node.wording import problems
 
 
 class Part(BaseModel):

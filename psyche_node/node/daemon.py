@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from solders.keypair import Keypair
+from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient, Pulse
+from coordinator.find_run import open_run
 from coordinator.state import Run
 from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
@@ -136,10 +138,13 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             journal = Journal(config.folder / "journal.jsonl")
             stack.callback(journal.close)
-            chain = await CoordinatorClient.open(
+            program, owner = (one if one is None else Pubkey.from_string(one) for one in (config.program, config.owner))
+            chain = await open_run(
                 config.rpc,
                 config.run,
                 self._wallet,
+                program=program,
+                owner=owner,
                 commitment=config.commitment,
                 priority_fee=config.priority_fee,
                 priority_fee_cap=config.priority_fee_cap,

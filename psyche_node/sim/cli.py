@@ -12,13 +12,13 @@ import typer
 from pydantic import ValidationError
 
 from coordinator.run_config import ConfigError
+from coordinator.wording import problems
 from psyche_node.commands.chat import chat
 from psyche_node.commands.ending import failures
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.recipe import DEMO, recipe_for
 from psyche_node.sim.settings import Kill, Ranks, SimSettings
-from psyche_node.wording import problems
 
 app = typer.Typer(
     add_completion=False,

@@ -180,7 +180,7 @@ class SimSettings(BaseModel):
     @model_validator(mode="after")
     def _somebody_is_reachable(self) -> Self:
         if self.private >= self.nodes:
-            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least has to be reachable")
+            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least must be reachable")
         return self
 
     @model_validator(mode="after")

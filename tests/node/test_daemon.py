@@ -36,7 +36,7 @@ def test_whoever_comes_after_the_end_is_not_asked_for_funds(tmp_path: Path, monk
     async def opened(*arguments: Any, **named: Any) -> FinishedRun:
         return FinishedRun()
 
-    monkeypatch.setattr("psyche_node.node.daemon.CoordinatorClient.open", opened)
-    config = NodeConfig(run="1" * 43, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path)
+    monkeypatch.setattr("psyche_node.node.daemon.open_run", opened)
+    config = NodeConfig(run="1" * 32, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path)
     with pytest.raises(RunFinished, match="finished after 4 rounds"):
         asyncio.run(Node(config).run())

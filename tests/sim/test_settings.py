@@ -58,7 +58,7 @@ def test_kill_of_nobody_is_refused(kill: Kill) -> None:
 
 def test_somebody_has_to_be_reachable() -> None:
     settings(nodes=4, private=3)
-    with pytest.raises(ValidationError, match="has to be reachable"):
+    with pytest.raises(ValidationError, match="must be reachable"):
         settings(nodes=4, private=4)
 
 

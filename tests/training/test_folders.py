@@ -121,10 +121,10 @@ def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        ("[terms]\ntopk = 0", "terms.topk is 0 ({file}): it has to be at least 1"),
-        ("[terms]\ntopk = 'all'", "terms.topk is 'all' ({file}): it has to be a whole number"),
-        ("[limits]\nbatsch = 3", "limits.batsch is no setting ({file}); did you mean batch?"),
-        ("terms = 3", "terms is 3 ({file}): it has to be a section with keys of its own"),
+        ("[terms]\ntopk = 0", "terms.topk: it is 0 ({file}); it must be at least 1"),
+        ("[terms]\ntopk = 'all'", "terms.topk: it is 'all' ({file}); it must be a whole number"),
+        ("[limits]\nbatsch = 3", "limits.batsch: there is no such key ({file}); did you mean batch?"),
+        ("terms = 3", "terms: it is 3 ({file}); it must be an object with keys of its own"),
     ],
     ids=["too small", "no number", "no setting", "no section"],
 )
