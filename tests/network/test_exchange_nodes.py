@@ -441,7 +441,7 @@ async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_
         liar = next(node for node in made[1:] if node not in (parent, child))
         made[0].put(data, 1)
         await trio.to_thread.run_sync(
-            lambda: liar.links.call(child.key.public, "Have", wire.HaveRequest(digests=[digest]), wire.HaveReply, 10.0)
+            lambda: liar.links.call(child.key.public, "Have", wire.HaveRequest(digests=[digest]), wire.HaveReply, 60.0)
         )
         parent.fetcher.want(1, 0, digest, len(data))
         await parent.fetched(digest)
@@ -464,7 +464,7 @@ async def test_a_source_that_takes_one_call_at_a_time_is_no_failure(tmp_path: Pa
 
 
 def take(node: ExchangeNode, source: ExchangeNode, digest: bytes, first: int, count: int) -> int:
-    return sum(len(piece) for piece in node.links.fetch(source.key.public, digest, first, count, 30.0))
+    return sum(len(piece) for piece in node.links.fetch(source.key.public, digest, first, count, 60.0))
 
 
 @in_trio

@@ -216,7 +216,7 @@ def relayed(spec: str, target: tuple[str, int]) -> Iterator[Forward]:
         yield forward
     finally:
         loop.stopping = True
-        thread.join(10)
+        thread.join(60)
         loop.close()
 
 
@@ -228,7 +228,7 @@ def test_every_byte_arrives_in_order_and_so_does_the_end(spec: str, echo: Echo) 
         @given(st.lists(st.integers(1, 70_000), max_size=8), st.integers(0, 2**32))
         def check(sizes: list[int], seed: int) -> None:
             parts = list(map(random.Random(seed).randbytes, sizes))
-            with socket.create_connection(forward.address, timeout=30) as connection:
+            with socket.create_connection(forward.address, timeout=60) as connection:
 
                 def send() -> None:
                     for part in parts:
@@ -248,7 +248,7 @@ def test_connections_of_a_line_share_it(echo: Echo) -> None:
     """All of them get through, none of them by waiting until the others are done."""
     data = bytes(200_000)
     with relayed("80mbit/2ms", echo.address) as forward:
-        connections = [socket.create_connection(forward.address, timeout=30) for _ in range(4)]
+        connections = [socket.create_connection(forward.address, timeout=60) for _ in range(4)]
         order: list[int] = []
 
         def exchange(number: int) -> None:
@@ -263,14 +263,14 @@ def test_connections_of_a_line_share_it(echo: Echo) -> None:
         for thread in threads:
             thread.start()
         for thread in threads:
-            thread.join(30)
+            thread.join(60)
     firsts, lasts = [[order.index(n) for n in range(4)], [len(order) - 1 - order[::-1].index(n) for n in range(4)]]
     assert max(firsts) < min(lasts)
 
 
 def test_a_target_that_is_not_there_is_a_connection_that_breaks() -> None:
     def attempt(address: tuple[str, int]) -> bytes:
-        with socket.create_connection(address, timeout=30) as connection:
+        with socket.create_connection(address, timeout=60) as connection:
             return connection.recv(1)
 
     with socket.socket() as nobody:
@@ -285,8 +285,8 @@ def test_a_target_of_the_other_family_is_reached() -> None:
     except OSError:
         pytest.skip("this machine has no IPv6")
     with server, relayed("unlimited/0", server.getsockname()[:2]) as forward:
-        server.settimeout(30)
-        with socket.create_connection(forward.address, timeout=30), server.accept()[0]:
+        server.settimeout(60)
+        with socket.create_connection(forward.address, timeout=60), server.accept()[0]:
             pass
 
 
@@ -297,9 +297,9 @@ def test_a_connection_for_which_no_descriptor_is_left_costs_that_connection_only
     with relayed("unlimited/0", echo.address) as forward:
         with monkeypatch.context() as patch:
             patch.setattr("psyche_node.relay.forward._socket", Mock(side_effect=none_left))
-            with socket.create_connection(forward.address, timeout=30) as connection:
+            with socket.create_connection(forward.address, timeout=60) as connection:
                 assert connection.recv(1) == b""
-        with socket.create_connection(forward.address, timeout=30) as connection:
+        with socket.create_connection(forward.address, timeout=60) as connection:
             connection.sendall(b"hello")
             assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
 
@@ -343,12 +343,12 @@ def test_the_command_relays_until_it_is_told_to_stop(echo: Echo) -> None:
         assert len({entry["at"] for entry in ports}) == 3
         for entry in ports:
             host, port = entry["at"].split(":")
-            with socket.create_connection((host, int(port)), timeout=30) as connection:
+            with socket.create_connection((host, int(port)), timeout=60) as connection:
                 connection.sendall(b"hello")
                 assert connection.recv(5, socket.MSG_WAITALL) == b"hello"
     finally:
         process.send_signal(signal.SIGTERM)
-    assert process.wait(30) == 0
+    assert process.wait(60) == 0
 
 
 @pytest.mark.parametrize(
