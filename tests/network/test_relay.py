@@ -13,7 +13,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from unittest.mock import Mock
 
 import pytest
@@ -244,26 +244,36 @@ def test_every_byte_arrives_in_order_and_so_does_the_end(spec: str, echo: Echo) 
         check()
 
 
-def test_connections_of_a_line_share_it(echo: Echo) -> None:
-    """All of them get through, none of them by waiting until the others are done."""
-    data = bytes(200_000)
-    with relayed("80mbit/2ms", echo.address) as forward:
-        connections = [socket.create_connection(forward.address, timeout=60) for _ in range(4)]
-        order: list[int] = []
-
-        def exchange(number: int) -> None:
-            with connections[number] as connection:
-                threading.Thread(target=connection.sendall, args=(data,)).start()
-                left = len(data)
-                while left:
-                    left -= len(connection.recv(min(left, 1 << 14)))
+def test_connections_of_a_line_share_it() -> None:
+    """All of them get through, none of them by waiting until the others are done; the clock is the test's."""
+    clock = itertools.count(0.0, 0.0005)
+    loop = Loop(lambda: next(clock))
+    with ExitStack() as stack:
+        server = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        server.setblocking(False)
+        forward = open_link(loop, LinkSpec.parse("80mbit/2ms"), [server.getsockname()])[0]
+        unsent = {}
+        for _ in range(4):
+            client = stack.enter_context(socket.create_connection(forward.address, timeout=60))
+            client.setblocking(False)
+            unsent[client] = 200_000
+        ends: list[socket.socket] = []
+        while len(ends) < 4:
+            loop.turn(0.0)
+            with suppress(BlockingIOError):
+                ends.append(stack.enter_context(server.accept()[0]))
+                ends[-1].setblocking(False)
+        left, order = [200_000] * 4, list[int]()
+        while any(left):
+            for client, count in unsent.items():
+                with suppress(BlockingIOError):
+                    unsent[client] -= client.send(bytes(min(count, 1 << 14)))
+            loop.turn(0.0)
+            for number, end in enumerate(ends):
+                with suppress(BlockingIOError):
+                    left[number] -= len(end.recv(1 << 14))
                     order.append(number)
-
-        threads = [threading.Thread(target=exchange, args=(number,)) for number in range(4)]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join(60)
+        loop.close()
     firsts, lasts = [[order.index(n) for n in range(4)], [len(order) - 1 - order[::-1].index(n) for n in range(4)]]
     assert max(firsts) < min(lasts)
 
