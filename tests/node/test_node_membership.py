@@ -5,23 +5,24 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from node_stage import ScriptedChain, child, run_async, settle, watching
-from node_values import KEY, commitment, included, member_of, pulse_of, round_of
+from node_values import KEY, RUN, commitment, included, member_of, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
-from coordinator.state import MemberStatus, Phase
+from coordinator.state import MemberStatus, Phase, Run
 from psyche_node.exits import Exit, exit_for
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import MemberEntry, PeerUp, SetMembers
 from psyche_node.node.journal import Journal, JournalReader
 from psyche_node.node.membership import MOST_RETURNS, Membership
+from psyche_node.node.roster import Roster
 from psyche_node.node.roundloop import Desynced
 from psyche_node.node.standing import Dropped, Ejected, JoinRefused, RunFinished, admitted, check_in_time, why_dropped
 
@@ -47,6 +48,7 @@ class Scene:
         self.key = load_or_create_node_key(folder / "node.key")
         self.replica = Weights()
         self.lists: list[list[int]] = []
+        self.roster: Roster
         self.it: Membership
         self.following: asyncio.Task[None]
         self.keeping: asyncio.Task[None]
@@ -81,29 +83,23 @@ class Scene:
 
 
 @contextlib.asynccontextmanager
-async def scene(folder: Path, *errors: Exception) -> AsyncIterator[Scene]:
-    """``errors``: of the first attempts to say that it is ready."""
+async def scene(
+    folder: Path, *errors: Exception, share: int = 0, loaded: Run = RUN, peers: Iterable[int] = (0, 2, 3)
+) -> AsyncIterator[Scene]:
+    """``errors``: of the first attempts to say that it is ready. ``peers``: who is connected."""
     chain = ScriptedChain()
     chain.errors["ready"] = list(errors)
     stage = Scene(folder, chain)
     journal = Journal(folder / "journal.jsonl")
     async with watching(chain) as view, child(stage.network) as (network, _):
-        stage.it = Membership(
-            chain,  # type: ignore[arg-type]
-            view,
-            network,
-            journal,
-            member_of(ME).wallet,
-            stage.key,
-            0,
-            pulse_of().run,
-        )
-        for number in (0, 2, 3):
+        stage.roster = Roster(chain, view, network, member_of(ME).wallet, stage.key)  # type: ignore[arg-type]
+        stage.it = Membership(chain, view, stage.roster, journal, stage.key, share, loaded)  # type: ignore[arg-type]
+        for number in peers:
             stage.it.on_event(PeerUp(slot=number))
         chain.push(pulse_of(Phase.WARMUP))
         await view.until(lambda pulse: True)
         assert await stage.it.join() == ME
-        tasks = [asyncio.create_task(part) for part in (stage.it.follow(), stage.it.keep(stage.replica))]
+        tasks = [asyncio.create_task(part) for part in (stage.roster.follow(), stage.it.keep(stage.replica))]
         stage.following, stage.keeping = tasks
         try:
             yield stage
