@@ -78,7 +78,6 @@ class Membership:
             self._roster.changes.fire()
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
-            self._roster.changes.fire()
 
     # Joining ---------------------------------------------------------------------------------------------------------
 
@@ -92,7 +91,6 @@ class Membership:
                 raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
         elif mine.node_key != self._node_key.public:
             mine = await self._go_on_under_new_key(mine)
-        self._included = mine.updates_included
         self._roster.see(mine)
         log.info("member %d of run %s", mine.slot, self._view.pulse.run.run_id)
         self._journal.write("joined", member=mine.slot)

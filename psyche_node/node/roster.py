@@ -97,7 +97,6 @@ class Roster:
                 raise Dropped(
                     f"member {self.slot} is another wallet by now: this one was dropped, and the run is full; {LATER}"
                 )
-            self.changes.fire()
             members = admitted(table)
             if members != known:
                 await self._network.call(SetMembers(members=members), Ok)
