@@ -77,6 +77,8 @@ class Folders:
         if written & _CHEAP:
             self._compare(table, written, _ask([*words, "--quick"]))
         found = _ask(words)
+        if (warning := found.pop("warning", None)) is not None:
+            print(f"warning: {warning}", file=sys.stderr)
         self._compare(table, written, found)
         return found
 

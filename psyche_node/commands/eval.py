@@ -90,7 +90,8 @@ def _show(results: Results) -> None:
         held = results.heldout
         table.add_row("held out", "", "loss, nats", *_figure(held.loss), f"{held.sequences:,}")
         perplexity = "infinite" if held.perplexity is None else f"{held.perplexity:,.3f}"
-        table.add_row("", "", "perplexity", perplexity, "", f"{held.tokens:,} tokens")
+        error = "" if held.perplexity_stderr is None else f"{held.perplexity_stderr:,.3f}"
+        table.add_row("", "", "perplexity", perplexity, error, f"{held.tokens:,} tokens")
     for one in results.tasks:
         switch = "no switch" if one.unswitched else {True: "on", False: "off", None: ""}[one.thinking]
         samples = f"{one.samples:,}" + (f" x {one.repeats}" if one.repeats > 1 else "")

@@ -23,8 +23,10 @@ def terms(
 ) -> None:
     """Print the part of a run's terms that follows from a model and a data folder, as nodes work it out.
 
-    `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself.
+    `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself. Warns where the data was rendered with
+    another chat template than the model folder's own.
     """
+    from psyche_node.data.agreement import template_warning
     from psyche_node.data.dataset import PackedDataset
     from psyche_node.data.errors import DataError
     from psyche_node.data.manifest import Manifest
@@ -49,9 +51,14 @@ def terms(
         if model is not None and not quick:
             of_folder |= of_model(model, weights=True)
         found = of_folder | found
+        warning = None
+        if model is not None and data is not None and (model / "tokenizer.json").is_file():
+            warning = template_warning(data, manifest, model)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(found if warning is None else found | {"warning": warning}))
         return
+    if warning is not None:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
     typer.echo("[terms]")
     for key, value in found.items():
         typer.echo(f"{key} = {json.dumps(value)}")

@@ -301,7 +301,7 @@ class Node:
             self._config.folder / CHECKPOINT,
             LINGER_SECONDS,
         )
-        await asyncio.sleep(LINGER_SECONDS)
+        await _linger()
 
     def _on_event(self, message: Message) -> None:
         if self._metrics is not None:
@@ -316,3 +316,13 @@ class Node:
     def _tick_delay(self, pulse: Pulse) -> int:
         member = None if self._roster is None else self._roster.slot
         return tick_delay(member, pulse.run.round, pulse.header.members)
+
+
+async def _linger() -> None:
+    """Let others fetch what they lack. This node is done: to be stopped meanwhile is no interruption."""
+    try:
+        await asyncio.sleep(LINGER_SECONDS)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()

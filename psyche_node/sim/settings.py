@@ -77,6 +77,10 @@ class Prepared(BaseModel):
     unigram_entropy: float
     counts: SampleCounts
     """What became of the samples."""
+    question: str | None = None
+    """The first prompt of the held-out data, shortened; None if it has no conversations."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of model and data."""
     model_source: str
     data_source: str
 

@@ -29,6 +29,7 @@ def test_ctrl_c_stops_everything_and_reports_what_was_trained(started) -> None:
     result = load_result(out / "report.json")
     assert result.outcome == "interrupted"
     assert 1 <= result.rounds < 500
+    assert [(node.exit, node.exit_code) for node in result.nodes] == [("interrupted", 130)] * 2
     assert "Traceback" not in text
 
 

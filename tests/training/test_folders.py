@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,24 @@ def test_contradictions_are_told_before_anything_is_read(model_dir: Path, packed
     (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
     (tmp_path / "manifest.json").write_bytes((packed / "manifest.json").read_bytes())
     found = json.loads(printed("--model", tmp_path, "--data", tmp_path, "--topk", "64", "--quick", "--json"))
-    assert (
-        found.items() <= json.loads(printed("--model", model_dir, "--data", packed, "--topk", "64", "--json")).items()
-    )
+    whole = json.loads(printed("--model", model_dir, "--data", packed, "--topk", "64", "--json"))
+    assert found.items() <= whole.items()
     assert "model_root" not in found
     with pytest.raises(ConfigError, match=r"update_bytes is 9 .*, but --model"):
         Folders(tmp_path, tmp_path, "fp32").terms(table({"update_bytes": 9}), 64)
+
+
+def test_an_owner_hears_of_another_template(
+    model_dir: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    found = Folders(model, packed, "fp32").terms(table({}), 64)
+    assert set(found) == set(TERMS_OF_FOLDERS)
+    said = capsys.readouterr().err
+    assert f"warning: {packed} was rendered with the chat template" in said
+    assert f"and {model} has another one" in said
 
 
 def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
