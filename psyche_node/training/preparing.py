@@ -78,7 +78,7 @@ def prepare_model(
     world.together(lambda: load_into(model, folder, chosen.torch))
     if options.compile:
         reasons.append(compile_layers(model))
-    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
+    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world, options.compile)
     site = Site(
         world.data_parallel,
         tensor_parallel,
@@ -133,8 +133,13 @@ def _with_attention(
     device: Device,
     z_loss: float,
     world: World,
+    compiled: bool,
 ) -> tuple[LossFunction, list[str]]:
-    """The loss, with the first implementation of attention that works and separates documents on all ranks; and why."""
+    """The loss, with the first implementation of attention that works and separates documents on all ranks; and why.
+
+    Where layers are ``compiled``, each is tried without that first: ranks' exchanges are not counted in compiled
+    layers, so that an attention that does not work in the second layer of one rank would leave the others waiting.
+    """
     reasons: list[str] = []
     for number, (name, reason) in enumerate(choices):
         model.set_attn_implementation(NAMES[name])
@@ -144,12 +149,18 @@ def _with_attention(
                 loss = LossFunction(model, z_loss, root)
                 return loss, check_separation(loss.logits, vocabulary, device.torch)
 
+        def uncompiled() -> tuple[LossFunction, str]:
+            with torch.compiler.set_stance("force_eager"):
+                return tried()
+
         def motions() -> None:
             model.set_attn_implementation(NAMES["eager"])  # which needs nothing that may be missing
             with contextlib.suppress(SeparationError):
-                tried()
+                uncompiled()
 
         try:
+            if compiled:
+                world.jointly(uncompiled, motions)
             loss, separation = world.jointly(tried, motions)
         except (ModelError, OutOfStep):
             raise
