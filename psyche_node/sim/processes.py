@@ -13,6 +13,8 @@ from pathlib import Path
 
 import psutil
 
+from psyche_node.endings import how_it_ended
+
 _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec, a library could not be loaded safely beside other threads.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -28,7 +30,7 @@ class ProcessEnded(Exception):
     """A process ended, or said nothing, where it should have gone on. ``code`` is its exit status."""
 
     def __init__(self, name: str, code: int | None, log: Path, last_words: str) -> None:
-        super().__init__(f"{last_words}\n({name}: exit status {code}, log {log})")
+        super().__init__(f"{last_words}\n({name}: {how_it_ended(code)}, log {log})")
         self.code = code
 
 
