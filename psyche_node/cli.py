@@ -19,7 +19,7 @@ from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
 from psyche_node.commands.terms import terms
-from psyche_node.exits import Exit, exit_for, in_words
+from psyche_node.exits import NOTHING_TO_DO, Exit, exit_for, in_words
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
@@ -219,7 +219,9 @@ async def _run(settings: NodeConfig) -> int:
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
         code = exit_for(error)
-        log.error("%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        level = logging.INFO if code in NOTHING_TO_DO else logging.ERROR
+        log.log(level, "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        log.log(level, "exit code %d, %s: %s", code, code.name, code.resolve)
         return code
     return Exit.OK
 

@@ -171,7 +171,8 @@ class Node:
             )
             for reason in loaded.reasons:
                 log.info("%s", reason)
-            log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
+            log.info("node %s serves its updates at %s", ready.node_id, ready.grpc_address)
+            log.info("others reach it by bootstrap = %s", " or ".join(ready.multiaddrs))
             shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
             layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")

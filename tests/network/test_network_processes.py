@@ -430,7 +430,7 @@ def test_a_taken_port_is_refused_with_a_reason(tmp_path: Path, port: str) -> Non
             with pytest.raises(RemoteFailure, match=f"{port}: .* is taken") as refused:
                 await process.endpoint.call(configure, Ready)
             assert exit_for(refused.value) is Exit.NETWORK, "the daemon ends with what the port means"
-            assert in_words(refused.value).startswith(f"PortUnavailable: {port}: 127.0.0.1:")
+            assert in_words(refused.value).startswith(f"{port}: 127.0.0.1:")
             assert await process.stop() == 2
             # It is the supervisor's to say.
             assert all(json.loads(line)["level"] == "DEBUG" for line in process.log_text().splitlines())
