@@ -65,4 +65,4 @@ def started(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str
     for process in running:
         process.kill()
         process.communicate()
-    until(lambda: processes_of(out) == [], "the end of every process of the simulation", 30)
+    until(lambda: processes_of(out) == [], "the end of every process of the simulation", 240)
