@@ -260,7 +260,7 @@ class SimSettings(BaseModel):
             max_round_train_time=self._slots(120),
             round_witness_time=self._slots(10),
             cooldown_time=self._slots(30),
-            adaptive_grace=self._slots(2),
+            adaptive_grace=self._slots(5),
             batch=self.recipe.batch,
             rounds_per_epoch=self.rounds,
             total_rounds=self.rounds,

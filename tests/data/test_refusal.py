@@ -55,7 +55,7 @@ def refusal(folder: Path, expected: bytes, source: str) -> RemoteFailure:
                 await endpoint.call(load, m.Loaded)
         finally:
             await endpoint.close()
-            await asyncio.to_thread(process.wait, timeout=30)
+            await asyncio.to_thread(process.wait, timeout=90)
         return caught.value
 
     return asyncio.run(scenario())

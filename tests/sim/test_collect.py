@@ -381,7 +381,7 @@ def test_process_is_gone_when_its_end_is_cancelled(tmp_path: Path, monkeypatch: 
 
     async def test() -> None:
         process = Managed("part", "stubborn_part", [], tmp_path / "part.log", pipe=True)
-        assert await process.first_line(20) == "up\n"
+        assert await process.first_line(90) == "up\n"
         stopping = asyncio.create_task(process.stop())
         await asyncio.sleep(0)
         stopping.cancel()
