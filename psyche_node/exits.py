@@ -19,6 +19,7 @@ RANGES = (
     (50, 59, "Training"),
     (60, 69, "Processes of a node"),
     (70, 79, "Simulation"),
+    (80, 89, "As in `psyche-admin`"),
     (90, 99, "Talking to a model, and measuring it"),
     (128, 159, "Signals"),
 )
@@ -183,6 +184,12 @@ class Exit(ExitCode):
         "The run ended, and the nodes' weights are not byte-identical.",
         "This is a defect: report it with `report.json`, which says from which check on they differ.",
     )
+    RPC_REFUSED = (
+        85,
+        "The RPC endpoint understood a request and refused it.",
+        "The message is the endpoint's. Public endpoints limit how much is asked of them: name another with `--rpc`, "
+        "or run your own.",
+    )
     CONVERSATION = (
         90,
         "The conversation does not fit the model: its chat template refuses it, or its context window is too small.",
@@ -217,6 +224,7 @@ _EXITS: dict[str, Exit] = {
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
     "coordinator.rpc.BadUrl": Exit.CONFIG,
+    "coordinator.rpc.RpcError": Exit.RPC_REFUSED,
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
@@ -253,7 +261,7 @@ _EXITS: dict[str, Exit] = {
 }
 """By name, so that a command does not import torch to say how it ended."""
 
-_BY_CLASS_NAME = {name.rpartition(".")[2]: code for name, code in _EXITS.items()}
+_BY_NUMBER = {code.value: code for code in Exit}
 _REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
 
 
@@ -267,14 +275,14 @@ def in_words(error: BaseException) -> str:
 def exit_for(error: BaseException) -> Exit:
     """Return the code of what ended a command: that of its nearest known class, or UNEXPECTED.
 
-    Of a group, the first member's. What a child process reported (``RemoteFailure``: "training: Load: ModelError: ...")
-    counts as what it was there.
+    Of a group, the first member's. What another process reported counts as what it was there: such errors bring their
+    ``exit_code`` along.
     """
     error = _first(error)
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    if (there := _reported(error)) is not None:
-        return _BY_CLASS_NAME.get(there.partition(":")[0], Exit.CHILD_PROCESS)
+    if (there := getattr(error, "exit_code", None)) is not None:
+        return _BY_NUMBER.get(there, Exit.CHILD_PROCESS)
     for one in type(error).__mro__:
         if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
             return code
