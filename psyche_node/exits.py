@@ -187,8 +187,7 @@ class Exit(ExitCode):
     RPC_REFUSED = (
         85,
         "The RPC endpoint understood a request and refused it.",
-        "The message is the endpoint's. Public endpoints limit how much is asked of them: name another with `--rpc`, "
-        "or run your own.",
+        "The message is the endpoint's. Public ones limit how much is asked of them: name another with `--rpc`.",
     )
     CONVERSATION = (
         90,
@@ -260,7 +259,6 @@ _EXITS: dict[str, Exit] = {
     "builtins.OSError": Exit.FILES,
 }
 """By name, so that a command does not import torch to say how it ended."""
-
 _BY_NUMBER = {code.value: code for code in Exit}
 _REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
 
