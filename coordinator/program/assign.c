@@ -29,15 +29,8 @@ static void settle_newcomers(const struct context *c, struct team *team, const b
     }
 }
 
-/* A place is given up by who has had the time of a warm-up and is not ready, and by who is out of sync once more when
- * max_missed is used up already: a member may come back on wrong weights so many times, and not for ever. */
-INLINE int gives_up(const struct context *c, const struct member *member) {
-    const struct limits *l = &c->run->limits;
-    if (member->status == DESYNCED && member->missed > l->max_missed) return 1;
-    return !member->ready && c->slot - member->status_slot > l->warmup_time;
-}
-
-/* Collect the active members. One that has joined or re-synced and reported ready is active from here on. */
+/* Collect the active members. One that has joined or re-synced and reported ready is active from here on; one that has
+ * had the time of a warm-up for it and is not ready gives its place up. */
 static void gather(struct context *c, struct round *round, struct team *team) {
     u64 count = 0, share = 0, established = 0, most = share_limit(c->run);
     bitmap dropped = {{0, 0, 0, 0}}, newcomers = {{0, 0, 0, 0}};
@@ -48,11 +41,11 @@ static void gather(struct context *c, struct round *round, struct team *team) {
             u64 status = member->status;
             if (status != ACTIVE) {
                 if (status != PENDING && status != DESYNCED) continue;
-                if (gives_up(c, member)) {
+                if (!member->ready) {
+                    if (c->slot - member->status_slot <= c->run->limits.warmup_time) continue;
                     drop(c, slot, &dropped);
                     continue;
                 }
-                if (!member->ready) continue;
                 become(c, member, ACTIVE);
             }
             active |= bit;

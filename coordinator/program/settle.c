@@ -60,12 +60,12 @@ void close_round(struct context *c) {
             continue;
         }
         clear_bit(&round->eligible, slot);
-        /* out of sync, whatever it has missed before: it may load the run's weights again. How often is for the start
-         * of a round to say. */
+        /* It was there, and may load the run's weights again, unless it had missed too much before this. */
+        int again = member->missed >= run->limits.max_missed;
         count_up(&member->missed);
         if (member->status != ACTIVE) continue;
-        become(c, member, DESYNCED);
-        set_bit(&desynced, slot);
+        become(c, member, again ? DROPPED : DESYNCED);
+        set_bit(again ? &dropped : &desynced, slot);
     }
     round->state = ROUND_CLOSED;
     round->close_slot = c->slot;

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from psyche_node.data.agreement import Rendering, rendering_of
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
-from psyche_node.data.prepare import prepare, tokenizer_digest
+from psyche_node.data.prepare import prepare
 from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
-from psyche_node.data.template import ChatTemplate
 from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
 
 
@@ -28,6 +28,7 @@ from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
 class DataFolders:
     """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest.
 
+    ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
     ``skipped``: the first bad samples that were passed over, as messages.
     """
 
@@ -35,6 +36,7 @@ class DataFolders:
     tokenizer: Path
     packed: Path
     manifest: Manifest
+    rendering: Rendering
     skipped: tuple[str, ...] = ()
 
 
@@ -77,8 +79,8 @@ def build_data(
             cache, key, "tokenizer_config.json", lambda out: train_tokenizer(files, vocabulary, out, Skips(skip_bad))
         )
     parts = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
-    rendering = None if chosen is None else chosen.source
-    key = _key("packed", code, content, parts, sequence_length, heldout, seed, rendering, skip_bad)
+    source_of_template = None if chosen is None else chosen.source
+    key = _key("packed", code, content, parts, sequence_length, heldout, seed, source_of_template, skip_bad)
     folder = tokenizer
 
     def build(out: Path) -> None:
@@ -89,21 +91,28 @@ def build_data(
 
     packed = _once(cache, key, NAME, build)
     skipped = json.loads((packed / _SKIPPED).read_bytes())
-    return DataFolders(tuple(files), tokenizer, packed, Manifest.read(packed), tuple(skipped))
+    return DataFolders(
+        tuple(files), tokenizer, packed, Manifest.read(packed), Rendering(template, None), tuple(skipped)
+    )
 
 
 def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int, template: str | None) -> DataFolders:
     manifest = Manifest.read(folder)
     if tokenizer is None:
         raise DataError(f"{folder} is prepared, for a tokenizer of its own. Name the model folder that has it")
-    if tokenizer_digest(ChatTemplate(tokenizer, template)) != manifest.tokenizer:
-        raise DataError(f"{folder} was prepared with another tokenizer or chat template than {tokenizer}. Name its own")
+    rendering = rendering_of(folder, manifest, tokenizer, template)
+    if rendering is None:
+        raise DataError(
+            f"{folder} was prepared with another tokenizer than that of {tokenizer}, or with a chat template that is "
+            "not beside its manifest. Name the model that it was prepared for"
+        )
     if manifest.sequence_length != sequence_length:
         raise DataError(
-            f"{folder} has sequences of {manifest.sequence_length} tokens, not {sequence_length}. Set the sequence "
-            f"length to {manifest.sequence_length}"
+            f"{folder} was prepared with sequences of {manifest.sequence_length} tokens, and the settings ask for "
+            f"{sequence_length}. Leave `--sequence-length` away, and the folder's is taken; or prepare the data again, "
+            f"with `psyche-node data prepare --sequence-length {sequence_length}`"
         )
-    return DataFolders((), tokenizer, folder, manifest)
+    return DataFolders((), tokenizer, folder, manifest, rendering)
 
 
 def cache_folder() -> Path:

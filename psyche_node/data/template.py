@@ -123,6 +123,13 @@ class ChatTemplate:
             spans += [Span(at, turn.end)] * train
         return Rendered(text, _joined(spans), [], places[QUOTE])
 
+    def prompt(self, messages: list[dict[str, Any]]) -> str | None:
+        """Return the text of a conversation, up to where the answer to it would begin; None if the template refuses."""
+        try:
+            return self._template.render(self._context({}, messages, None) | {"add_generation_prompt": True})[0]
+        except Exception:  # a template is a program of its own
+            return None
+
     def encode(self, samples: Sequence[Sample]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
         """Return per sample its token ids (L,) and which of them are trained (L,), never the first.
 

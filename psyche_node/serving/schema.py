@@ -12,8 +12,8 @@ from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from coordinator.wording import in_words, place
 from psyche_node.serving.errors import ApiError
-from psyche_node.wording import in_words, place
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1)]
@@ -255,7 +255,7 @@ def parse(kind: type[Asked], body: object) -> Asked:
     except ValidationError as error:
         # Of the kinds a value may have, the one that got furthest is what was meant.
         nearest = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-        where = place(nearest["loc"])
+        where = place(nearest["loc"], nearest["type"])
         words = kind.shapes.get(where.partition("[")[0]) or in_words(nearest)
         raise ApiError(400, f"{where}: {words}", param=where or None) from None
 

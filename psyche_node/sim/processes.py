@@ -13,6 +13,7 @@ from pathlib import Path
 
 import psutil
 
+from psyche_node.endings import how_it_ended
 from psyche_node.exits import Exit
 
 _PR_SET_PDEATHSIG = 1
@@ -33,8 +34,8 @@ class ProcessEnded(Exception):
     """
 
     def __init__(self, name: str, code: int | None, log: Path, last_words: str) -> None:
-        super().__init__(f"{last_words}\n({name}: exit status {code}, log {log})")
-        self.words = f"{last_words}\n({name}: exit status {code})"
+        super().__init__(f"{last_words}\n({name}: {how_it_ended(code)}, log {log})")
+        self.words = f"{last_words}\n({name}: {how_it_ended(code)})"
         self.code = code
 
 

@@ -19,7 +19,7 @@ from psyche_node.sim.record import Count, Loss, Record, Seconds
 from psyche_node.sim.samples import SampleCounts
 
 Outcome = Literal["finished", "interrupted", "failed"]
-NodeExit = Literal["finished", "killed", "failed", "stopped"]
+NodeExit = Literal["finished", "killed", "failed", "stopped", "interrupted"]
 MemberState = Literal["trained", "committed", "included", "missed", "void"]
 Level = Literal["info", "warning", "error"]
 
@@ -64,7 +64,8 @@ class NodeResult(Record):
     status: str
     """The member's status on chain at the end: pending, active, desynced, dropped, left, ejected; outsider if none."""
     exit: NodeExit
-    """How its process ended: finished by itself, killed on purpose, failed with an error, stopped by the simulation."""
+    """How its process ended: finished by itself, killed on purpose, failed with an error, stopped by
+    the simulation, interrupted by its user."""
     exit_code: int | None = None
     """The process's exit code (docs/reference/exit-codes.md); negative: the signal that ended it."""
     ended_at: Seconds | None = None
@@ -290,6 +291,8 @@ class RunResult(Record):
     """What became of the samples; null in reports of older versions."""
     checkpoint: str | None
     """Hugging Face folder of the final model."""
+    question: str | None = None
+    """First prompt of the held-out data, shortened: something to ask the model. Null where the data has none."""
     nodes: list[NodeResult]
     """The nodes, in the order they were started."""
     ledger: LedgerResult

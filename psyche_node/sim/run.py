@@ -91,6 +91,8 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     with ProgressDisplay(console) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
         _tell_samples(world.prepared.counts, display)
+        for warning in world.prepared.warnings:
+            display.log(warning, "warning")
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:

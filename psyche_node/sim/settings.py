@@ -77,6 +77,10 @@ class Prepared(BaseModel):
     unigram_entropy: float
     counts: SampleCounts
     """What became of the samples."""
+    question: str | None = None
+    """The first prompt of the held-out data, shortened; None if it has no conversations."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of model and data."""
     model_source: str
     data_source: str
 
@@ -180,7 +184,7 @@ class SimSettings(BaseModel):
     @model_validator(mode="after")
     def _somebody_is_reachable(self) -> Self:
         if self.private >= self.nodes:
-            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least has to be reachable")
+            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least must be reachable")
         return self
 
     @model_validator(mode="after")
@@ -256,7 +260,7 @@ class SimSettings(BaseModel):
             max_round_train_time=self._slots(120),
             round_witness_time=self._slots(10),
             cooldown_time=self._slots(30),
-            adaptive_grace=self._slots(2),
+            adaptive_grace=self._slots(5),
             batch=self.recipe.batch,
             rounds_per_epoch=self.rounds,
             total_rounds=self.rounds,

@@ -27,6 +27,8 @@ from coordinator.instructions import DEFAULT_SHARE, run_addresses
 from coordinator.program import program_bytes
 from coordinator.state import Member, Phase, Round
 from coordinator.wallet import load_or_create_keypair
+from psyche_node.endings import how_it_ended
+from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.journal import JournalReader
@@ -384,7 +386,8 @@ class World:
 
 
 def _last_words(process: Managed) -> str:
-    return f"{process.name} (exit status {process.process.returncode}): {process.log}\n{process.tail()}"
+    how = how_it_ended(process.process.returncode, {code.value: code.meaning for code in Exit})
+    return f"{process.name}: {how}. Its log, {process.log}, ends with\n{process.tail()}"
 
 
 def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:

@@ -206,10 +206,18 @@ def test_a_process_that_does_not_answer_is_replaced(
 
     async def scenario() -> None:
         async with supervised(tmp_path) as own:
+            take = own.network._tell
+
+            def forbearing(message: Message) -> None:
+                # Before the second life is looked at: it answers, but not within any time.
+                if isinstance(message, NetworkRestarted):
+                    monkeypatch.setattr(networking, "SILENCE_SECONDS", 60.0)
+                take(message)
+
+            own.network._tell = forbearing
             await own.network.start(own.configure())
             keeping = asyncio.create_task(own.network.keep())
             assert "not answered" in (await own.restarted(1)).reason
-            monkeypatch.setattr(networking, "SILENCE_SECONDS", 60.0)
             assert (await own.network.call(GetStats(), Stats)).bytes_sent == 2
             keeping.cancel()
             await asyncio.gather(keeping, return_exceptions=True)

@@ -246,6 +246,7 @@ def synthetic_run(
         ]
         if tasks
         else [],
+        question=f"What does os do?{texts}",
         data=SampleCounts(
             samples=1_500,
             train=1_380,

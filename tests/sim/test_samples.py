@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,15 @@ from typing import Any
 import pytest
 from report_data import synthetic_run
 from rich.console import Console
+from typer.testing import CliRunner
 
 from psyche_node.data import BadSample, ChatTemplate, DataError
 from psyche_node.data.manifest import Manifest
-from psyche_node.sim.prepare import prepare
+from psyche_node.data.preview import preview_sequence
+from psyche_node.exits import Exit
+from psyche_node.sim.cli import app
+from psyche_node.sim.prepare import prepare, shortened
+from psyche_node.sim.report import chat_command
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
@@ -76,6 +82,58 @@ def test_the_template_of_the_data_is_the_models(chats: Path, cache: Path, tmp_pa
         prepared(chats, cache, tmp_path / "chatml", skip_bad="all", template="chatml")
 
 
+def test_a_prepared_folder_has_its_own_sequence_length(
+    chats: Path, cache: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told: list[SimSettings] = []
+
+    async def nothing(settings: SimSettings, started: float) -> Exit:
+        told.append(settings)
+        return Exit.OK
+
+    monkeypatch.setattr("psyche_node.sim.run.run", nothing)
+    folder = prepared(chats, cache, tmp_path / "a", skip_bad="1").data
+    words = ["--data", str(folder), "--recipe", "hermes-sft"]
+    assert CliRunner().invoke(app, words).exit_code == 0
+    assert CliRunner().invoke(app, [*words, "--sequence-length", "64"]).exit_code == 0
+    assert [settings.recipe.sequence_length for settings in told] == [LENGTH, 64]
+
+
+@pytest.mark.parametrize("template", [None, "hermes-llama3"])
+def test_something_to_ask_is_of_the_held_out_data(
+    chats: Path, cache: Path, tmp_path: Path, template: str | None
+) -> None:
+    found = prepared(chats, cache, tmp_path / "a", skip_bad="1", template=template)
+    assert found.question in {f"What is {n}?" for n in range(60)}
+    folder = found.data
+    preview = preview_sequence(folder, 0, found.model, heldout=True)
+    assert found.question in "".join(run.text or "" for run in preview.documents[0].runs)
+    (tmp_path / "plain.jsonl").write_text('{"text": "no conversation at all, and some more words"}\n' * 4)
+    assert prepared(tmp_path / "plain.jsonl", cache, tmp_path / "b", model=None).question is None
+
+
+@pytest.mark.parametrize(
+    ("question", "said"),
+    [
+        ("What\n  is   'it'?\x1b[31m", "What is 'it'?[31m"),
+        ("word " * 40, ("word " * 16).strip()),
+        ("x" * 300, "x" * 80),
+        ("", None),
+        (None, None),
+    ],
+    ids=["one line", "long", "one word", "empty", "none"],
+)
+def test_a_question_fits_on_a_command_line(question: str | None, said: str | None) -> None:
+    assert shortened(question) == said
+
+
+def test_the_command_survives_a_shell() -> None:
+    for question in ('What does `rm -rf $HOME` do? it\'s "quoted"!', "-h", None):
+        words = shlex.split(chat_command("runs/my model", question))
+        given = [] if question is None else ["--", question] if question == "-h" else [question]
+        assert words == ["psyche-sim", "chat", "runs/my model", *given]
+
+
 def printed(result: RunResult) -> str:
     console = Console(record=True, width=200, file=StringIO())
     print_summary(result, console=console)
@@ -88,3 +146,17 @@ def test_the_summary_says_what_was_taken_and_dropped_and_why() -> None:
     assert (
         "50 dropped: 43 of more than 256 tokens (--sequence-length), 4 without a token that is trained, 3 bad" in text
     )
+
+
+def test_the_summary_shows_the_tasks_and_counts_as_people_do() -> None:
+    result = synthetic_run(tasks=True)
+    text = printed(result)
+    assert "after 60 rounds, by node-0" in text
+    assert "sums thinking: exact match 100.0% ± 3.0, overlong 100.0%, tokens 1.000 ± 4.500" in text
+    assert f"compared {len(result.checks)} times on the way" in text
+    once = printed(result.model_copy(update={"checks": result.checks[:1], "rounds": 1, "evaluations": []}))
+    assert "after 1 round, " in once
+    assert "compared once on the way" in once
+    assert "tasks " not in once
+    asked = result.model_copy(update={"evaluations": [], "settings": {"tasks": "sums.toml"}})
+    assert "none was evaluated" in printed(asked)

@@ -149,7 +149,7 @@ def play(ledger: Ledger, address: str) -> threading.Thread:
         await asyncio.gather(*(take_part(node) for node in nodes))
         await close(*nodes)
 
-    thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(act(), 120)))
+    thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(act(), 300)))
     thread.start()
     return thread
 

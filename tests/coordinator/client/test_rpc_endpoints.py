@@ -60,7 +60,7 @@ def test_the_next_endpoint_takes_over_and_the_first_is_preferred_again() -> None
                 await asyncio.sleep(0.02)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 @pytest.mark.parametrize(
@@ -99,7 +99,7 @@ def test_what_an_endpoint_may_do_wrong(handler: Any, reason: str, monkeypatch: p
             assert await rpc.call("getSlot") == "fine"
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_error_of_the_request_is_not_tried_elsewhere() -> None:
@@ -135,7 +135,7 @@ def test_what_one_endpoint_does_not_offer_another_may() -> None:
                 await alone.call("getSlot")
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
@@ -157,7 +157,7 @@ def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
                 await alone.ask("getSlot", [], read)
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 @pytest.mark.parametrize("alone", [True, False])
@@ -193,7 +193,7 @@ def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool, mo
             assert rpc._endpoints[0].failures == len(asked)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert len(pauses) >= 3
     # 0.2 s, doubled each time, a quarter more or less.
@@ -222,7 +222,7 @@ def test_an_endpoint_whose_answers_are_of_use_again_is_preferred_again() -> None
             assert rpc._endpoints[0].failures == 0
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_what_is_sent_many_ways_leaves_alone_who_asks_for_it() -> None:
@@ -249,7 +249,7 @@ def test_what_is_sent_many_ways_leaves_alone_who_asks_for_it() -> None:
             assert calls["first"] == 2
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -281,7 +281,7 @@ def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatc
                 await asyncio.sleep(0.01)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_calls_that_fail_together_are_one_failure() -> None:
@@ -295,7 +295,7 @@ def test_calls_that_fail_together_are_one_failure() -> None:
             assert rpc._endpoints[0].failures <= 2
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 90))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
@@ -315,7 +315,7 @@ def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
             await rpc.close()
             return rpc._endpoints[0].failures
 
-    failures = asyncio.run(asyncio.wait_for(run(), 90))
+    failures = asyncio.run(asyncio.wait_for(run(), 300))
     warned = [record for record in caplog.records if record.levelname == "WARNING" and "failed" in record.message]
     assert len(warned) == failures.bit_length()
 

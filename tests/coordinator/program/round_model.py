@@ -468,12 +468,10 @@ class RoundModel:
         entry = ModelRound(self.round, self.slot)
         for slot, member in sorted(self.members.items()):
             if member.status in (PENDING, DESYNCED):
-                again = member.status is DESYNCED and member.missed > self.limits.max_missed
-                late = not member.ready and self.slot - member.status_slot > self.limits.warmup_time
-                if again or late:
-                    member.become(MemberStatus.DROPPED, self.slot)
-                elif member.ready:
+                if member.ready:
                     member.become(ACTIVE, self.slot)
+                elif self.slot - member.status_slot > self.limits.warmup_time:
+                    member.become(MemberStatus.DROPPED, self.slot)
             if member.status is ACTIVE:
                 entry.active.add(slot)
         self._set_shares([self.members[slot] for slot in entry.active])
@@ -540,9 +538,9 @@ class RoundModel:
                 self._blame(member, "missed")
             elif majority is not None and entry.commitments[slot].fingerprint != majority:
                 entry.eligible.discard(slot)
-                member.missed = min(member.missed + 1, 255)
+                before, member.missed = member.missed, min(member.missed + 1, 255)
                 if member.status is ACTIVE:
-                    member.become(DESYNCED, self.slot)
+                    member.become(DESYNCED if before < self.limits.max_missed else MemberStatus.DROPPED, self.slot)
             else:
                 member.missed = 0
 

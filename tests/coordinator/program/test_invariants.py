@@ -22,9 +22,9 @@ MUTANTS = {
     ),
     "forgives a false fingerprint": ("settle.c", "count_up(&member->missed);", ";"),
     "drops who is out of sync a time too early": (
-        "assign.c",
-        "member->missed > l->max_missed",
-        "member->missed >= l->max_missed",
+        "settle.c",
+        "int again = member->missed >= run->limits.max_missed;",
+        "int again = member->missed + 1u >= run->limits.max_missed;",
     ),
     "forgets a position": (
         "requeue.c",
