@@ -266,8 +266,11 @@ def in_words(error: BaseException) -> str:
     reported, what it was there. An error that has an exit code of its own says all in its message; of any other the
     class is part of it."""
     error = _first(error)
-    text = _reported(error) or f"{type(error).__name__}: {error}"
-    return text if exit_for(error) in (Exit.UNEXPECTED, Exit.CHILD_PROCESS) else text.partition(": ")[2]
+    text = _reported(error)
+    if text is None:
+        return str(error) if exit_for(error) is not Exit.UNEXPECTED else f"{type(error).__name__}: {error}"
+    name, _, words = text.partition(": ")
+    return words if name in _BY_CLASS_NAME else text
 
 
 def exit_for(error: BaseException) -> Exit:

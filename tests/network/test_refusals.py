@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -298,6 +299,31 @@ def test_where_a_process_crashed_is_told_although_its_standard_error_is_its_own(
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert ended.returncode == -signal.SIGABRT
     assert b"Fatal Python error: Aborted" in ended.stderr
+
+
+def test_what_grpc_writes_by_itself_is_lines_of_the_log() -> None:
+    """It goes on with names of its source files, in lines of their own: those tell an operator nothing."""
+    code = """
+import grpc, os, threading
+from psyche_node.log import configure
+from psyche_node.network.corelog import CoreLog
+CoreLog()
+configure("network")
+os.write(2, b"WARNING: All log messages before absl::InitializeLog() is called are written to STDERR\\n")
+try:
+    grpc.insecure_channel("ipv4:999.1.1.1:3").unary_unary("/a/b")(b"", timeout=5)
+except grpc.RpcError:
+    os.write(2, b"the last line\\n")
+os.close(2)
+for thread in threading.enumerate():
+    if thread.name == "corelog":
+        thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    *lines, last = ended.stderr.decode().splitlines()
+    assert last == "the last line", "what is not gRPC's goes through"
+    said = [json.loads(line)["msg"] for line in lines]
+    assert any(one.startswith("calls between nodes: ") and "999.1.1.1" in one for one in said)
 
 
 # The numbers that a node serves --------------------------------------------------------------------------------------
