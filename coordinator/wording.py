@@ -75,7 +75,7 @@ def place(location: Location, kind: str = "") -> str:
 def in_words(error: Mapping[str, Any], model: type[BaseModel] | None = None, sources: Sources = ()) -> str:
     """What is wrong by one of pydantic's ``errors()``, as something to be read behind the place and a colon."""
     kind, limits, value = error["type"], error.get("ctx", {}), error["input"]
-    origin = next((f" ({name})" for name, table in sources if error["loc"] and _has(table, error["loc"])), "")
+    origin = next((f" ({name})" for name, table in sources if error["loc"] and has(table, error["loc"])), "")
     if kind == "missing":
         return "it is missing"
     if kind == "extra_forbidden":
@@ -117,7 +117,8 @@ def _known(location: Location, model: Any) -> str:
     return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
 
 
-def _has(table: Any, location: Location) -> bool:
+def has(table: Any, location: Sequence[int | str]) -> bool:
+    """Whether there is a value at a location in tables of tables."""
     for part in location:
         if not isinstance(table, Mapping) or part not in table:
             return False

@@ -146,6 +146,23 @@ def run(
 
 
 @keys.command()
+def show(
+    folder: Annotated[Path, typer.Option(help="The node's folder; made if it is missing.")],
+) -> None:
+    """Print the id of the node key, which is made if there is none: others need it before this node runs, to name it
+    as `/ip4/ADDRESS/tcp/PORT/p2p/ID` in their `bootstrap`."""
+    from psyche_node.identity import IdentityError, load_or_create_node_key
+
+    logs.configure("keys")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        typer.echo(load_or_create_node_key(folder / "node.key").node_id)
+    except (IdentityError, OSError) as error:
+        typer.secho(str(error), fg="red", err=True)
+        raise typer.Exit(exit_for(error)) from None
+
+
+@keys.command()
 def rotate(
     folder: Annotated[Path, typer.Option(help="The node's folder.")],
 ) -> None:

@@ -70,6 +70,10 @@ def evaluate(
         subject = Subject.load(folder, device, dtype, length)
         with Console(stderr=True).status("evaluating"):
             results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
+        for one in results.tasks:
+            if one.unswitched:
+                note = f"{one.task}: the chat template of {folder} has no switch for reasoning: measured without"
+                typer.secho(note, fg="yellow", err=True)
         if out is not None:
             out.write_bytes(results.canonical() + b"\n")
         if as_json:
@@ -86,9 +90,10 @@ def _show(results: Results) -> None:
         held = results.heldout
         table.add_row("held out", "", "loss, nats", *_figure(held.loss), f"{held.sequences:,}")
         perplexity = "infinite" if held.perplexity is None else f"{held.perplexity:,.3f}"
-        table.add_row("", "", "perplexity", perplexity, "", f"{held.tokens:,} tokens")
+        error = "" if held.perplexity_stderr is None else f"{held.perplexity_stderr:,.3f}"
+        table.add_row("", "", "perplexity", perplexity, error, f"{held.tokens:,} tokens")
     for one in results.tasks:
-        switch = {True: "on", False: "off", None: ""}[one.thinking]
+        switch = "no switch" if one.unswitched else {True: "on", False: "off", None: ""}[one.thinking]
         samples = f"{one.samples:,}" + (f" x {one.repeats}" if one.repeats > 1 else "")
         for place, (name, measure) in enumerate(one.measures.items()):
             head = (one.task, switch) if place == 0 else ("", "")

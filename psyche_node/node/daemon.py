@@ -38,6 +38,7 @@ from psyche_node.node.membership import Membership
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.ranks import Trainer
+from psyche_node.node.roster import Roster
 from psyche_node.node.roundloop import Cadence, RoundLoop
 from psyche_node.node.share import Share
 from psyche_node.node.standing import check_in_time
@@ -63,6 +64,7 @@ class _Parts:
     store: BlobStore
     journal: Journal
     tasks: IdleTasks
+    roster: Roster
     membership: Membership
     run: Run
     """As it was when model and data were loaded."""
@@ -77,6 +79,7 @@ class Node:
         self._faults = Faults.parse(config.faults)
         self._wallet: Keypair = load_or_create_keypair(config.wallet_path)
         self._node_key: NodeKey = load_or_create_node_key(config.node_key_path)
+        self._roster: Roster | None = None
         self._membership: Membership | None = None
         self._exchange: UpdateExchange | None = None
         self._network: Network | None = None
@@ -98,14 +101,14 @@ class Node:
     async def _take_part(self, parts: _Parts, tasks: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> None:
         run = (await parts.view.until(lambda pulse: True)).run
         self._check_terms(run, parts.loaded)
-        membership = parts.membership
+        roster, membership = parts.roster, parts.membership
         if Fault.OUTSIDER in self._faults:
-            background.append(tasks.create_task(membership.follow()))
+            background.append(tasks.create_task(roster.follow()))
             await intrude(parts.chain, parts.view, parts.network, parts.store)
             return
         check_in_time(run, self._config.model)
         member = await membership.join()
-        background.append(tasks.create_task(membership.follow()))
+        background.append(tasks.create_task(roster.follow()))
         witness = Witness(parts.chain, parts.view, parts.exchange, member)
         background.append(tasks.create_task(witness.run()))
         loop = RoundLoop(
@@ -123,7 +126,7 @@ class Node:
             tasks=parts.tasks,
             run_key=bytes(parts.chain.addresses.run),
             member=member,
-            left_out=membership.look,
+            left_out=roster.look,
             loaded=parts.run,
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
@@ -187,10 +190,11 @@ class Node:
             tasks = IdleTasks(config.tasks, trainer, chain, journal, config.folder, self._tell_results)
             await tasks.open()
             view = ChainView(chain)
-            membership = self._membership = Membership(
-                chain, view, network, journal, self._wallet.pubkey(), self._node_key, config.share, run
+            roster = self._roster = Roster(chain, view, network, self._wallet.pubkey(), self._node_key)
+            membership = self._membership = Membership(chain, view, roster, journal, self._node_key, config.share, run)
+            yield _Parts(
+                chain, view, trainer, network, exchange, store, journal, tasks, roster, membership, run, loaded
             )
-            yield _Parts(chain, view, trainer, network, exchange, store, journal, tasks, membership, run, loaded)
 
     def _tell_results(self, results: Results) -> None:
         if self._metrics is not None:
@@ -299,16 +303,28 @@ class Node:
             self._config.folder / CHECKPOINT,
             LINGER_SECONDS,
         )
-        await asyncio.sleep(LINGER_SECONDS)
+        await _linger()
 
     def _on_event(self, message: Message) -> None:
         if self._metrics is not None:
             self._metrics.on_event(message)
         if self._exchange is not None:
             self._exchange.on_event(message)
+        if self._roster is not None:
+            self._roster.on_event(message)
         if self._membership is not None:
             self._membership.on_event(message)
 
     def _tick_delay(self, pulse: Pulse) -> int:
-        member = None if self._membership is None else self._membership.slot
+        member = None if self._roster is None else self._roster.slot
         return tick_delay(member, pulse.run.round, pulse.header.members)
+
+
+async def _linger() -> None:
+    """Let others fetch what they lack. This node is done: to be stopped meanwhile is no interruption."""
+    try:
+        await asyncio.sleep(LINGER_SECONDS)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()

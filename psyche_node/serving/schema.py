@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
@@ -133,6 +133,13 @@ class Reasoning(_Model):
     enabled: bool | None = None
 
 
+class Thinking(NamedTuple):
+    """Whether to reason, and the parameter that says so."""
+
+    on: bool
+    param: str
+
+
 class TemplateSwitches(BaseModel):
     """``chat_template_kwargs``: the names that templates have for the one switch there is."""
 
@@ -182,18 +189,21 @@ class ChatRequest(Sampled):
         """Longest answer; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def thinking(self) -> bool | None:
+    def thinking(self) -> Thinking | None:
         """Return whether to reason; None leaves it to the template. Raises ApiError if the request says both."""
         switches = self.chat_template_kwargs or TemplateSwitches()
-        said = [switches.thinking, switches.enable_thinking]
-        if self.reasoning is not None:
-            said.append(self.reasoning.enabled)
-        if self.reasoning_effort is not None:
-            said.append(self.reasoning_effort != "none")
-        wishes = {one for one in said if one is not None}
-        if len(wishes) > 1:
+        enabled = None if self.reasoning is None else self.reasoning.enabled
+        effort = None if self.reasoning_effort is None else self.reasoning_effort != "none"
+        said = {
+            "reasoning": enabled,
+            "reasoning_effort": effort,
+            "chat_template_kwargs.thinking": switches.thinking,
+            "chat_template_kwargs.enable_thinking": switches.enable_thinking,
+        }
+        wishes = [Thinking(wish, param) for param, wish in said.items() if wish is not None]
+        if len({wish.on for wish in wishes}) > 1:
             raise ApiError(400, "the request turns reasoning on and off. Set one of its switches", param="reasoning")
-        return wishes.pop() if wishes else None
+        return wishes[0] if wishes else None
 
     def offered(self) -> list[dict[str, Any]]:
         """Return the tools the model may call. Raises ApiError for a choice that is not the model's own."""

@@ -37,7 +37,7 @@ class Served:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.url = self.said(r"taught at (http://\S+)/v1").group(1)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=90)
 
     def said(self, pattern: str) -> re.Match[str]:
         """Read the log up to a line that has ``pattern``."""
@@ -54,7 +54,7 @@ class Served:
         return self.client.chat.completions.create(messages=messages, **values)
 
     def load(self) -> tuple[int, int]:
-        health = httpx2.get(f"{self.url}/health").json()
+        health = httpx2.get(f"{self.url}/health", timeout=90).json()
         assert health["status"] == "ok"
         return health["running"], health["waiting"]
 
@@ -91,7 +91,7 @@ def test_models_health_and_the_key(served: Served) -> None:
     assert served.load() == (0, 0)
     with pytest.raises(openai.AuthenticationError, match="wants its API key"):
         served.client.with_options(api_key="k" * 31).models.list()
-    assert httpx2.get(f"{served.url}/v1/models").headers["www-authenticate"] == "Bearer"
+    assert httpx2.get(f"{served.url}/v1/models", timeout=90).headers["www-authenticate"] == "Bearer"
 
 
 def test_an_answer(served: Served) -> None:
@@ -272,7 +272,7 @@ def test_errors_are_in_openais_form(
     method: str, path: str, options: dict[str, Any], status: int, words: str, served: Served
 ) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **options.pop("headers", {})}
-    answer = httpx2.request(method, served.url + path, headers=headers, **options)
+    answer = httpx2.request(method, served.url + path, headers=headers, timeout=90, **options)
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
 

@@ -142,6 +142,16 @@ def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
     assert load_or_create_node_key(tmp_path / "node.key") == second
 
 
+def test_the_id_of_a_node_that_has_not_run_yet_is_shown(tmp_path: Path) -> None:
+    """For the others' `bootstrap`: it is that of the key which the node will use, and the same each time."""
+    folder = tmp_path / "new"
+    said = [CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)]) for _ in range(2)]
+    assert [done.output for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    (folder / "node.key").write_bytes(b"short")
+    done = CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)])
+    assert (done.exit_code, "is not a node key" in done.output) == (Exit.NODE_KEY, True)
+
+
 @pytest.mark.parametrize(
     ("lines", "wrong"),
     [

@@ -188,6 +188,24 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     assert "growing from 24 until round 100" in admin("run", "show", created["address"], "--rpc", ledger.rpc)
 
 
+def test_folders_are_read_when_all_else_is_right(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path, tmp_path: Path
+) -> None:
+    options = ["run", "create", "slow", "--config", config, "--rpc", ledger.rpc, "--program", program[1], "--payer"]
+    folder = ["--model", tmp_path / "nowhere"]
+    assert "nowhere has no config.json" in admin(*options, wallet, *folder, status=10)
+    admin(*options, wallet)
+    admin("keys", "new", tmp_path / "poor.json")
+    for words, said, status in (
+        ([*options, wallet], "already", 10),
+        ([*options, tmp_path / "poor.json"], "has 0 SOL", 21),
+        ([*options, wallet, "--set", "run_id=other", "--set", "batsch=3"], "batsch: there is no such key (--set)", 10),
+    ):
+        told = admin(*words, *folder, status=status)
+        assert said in told
+        assert "nowhere" not in told
+
+
 def test_no_endpoint_and_no_program_have_their_own_exit_status(
     ledger: Ledger, wallet: Path, config: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
