@@ -42,7 +42,10 @@ class Change:
 
     def text(self, run: Run) -> list[str]:
         """A line per change."""
-        return [f"{key}: {before} -> {after}, {_when(key, run)}" for key, (before, after) in self.to_json(run).items()]
+        lines = [f"{key}: {before} -> {after}, {_when(key, run)}" for key, (before, after) in self.to_json(run).items()]
+        if self.terms is not None and self.terms.model_root == run.checkpoint_root:
+            lines.append(f"the run goes on from its checkpoint of round {run.checkpoint_round}, now")
+        return lines
 
     def caution(self, run: Run) -> str | None:
         """What cannot be undone: other data forgets which positions were trained, another model what was learned."""
@@ -51,6 +54,11 @@ class Change:
         lost = []
         if self.terms.model_root != run.checkpoint_root:
             lost.append(f"The run goes on from another model than its checkpoint of round {run.checkpoint_round}.")
+        elif run.final_rounds > run.checkpoint_round:
+            lost.append(
+                f"Its checkpoint lacks what it has learned since round {run.checkpoint_round} "
+                f"({run.final_rounds - run.checkpoint_round} rounds), and that is lost."
+            )
         data = ("data_manifest", "samples", "sequence_length")
         if any(getattr(self.terms, name) != getattr(run.terms, name) for name in data):
             lost.append(
@@ -89,7 +97,9 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     if changed is None and authority is not None:
         changed = _limits_of(run)
     change = Change(keys, changed, wanted, new_terms, rate)
-    if all(before == after for before, after in change.to_json(run).values()):
+    # Naming the checkpoint's own root takes members back to it: what a run needs whose nodes are all gone.
+    back = terms is not None and "model_root" in terms and run.round > run.model_round
+    if not back and all(before == after for before, after in change.to_json(run).values()):
         raise ConfigError(f"nothing changes: the run has {', '.join(texts)} already")
     return change
 

@@ -21,13 +21,13 @@ from typing import Any, Protocol, TypeVar
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf, PeerCertificate, identify
 from psyche_node.network.directory import Directory
 from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 PROBE_SECONDS = 3.0

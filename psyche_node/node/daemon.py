@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from solders.keypair import Keypair
+from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient, Pulse
+from coordinator.find_run import open_run
 from coordinator.state import Run
 from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
@@ -36,6 +38,7 @@ from psyche_node.node.membership import Membership
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
 from psyche_node.node.ranks import Trainer
+from psyche_node.node.roster import Roster
 from psyche_node.node.roundloop import Cadence, RoundLoop
 from psyche_node.node.share import Share
 from psyche_node.node.standing import check_in_time
@@ -61,6 +64,7 @@ class _Parts:
     store: BlobStore
     journal: Journal
     tasks: IdleTasks
+    roster: Roster
     membership: Membership
     run: Run
     """As it was when model and data were loaded."""
@@ -75,6 +79,7 @@ class Node:
         self._faults = Faults.parse(config.faults)
         self._wallet: Keypair = load_or_create_keypair(config.wallet_path)
         self._node_key: NodeKey = load_or_create_node_key(config.node_key_path)
+        self._roster: Roster | None = None
         self._membership: Membership | None = None
         self._exchange: UpdateExchange | None = None
         self._network: Network | None = None
@@ -96,14 +101,14 @@ class Node:
     async def _take_part(self, parts: _Parts, tasks: asyncio.TaskGroup, background: list[asyncio.Task[None]]) -> None:
         run = (await parts.view.until(lambda pulse: True)).run
         self._check_terms(run, parts.loaded)
-        membership = parts.membership
+        roster, membership = parts.roster, parts.membership
         if Fault.OUTSIDER in self._faults:
-            background.append(tasks.create_task(membership.follow()))
+            background.append(tasks.create_task(roster.follow()))
             await intrude(parts.chain, parts.view, parts.network, parts.store)
             return
         check_in_time(run, self._config.model)
         member = await membership.join()
-        background.append(tasks.create_task(membership.follow()))
+        background.append(tasks.create_task(roster.follow()))
         witness = Witness(parts.chain, parts.view, parts.exchange, member)
         background.append(tasks.create_task(witness.run()))
         loop = RoundLoop(
@@ -121,7 +126,7 @@ class Node:
             tasks=parts.tasks,
             run_key=bytes(parts.chain.addresses.run),
             member=member,
-            left_out=membership.look,
+            left_out=roster.look,
             loaded=parts.run,
             folder=self._config.folder,
             update_timeout=self._config.update_timeout,
@@ -136,10 +141,13 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             journal = Journal(config.folder / "journal.jsonl")
             stack.callback(journal.close)
-            chain = await CoordinatorClient.open(
+            program, owner = (one if one is None else Pubkey.from_string(one) for one in (config.program, config.owner))
+            chain = await open_run(
                 config.rpc,
                 config.run,
                 self._wallet,
+                program=program,
+                owner=owner,
                 commitment=config.commitment,
                 priority_fee=config.priority_fee,
                 priority_fee_cap=config.priority_fee_cap,
@@ -163,7 +171,8 @@ class Node:
             )
             for reason in loaded.reasons:
                 log.info("%s", reason)
-            log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
+            log.info("node %s serves its updates at %s", ready.node_id, ready.grpc_address)
+            log.info("others reach it by bootstrap = %s", " or ".join(ready.multiaddrs))
             shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
             layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")
@@ -180,10 +189,11 @@ class Node:
             tasks = IdleTasks(config.tasks, trainer, chain, journal, config.folder, self._tell_results)
             await tasks.open()
             view = ChainView(chain)
-            membership = self._membership = Membership(
-                chain, view, network, journal, self._wallet.pubkey(), self._node_key, config.share, run
+            roster = self._roster = Roster(chain, view, network, self._wallet.pubkey(), self._node_key)
+            membership = self._membership = Membership(chain, view, roster, journal, self._node_key, config.share, run)
+            yield _Parts(
+                chain, view, trainer, network, exchange, store, journal, tasks, roster, membership, run, loaded
             )
-            yield _Parts(chain, view, trainer, network, exchange, store, journal, tasks, membership, run, loaded)
 
     def _tell_results(self, results: Results) -> None:
         if self._metrics is not None:
@@ -292,16 +302,28 @@ class Node:
             self._config.folder / CHECKPOINT,
             LINGER_SECONDS,
         )
-        await asyncio.sleep(LINGER_SECONDS)
+        await _linger()
 
     def _on_event(self, message: Message) -> None:
         if self._metrics is not None:
             self._metrics.on_event(message)
         if self._exchange is not None:
             self._exchange.on_event(message)
+        if self._roster is not None:
+            self._roster.on_event(message)
         if self._membership is not None:
             self._membership.on_event(message)
 
     def _tick_delay(self, pulse: Pulse) -> int:
-        member = None if self._membership is None else self._membership.slot
+        member = None if self._roster is None else self._roster.slot
         return tick_delay(member, pulse.run.round, pulse.header.members)
+
+
+async def _linger() -> None:
+    """Let others fetch what they lack. This node is done: to be stopped meanwhile is no interruption."""
+    try:
+        await asyncio.sleep(LINGER_SECONDS)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()

@@ -1,44 +1,28 @@
-"""This node's place in the run: it joins, says that it is ready, follows the list of members, comes back if dropped."""
+"""This node's place in the run: it joins, says that it is ready, and comes back if it was dropped."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 from collections import Counter
-from collections.abc import Sequence
 from typing import Protocol
 
-from solders.pubkey import Pubkey
-
-from coordinator.client import CoordinatorClient, ProgramError, Pulse
+from coordinator.client import CoordinatorClient, ProgramError
 from coordinator.errors import ErrorCode
 from coordinator.instructions import DEFAULT_SHARE
-from coordinator.state import Member, MemberStatus, Phase, Run
+from coordinator.state import Member, Phase, Run
 from psyche_node.identity import NodeKey, node_id
-from psyche_node.ipc import Caller, Message, Ok
-from psyche_node.network.messages import MemberEntry, PeerDown, PeerUp, Rejected, SetMembers, Why
-from psyche_node.node.changes import Changes, first
+from psyche_node.ipc import Message
+from psyche_node.network.messages import PeerDown, PeerUp
+from psyche_node.node.changes import first
 from psyche_node.node.journal import Journal
 from psyche_node.node.meeting import Meeting
-from psyche_node.node.roundloop import Desynced, TermsChanged
-from psyche_node.node.standing import (
-    LATER,
-    LIVE,
-    Dropped,
-    Ejected,
-    JoinRefused,
-    Left,
-    RunFinished,
-    admitted,
-    why_dropped,
-)
+from psyche_node.node.roster import Roster, out_of_step
+from psyche_node.node.roundloop import TermsChanged
+from psyche_node.node.standing import LATER, Dropped, Ejected, JoinRefused, RunFinished, why_dropped
 from psyche_node.node.view import ChainView
 
 log = logging.getLogger(__name__)
-# The member table is read again when a peer is refused that is not in it, but not sooner than after this pause; and
-# after this time anyway.
-MEMBERS_PAUSE_SECONDS = 2.0
-MEMBERS_SECONDS = 120.0
 # A warm-up ends without those who are not ready; what they send has to land before, with this share of it left.
 _MARGIN = 0.2
 # Dropped this often without an update that counted, a node has a fault that joining again does not cure.
@@ -62,7 +46,7 @@ class Replica(Protocol):
 
 
 class Membership:
-    """One wallet's membership. Call ``join``; then ``follow`` and ``keep`` run beside the round loop.
+    """One wallet's membership. Call ``join``; then ``keep`` runs beside the round loop.
 
     Args:
         share: of the batch, as set; 0 is measured later.
@@ -73,22 +57,15 @@ class Membership:
         self,
         chain: CoordinatorClient,
         view: ChainView,
-        network: Caller,
+        roster: Roster,
         journal: Journal,
-        wallet: Pubkey,
         node_key: NodeKey,
         share: int,
         loaded: Run,
     ) -> None:
-        self._chain, self._view, self._network, self._journal = chain, view, network, journal
-        self._wallet, self._node_key, self._share, self._loaded = wallet, node_key, share, loaded
-        self.slot: int | None = None
-        self._table: Sequence[Member] = ()
-        self._mine: Member | None = None
-        self._before: MemberStatus | None = None
+        self._chain, self._view, self._roster, self._journal = chain, view, roster, journal
+        self._node_key, self._share, self._loaded = node_key, share, loaded
         self._connected: set[int] = set()
-        self._changes = Changes()
-        self._hint = asyncio.Event()
         self._returns = 0
         self._included = 0
 
@@ -98,31 +75,23 @@ class Membership:
         """Take an event of the network process."""
         if isinstance(message, PeerUp):
             self._connected.add(message.slot)
-            self._changes.fire()
+            self._roster.changes.fire()
         elif isinstance(message, PeerDown):
             self._connected.discard(message.slot)
-            self._changes.fire()
-        elif isinstance(message, Rejected) and message.why is Why.NOT_A_MEMBER:
-            self._hint.set()
-
-    def look(self) -> None:
-        """Read the member table again: a round has begun without this member."""
-        self._hint.set()
 
     # Joining ---------------------------------------------------------------------------------------------------------
 
     async def join(self) -> int:
         """Become a member, or find that this wallet is one; return its slot. Raises JoinRefused, RunFinished."""
-        mine = await self._record()
+        mine = await self._roster.read()
         if mine is None:
             await self._chain.join(self._node_key.keypair, self._share or DEFAULT_SHARE)
-            mine = await self._record()
+            mine = await self._roster.read()
             if mine is None:
                 raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
         elif mine.node_key != self._node_key.public:
             mine = await self._go_on_under_new_key(mine)
-        self.slot, self._included = mine.slot, mine.updates_included
-        self._see(mine)
+        self._roster.see(mine)
         log.info("member %d of run %s", mine.slot, self._view.pulse.run.run_id)
         self._journal.write("joined", member=mine.slot)
         return mine.slot
@@ -138,86 +107,13 @@ class Membership:
         log.warning("member %d of this wallet goes on under a new node key: %s instead of %s", mine.slot, new, old)
         await self._chain.join(self._node_key.keypair, self._share or mine.next_share, mine.grant)
         self._journal.write("rotated", member=mine.slot, old=old, new=new)
-        again = await self._record()
+        again = await self._roster.read()
         if again is None or again.node_key != self._node_key.public:
             raise JoinRefused(
                 f"the chain still lists another node key for member {mine.slot}. Does another node with this wallet "
                 "run, too? Stop it, and start this one again"
             )
         return again
-
-    async def _record(self) -> Member | None:
-        table = self._table = await self._view.read(self._chain.members)
-        return next((m for m in table if m.wallet == self._wallet and m.status in LIVE), None)
-
-    def _see(self, mine: Member) -> None:
-        # Two tasks read the table: the older of two answers may come last.
-        if self._mine is None or mine.status_slot >= self._mine.status_slot:
-            if self._mine is not None and self._mine.status is not mine.status:
-                self._before = self._mine.status
-            self._mine = mine
-            self._changes.fire()
-
-    # The list of members ---------------------------------------------------------------------------------------------
-
-    async def follow(self) -> None:
-        """Keep the network's list of members that of the chain, until cancelled.
-
-        Raises JoinRefused when another host has taken over, and Desynced, Ejected or Left when this member is out.
-        """
-        known: list[MemberEntry] | None = None
-        while True:
-            seen = self._view.pulse
-            self._hint.clear()
-            table = self._table = await self._view.read(self._chain.members)
-            mine = next((m for m in table if m.slot == self.slot and m.wallet == self._wallet), None)
-            if mine is not None:
-                self._check_place(mine, seen.run.round)
-                self._see(mine)
-            elif self.slot is not None:
-                raise Dropped(
-                    f"member {self.slot} is another wallet by now: this one was dropped, and the run is full; {LATER}"
-                )
-            self._changes.fire()
-            members = admitted(table)
-            if members != known:
-                await self._network.call(SetMembers(members=members), Ok)
-                known = members
-            await self._may_have_changed(_membership(seen))
-
-    def _check_place(self, mine: Member, number: int) -> None:
-        """Raise what ends this node."""
-        if mine.node_key != self._node_key.public:
-            raise JoinRefused(
-                f"member {mine.slot} goes on under another node key, {node_id(mine.node_key)}: a node with this wallet "
-                "was started elsewhere. The others refuse this one from now on; if that was not you, use `psyche-admin "
-                "member leave`, and a new wallet"
-            )
-        match mine.status:
-            case MemberStatus.DESYNCED:
-                raise _desynced(number, "the fingerprint of these weights is not that of the majority")
-            case MemberStatus.EJECTED:
-                raise Ejected(
-                    f"round {number}: the run's owner has put this node out. Ask the owner why before joining again"
-                )
-            case MemberStatus.LEFT:
-                raise Left(
-                    f"round {number}: this wallet has left the run (psyche-admin member leave). What it has earned "
-                    "stays its own: psyche-admin member claim"
-                )
-
-    async def _may_have_changed(self, seen: tuple[object, ...]) -> None:
-        """Wait for a reason to read the member table again. That a member's node key changed shows in that table only:
-        so it is read when somebody is refused for not being in it, and from time to time."""
-
-        async def hinted() -> None:
-            await asyncio.sleep(MEMBERS_PAUSE_SECONDS)
-            await self._hint.wait()
-
-        async def moved() -> None:
-            await self._view.until(lambda pulse: _membership(pulse) != seen)
-
-        await first(hinted(), moved(), asyncio.sleep(MEMBERS_SECONDS))
 
     # Being ready -----------------------------------------------------------------------------------------------------
 
@@ -228,16 +124,17 @@ class Membership:
         and program raise.
         """
         while True:
-            await first(self._get_ready(replica), self._dropped())
-            if not await self._come_back(await self._dropped(), replica):
+            await first(self._get_ready(replica), self._roster.dropped())
+            if not await self._come_back(await self._roster.dropped(), replica):
                 return
 
     async def _get_ready(self, replica: Replica) -> None:
         """Meet the other members when the run warms up, or trains already, and report ready."""
         while True:
             run = (await self._view.until(lambda pulse: pulse.run.phase not in _IDLE)).run
-            await self._record()
-            await self._meeting().held(self._seconds_left(), alone=run.limits.min_members == 1)
+            await self._roster.read()
+            meeting = Meeting(self._roster.others, lambda: self._connected, self._roster.changes)
+            await meeting.held(self._seconds_left(), alone=run.limits.min_members == 1)
             await self._caught_up(replica)
             run = self._view.pulse.run
             if TermsChanged.between(self._loaded, run):
@@ -257,7 +154,7 @@ class Membership:
                     if own and now.phase is Phase.WARMUP and now.checkpoint_root != root:
                         theirs = now.checkpoint_root.hex()
                         what = f"the root of these weights is {root.hex()}, and that of the run's checkpoint {theirs}"
-                        raise _desynced(now.round, what) from None
+                        raise out_of_step(now.round, what) from None
                     continue  # a new epoch has begun meanwhile
                 # An earlier attempt or life of this node may have said so, and the run gone on with it since. A member
                 # that is out for another reason learns it from the table.
@@ -270,13 +167,6 @@ class Membership:
         while replica.applied < self._view.pulse.run.final_rounds:
             await asyncio.sleep(_LOOK_SECONDS)
 
-    def _meeting(self) -> Meeting:
-        def others() -> set[int]:
-            here = (MemberStatus.PENDING, MemberStatus.ACTIVE)
-            return {m.slot for m in self._table if m.status in here} - {self.slot}
-
-        return Meeting(others, lambda: self._connected, self._changes)
-
     def _seconds_left(self) -> float:
         """Until the program goes on without those who are not ready, less what saying so takes."""
         pulse = self._view.pulse
@@ -286,11 +176,6 @@ class Membership:
 
     # Coming back -----------------------------------------------------------------------------------------------------
 
-    async def _dropped(self) -> Member:
-        while self._mine is None or self._mine.status is not MemberStatus.DROPPED:
-            await self._changes.beyond(self._changes.version)
-        return self._mine
-
     async def _come_back(self, mine: Member, replica: Replica) -> bool:
         """Join again, once this node has followed the run so far that its weights are those of the others. Return
         whether there was a run to join. Raises Dropped, Ejected or Desynced."""
@@ -298,7 +183,7 @@ class Membership:
         if run.phase is Phase.FINISHED:
             return False
         await self._check_last_fingerprint()
-        why = why_dropped(mine, self._before, run)
+        why = why_dropped(mine, self._roster.before, run)
         self._returns = 1 if mine.updates_included > self._included else self._returns + 1
         self._included = mine.updates_included
         self._journal.write("dropped", round=run.round, reason=why)
@@ -322,10 +207,10 @@ class Membership:
         await self._caught_up(replica)
         if not await self._join_again(mine):
             return False
-        again = await self._record()
-        if again is None or again.slot != self.slot:
-            raise Dropped(f"the place of member {self.slot} has gone to another wallet; {LATER}")
-        self._see(again)
+        again = await self._roster.read()
+        if again is None or again.slot != self._roster.slot:
+            raise Dropped(f"the place of member {self._roster.slot} has gone to another wallet; {LATER}")
+        self._roster.see(again)
         self._journal.write("joined", member=again.slot)
         log.info("member %d has joined again: it takes part from the round on that begins when it is ready", again.slot)
         return True
@@ -353,21 +238,12 @@ class Membership:
         The program counts that as a missed round, too, and drops who has missed too many, whatever the reason.
         """
         records = [one for one in await self._view.read(self._chain.rounds) if one.closed]
-        mine = [one for one in records if self.slot in one.commitments]
+        mine = [one for one in records if self._roster.slot in one.commitments]
         if not mine:
             return
         last = max(mine, key=lambda one: one.round)
         fingerprints = Counter(one.fingerprint for one in last.commitments.values())
-        (most, votes), own = fingerprints.most_common(1)[0], last.commitments[self.slot or 0].fingerprint
+        (most, votes), own = fingerprints.most_common(1)[0], last.commitments[self._roster.slot or 0].fingerprint
         if own != most and 2 * votes > len(last.commitments):
             what = f"the fingerprint of these weights, {own:016x}, is not that of the majority, {most:016x}"
-            raise _desynced(last.round, what)
-
-
-def _membership(pulse: Pulse) -> tuple[object, ...]:
-    gathering = pulse.run.phase in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
-    return (pulse.run.phase if gathering else None, pulse.header.members, pulse.header.active)
-
-
-def _desynced(number: int, what: str) -> Desynced:
-    return Desynced(f"round {number}: {what}. This host's memory or GPU may be at fault: check both; {LATER}")
+            raise out_of_step(last.round, what)

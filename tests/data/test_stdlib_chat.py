@@ -85,7 +85,7 @@ def test_a_prepared_folder_is_used_as_it_is(chat: Path, tokenizer: Path, tmp_pat
     source = str(tmp_path / "prepared")
     data = build_data(tmp_path / "cache", source=source, tokenizer=tokenizer, sequence_length=96)
     assert (data.packed, data.manifest) == (tmp_path / "prepared", manifest)
-    with pytest.raises(DataError, match="sequences of 96 tokens, not 128"):
+    with pytest.raises(DataError, match="sequences of 96 tokens, and the settings ask for 128"):
         build_data(tmp_path / "cache", source=source, tokenizer=tokenizer, sequence_length=128)
     with pytest.raises(DataError, match="Name the model folder"):
         build_data(tmp_path / "cache", source=source, sequence_length=96)

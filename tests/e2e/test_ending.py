@@ -29,6 +29,7 @@ def test_ctrl_c_stops_everything_and_reports_what_was_trained(started) -> None:
     result = load_result(out / "report.json")
     assert result.outcome == "interrupted"
     assert 1 <= result.rounds < 500
+    assert [(node.exit, node.exit_code) for node in result.nodes] == [("interrupted", 130)] * 2
     assert "Traceback" not in text
 
 
@@ -55,6 +56,7 @@ def test_bad_line_of_the_users_data_is_named(simulate: Simulate, tmp_path: Path)
     finished = simulate("--nodes", "2", "--rounds", "2", "--data", str(data))
     assert finished.code == 40, finished.text
     assert f"{data}:" in finished.text.replace("\n", "")
+    assert not finished.out.exists(), "the corrected command may name the same folder"
     assert "Traceback" not in finished.text
 
 

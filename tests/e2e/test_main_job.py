@@ -41,6 +41,7 @@ def test_nodes_train_one_model_and_the_chain_tells_the_story(started, tmp_path: 
     assert len({check["weights_sha256"]["node-0"] for check in report["checks"]}) == ROUNDS
     assert len({node["weights_sha256"] for node in report["nodes"]}) == 1
     assert len({node["fingerprint"] for node in report["nodes"]}) == 1
+    assert [(node["exit"], node["exit_code"]) for node in report["nodes"]] == [("finished", 0)] * 3
     assert report["loss"][-1] < report["loss"][0]
     assert report["bytes_sent_total"] < report["dense_bytes_total"] / 10
     assert (out / "report.html").read_text().startswith("<!doctype html>")

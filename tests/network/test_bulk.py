@@ -12,10 +12,10 @@ import pytest
 import trio
 from exchange_nodes import ExchangeNode, in_trio, introduce, nodes
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import issue
 from psyche_node.network.links import CallFailed
 from psyche_node.network.messages import Why
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 pytestmark = pytest.mark.timeout(240)

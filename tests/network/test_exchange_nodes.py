@@ -16,22 +16,15 @@ import trio.testing
 from exchange_nodes import ExchangeNode, in_trio, introduce, nodes, tree_of
 
 from psyche_node.identity import NodeKey
+from psyche_node.network.blobs import PIECE_BYTES, Manifest, blob_digest, piece_count, piece_digest, write_list
 from psyche_node.network.download import Download, Tools, finish
 from psyche_node.network.fanout import ARITY, Tree
 from psyche_node.network.guard import MAX_STREAMS
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Fetched, FetchFailed, Kind
-from psyche_node.network.store import (
-    PIECE_BYTES,
-    BlobStore,
-    Manifest,
-    Reader,
-    blob_digest,
-    piece_count,
-    piece_digest,
-    write_list,
-)
+from psyche_node.network.reader import Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.uploads import SLACK_BYTES
 from psyche_node.network.wants import Want
 from psyche_node.network.wire import node_pb2 as wire

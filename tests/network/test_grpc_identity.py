@@ -31,6 +31,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network import certificates
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import (
@@ -41,11 +42,12 @@ from psyche_node.network.guard import (
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links, Stream, probe
 from psyche_node.network.messages import Rejected
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, BlobStore, Manifest, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)

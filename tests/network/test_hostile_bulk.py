@@ -19,6 +19,7 @@ import pytest
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.bulk import client, frames
 from psyche_node.network.bulk.client import BulkConnection
 from psyche_node.network.bulk.secure import Broken, client_context, server_context
@@ -29,10 +30,11 @@ from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Rejected, Why
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.sending import PieceServer, Status
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 pytestmark = pytest.mark.timeout(240)

@@ -19,8 +19,8 @@ from typing import Any
 import pytest
 from network_driver import Process
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.messages import Fetched, GetStats, PeerDown, Publish, Stats, Want, WantEntry
-from psyche_node.network.store import PIECE_BYTES
 
 PUBLIC_IP = "10.99.0.1"
 ROUNDS = 3

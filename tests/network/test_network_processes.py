@@ -23,6 +23,7 @@ from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.ipc import RemoteFailure
 from psyche_node.network import swarm
+from psyche_node.network.blobs import PIECE_BYTES, blob_digest
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -41,7 +42,7 @@ from psyche_node.network.messages import (
     Want,
     WantEntry,
 )
-from psyche_node.network.store import PIECE_BYTES, BlobStore, blob_digest
+from psyche_node.network.store import BlobStore
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -429,7 +430,7 @@ def test_a_taken_port_is_refused_with_a_reason(tmp_path: Path, port: str) -> Non
             with pytest.raises(RemoteFailure, match=f"{port}: .* is taken") as refused:
                 await process.endpoint.call(configure, Ready)
             assert exit_for(refused.value) is Exit.NETWORK, "the daemon ends with what the port means"
-            assert in_words(refused.value).startswith(f"PortUnavailable: {port}: 127.0.0.1:")
+            assert in_words(refused.value).startswith(f"{port}: 127.0.0.1:")
             assert await process.stop() == 2
             # It is the supervisor's to say.
             assert all(json.loads(line)["level"] == "DEBUG" for line in process.log_text().splitlines())

@@ -15,6 +15,7 @@ from network_driver import RUN, Process
 
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.ipc import IpcError, Message, Ok
+from psyche_node.network.blobs import blob_digest
 from psyche_node.network.messages import (
     Announced,
     Configure,
@@ -32,7 +33,7 @@ from psyche_node.network.messages import (
     Want,
     WantEntry,
 )
-from psyche_node.network.store import BlobStore, blob_digest
+from psyche_node.network.store import BlobStore
 from psyche_node.node import networking
 from psyche_node.node.networking import Network
 

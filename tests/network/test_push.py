@@ -16,6 +16,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network import links, push
 from psyche_node.network.announcements import Announcements, Verdict
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import Guard
@@ -24,11 +25,12 @@ from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Rejected
 from psyche_node.network.push import PART_BYTES, PushReceiver, parts_of
 from psyche_node.network.pusher import Pusher, _Copies
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.statements import Announcement, NodeRecord
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)

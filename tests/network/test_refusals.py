@@ -372,7 +372,7 @@ def test_a_node_serves_them_also_when_its_network_process_dies(tmp_path: Path, m
     reserved.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     reserved.bind(("127.0.0.1", 0))
     port = reserved.getsockname()[1]
-    node = Node(NodeConfig(run="1" * 43, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path))
+    node = Node(NodeConfig(run="1" * 32, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path))
     refusals = ("psyche_network_refusals_total", "call", "not-a-member")
 
     async def scenario() -> None:

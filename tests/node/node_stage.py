@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import socket
 import threading
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from typing import Any
 
@@ -41,6 +42,7 @@ class ScriptedChain:
         self.list: tuple[Member, ...] = ()
         self.sent: list[tuple[Any, ...]] = []
         self.errors: dict[str, list[Exception]] = {}
+        self.calls: Counter[str] = Counter()
         self.on_sent: Callable[[tuple[Any, ...]], None] = lambda what: None
         self._pulses: asyncio.Queue[Pulse] = asyncio.Queue()
 
@@ -64,6 +66,7 @@ class ScriptedChain:
         return self.list
 
     async def _pass(self, name: str) -> None:
+        self.calls[name] += 1
         await asyncio.sleep(0)
         if self.errors.get(name):
             raise self.errors[name].pop(0)
@@ -112,6 +115,12 @@ async def child(
         await asyncio.to_thread(thread.join, TIMEOUT)
         channel.close()
         assert not thread.is_alive()
+
+
+async def settle_down() -> None:
+    """Let the others go on for long enough for a wrong extra step to begin; a right one never depends on it."""
+    for _ in range(20):
+        await asyncio.sleep(0.001)
 
 
 async def settle(condition: Callable[[], bool]) -> None:

@@ -1,166 +1,24 @@
-"""What a node makes of the member table: who is in the network, when it is ready, and what it does when it is out."""
+"""What a member does that was dropped: when it joins again, and when it ends."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from node_stage import ScriptedChain, child, run_async, settle, watching
-from node_values import KEY, commitment, included, member_of, pulse_of, round_of
+from member_stage import ME, scene
+from node_stage import run_async, settle, settle_down
+from node_values import KEY, commitment, member_of, pulse_of, round_of
 
-from coordinator.client import ChainUnavailable, ProgramError, RpcError
+from coordinator.client import ProgramError
 from coordinator.errors import ErrorCode
-from coordinator.state import MemberStatus, Phase
+from coordinator.state import Commitment, MemberStatus, Phase, Round
 from psyche_node.exits import Exit, exit_for
-from psyche_node.identity import load_or_create_node_key
-from psyche_node.ipc import Message, Ok
-from psyche_node.network.messages import MemberEntry, PeerUp, SetMembers
-from psyche_node.node.journal import Journal, JournalReader
-from psyche_node.node.membership import MOST_RETURNS, Membership
+from psyche_node.node.membership import MOST_RETURNS
 from psyche_node.node.roundloop import Desynced
-from psyche_node.node.standing import Dropped, Ejected, JoinRefused, RunFinished, admitted, check_in_time, why_dropped
-
-ME = 1
-ROOT = bytes(32)
-
-
-class Weights:
-    """The replica of a node, as its round loop has it."""
-
-    applied = 0
-    own = bytes([7]) * 32
-
-    async def root(self) -> bytes:
-        return self.own
-
-
-class Scene:
-    """A member of four, the chain that it sees, and the lists that its network is given."""
-
-    def __init__(self, folder: Path, chain: ScriptedChain) -> None:
-        self.folder, self.chain = folder, chain
-        self.key = load_or_create_node_key(folder / "node.key")
-        self.replica = Weights()
-        self.lists: list[list[int]] = []
-        self.it: Membership
-        self.following: asyncio.Task[None]
-        self.keeping: asyncio.Task[None]
-        self.set(MemberStatus.PENDING)
-
-    def set(self, status: MemberStatus, slot: int = 0, **fields: Any) -> None:
-        """Put this member into the table like this, since ``slot``."""
-        mine = dataclasses.replace(
-            member_of(ME, status), node_key=self.key.public, status_slot=slot, **{"missed": 2, **fields}
-        )
-        self.chain.list = tuple(mine if number == ME else member_of(number) for number in range(4))
-
-    def network(self, message: Message) -> Message:
-        assert isinstance(message, SetMembers)
-        self.lists.append([entry.slot for entry in message.members])
-        return Ok()
-
-    def sent(self) -> list[str]:
-        return [what[0] for what in self.chain.sent]
-
-    async def is_ready(self) -> None:
-        """Wait until it has said so. From then on the run takes it back when it joins."""
-        await settle(lambda: self.sent() == ["ready"])
-        self.chain.on_sent = lambda what: self.set(MemberStatus.PENDING, 20) if what[0] == "join" else None
-
-    async def said(self, name: str, count: int) -> None:
-        """Wait until it has sent ``name`` so often, or noted it in the journal."""
-        await settle(lambda: self.sent().count(name) == count or self.journal().count(name) == count)
-
-    def journal(self) -> list[str]:
-        return [line["kind"] for line in JournalReader(self.folder / "journal.jsonl").read()]
-
-
-@contextlib.asynccontextmanager
-async def scene(folder: Path, *errors: Exception) -> AsyncIterator[Scene]:
-    """``errors``: of the first attempts to say that it is ready."""
-    chain = ScriptedChain()
-    chain.errors["ready"] = list(errors)
-    stage = Scene(folder, chain)
-    journal = Journal(folder / "journal.jsonl")
-    async with watching(chain) as view, child(stage.network) as (network, _):
-        stage.it = Membership(
-            chain,  # type: ignore[arg-type]
-            view,
-            network,
-            journal,
-            member_of(ME).wallet,
-            stage.key,
-            0,
-            pulse_of().run,
-        )
-        for number in (0, 2, 3):
-            stage.it.on_event(PeerUp(slot=number))
-        chain.push(pulse_of(Phase.WARMUP))
-        await view.until(lambda pulse: True)
-        assert await stage.it.join() == ME
-        tasks = [asyncio.create_task(part) for part in (stage.it.follow(), stage.it.keep(stage.replica))]
-        stage.following, stage.keeping = tasks
-        try:
-            yield stage
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            journal.close()
-
-
-def test_a_node_key_is_that_of_the_live_member_that_has_it() -> None:
-    """The program lets another wallet join with the node key of a member that was dropped."""
-    key = bytes([7]) * 32
-    table = [
-        dataclasses.replace(member_of(0, MemberStatus.DROPPED), node_key=key),
-        member_of(1),
-        dataclasses.replace(member_of(2, MemberStatus.PENDING), node_key=key),
-        dataclasses.replace(member_of(3, MemberStatus.DROPPED), node_key=key),
-        member_of(4, MemberStatus.DROPPED),
-        member_of(5, MemberStatus.EJECTED),
-    ]
-    expected = {1: bytes([1]) * 32, 2: key, 4: bytes([4]) * 32}
-    assert admitted(table) == [
-        MemberEntry(slot=slot, node_key=one.hex(), wallet=str(table[slot].wallet)) for slot, one in expected.items()
-    ]
-
-
-@pytest.mark.parametrize("found", [None, ErrorCode.ALREADY_READY, ErrorCode.MEMBER_NOT_ACTIVE])
-def test_a_first_ready_that_is_not_confirmed_is_said_again(tmp_path: Path, found: ErrorCode | None) -> None:
-    """And once it is known to have been heard, or the run to have gone on with this member, the node goes on."""
-    errors = [ChainUnavailable("away"), RpcError("sendTransaction", -32000, "busy")]
-    heard = [] if found is None else [ProgramError(int(found), ())]
-
-    async def test() -> None:
-        async with scene(tmp_path, *errors, *heard) as it:
-            for said in (1, 2, 3):
-                await it.said("ready", said)
-                it.chain.push(pulse_of(Phase.WARMUP))
-            await settle(lambda: not it.chain.errors["ready"])
-            assert it.chain.sent == [("ready", ROOT)] * 3
-            assert not it.keeping.done()
-
-    run_async(test())
-
-
-def test_a_warm_up_that_ended_before_is_waited_for_again(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with scene(tmp_path, ProgramError(int(ErrorCode.WRONG_PHASE), ())) as it:
-            await settle(lambda: it.sent() == ["ready"])
-            for phase in (Phase.WAITING_FOR_MEMBERS, Phase.PAUSED):
-                it.chain.push(pulse_of(phase))
-                await asyncio.sleep(0)
-            assert it.sent() == ["ready"]
-            it.chain.push(pulse_of(Phase.WARMUP))
-            await settle(lambda: it.sent() == ["ready", "ready"])
-
-    run_async(test())
+from psyche_node.node.standing import Dropped, Ejected
 
 
 def test_a_dropped_member_joins_again_and_says_that_it_is_ready(tmp_path: Path) -> None:
@@ -186,7 +44,7 @@ def test_a_member_that_is_dropped_again_and_again_waits_longer_and_ends(tmp_path
             it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, slot) if what[0] == "join" else None
             for returns in range(MOST_RETURNS):
                 slot += 1
-                it.set(MemberStatus.DROPPED, slot)
+                it.set(MemberStatus.DROPPED, slot, updates_included=3)  # what counted before
                 members = 3 - returns % 2  # what makes the node look at the table
                 it.chain.push(pulse_of(Phase.ROUND_TRAIN, number, members=members))
                 await it.said("dropped", returns + 1)
@@ -199,7 +57,7 @@ def test_a_member_that_is_dropped_again_and_again_waits_longer_and_ends(tmp_path
                 await settle(
                     lambda returns=returns: it.sent()[-1] == "ready" and it.sent().count("join") == returns + 1
                 )  # type: ignore[misc]
-            it.set(MemberStatus.DROPPED, slot + 1)
+            it.set(MemberStatus.DROPPED, slot + 1, updates_included=3)
             it.chain.push(pulse_of(Phase.ROUND_TRAIN, number, members=1))
             with pytest.raises(Dropped, match=r"dropped member 1 6 times.*not ready when") as said:
                 await it.keeping
@@ -221,21 +79,6 @@ def test_a_member_whose_update_counted_begins_to_count_anew(tmp_path: Path) -> N
                 await it.said("ready", returns + 2)
 
     run_async(test())
-
-
-@pytest.mark.parametrize(
-    ("before", "fields", "words"),
-    [
-        (MemberStatus.PENDING, {"missed": 2}, "not ready"),
-        (MemberStatus.ACTIVE, {"missed": 2}, "missed 2 rounds in a row"),
-        (MemberStatus.ACTIVE, {"excluded": 2}, "2 times in a row two thirds of the witnesses did not hold its update"),
-        (MemberStatus.ACTIVE, {}, "not ready"),
-    ],
-)
-def test_why_a_member_was_dropped_is_said(before: MemberStatus, fields: dict[str, int], words: str) -> None:
-    mine = dataclasses.replace(member_of(ME, MemberStatus.DROPPED), **fields)  # type: ignore[arg-type]
-    limits = dataclasses.replace(pulse_of().run.limits, max_missed=2)
-    assert words in why_dropped(mine, before, pulse_of(limits=limits).run)
 
 
 def test_a_dropped_member_joins_only_when_it_has_caught_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,39 +123,6 @@ def test_a_dropped_member_whose_last_fingerprint_was_not_the_majoritys_ends(
     run_async(test())
 
 
-def test_in_a_warm_up_a_member_that_has_trained_shows_its_own_root_and_ends_if_it_is_wrong(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with scene(tmp_path) as it:
-            await it.is_ready()
-            it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
-            it.set(MemberStatus.DROPPED, 10)
-            it.replica.applied = 5
-            warm_up = pulse_of(Phase.WARMUP, 5, members=3, final_rounds=5)
-            it.chain.push(warm_up)
-            await settle(lambda: it.sent() == ["ready", "join", "ready"])
-            assert it.chain.sent[-1] == ("ready", it.replica.own)
-            it.chain.push(warm_up)
-            with pytest.raises(Desynced, match="the root of these weights is 0707"):
-                await it.keeping
-
-    run_async(test())
-
-
-def test_a_root_that_was_changed_meanwhile_is_shown_anew(tmp_path: Path) -> None:
-    async def test() -> None:
-        async with scene(tmp_path) as it:
-            await it.is_ready()
-            it.chain.errors["ready"] = [ProgramError(int(ErrorCode.WRONG_MODEL_ROOT), ())]
-            it.set(MemberStatus.DROPPED, 10)
-            it.chain.push(pulse_of(Phase.COOLDOWN, 5, members=3))
-            await settle(lambda: it.sent() == ["ready", "join", "ready"])
-            it.chain.push(pulse_of(Phase.COOLDOWN, 5, members=3, checkpoint_root=bytes([9]) * 32))
-            await settle(lambda: it.sent() == ["ready", "join", "ready", "ready"])
-            assert it.chain.sent[-1] == ("ready", bytes([9]) * 32)
-
-    run_async(test())
-
-
 @pytest.mark.parametrize(
     ("found", "error"),
     [(ErrorCode.BANNED, Ejected), (ErrorCode.RUN_FULL, Dropped), (ErrorCode.GRANT_FULL, Dropped)],
@@ -345,14 +155,22 @@ def test_a_dropped_member_asks_for_no_more_than_the_run_gives_by_now(tmp_path: P
     run_async(test())
 
 
-def test_a_dropped_member_of_a_finished_run_leaves_the_end_to_the_round_loop(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("phase", "tries"), [(Phase.FINISHED, False), (Phase.ROUND_TRAIN, True)], ids=["seen", "found when joining"]
+)
+def test_a_dropped_member_of_a_finished_run_leaves_the_end_to_the_round_loop(
+    tmp_path: Path, phase: Phase, tries: bool
+) -> None:
     async def test() -> None:
         async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
             it.chain.errors["join"] = [ProgramError(int(ErrorCode.RUN_FINISHED), ())]
             it.set(MemberStatus.DROPPED, 10)
-            it.chain.push(pulse_of(Phase.FINISHED, 5, members=3))
+            it.chain.push(pulse_of(phase, 5, members=3))
             await it.keeping
             assert not it.following.done()
+            assert it.sent() == ["ready", *["join"] * tries]
+            assert it.journal() == ["joined", *["dropped"] * tries]
 
     run_async(test())
 
@@ -383,32 +201,135 @@ def test_a_member_that_is_out_for_good_ends_with_the_code_for_it(
     run_async(test())
 
 
+def test_a_member_that_is_dropped_before_it_was_ready_joins_again(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, peers=()) as it:
+            await settle(lambda: bool(it.lists))
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 20)
+            it.chain.push(pulse_of(Phase.WAITING_FOR_MEMBERS, members=3))
+            await settle(lambda: it.sent() == ["join"])
+
+    run_async(test())
+
+
+def test_a_dropped_member_asks_for_the_share_that_is_set_and_by_its_grant(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, share=500) as it:
+            await it.is_ready()
+            it.set(MemberStatus.DROPPED, 10, next_share=77, grant=KEY)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            await settle(lambda: ("join", it.key.keypair, 500, KEY) in it.chain.sent)
+
+    run_async(test())
+
+
 @pytest.mark.parametrize(
-    ("fields", "error"),
+    ("phase", "waits"),
     [
-        ({}, None),
-        ({"phase": Phase.ROUND_TRAIN}, None),
-        ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1, ())]}, None),
-        ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1)]}, JoinRefused),
-        ({"phase": Phase.ROUND_TRAIN, "round": 4, "final_rounds": 3}, JoinRefused),
-        ({"phase": Phase.WAITING_FOR_MEMBERS, "round": 4, "final_rounds": 4, "checkpoint_root": KEY}, JoinRefused),
-        ({"phase": Phase.FINISHED, "round": 4, "final_rounds": 4}, RunFinished),
-    ],
-    ids=[
-        "waiting",
-        "first round",
-        "after void rounds",
-        "after the first that counts",
-        "later",
-        "after a checkpoint",
-        "finished",
+        (Phase.ROUND_TRAIN, True),
+        (Phase.ROUND_WITNESS, True),
+        (Phase.COOLDOWN, True),
+        (Phase.WAITING_FOR_MEMBERS, False),
+        (Phase.PAUSED, False),
+        (Phase.WARMUP, False),
     ],
 )
-def test_a_node_is_told_at_once_whether_it_comes_in_time(fields: dict[str, Any], error: type[Exception] | None) -> None:
-    run = pulse_of(**{"phase": Phase.WAITING_FOR_MEMBERS, **fields}).run
-    if error is None:
-        check_in_time(run, Path("model"))
-        return
-    with pytest.raises(error, match="finished after 4 rounds" if error is RunFinished else "since round 0") as said:
-        check_in_time(run, Path("model"))
-    assert exit_for(said.value) is (Exit.RUN_FINISHED if error is RunFinished else Exit.JOIN_REFUSED)
+def test_a_member_pauses_before_it_joins_again_only_while_others_train(
+    tmp_path: Path, phase: Phase, waits: bool
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.is_ready()
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            await settle(lambda: it.sent() == ["ready", "join", "ready"])
+            it.set(MemberStatus.DROPPED, 30)
+            it.chain.on_sent = lambda what: it.set(MemberStatus.PENDING, 40)
+            it.chain.push(pulse_of(phase, 5, members=2))
+            await it.said("dropped", 2)
+            await settle_down()
+            assert it.sent().count("join") == (1 if waits else 2)
+            it.chain.push(pulse_of(phase, 6, members=2))
+            await settle(lambda: it.sent().count("join") == 2)
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    ("found", "ends"),
+    [(ErrorCode.ALREADY_A_MEMBER, False), (ErrorCode.WRONG_PHASE, True)],
+)
+def test_a_second_join_that_was_heard_the_first_time_is_no_error(tmp_path: Path, found: ErrorCode, ends: bool) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.is_ready()
+            it.chain.errors["join"] = [ProgramError(int(found), ())]
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            if ends:
+                with pytest.raises(ProgramError):
+                    await it.keeping
+            else:
+                await settle(lambda: it.sent() == ["ready", "join", "ready"])
+
+    run_async(test())
+
+
+@pytest.mark.parametrize("elsewhere", [True, False])
+def test_a_member_whose_place_went_to_another_wallet_meanwhile_ends(tmp_path: Path, elsewhere: bool) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.sent() == ["ready"])
+
+            def given_away(what: tuple[Any, ...]) -> None:
+                it.change(ME, wallet=member_of(9).wallet, status=MemberStatus.ACTIVE)
+                if elsewhere:
+                    it.change(2, wallet=member_of(ME).wallet, node_key=it.key.public)
+
+            it.chain.on_sent = given_away
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            with pytest.raises(Dropped, match="the place of member 1 has gone to another wallet"):
+                await it.keeping
+
+    run_async(test())
+
+
+def prints(own: int, *others: int) -> list[Commitment]:
+    """Commitments with these fingerprints: this member's, then those of 0, 2, 3 as far as they go."""
+    slots = (ME, 0, 2, 3)
+    return [
+        dataclasses.replace(commitment(slot), fingerprint=n) for slot, n in zip(slots, (own, *others), strict=False)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("table", "desynced"),
+    [
+        ([round_of(4, prints(1, 2, 2), closed=False)], False),
+        ([round_of(3, prints(1, 2, 2)), round_of(4, prints(1, 1, 1))], False),
+        ([round_of(3, prints(1, 1, 1)), round_of(4, prints(1, 2, 2))], True),
+        ([round_of(3, prints(1, 2, 2)), round_of(4, prints(2, 2, 2)[1:])], True),
+        ([round_of(4, prints(1, 2, 2)[1:])], False),
+        ([round_of(4, prints(1, 2, 2, 3))], False),
+        ([round_of(4, prints(1, 1, 2, 2))], False),
+    ],
+    ids=["open", "mended", "new", "last of its own", "none of its own", "half", "two against two"],
+)
+def test_of_a_dropped_members_fingerprints_the_last_one_in_a_closed_round_decides(
+    tmp_path: Path, table: list[Round], desynced: bool
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await it.is_ready()
+            it.chain.table = tuple(table)
+            it.set(MemberStatus.DROPPED, 10)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 5, members=3))
+            await settle(lambda: it.sent() == ["ready", "join", "ready"] or it.keeping.done())
+            assert it.keeping.done() is desynced
+            if desynced:
+                with pytest.raises(Desynced, match="the fingerprint of these weights"):
+                    await it.keeping
+
+    run_async(test())

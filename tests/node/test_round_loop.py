@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from node_stage import ScriptedChain, child, run_async, settle, watching
+from node_stage import ScriptedChain, child, run_async, settle, settle_down, watching
 from node_values import TERMS, commitment, included, member_of, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
@@ -121,12 +121,6 @@ class Scene:
             self.task.result()
         await settle_down()
         assert self.did() == did
-
-
-async def settle_down() -> None:
-    # Long enough for a wrong extra step to begin; a right one never depends on it.
-    for _ in range(20):
-        await asyncio.sleep(0.001)
 
 
 @contextlib.asynccontextmanager

@@ -42,6 +42,21 @@ def test_another_model_or_other_data_is_cautioned_against() -> None:
     assert "positions begin at 0 again" in str(data.caution(TRAINED))
 
 
+def test_a_run_whose_nodes_are_gone_is_taken_back_to_its_checkpoint() -> None:
+    root = f"terms.model_root={TRAINED.checkpoint_root.hex()}"
+    gone = replace(TRAINED, round=507, final_rounds=507, model_round=0)
+    back = change_of(gone, [root])
+    assert back.terms == replace(TRAINED.terms, model_root=TRAINED.checkpoint_root)
+    assert back.text(gone) == ["the run goes on from its checkpoint of round 500, now"]
+    assert str(back.caution(gone)) == (
+        "Its checkpoint lacks what it has learned since round 500 (7 rounds), and that is lost."
+    )
+    with pytest.raises(ConfigError, match="nothing changes"):
+        change_of(replace(gone, model_round=507), [root])
+    with pytest.raises(ConfigError, match="nothing changes"):
+        change_of(gone, [f"limits.batch={gone.limits.batch}"])
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [

@@ -98,7 +98,7 @@ def test_an_owner_changes_and_ends_a_run(
     assert shown["rewards"]["lamports_per_million_tokens"] == 1000
     assert shown["terms"]["peak_lr"] == 0.5
     for wrong, message in (
-        ("batsch=3", "limits.batsch is no setting"),
+        ("batsch=3", "limits.batsch: there is no such key"),
         ("batch=1", "batch must be at least min_members"),
         ("terms.topk=0", "terms.topk"),
         ("reward_rate=-1", "reward_rate"),

@@ -1,0 +1,203 @@
+"""What is read from the member table, when it is read again, and what ends the node."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from member_stage import ME, Scene, scene
+from node_stage import ScriptedChain, child, run_async, settle, settle_down, watching
+from node_values import member_of, pulse_of
+
+from coordinator.client import Pulse
+from coordinator.state import Member, MemberStatus, Phase
+from psyche_node.exits import Exit, exit_for
+from psyche_node.network.messages import Rejected, Why
+from psyche_node.node import roster as module
+from psyche_node.node.roster import Roster
+from psyche_node.node.standing import Dropped, JoinRefused
+
+
+@pytest.fixture(autouse=True)
+def no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMBERS_PAUSE_SECONDS", 0.0)
+
+
+def unread() -> Roster:
+    """A roster that has read nothing, and needs nothing for what is tested."""
+    return Roster(None, None, None, member_of(ME).wallet, None)  # type: ignore[arg-type]
+
+
+def mine(status: MemberStatus, slot: int) -> Member:
+    return dataclasses.replace(member_of(ME, status), status_slot=slot)
+
+
+def test_of_two_answers_the_older_changes_nothing() -> None:
+    async def test() -> None:
+        roster = unread()
+        dropped = asyncio.create_task(roster.dropped())
+        roster.see(mine(MemberStatus.PENDING, 3))
+        assert (roster.slot, roster.before) == (ME, None)
+        roster.see(mine(MemberStatus.ACTIVE, 5))
+        for status, slot in ((MemberStatus.DROPPED, 4), (MemberStatus.ACTIVE, 5)):
+            roster.see(mine(status, slot))
+            assert roster.before is MemberStatus.PENDING
+        await settle_down()
+        assert not dropped.done()
+        last = mine(MemberStatus.DROPPED, 5)  # in the same slot
+        roster.see(last)
+        assert await dropped is last
+        assert roster.before is MemberStatus.ACTIVE
+
+    run_async(test())
+
+
+def test_others_are_those_who_train_or_are_about_to(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            for slot, status in enumerate((MemberStatus.PENDING, None, MemberStatus.DROPPED, MemberStatus.DESYNCED)):
+                if status is not None:
+                    it.change(slot, status=status)
+            assert await it.roster.read() is not None
+            assert it.roster.others() == {0}
+            it.set(MemberStatus.DROPPED)
+            assert await it.roster.read() is None, "no live membership"
+
+    run_async(test())
+
+
+def test_the_network_gets_the_list_when_it_has_changed(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.lists == [[0, 1, 2, 3]])
+            reads = it.chain.calls["members"]
+            it.roster.look()
+            await settle(lambda: it.chain.calls["members"] > reads)
+            it.change(3, status=MemberStatus.LEFT)
+            it.roster.look()
+            await settle(lambda: it.lists == [[0, 1, 2, 3], [0, 1, 2]])
+            assert it.roster.others() == {0, 2}
+
+    run_async(test())
+
+
+REFUSED = Rejected(peer="", member=None, what="call", why=Why.NOT_A_MEMBER, reason="")
+TRAINS = pulse_of(Phase.ROUND_TRAIN, 1)
+
+
+def sees(pulse: Pulse) -> Callable[[Scene], None]:
+    return lambda it: it.chain.push(pulse)
+
+
+@pytest.mark.parametrize(
+    ("begins", "happens", "reads"),
+    [
+        (TRAINS, lambda it: it.roster.look(), 1),
+        (TRAINS, lambda it: it.roster.on_event(REFUSED), 1),
+        (TRAINS, lambda it: it.roster.on_event(REFUSED.model_copy(update={"why": Why.EXPIRED})), 0),
+        (TRAINS, sees(pulse_of(Phase.ROUND_TRAIN, 1, members=5)), 1),
+        (TRAINS, sees(dataclasses.replace(TRAINS, header=dataclasses.replace(TRAINS.header, active=3))), 1),
+        (TRAINS, sees(pulse_of(Phase.ROUND_WITNESS, 1)), 0),
+        (pulse_of(Phase.WAITING_FOR_MEMBERS), sees(pulse_of(Phase.WARMUP)), 1),
+        (TRAINS, sees(pulse_of(Phase.WARMUP)), 1),
+        (TRAINS, sees(pulse_of(Phase.WAITING_FOR_MEMBERS)), 1),
+    ],
+    ids=[
+        "a round without this member",
+        "a stranger",
+        "another refusal",
+        "one more member",
+        "one active less",
+        "another phase of the round",
+        "the warm-up",
+        "another warm-up",
+        "the end of an epoch",
+    ],
+)
+def test_the_table_is_read_again_when_it_may_have_changed(
+    tmp_path: Path, begins: Pulse, happens: Callable[[Scene], None], reads: int
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, begins=begins) as it:
+            it.keeping.cancel()  # which reads the table for itself
+            await settle(lambda: bool(it.lists))
+            await settle_down()
+            before = it.chain.calls["members"]
+            happens(it)
+            await settle(lambda: it.chain.calls["members"] >= before + reads)
+            await settle_down()
+            assert it.chain.calls["members"] == before + reads, "once for each reason"
+
+    run_async(test())
+
+
+def test_strangers_cannot_have_the_table_read_without_a_pause(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMBERS_PAUSE_SECONDS", 1000.0)
+
+    async def test() -> None:
+        async with scene(tmp_path, begins=TRAINS) as it:
+            await settle(lambda: it.sent() == ["ready"] and bool(it.lists))
+            before = it.chain.calls["members"]
+            it.roster.on_event(REFUSED)
+            await settle_down()
+            assert it.chain.calls["members"] == before
+
+    run_async(test())
+
+
+def test_the_table_is_read_from_time_to_time_anyway(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MEMBERS_SECONDS", 0.001)
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            await settle(lambda: it.chain.calls["members"] > 10)
+
+    run_async(test())
+
+
+def test_another_node_with_this_wallet_ends_this_one(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.change(ME, node_key=bytes([9]) * 32)
+            it.roster.look()
+            with pytest.raises(JoinRefused, match="goes on under another node key") as said:
+                await it.following
+            assert exit_for(said.value) is Exit.JOIN_REFUSED
+
+    run_async(test())
+
+
+def test_a_member_whose_slot_is_another_wallets_ends(tmp_path: Path) -> None:
+    """Also when this wallet has joined again elsewhere: this node trains under the old number."""
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.change(ME, wallet=member_of(9).wallet)
+            it.change(2, wallet=member_of(ME).wallet, node_key=it.key.public)
+            it.roster.look()
+            with pytest.raises(Dropped, match="member 1 is another wallet by now") as said:
+                await it.following
+            assert exit_for(said.value) is Exit.DROPPED
+
+    run_async(test())
+
+
+def test_who_is_no_member_has_the_list_all_the_same(tmp_path: Path) -> None:
+    async def test() -> None:
+        chain = ScriptedChain()
+        it = Scene(tmp_path, chain)
+        async with watching(chain) as view, child(it.network) as (network, _):
+            chain.push(TRAINS)
+            await view.until(lambda pulse: True)
+            outsider = Roster(chain, view, network, member_of(9).wallet, it.key)  # type: ignore[arg-type]
+            following = asyncio.create_task(outsider.follow())
+            await settle(lambda: it.lists == [[0, 1, 2, 3]] or following.done())
+            await settle_down()
+            assert not following.done()
+            assert outsider.slot is None
+            following.cancel()
+
+    run_async(test())
