@@ -59,7 +59,10 @@ class Text:
         return self._tokens[at], self._places[at], self._targets[at]
 
     def heldout(self, most: int) -> tuple[Tensor, Tensor, Tensor]:
-        return self._held[:most], self._held_places[:most], self._held_targets[:most]
+        """At most so many held-out sequences, spread evenly: they lie in order of cost, the long answers together."""
+        count = len(self._held)
+        at = [number * count // min(most, count) for number in range(min(most, count))]
+        return self._held[at], self._held_places[at], self._held_targets[at]
 
     def _at(self, position: int) -> int:
         epoch, index = divmod(position, len(self._tokens))

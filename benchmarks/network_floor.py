@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 
 from benchmarks.network_ends import tls_context
-from psyche_node.network.store import PIECE_BYTES, piece_digest
+from psyche_node.network.blobs import PIECE_BYTES, piece_digest
 
 PIECES = 64
 REPEAT = 9

@@ -25,10 +25,11 @@ import trio
 
 from psyche_node.ipc import Message
 from psyche_node.network import swarm
+from psyche_node.network.blobs import blob_digest
 from psyche_node.network.messages import Announced, Configure, MemberEntry, Publish, SetMembers, Want, WantEntry
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.statements import Announcement
-from psyche_node.network.store import BlobStore, blob_digest
+from psyche_node.network.store import BlobStore
 
 RUN = bytes(range(32))
 LIMIT = 5.0

@@ -30,7 +30,8 @@ import torch
 
 from benchmarks.optimizer import Help, random_updates
 from coordinator.state import float_bits
-from psyche_node.network.store import BlobStore, blob_digest
+from psyche_node.network.blobs import blob_digest
+from psyche_node.network.store import BlobStore
 from psyche_node.planning.gpus import GPUS
 from psyche_node.planning.shape import ModelShape, shape_of
 from psyche_node.training import Session, TrainingTerms

@@ -53,7 +53,7 @@ class ProgramError(TransactionFailed):
         text = (
             ERROR_TEXT[known] if known is not None else "this version does not know the error; is psyche-node too old?"
         )
-        super().__init__(f"{self.name} ({code}): {text}", error, logs, signature)
+        super().__init__(f"{text} ({self.name}, error {code})", error, logs, signature)
 
 
 def refused(text: str) -> TransactionFailed:

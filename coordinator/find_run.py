@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
+import difflib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
+from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
-from coordinator.addresses import run_addresses
+from coordinator.addresses import MAX_RUN_ID_BYTES, run_addresses
 from coordinator.chain import Chain, RpcError
-from coordinator.client import RunNotFound
+from coordinator.client import CoordinatorClient, RunNotFound
 from coordinator.deploy import LOADER
-from coordinator.layout import RUN, RUN_MARK, RUN_SIZE
+from coordinator.layout import RUN_MARK, RUN_SIZE
+from coordinator.rpc import PATIENCE_SECONDS
 from coordinator.state import MalformedAccount, Run, decode_run
 
 # The upgradeable loader marks a program's account, as opposed to its data or a buffer, with this 32-bit number.
 _PROGRAM_MARK: Final = (2).to_bytes(4, "little")
 _MAX_PROGRAMS: Final = 64
+# A name that is so much like another is a slip; of an address a character or two may be wrong or missing.
+_LIKE_A_NAME: Final = 0.6
+_LIKE_AN_ADDRESS: Final = 0.9
+_MOST_NEAR: Final = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,12 +40,19 @@ async def all_runs(chain: Chain, program: Pubkey | None) -> list[FoundRun]:
     """Every run of a program; without one those of every program on the chain, which only a small chain allows.
 
     Raises:
-        RunNotFound: the chain has too many programs to ask, or does not list them.
+        RunNotFound: the chain has too many programs to ask, or does not list them or their accounts.
     """
     programs = [program] if program is not None else await _programs(chain)
     found = []
     for one in programs:
-        for address, account in await chain.program_accounts(one, RUN_MARK, (0, RUN_SIZE)):
+        try:
+            accounts = await chain.program_accounts(one, RUN_MARK, (0, RUN_SIZE))
+        except RpcError as error:
+            raise RunNotFound(
+                f"this endpoint does not list a program's runs ({error.message}); give the address of the run's "
+                "account, or its name with --program and --owner"
+            ) from error
+        for address, account in accounts:
             try:
                 decoded = decode_run(account.data)
             except MalformedAccount:
@@ -46,6 +61,27 @@ async def all_runs(chain: Chain, program: Pubkey | None) -> list[FoundRun]:
             if run_addresses(one, decoded.owner, decoded.run_id).run == address:
                 found.append(FoundRun(address, one, decoded))
     return found
+
+
+async def open_run(
+    rpc: Sequence[str],
+    run: str,
+    wallet: Keypair | None = None,
+    *,
+    program: Pubkey | None = None,
+    owner: Pubkey | None = None,
+    **options: Any,
+) -> CoordinatorClient:
+    """A client of a run, by its address or its name (`find_run`). Options: those of CoordinatorClient.
+
+    Raises RunNotFound, and ChainUnavailable.
+    """
+    async with Chain(rpc, patience=options.get("patience", PATIENCE_SECONDS)) as chain:
+        address = await find_run(chain, run, program, owner)
+        try:
+            return await CoordinatorClient.open(rpc, address, wallet, **options)
+        except RunNotFound as error:
+            raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
 
 
 async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey | None) -> Pubkey:
@@ -57,26 +93,64 @@ async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey
         owner: to tell runs of one name apart.
 
     Raises:
-        RunNotFound: there is none, or several; the message says which.
+        RunNotFound: there is none, or several; the message lists those, or the ones that are called nearly so.
     """
     try:
-        return Pubkey.from_string(run)
-    except ValueError:
-        pass  # a name, then
-    if not 1 <= len(run.encode()) <= RUN.span("run_id")[1] - RUN.span("run_id")[0]:
-        raise RunNotFound(f"{run!r} is neither an address nor a run's name (1 to 32 bytes)")
+        address = _as_address(run)
+    except ValueError as error:
+        raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
+    if address is not None:
+        return address
     if program is not None and owner is not None:
         return run_addresses(program, owner, run).run
     everything = await all_runs(chain, program)
     found = [one for one in everything if one.run.run_id == run and owner in (None, one.run.owner)]
     if not found:
-        raise RunNotFound(f"no run is called {run!r} on this chain; give the address of its account, or --program")
+        whose = f" of owner {owner}" if owner is not None else ""
+        near = _near(run, everything) or "; give the address of its account, or --program"
+        raise RunNotFound(f"no run{whose} is called {run!r} on this chain{near}")
     if len(found) > 1:
-        listed = "\n".join(f"  {one.address}  owner {one.run.owner}  program {one.program}" for one in found)
         raise RunNotFound(
-            f"several runs are called {run!r}; give --owner, --program or one of these addresses:\n{listed}"
+            f"several runs are called {run!r}; give --owner, --program or one of these addresses:\n{_listed(found)}"
         )
     return found[0].address
+
+
+def _as_address(run: str) -> Pubkey | None:
+    """The address that ``run`` is, None for what can only be a run's name. Raises ValueError when it is neither."""
+    try:
+        return Pubkey.from_string(run)
+    except ValueError:
+        if 1 <= len(run.encode()) <= MAX_RUN_ID_BYTES and "\0" not in run:
+            return None
+    raise ValueError(f"{run!r} is neither an address nor a run's name (1 to {MAX_RUN_ID_BYTES} bytes)")
+
+
+async def _near_on(chain: Chain, run: str, program: Pubkey | None) -> str:
+    try:
+        return _near(run, await all_runs(chain, program))
+    except RunNotFound:
+        return ""  # what the chain does not list cannot help
+
+
+def _near(run: str, everything: Iterable[FoundRun]) -> str:
+    """The runs whose name or address is nearly ``run``, as the end of a message; empty if there is none."""
+    names: dict[str, list[FoundRun]] = {}
+    addresses: dict[str, list[FoundRun]] = {}
+    for one in everything:
+        names.setdefault(one.run.run_id.casefold(), []).append(one)
+        addresses[str(one.address)] = [one]
+    found = [
+        one
+        for known, spelled, like in ((names, run.casefold(), _LIKE_A_NAME), (addresses, run, _LIKE_AN_ADDRESS))
+        for key in difflib.get_close_matches(spelled, known, _MOST_NEAR, like)
+        for one in known[key]
+    ]
+    return f"; did you mean one of these?\n{_listed(found)}" if found else ""
+
+
+def _listed(runs: Iterable[FoundRun]) -> str:
+    return "\n".join(f"  {one.run.run_id}  {one.address}  owner {one.run.owner}  program {one.program}" for one in runs)
 
 
 async def _programs(chain: Chain) -> list[Pubkey]:

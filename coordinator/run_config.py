@@ -13,8 +13,8 @@ from typing import Annotated, Any, Final, Literal, Self, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from solders.pubkey import Pubkey
 
-from coordinator.settings_errors import Sources, explain
 from coordinator.state import Limits, Terms, float_bits
+from coordinator.wording import Sources, has, problems
 
 _MAX_FILE_BYTES: Final = 1 << 20
 _SCHEDULES: Final = {"constant": 0, "linear": 1, "cosine": 2, "wsd": 3}
@@ -32,6 +32,8 @@ class ConfigError(Exception):
 
 _HASHES: Final = ("model_root", "layout_digest", "data_manifest")
 _FLOATS: Final = ("decay", "peak_lr", "final_lr", "weight_decay", "clip_norm", "z_loss")
+RECIPE: Final = "recipe"
+"""Where settings are from that a file, --set and folders go over."""
 _Model = TypeVar("_Model", bound=BaseModel)
 
 
@@ -230,6 +232,22 @@ class SettingsTable:
     values: dict[str, Any]
     sources: Sources
 
+    def terms(self) -> Mapping[str, Any]:
+        """The section of the terms; empty if there is none, or if it is no section."""
+        terms = self.values.get("terms")
+        return terms if isinstance(terms, Mapping) else {}
+
+    def with_terms(self, terms: Mapping[str, Any]) -> SettingsTable:
+        """These settings with some of the terms set otherwise. Where there is something else than a section, it stays
+        for `checked` to complain about."""
+        if not isinstance(self.values.get("terms", {}), Mapping):
+            return self
+        return SettingsTable({**self.values, "terms": {**self.terms(), **terms}}, self.sources)
+
+    def origin(self, *path: str) -> str:
+        """Where the value of a key is from: --set, a file's name, or ``RECIPE``."""
+        return next((name for name, table in self.sources if has(table, path)), "the settings")
+
     def checked(self) -> RunSettings:
         """Raises ConfigError, with one line per key that is missing, unknown or out of range."""
         return validated(RunSettings, self.values, "", self.sources)
@@ -257,7 +275,7 @@ def settings_table(
         table["run_id"] = run_id
     for override in overrides:
         _override(table, override)
-    return SettingsTable(table, (("--set", parse_overrides(overrides)), (str(file), written), ("recipe", recipe or {})))
+    return SettingsTable(table, (("--set", parse_overrides(overrides)), (str(file), written), (RECIPE, recipe or {})))
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -273,7 +291,8 @@ def validated(model: type[_Model], table: Mapping[str, Any], section: str, sourc
     try:
         return model.model_validate(table)
     except ValidationError as error:
-        lines = "\n".join(f"  {line}" for line in explain(error, model, section, sources))
+        found = problems(error, model, section, sources)
+        lines = "\n".join(f"  {where or 'settings'}: {words}" for where, words in found)
         raise ConfigError(f"the run's settings cannot be used:\n{lines}") from None
 
 

@@ -29,7 +29,8 @@ from psyche_node import exits
 from psyche_node.evaluation.task import Task
 from psyche_node.node.config import NodeConfig
 from psyche_node.sim.recipe import DEMO, SimRecipe, recipe_for
-from psyche_node.sim.result import Record, RunResult
+from psyche_node.sim.record import Record
+from psyche_node.sim.result import RunResult
 from psyche_node.sim.settings import SimSettings
 
 REFERENCE = Path(__file__).resolve().parent / "reference"

@@ -37,19 +37,20 @@ from optimizer.agreement import agreeing
 from optimizer.codec import Header, encode_header, open_body, require_one_round
 from optimizer.compiled import choose_engine
 from optimizer.engine import Bodies, Energy, Engine, PlainEngine, Rule, Sent, Step
-from optimizer.errors import MalformedUpdate, NonFiniteGradient, OptimizerError, UnknownRound
+from optimizer.errors import MalformedUpdate, OptimizerError, UnknownRound
 from optimizer.geometry import Geometry
-from optimizer.layout import BLOCK, HEADER_BYTES, Layout, LayoutError
+from optimizer.gradients import local_gradients
+from optimizer.layout import BLOCK, HEADER_BYTES, Layout
 from optimizer.parameters import Named, check, trained_groups
 from optimizer.rates import kept_share, rate
 from optimizer.report import Report, Watch
 from optimizer.rounding import LOOKAHEAD, STEP, Chance
-from optimizer.sharding import is_sharded, local, site_of
+from optimizer.saved import loaded_updates, misfit, saved_updates
+from optimizer.sharding import site_of
 from optimizer.transform import MOST_VOTES
+from optimizer.weights import Weights
 
 Rates = int | float | Sequence[int | float]
-# Euclidean norm of a tensor's gradient: the transform and the sums of squares of a larger one could overflow fp32.
-_LARGEST_GRADIENT = 1e18
 
 
 class DisTrO(torch.optim.Optimizer):
@@ -114,16 +115,12 @@ class DisTrO(torch.optim.Optimizer):
         super().__init__(groups, {"lr": rate(lr), "weight_decay": weight_decay})
         self.decay = rate(decay)
         self._window, self._lookahead, self._limit, self._robust = window, lookahead, int(clip_votes), robust
-        self._names = [placement.name for placement in self.layout.placements]
-        self._parameters = [named[name] for name in self._names]
-        self._group_of = [group_of[name] for name in self._names]
-        self._site = site_of(self.layout, self._parameters, group)
+        ordered = {placement.name: named[placement.name] for placement in self.layout.placements}
+        self._group_of = [group_of[name] for name in ordered]
+        self._site = site_of(self.layout, list(ordered.values()), group)
         self._geometry = Geometry.build(self.layout, slab_blocks, self._site.parts, self._site.border)
-        held = [local(p) for p in self._parameters]
-        self._born = [(p.dtype, p.shape, p.device) for p in held]
-        self._masters = [None if stochastic_rounding or p.dtype == torch.float32 else p.detach().float() for p in held]
-        self._aside: list[Tensor] = []
-        self._device = held[0].device
+        self._weights = Weights(ordered, masters=not stochastic_rounding)
+        self._device = self._weights.held()[0].device
         self._engine = choose_engine(self._geometry, self._device, engine)
         self._by_chance = stochastic_rounding
         # Whatever reads and writes weights: kernels know fp32 ones only.
@@ -179,17 +176,17 @@ class DisTrO(torch.optim.Optimizer):
             yield
             return
         with self._watch.phase("lookahead"):
-            kept = self._set_aside()
+            kept = self._weights.set_aside()
         self._swapped = True
         try:
             with self._watch.phase("lookahead"), torch.no_grad():
                 travelling = list(self._sent.values())
                 step = self._step(self.lr, LOOKAHEAD, b"", self._next)
-                self._stepper.ahead(self._trend_NC, travelling, kept, self._locals(), step)
+                self._stepper.ahead(self._trend_NC, travelling, kept, self._weights.held(), step)
             yield
         finally:
             with self._watch.phase("lookahead"):
-                self._show(kept)
+                self._weights.show(kept)
             self._swapped = False
 
     @torch.no_grad()
@@ -200,14 +197,14 @@ class DisTrO(torch.optim.Optimizer):
         Gradients are set to None; a missing one counts as zero. The update is kept until it is applied or restored.
         Raises NonFiniteGradient (and changes nothing), OptimizerError if an update of `round` is travelling already.
         """
-        self._locals()  # refuses a model that was converted, before anything changes
+        self._weights.held()  # refuses a model that was converted, before anything changes
         number = self._next if round is None else round
         header = Header(run, number, member)
         encode_header(header, self.layout)
         if number in self._sent:
             raise OptimizerError(f"round {number} was encoded already; apply or restore it first")
         with self._watch.phase("gather"):
-            gradients = self._gradients()
+            gradients = local_gradients(self._weights, self._site)
             exchanged = self._site.exchange(gradients)
         blocks = len(self._geometry.blocks)
         sent = Sent(
@@ -257,8 +254,8 @@ class DisTrO(torch.optim.Optimizer):
         with self._watch.phase("apply"):
             step = self._step(rates, STEP, headers[0].run, headers[0].round)
             self._watch.stepping(self._trend_NC, step.rates)
-            self._stepper.apply(self._trend_NC, self._weights(), bodies, step)
-            self._show(self._masters)
+            self._stepper.apply(self._trend_NC, self._weights.stepped(), bodies, step)
+            self._weights.show_masters()
         self._watch.voted(bodies)
         for header, body in zip(headers, checked, strict=True):
             if self._is_own(header, body):
@@ -287,13 +284,14 @@ class DisTrO(torch.optim.Optimizer):
     def fingerprint(self) -> int:
         """64-bit checksum of the weights as fp32: equal weights, equal number, whatever threads, device or shards."""
         self._not_swapped("take a fingerprint")
-        counted = [w if part.counted else None for w, part in zip(self._weights(), self._site.parts, strict=True)]
+        stepped = self._weights.stepped()
+        counted = [w if part.counted else None for w, part in zip(stepped, self._site.parts, strict=True)]
         with self._watch.phase("fingerprint"):
             return self._site.total(self._stepper.fingerprint(counted))
 
     def report(self) -> Report:
         """Figures of the last round, and the seconds spent in each phase since the last report."""
-        return self._watch.report(self._weights(), self._trend_NC)
+        return self._watch.report(self._weights.stepped(), self._trend_NC)
 
     @overload
     def step(self, closure: None = None) -> None: ...
@@ -323,17 +321,8 @@ class DisTrO(torch.optim.Optimizer):
             "next": self._next,
             "momentum": self._momentum_NC,
             "trend": self._trend_NC,
-            "sent": {
-                round: {
-                    "run": sent.header.run,
-                    "member": sent.header.member,
-                    "body": torch.from_numpy(sent.body),
-                    "scale": sent.scale,
-                    "factor": sent.factor,
-                }
-                for round, sent in self._sent.items()
-            },
-            "masters": {name: m for name, m in zip(self._names, self._masters, strict=True) if m is not None},
+            "sent": saved_updates(self._sent),
+            "masters": self._weights.masters(),
         }
 
     @torch.no_grad()
@@ -343,7 +332,7 @@ class DisTrO(torch.optim.Optimizer):
         Raises ValueError if it is not one, with nothing changed, on all processes of the site if on one.
         """
         self._not_swapped("load a state")
-        problem = self._misfit(state_dict)
+        problem = misfit(state_dict, self.state_dict(), self.layout)
         if not self._site.all(problem is None):
             raise ValueError(problem or "the saved state of another process of this site does not fit")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
@@ -351,42 +340,8 @@ class DisTrO(torch.optim.Optimizer):
         self._next = int(state_dict["next"])
         self._momentum_NC.copy_(state_dict["momentum"])
         self._trend_NC.copy_(state_dict["trend"])
-        self._sent = {
-            int(round): Sent(
-                Header(bytes(sent["run"]), int(round), int(sent["member"])),
-                sent["body"].cpu().numpy().copy(),
-                sent["scale"].to(self._device, copy=True),
-                float(sent["factor"]),
-            )
-            for round, sent in state_dict["sent"].items()
-        }
-        for name, master in zip(self._names, self._masters, strict=True):
-            if master is not None:
-                master.copy_(state_dict["masters"][name])
-        self._show(self._masters)
-
-    def _misfit(self, state: Mapping[str, Any]) -> str | None:
-        """Why a saved state cannot be taken over; None if it can."""
-        if missing := [key for key in self.state_dict() if key not in state]:
-            return f"the saved state has no {missing[0]!r}: it is not one of this optimizer, or of an earlier version"
-        if state["layout"] != self.layout.digest.hex():
-            return (
-                f"the saved state is of layout {state['layout'][:16]}…, this optimizer's is "
-                f"{self.layout.digest.hex()[:16]}…: model or topk differ; start from the same configuration"
-            )
-        kept = {name: m.shape for name, m in zip(self._names, self._masters, strict=True) if m is not None}
-        alike = np.array_equal(state["blocks"].cpu().numpy(), self._geometry.blocks)
-        alike &= all(state[key].shape == self._momentum_NC.shape for key in ("momentum", "trend"))
-        shape = (len(self._geometry.blocks), self.layout.code.bytes)
-        alike &= all(sent["body"].shape == shape and len(sent["scale"]) == shape[0] for sent in state["sent"].values())
-        if not alike or kept != {name: master.shape for name, master in state["masters"].items()}:
-            return (
-                f"the saved state is of {len(state['blocks'])} blocks, this process works on "
-                f"{len(self._geometry.blocks)} or on others: start as many processes, sharded alike, as saved it"
-            )
-        if len(state["param_groups"]) != len(self.param_groups):
-            return f"the saved state has {len(state['param_groups'])} parameter groups, not {len(self.param_groups)}"
-        return None
+        self._sent = loaded_updates(state_dict["sent"], self._device)
+        self._weights.load(state_dict["masters"])
 
     def _is_own(self, header: Header, body: NDArray[np.uint8]) -> bool:
         """Whether it is an own update whose fate is open, and no other one under its round and member."""
@@ -394,39 +349,6 @@ class DisTrO(torch.optim.Optimizer):
         if sent is None or sent.header != header:
             return False
         return self._site.all(np.array_equal(body[self._geometry.blocks], sent.body))
-
-    def _locals(self) -> list[Tensor]:
-        """What is here of each parameter, without a graph. Asked for anew: FSDP2 moves its shards to other memory."""
-        held = [local(p) if is_sharded(p) else p.detach() for p in self._parameters]
-        for name, tensor, born in zip(self._names, held, self._born, strict=True):
-            if (tensor.dtype, tensor.shape, tensor.device) != born or not tensor.is_contiguous():
-                raise OptimizerError(
-                    f"{name} was {born[0]} {tuple(born[1])} on {born[2]} and contiguous; it is now {tensor.dtype} "
-                    f"{tuple(tensor.shape)} on {tensor.device}: convert the model before making the optimizer; "
-                    "now load a checkpoint, for converting back does not bring lost bits back"
-                )
-        return held
-
-    def _set_aside(self) -> list[Tensor]:
-        """Copies of the fp32 weights, in memory that is allocated once; masters are copies as they are."""
-        held = self._locals()
-        if not self._aside:
-            self._aside = [torch.empty_like(w) if m is None else m for w, m in zip(held, self._masters, strict=True)]
-        for copy, weights, master in zip(self._aside, held, self._masters, strict=True):
-            if master is None:
-                copy.copy_(weights)
-        return self._aside
-
-    def _weights(self) -> list[Tensor]:
-        """fp32 weights, as far as they are here, in the order of the placements."""
-        return [w if m is None else m for w, m in zip(self._locals(), self._masters, strict=True)]
-
-    @torch.no_grad()
-    def _show(self, weights: Sequence[Tensor | None]) -> None:
-        """Let the parameters hold these weights, rounded to their type; None leaves one alone."""
-        for parameter, held in zip(self._locals(), weights, strict=True):
-            if held is not None:
-                parameter.copy_(held)
 
     def _step(self, rates: Sequence[float], stream: int, run: bytes, round: int) -> Step:
         """What `apply` and `lookahead` do, at these rates of the groups; chances are those of the run and round."""
@@ -441,31 +363,6 @@ class DisTrO(torch.optim.Optimizer):
         if len(values) != groups:
             raise ValueError(f"{len(values)} learning rates for {groups} parameter groups; give one, or one for each")
         return [rate(value) for value in values]
-
-    def _gradients(self) -> list[Tensor | None]:
-        """Local gradients, checked. Those of DTensors are brought to the placements of their parameters."""
-        gradients: list[Tensor | None] = []
-        misplaced: LayoutError | None = None
-        for parameter in self._parameters:
-            gradient = parameter.grad
-            try:
-                gradients.append(None if gradient is None else local(gradient, like=parameter).contiguous())
-            except LayoutError as error:
-                misplaced = error
-        if not self._site.all(misplaced is None):
-            raise misplaced or LayoutError("a gradient on another process of this site is not shaped as its parameter")
-        filled = {name: g for name, g in zip(self._names, gradients, strict=True) if g is not None and g.numel()}
-        # Of the norms this one is several times as fast as the maximum, and not finite either if a value is not.
-        norms = torch._foreach_norm(list(filled.values()), 2.0, torch.float32) if filled else []
-        largest = [float(norm) for norm in torch.stack(list(norms)).tolist()] if norms else []
-        good = all(value < _LARGEST_GRADIENT for value in largest)
-        if not self._site.all(good):
-            bad = [name for name, value in zip(filled, largest, strict=True) if not value < _LARGEST_GRADIENT]
-            raise NonFiniteGradient(
-                f"the gradient of {bad[0] if bad else 'a parameter on another process'} is not finite (or above "
-                f"{_LARGEST_GRADIENT:g}); leave this round out, and look at its data and learning rate"
-            )
-        return gradients
 
     def _checked(self, blobs: Sequence[bytes | memoryview]) -> tuple[list[Header], Bodies]:
         """Headers and bodies of valid updates that belong together. All processes raise, or none."""

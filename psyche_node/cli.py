@@ -19,7 +19,7 @@ from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
 from psyche_node.commands.terms import terms
-from psyche_node.exits import Exit, exit_for, in_words
+from psyche_node.exits import NOTHING_TO_DO, Exit, exit_for, in_words
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
@@ -38,7 +38,9 @@ log = logging.getLogger(__name__)
 @app.command()
 def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
-    run_address: Annotated[str | None, typer.Option("--run", help="Address of the run's account.")] = None,
+    run_name: Annotated[str | None, typer.Option("--run", help="The run's name, or its account's address.")] = None,
+    program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Owner's wallet, where several have a run of that name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
     commitment: Annotated[str | None, typer.Option(help="processed, confirmed or finalized.")] = None,
     priority_fee: Annotated[str | None, typer.Option(help="Micro-lamports per compute unit, or auto.")] = None,
@@ -92,7 +94,9 @@ def run(
         raise typer.Exit(train_along([]))
     logs.configure(name)
     overrides: dict[str, object] = {
-        "run": run_address,
+        "run": run_name,
+        "program": program,
+        "owner": owner,
         "rpc": tuple(rpc or ()),
         "commitment": commitment,
         "priority_fee": int(priority_fee) if priority_fee and priority_fee.isdecimal() else priority_fee,
@@ -215,7 +219,9 @@ async def _run(settings: NodeConfig) -> int:
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
         code = exit_for(error)
-        log.error("%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        level = logging.INFO if code in NOTHING_TO_DO else logging.ERROR
+        log.log(level, "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        log.log(level, "exit code %d, %s: %s", code, code.name, code.resolve)
         return code
     return Exit.OK
 

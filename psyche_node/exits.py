@@ -171,7 +171,8 @@ class Exit(ExitCode):
     CHILD_PROCESS = (
         60,
         "The training or network process of this node ended or stopped answering.",
-        "Its own last lines are in the log above. Exit status -9 is usually the kernel's out-of-memory killer.",
+        "The message says by which signal or with which status, and its own last lines are in the log above. SIGKILL "
+        "is usually the kernel's, for want of memory.",
     )
     SIMULATION = (
         70,
@@ -205,6 +206,9 @@ class Exit(ExitCode):
         "Nothing to do. What was trained and credited stays on chain.",
     )
 
+
+NOTHING_TO_DO = (Exit.OK, Exit.RUN_FINISHED, Exit.LEFT, Exit.INTERRUPTED)
+"""Ends that are no fault: nobody need look."""
 
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
@@ -258,10 +262,12 @@ _REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
 
 
 def in_words(error: BaseException) -> str:
-    """Return what ended a command, as a line of the log: the class and its message. Of a group, the first member; of
-    what a child process reported, what it was there."""
+    """Return what ended a command, as a line of the log. Of a group, the first member; of what a child process
+    reported, what it was there. An error that has an exit code of its own says all in its message; of any other the
+    class is part of it."""
     error = _first(error)
-    return _reported(error) or f"{type(error).__name__}: {error}"
+    text = _reported(error) or f"{type(error).__name__}: {error}"
+    return text if exit_for(error) in (Exit.UNEXPECTED, Exit.CHILD_PROCESS) else text.partition(": ")[2]
 
 
 def exit_for(error: BaseException) -> Exit:

@@ -10,8 +10,9 @@ import torch
 from optimizer.layout import Layout
 from psyche_node.data.manifest import Manifest
 from psyche_node.training.hashing import model_root
-from psyche_node.training.model import load_model
+from psyche_node.training.model import build_model
 from psyche_node.training.preparing import check_vocabulary
+from psyche_node.training.weights import load_into
 
 
 def terms_of_data(manifest: Manifest) -> dict[str, Any]:
@@ -23,18 +24,21 @@ def terms_of_data(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def terms_of_model(folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0) -> dict[str, Any]:
+def terms_of_model(
+    folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0, *, weights: bool = True
+) -> dict[str, Any]:
     """``model_root``, ``layout_digest`` and ``update_bytes`` of the terms.
 
-    ``only_bf16``: weights are kept in bf16, without fp32 masters. Raises ModelError: there is no such model, or its
+    ``only_bf16``: weights are kept in bf16, without fp32 masters. Without ``weights`` none is read, and there is no
+    ``model_root``: seconds instead of minutes for a large model. Raises ModelError: there is no such model, or its
     vocabulary is smaller than the ``vocabulary`` of the data.
     """
-    model, _ = load_model(folder, torch.device("cpu"), torch.bfloat16 if only_bf16 else torch.float32)
+    model, _ = build_model(folder, torch.bfloat16 if only_bf16 else torch.float32)
     check_vocabulary(folder, model, vocabulary)
     shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
     layout = Layout.build(shapes, topk, only_bf16)
-    return {
-        "model_root": model_root(model).hex(),
-        "layout_digest": layout.digest.hex(),
-        "update_bytes": layout.update_bytes,
-    }
+    found = {"layout_digest": layout.digest.hex(), "update_bytes": layout.update_bytes}
+    if not weights:
+        return found
+    load_into(model, folder, torch.device("cpu"))
+    return {"model_root": model_root(model).hex(), **found}

@@ -11,13 +11,11 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from pydantic import BaseModel
-
-from coordinator.run_config import ConfigError, Topk, TrainingSettings, validated
-from coordinator.settings_errors import Sources
+from coordinator.run_config import RECIPE, ConfigError, RunSettings, SettingsTable
 
 TERMS_OF_FOLDERS: Final = {
     "model_root": "--model",
@@ -30,44 +28,77 @@ TERMS_OF_FOLDERS: Final = {
 """Keys of `terms`, and the folder that each follows from."""
 
 
-class _Terms(BaseModel):
-    """What has to be right of a run's terms before the folders are looked at."""
+_CHEAP: Final = frozenset(TERMS_OF_FOLDERS) - {"model_root"}
+"""Known without reading weights or sequences."""
+_STANDING_IN: Final = {
+    "model_root": "00" * 32,
+    "layout_digest": "00" * 32,
+    "update_bytes": 1,
+    "data_manifest": "00" * 32,
+    "samples": 1,
+    "sequence_length": 1,
+}
 
-    topk: Topk = TrainingSettings.model_fields["topk"].default
 
+@dataclass(frozen=True, slots=True)
+class Folders:
+    """A model's and a prepared data folder, each None if it is not named, and the type of the trained weights."""
 
-class _Run(BaseModel):
-    terms: _Terms = _Terms()
+    model: Path | None
+    data: Path | None
+    precision: str
 
+    @property
+    def any(self) -> bool:
+        return self.model is not None or self.data is not None
 
-def terms_of_folders(
-    table: Mapping[str, Any], model: Path | None, data: Path | None, precision: str, sources: Sources = ()
-) -> dict[str, Any]:
-    """The keys of `terms` that follow from the folders, with the topk that ``table`` has, which is from ``sources``.
+    def draft(self, table: SettingsTable) -> RunSettings:
+        """The settings before the folders are looked at, with something standing in for what they will give.
 
-    Raises:
-        ConfigError: a folder cannot be used, or ``table`` gives another value for one of the keys, or no such topk.
-    """
-    topk = validated(_Run, table, "", sources).terms.topk
-    given = table.get("terms", {})
-    words = ["terms", "--topk", str(topk), "--precision", precision, "--json"]
-    words += [] if model is None else ["--model", str(model)]
-    words += [] if data is None else ["--data", str(data)]
-    found = _ask(words)
-    found.pop("topk", None)
-    folders = {"--model": model, "--data": data}
-    wrong = [
-        f"  terms.{key} is {given[key]}, but {TERMS_OF_FOLDERS[key]} {folders[TERMS_OF_FOLDERS[key]]} has {value}"
-        for key, value in found.items()
-        if key in given and not _same(given[key], value)
-    ]
-    if wrong:
-        text = "\n".join(wrong)
-        raise ConfigError(
-            "the folders are not what the settings say; leave these keys out, or --set terms.KEY=VALUE over them:\n"
-            + text
-        )
-    return found
+        Raises:
+            ConfigError: a key is missing, unknown or out of range.
+        """
+        given = table.terms()
+        wanted = [key for key, flag in TERMS_OF_FOLDERS.items() if self._named(flag) and key not in given]
+        return table.with_terms({key: _STANDING_IN[key] for key in wanted}).checked()
+
+    def terms(self, table: SettingsTable, topk: int) -> dict[str, Any]:
+        """The keys of `terms` that follow from the folders. Reads both of them whole.
+
+        A recipe's value gives way to the folder's. What takes seconds is compared before anything is read for minutes.
+
+        Raises:
+            ConfigError: a folder cannot be used, or a file or --set gives another value for one of the keys.
+        """
+        words = ["terms", "--topk", str(topk), "--precision", self.precision, "--json"]
+        words += [] if self.model is None else ["--model", str(self.model)]
+        words += [] if self.data is None else ["--data", str(self.data)]
+        written = {key for key in table.terms() if table.origin("terms", key) != RECIPE}
+        if written & _CHEAP:
+            self._compare(table, written, _ask([*words, "--quick"]))
+        found = _ask(words)
+        if (warning := found.pop("warning", None)) is not None:
+            print(f"warning: {warning}", file=sys.stderr)
+        self._compare(table, written, found)
+        return found
+
+    def _compare(self, table: SettingsTable, written: set[str], found: Mapping[str, Any]) -> None:
+        given = table.terms()
+        wrong = [
+            f"  terms.{key} is {given[key]} ({table.origin('terms', key)}), but {self._named(TERMS_OF_FOLDERS[key])} "
+            f"has {value}"
+            for key, value in found.items()
+            if key in written and not _same(given[key], value)
+        ]
+        if wrong:
+            raise ConfigError(
+                "the folders are not what the settings say; leave these keys out of the file and of --set, and the "
+                "run takes what the folders have, or name other folders:\n" + "\n".join(wrong)
+            )
+
+    def _named(self, flag: str) -> str:
+        folder = self.model if flag == "--model" else self.data
+        return "" if folder is None else f"{flag} {folder}"
 
 
 def _ask(words: list[str]) -> dict[str, Any]:
@@ -78,6 +109,7 @@ def _ask(words: list[str]) -> dict[str, Any]:
         said = done.stderr.decode(errors="replace").strip()
         raise ConfigError(f"the folders cannot be used: {said or f'exit code {done.returncode}'}")
     found: dict[str, Any] = json.loads(done.stdout)
+    found.pop("topk", None)
     return found
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -14,7 +16,7 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions
 from coordinator.addresses import run_addresses
-from coordinator.admin.folders import terms_of_folders
+from coordinator.admin.folders import Folders
 from coordinator.admin.options import (
     RPC_DEFAULT,
     AsJson,
@@ -25,12 +27,12 @@ from coordinator.admin.options import (
 )
 from coordinator.admin.output import console, pubkey
 from coordinator.admin.reading import Look, reading
-from coordinator.admin.sending import Manner, Step, carry_out
+from coordinator.admin.sending import Manner, Step, carry_out, rehearse
 from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
 from coordinator.recipes import load_recipe
-from coordinator.run_config import ConfigError, settings_table
+from coordinator.run_config import RECIPE, ConfigError, RunSettings, SettingsTable, settings_table
 from coordinator.run_report import PHASE_STYLES, RunReport
 from coordinator.snapshot import take_snapshot
 from coordinator.wallet import load_keypair
@@ -68,22 +70,16 @@ def create(
     as_json: AsJson = False,
 ) -> None:
     """Create a run, owned by the payer. Settings come from a recipe, a TOML file and --set, of which the later ones
-    win; unknown ones are refused. What follows from the model and the data is worked out from their folders, and has
-    to agree with what the settings say."""
+    win; unknown ones are refused. What follows from the model and the data is worked out from their folders: it goes
+    over a recipe's, and has to agree with what the file and --set say."""
 
     async def act() -> None:
         wallet, program_id = load_keypair(payer), pubkey(program, "--program")
         owner = wallet.pubkey()
         base = load_recipe(recipe).settings() if recipe else None
         table = settings_table(run_id, config, overrides or [], base)
-        computed = {}
-        if model is not None or data is not None:
-            computed = terms_of_folders(table.values, model, data, precision, table.sources)
-            table.values["terms"] = {**table.values.get("terms", {}), **computed}
-            for key, value in computed.items():
-                print(f"computed from the folders: terms.{key} = {value}", file=sys.stderr)
-        settings = table.checked()
-        limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
+        folders, computed = Folders(model, data, precision), dict[str, Any]()
+        settings = folders.draft(table)
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
         places = run_addresses(program_id, owner, settings.run_id)
         run = places.run
@@ -97,18 +93,39 @@ def create(
                 # Whoever knows owner and name can send lamports there, and no account can be created then.
                 raise ConfigError(f"an address that run {settings.run_id!r} needs is taken; choose another name")
             await client.load_rent()
-            made = instructions.create_run_instructions(
-                program_id, owner, settings.run_id, limits, terms, client.rent_exempt, join_authority=authority
-            )
+            manner = Manner(wallet, program_id, dry_run=dry_run, yes=False, as_json=as_json, priority_fee=priority_fee)
+
+            def step(settings: RunSettings) -> Step:
+                limits, terms = settings.limits.on_chain(), settings.terms.on_chain()
+                made = instructions.create_run_instructions(
+                    program_id, owner, settings.run_id, limits, terms, client.rent_exempt, join_authority=authority
+                )
+                return Step(f"create the three accounts of run {settings.run_id!r} at {run} and start it", made)
+
+            if folders.any:
+                # Weights of 70 GB take minutes to read: whatever else is wrong is told before.
+                await rehearse(client, manner, step(settings))
+                computed = await asyncio.to_thread(folders.terms, table, settings.terms.topk)
+                for line in folder_lines(table, computed):
+                    print(line, file=sys.stderr)
+                settings = table.with_terms(computed).checked()
             await carry_out(
                 client,
-                Manner(wallet, program_id, dry_run=dry_run, yes=False, as_json=as_json, priority_fee=priority_fee),
-                Step(f"create the three accounts of run {settings.run_id!r} at {run} and start it", made),
+                manner,
+                step(settings),
                 {"run_id": settings.run_id, "address": str(run), "owner": str(owner), "computed": computed},
                 f"run [bold]{escape(settings.run_id)}[/bold] created at {run}",
             )
 
     go(act())
+
+
+def folder_lines(table: SettingsTable, computed: Mapping[str, Any]) -> Iterator[str]:
+    """What the folders gave, and what of a recipe it goes over."""
+    before = table.terms()
+    for key, value in computed.items():
+        over = f" (the recipe has {before[key]})" if key in before and table.origin("terms", key) == RECIPE else ""
+        yield f"computed from the folders: terms.{key} = {value}{over}"
 
 
 @reading(app, "show")

@@ -57,6 +57,17 @@ class Simulated:
     signers: tuple[Pubkey, ...]
 
 
+async def rehearse(chain: Chain, manner: Manner, step: Step) -> None:
+    """Find out whether a transaction could be sent now, before what it needs takes long to work out.
+
+    Raises:
+        Unfunded, ProgramError, TransactionFailed, ChainUnavailable.
+    """
+    payer = manner.payer.pubkey()
+    await require_funds(chain, payer, lamports_needed(step.instructions, payer, manner.priority_fee), "this")
+    await simulate(chain, manner, step)
+
+
 async def carry_out(
     chain: Chain, manner: Manner, step: Step, result: dict[str, Any], done: str, caution: str | None = None
 ) -> None:

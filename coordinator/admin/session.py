@@ -21,7 +21,7 @@ from coordinator.admin.failures import message_of, status_of
 from coordinator.admin.output import pubkey
 from coordinator.chain import Chain
 from coordinator.client import CoordinatorClient
-from coordinator.find_run import find_run
+from coordinator.find_run import find_run, open_run
 
 # Seconds; somebody is waiting in front of it.
 PATIENCE = 10.0
@@ -65,17 +65,17 @@ class RunChoice:
 
     async def find(self) -> Pubkey:
         """Raises RunNotFound, ConfigError."""
-        program = pubkey(self.program, "--program") if self.program else None
-        owner = pubkey(self.owner, "--owner") if self.owner else None
-        with contextlib.suppress(ValueError):
-            return Pubkey.from_string(self.run)
         async with chain_at(self.rpc) as chain:
-            return await find_run(chain, self.run, program, owner)
+            return await find_run(chain, self.run, *self._told_apart())
 
     @contextlib.asynccontextmanager
     async def open(self, wallet: Keypair | None = None, priority_fee: int = 0) -> AsyncIterator[CoordinatorClient]:
         """A client of it. Raises RunNotFound, ConfigError."""
-        address = await self.find()
-        client = await CoordinatorClient.open(self.rpc, address, wallet, priority_fee=priority_fee, patience=PATIENCE)
-        async with client:
+        program, owner = self._told_apart()
+        options = {"priority_fee": priority_fee, "patience": PATIENCE}
+        async with await open_run(self.rpc, self.run, wallet, program=program, owner=owner, **options) as client:
             yield client
+
+    def _told_apart(self) -> tuple[Pubkey | None, Pubkey | None]:
+        program = pubkey(self.program, "--program") if self.program else None
+        return program, pubkey(self.owner, "--owner") if self.owner else None

@@ -15,6 +15,8 @@ from typing import Annotated, Any, Final
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from coordinator.wording import problems
+
 Share = Annotated[float, Field(ge=0, le=1)]
 _FILES: Final = (".toml", ".json")
 _RETRY_AFTER_DEFAULT: Final = 1
@@ -124,14 +126,10 @@ def parse_faults(text: str) -> Faults:
     except OSError as error:
         raise BadFaults(f"{text}: {error.strerror}") from None
     except ValidationError as error:
-        raise BadFaults("; ".join(_line(one) for one in error.errors())) from None
+        lines = (f"{where}: {words}" if where else words for where, words in problems(error, Faults))
+        raise BadFaults("; ".join(lines)) from None
     except ValueError as error:
         raise BadFaults(f"{text!r} is neither JSON nor TOML pairs such as lose=0.1, latency_ms=50: {error}") from None
-
-
-def _line(error: Any) -> str:
-    where = ".".join(str(part) for part in error["loc"])
-    return f"{where}: {error['msg']}" if where else str(error["msg"])
 
 
 class Chance:

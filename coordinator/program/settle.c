@@ -8,9 +8,13 @@ void drop(struct context *c, u64 slot, bitmap *dropped) {
     set_bit(dropped, slot);
 }
 
+static void count_up(u8 *count) {
+    if (*count < 255) ++*count;
+}
+
 /* One more of what max_missed bounds, for a member that still takes part. */
 INLINE void blame(struct context *c, u64 slot, u8 *count, bitmap *dropped) {
-    if (*count < 255) ++*count;
+    count_up(count);
     if (*count >= c->run->limits.max_missed && c->members->member[slot].status == ACTIVE) drop(c, slot, dropped);
 }
 
@@ -56,10 +60,12 @@ void close_round(struct context *c) {
             continue;
         }
         clear_bit(&round->eligible, slot);
-        blame(c, slot, &member->missed, &dropped);
+        /* It was there, and may load the run's weights again, unless it had missed too much before this. */
+        int again = member->missed >= run->limits.max_missed;
+        count_up(&member->missed);
         if (member->status != ACTIVE) continue;
-        become(c, member, DESYNCED);
-        set_bit(&desynced, slot);
+        become(c, member, again ? DROPPED : DESYNCED);
+        set_bit(again ? &dropped : &desynced, slot);
     }
     round->state = ROUND_CLOSED;
     round->close_slot = c->slot;

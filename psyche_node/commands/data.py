@@ -36,6 +36,9 @@ def prepare(
     ],
     tokenizer: Annotated[Path, typer.Option(help="Hugging Face folder with the tokenizer and its chat template.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    replace: Annotated[
+        bool, typer.Option("--replace", help="Prepare anew into a folder that holds prepared data already.")
+    ] = False,
     sequence_length: Annotated[int, typer.Option(help="Tokens per packed sequence.")] = 16_384,
     heldout: Annotated[float, typer.Option(help="Fraction of the samples that is kept for evaluation.")] = 0.05,
     seed: Annotated[int, typer.Option(help="Which samples those are.")] = 0,
@@ -63,16 +66,21 @@ def prepare(
     as_json: Json = False,
 ) -> None:
     """Tokenize, pack and write a folder that nodes train on. The same inputs give the same bytes on every host."""
+    from psyche_node.data.errors import DataError
     from psyche_node.data.locate import find_files
     from psyche_node.data.prepare import prepare as write
+    from psyche_node.data.preview import is_prepared
     from psyche_node.data.samples import SampleFormat
-    from psyche_node.data.skipping import Skips
+    from psyche_node.data.skipping import Skips, read_limit
     from psyche_node.data.sources import cache_folder
 
-    if skip_bad != "all" and not skip_bad.isdecimal():
-        raise typer.BadParameter(f"--skip-bad {skip_bad} is neither a number nor all")
-    skips = Skips(None if skip_bad == "all" else int(skip_bad))
+    try:
+        skips = Skips(read_limit(skip_bad))
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     with _work():
+        if is_prepared(out) and not replace:
+            raise DataError(f"{out} holds prepared data already. Name another folder, or replace it with `--replace`")
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
         with _progress() as progress:

@@ -14,6 +14,7 @@ from rich.table import Table
 from psyche_node.commands.ending import failures
 
 if TYPE_CHECKING:
+    from coordinator.admin.session import RunChoice
     from psyche_node.evaluation import Measure, Results
 
 
@@ -37,15 +38,19 @@ def evaluate(
     verify: Annotated[
         Path | None, typer.Option(help="Measure nothing: look for the SHA-256 of these results on chain.")
     ] = None,
-    run: Annotated[str | None, typer.Option(help="Address of the run's account; with --verify.")] = None,
+    run: Annotated[str | None, typer.Option(help="The run's name, or its account's address; with --verify.")] = None,
+    program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
+    owner: Annotated[str | None, typer.Option(help="Owner's wallet, where several have a run of that name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; with --verify; repeat.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Measure a model: held-out loss and perplexity, tasks by log-likelihood or by generation."""
     if verify is not None:
         if not run or not rpc:
-            raise typer.BadParameter("--verify needs --run ADDRESS and --rpc URL, to know where to look")
-        _verify(verify, run, rpc, as_json)
+            raise typer.BadParameter("--verify needs --run RUN and --rpc URL, to know where to look")
+        from coordinator.admin.session import RunChoice
+
+        _verify(verify, RunChoice(rpc, run, program, owner), as_json)
         return
     if folder is None or not (tasks or data):
         raise typer.BadParameter("name a model FOLDER, and --tasks, --data or both")
@@ -65,6 +70,10 @@ def evaluate(
         subject = Subject.load(folder, device, dtype, length)
         with Console(stderr=True).status("evaluating"):
             results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
+        for one in results.tasks:
+            if one.unswitched:
+                note = f"{one.task}: the chat template of {folder} has no switch for reasoning: measured without"
+                typer.secho(note, fg="yellow", err=True)
         if out is not None:
             out.write_bytes(results.canonical() + b"\n")
         if as_json:
@@ -81,9 +90,10 @@ def _show(results: Results) -> None:
         held = results.heldout
         table.add_row("held out", "", "loss, nats", *_figure(held.loss), f"{held.sequences:,}")
         perplexity = "infinite" if held.perplexity is None else f"{held.perplexity:,.3f}"
-        table.add_row("", "", "perplexity", perplexity, "", f"{held.tokens:,} tokens")
+        error = "" if held.perplexity_stderr is None else f"{held.perplexity_stderr:,.3f}"
+        table.add_row("", "", "perplexity", perplexity, error, f"{held.tokens:,} tokens")
     for one in results.tasks:
-        switch = {True: "on", False: "off", None: ""}[one.thinking]
+        switch = "no switch" if one.unswitched else {True: "on", False: "off", None: ""}[one.thinking]
         samples = f"{one.samples:,}" + (f" x {one.repeats}" if one.repeats > 1 else "")
         for place, (name, measure) in enumerate(one.measures.items()):
             head = (one.task, switch) if place == 0 else ("", "")
@@ -97,20 +107,18 @@ def _figure(measure: Measure) -> tuple[str, str]:
     return f"{measure.value:.4f}", "" if measure.stderr is None else f"{measure.stderr:.4f}"
 
 
-def _verify(file: Path, run: str, rpc: list[str], as_json: bool) -> None:
+def _verify(file: Path, choice: RunChoice, as_json: bool) -> None:
     import asyncio
 
-    from coordinator.client import ChainError, CoordinatorClient
+    from coordinator.client import ChainError
     from coordinator.evaluations import recorded_evaluations
+    from coordinator.run_config import ConfigError
     from psyche_node.evaluation import EvaluationError, read_results
 
     async def look(digest: bytes) -> tuple[list[dict[str, Any]], int]:
-        client = await CoordinatorClient.open(rpc, run)
-        try:
+        async with choice.open() as client:
             recorded = await recorded_evaluations(client, client.addresses.run)
             members = {member.wallet: member.slot for member in await client.members()}
-        finally:
-            await client.close()
         found = [
             {"round": one.round, "wallet": str(one.wallet), "member": members.get(one.wallet), "slot": one.slot}
             | {"signature": one.signature}
@@ -119,7 +127,7 @@ def _verify(file: Path, run: str, rpc: list[str], as_json: bool) -> None:
         ]
         return found, len(recorded)
 
-    with failures(EvaluationError, ChainError):
+    with failures(EvaluationError, ChainError, ConfigError):
         results = read_results(file)
         found, of = asyncio.run(look(results.digest))
         fitting = [one for one in found if one["round"] == results.round]

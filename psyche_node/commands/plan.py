@@ -14,6 +14,7 @@ _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 
 
 def plan(
+    context: typer.Context,
     model: Annotated[str, typer.Option(help="Folder with config.json, JSON file, or known name: Seed-OSS-36B.")],
     gpus: Annotated[str, typer.Option(help="GPUs of a member, such as 8xH200.")],
     members: Annotated[int | None, typer.Option(min=1, max=256, help="Members. Default: the recipe's.")] = None,
@@ -38,19 +39,21 @@ def plan(
     document: Annotated[int, typer.Option(min=0, help="Mean tokens of a document; 0: as long as a sequence.")] = 0,
     mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Share of the peak that a step gets.")] = None,
     priority_fee: Annotated[int, typer.Option(min=0, help="Micro-lamports per compute unit.")] = 0,
+    slot_ms: Annotated[float, typer.Option(min=1, help="Slot of the chain; 400: mainnet and devnet.")] = 400,
+    joining: Annotated[bool, typer.Option("--joining", help="The run exists: its terms stay as they are.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Memory per GPU, bytes and seconds of a round, tokens per second, fees of a run. Needs no GPU and no weights.
 
-    If it does not fit, it says what to change instead, and ends with code 54.
+    If it does not fit, it says which command line does instead, and ends with code 54.
     """
     from coordinator.recipes import load_recipe
     from coordinator.run_config import ConfigError
+    from psyche_node.planning.asked import Asked
     from psyche_node.planning.errors import PlanError
     from psyche_node.planning.gpus import MFU, parse_gpus
-    from psyche_node.planning.plan import Asked
     from psyche_node.planning.plan import plan as make
-    from psyche_node.planning.report import lines
+    from psyche_node.planning.report import command, lines
     from psyche_node.planning.shape import config_of
     from psyche_node.relay.spec import BadSpec, LinkSpec
 
@@ -76,6 +79,7 @@ def plan(
             update_bytes=layout_of(config, shape, topk or terms.topk).update_bytes,
             overlap=bool(limits.overlap),
             lookahead=terms.lookahead,
+            z_loss=bool(terms.z_loss),
             tensor_parallel=tensor_parallel,
             micro_batch=micro_batch,
             checkpointing=checkpointing,
@@ -84,8 +88,24 @@ def plan(
             mfu=mfu or MFU,
             priority_fee=priority_fee,
             witnesses=limits.witnesses,
+            train_slots=limits.max_round_train_time,
+            witness_slots=limits.round_witness_time,
+            slot_seconds=slot_ms / 1000,
+            joining=joining,
         )
         made = make(shape, asked)
-    typer.echo(json.dumps(made.to_json(), indent=2) if as_json else "\n".join(lines(made)))
+    given = _given(context)
+    values = made.to_json() | {"command": command(made, given)}
+    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(lines(made, given)))
     if not made.fits:
         raise typer.Exit(Exit.NO_ROOM)
+
+
+def _given(context: typer.Context) -> dict[str, str | int | bool]:
+    """The flags of the command line, without their dashes, and what they were given."""
+    given: dict[str, str | int | bool] = {}
+    for each in context.command.params:
+        source = context.get_parameter_source(each.name or "")
+        if source is not None and source.name != "DEFAULT":
+            given[each.opts[0].removeprefix("--")] = context.params[each.name or ""]
+    return given

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -16,28 +16,49 @@ def terms(
     data: Annotated[Path | None, typer.Option(help="Folder of the prepared data set.")] = None,
     topk: Annotated[int, typer.Option(min=1, max=65536, help="Of the run: components sent per block of 4,096.")] = 512,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights.")] = "fp32",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Read neither weights nor sequences: leaves model_root out.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Print the part of a run's terms that follows from a model and a data folder, as nodes work it out.
 
-    `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself.
+    `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself. Warns where the data was rendered with
+    another chat template than the model folder's own.
     """
+    from psyche_node.data.agreement import template_warning
     from psyche_node.data.dataset import PackedDataset
     from psyche_node.data.errors import DataError
+    from psyche_node.data.manifest import Manifest
     from psyche_node.folders import terms_of_data, terms_of_model
     from psyche_node.training.errors import TrainingError
 
     if model is None and data is None:
         raise typer.BadParameter("give --model, --data, or both")
     with failures(DataError, TrainingError):
-        packed = None if data is None else PackedDataset(data)
-        found = {} if packed is None else terms_of_data(packed.manifest)
-        if model is not None:
-            vocabulary = 0 if packed is None else packed.vocabulary
-            found = terms_of_model(model, topk, precision == "bf16", vocabulary) | {"topk": topk} | found
+        found, vocabulary = {}, 0
+        if data is not None:
+            manifest = Manifest.read(data)
+            found, vocabulary = terms_of_data(manifest), manifest.vocabulary
+
+        def of_model(folder: Path, *, weights: bool) -> dict[str, Any]:
+            return terms_of_model(folder, topk, precision == "bf16", vocabulary, weights=weights)
+
+        # What takes seconds comes first: a mistake is not told after minutes of reading.
+        of_folder = {} if model is None else of_model(model, weights=False) | {"topk": topk}
+        if data is not None and not quick:
+            PackedDataset(data)
+        if model is not None and not quick:
+            of_folder |= of_model(model, weights=True)
+        found = of_folder | found
+        warning = None
+        if model is not None and data is not None and (model / "tokenizer.json").is_file():
+            warning = template_warning(data, manifest, model)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(json.dumps(found if warning is None else found | {"warning": warning}))
         return
+    if warning is not None:
+        typer.secho(f"warning: {warning}", fg="yellow", err=True)
     typer.echo("[terms]")
     for key, value in found.items():
         typer.echo(f"{key} = {json.dumps(value)}")

@@ -17,8 +17,8 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from coordinator.wording import problems
 from psyche_node.data.errors import DataError, DataMismatch
-from psyche_node.wording import problems
 
 NAME = "manifest.json"
 FORMAT = 4

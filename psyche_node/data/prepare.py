@@ -17,6 +17,7 @@ from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import Sample
 from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
+from psyche_node.data.rendering import TEMPLATE
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
@@ -208,6 +209,8 @@ def _write(out: Path, spill: Spill, encoder: Encoder, settings: _Settings, read:
         efficiency=_efficiency(train, settings.length),
         unigram_entropy=unigram_entropy(dict(enumerate(train.frequency.tolist()))),
     )
+    # For people, and to tell a model's template from it: what the manifest has of it is the digest.
+    write_atomically(out / TEMPLATE, encoder.template.source.encode())
     write_atomically(out / NAME, manifest.to_bytes())
     _remove_others(out, manifest)
     return manifest

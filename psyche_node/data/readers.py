@@ -91,16 +91,25 @@ def decode(line: bytes, where: str) -> Record:
     if len(line) > MAX_LINE:
         raise BadSample(where, f"the line has more than {MAX_LINE} bytes", "Split it into several samples")
     try:
-        record = json.loads(line)
+        record = json.loads(line.rstrip())  # a line that ends too early is wrong at its end, not in a second line
     except (ValueError, RecursionError) as error:
         remedy = "Write one JSON object per line, in UTF-8"
         if line.lstrip()[:1] == b"[":
             remedy += ": `jq -c '.[]' FILE` makes lines of one array"
-        raise BadSample(where, f"this is not JSON ({error})", remedy) from error
+        raise BadSample(where, f"this is not JSON{_place(error)}", remedy) from error
     if not isinstance(record, dict):
         what = "an array" if isinstance(record, list) else f"{record!r:.40}"
         raise BadSample(where, f"this is {what}, not an object", "Write one JSON object per line")
     return record
+
+
+def _place(error: Exception) -> str:
+    """Where in its line the parser stopped, and why. The file's own line is the only one that is named."""
+    if isinstance(error, json.JSONDecodeError):
+        return f" from column {error.colno} on ({error.msg})"
+    if isinstance(error, UnicodeDecodeError):
+        return f" from byte {error.start + 1} on (it is not {error.encoding.upper()}: {error.reason})"
+    return f" ({error})"
 
 
 def _table(path: Path, suffix: str) -> Iterator[tuple[str, Record]]:

@@ -18,6 +18,8 @@ from psyche_node.data.errors import DataError
 
 SHIPPED = ("hermes-llama3", "chatml")
 """Templates that come with this package."""
+TEMPLATE = "chat_template.jinja"
+"""The file of a folder's own template."""
 _FOLDER = Path(__file__).parent / "templates"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CONTROL = re.compile(r"<\|\w+\|>")

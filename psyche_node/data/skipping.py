@@ -16,6 +16,13 @@ def refuse(error: BadSample) -> None:
     raise error
 
 
+def read_limit(text: str) -> int | None:
+    """Return the number of bad samples that ``--skip-bad`` allows; None for ``all``. Raises ValueError."""
+    if text != "all" and not text.isdecimal():
+        raise ValueError(f"--skip-bad {text} is neither a number nor all")
+    return None if text == "all" else int(text)
+
+
 class Skips:
     """Passes over at most ``limit`` bad samples, or any number of them if it is None.
 
@@ -35,7 +42,7 @@ class Skips:
             more = (
                 f"{self._limit} bad samples before it were passed over; `--skip-bad all` passes over all of them"
                 if self._limit
-                else "Or let `psyche-node data prepare --skip-bad N` pass over N bad samples, which it counts and lists"
+                else "Or let `--skip-bad N` pass over N bad samples, which are counted and listed"
             )
             raise BadSample(error.where, error.what, f"{error.remedy}. {more}") from error
         self.count += 1

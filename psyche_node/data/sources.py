@@ -12,24 +12,32 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from psyche_node.data.agreement import Rendering, rendering_of
 from psyche_node.data.errors import DataError
-from psyche_node.data.files import sha256_file
+from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
-from psyche_node.data.prepare import prepare, tokenizer_digest
+from psyche_node.data.prepare import prepare
+from psyche_node.data.rendering import find_template
+from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
-from psyche_node.data.template import ChatTemplate
-from psyche_node.data.tokenizer import train_tokenizer
+from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
 
 
 @dataclass(frozen=True, slots=True)
 class DataFolders:
-    """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest."""
+    """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest.
+
+    ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
+    ``skipped``: the first bad samples that were passed over, as messages.
+    """
 
     files: tuple[Path, ...]
     tokenizer: Path
     packed: Path
     manifest: Manifest
+    rendering: Rendering
+    skipped: tuple[str, ...] = ()
 
 
 def build_data(
@@ -41,43 +49,70 @@ def build_data(
     sequence_length: int = 256,
     heldout: float = 0.05,
     seed: int = 0,
+    template: str | None = None,
+    skip_bad: int | None = 0,
 ) -> DataFolders:
     """Return the data for a run, building what ``cache`` does not hold yet.
 
     ``source`` is what `find_files` takes, or a prepared folder; without it: the chat about the standard library.
-    Without ``tokenizer``: one trained on the data. What is built is kept under a hash of everything that it depends
+    Without ``tokenizer``: one trained on the data. ``template`` is that of `Encoder`, and ``skip_bad`` the limit of
+    `Skips`. What is built is kept under a hash of everything that it depends
     on, so nothing in ``cache`` is ever stale.
 
     Raises:
         DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.
     """
     if source is not None and (Path(source) / NAME).is_file():
-        return _prepared(Path(source), tokenizer, sequence_length)
+        return _prepared(Path(source), tokenizer, sequence_length, template)
     files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads")
     code = _code_digest()
     content = [sha256_file(path) for path in files]
+    chosen = None if template is None else find_template(template)
     if tokenizer is None:
+        if chosen is not None and (missing := sorted(chosen.controls - set(SPECIAL))):
+            raise DataError(
+                f"{chosen.where} is made of {', '.join(missing)}, and the tokenizer that is trained on the data has "
+                "no such tokens. Name a model folder whose tokenizer has them, or another template"
+            )
         key = _key("tokenizer", code, content, vocabulary)
-        tokenizer = _once(cache, key, "tokenizer_config.json", lambda out: train_tokenizer(files, vocabulary, out))
+        tokenizer = _once(
+            cache, key, "tokenizer_config.json", lambda out: train_tokenizer(files, vocabulary, out, Skips(skip_bad))
+        )
     parts = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
-    key = _key("packed", code, content, parts, sequence_length, heldout, seed)
+    source_of_template = None if chosen is None else chosen.source
+    key = _key("packed", code, content, parts, sequence_length, heldout, seed, source_of_template, skip_bad)
     folder = tokenizer
-    packed = _once(cache, key, NAME, lambda out: prepare(files, folder, out, sequence_length, heldout, seed))
-    return DataFolders(tuple(files), tokenizer, packed, Manifest.read(packed))
+
+    def build(out: Path) -> None:
+        skips = Skips(skip_bad)
+        prepare(files, folder, out, sequence_length, heldout, seed, template=template, skips=skips)
+        skipped = [f"{bad.where}: {bad.what}" for bad in skips.first]
+        write_atomically(out / _SKIPPED, json.dumps(skipped).encode())
+
+    packed = _once(cache, key, NAME, build)
+    skipped = json.loads((packed / _SKIPPED).read_bytes())
+    return DataFolders(
+        tuple(files), tokenizer, packed, Manifest.read(packed), Rendering(template, None), tuple(skipped)
+    )
 
 
-def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int) -> DataFolders:
+def _prepared(folder: Path, tokenizer: Path | None, sequence_length: int, template: str | None) -> DataFolders:
     manifest = Manifest.read(folder)
     if tokenizer is None:
         raise DataError(f"{folder} is prepared, for a tokenizer of its own. Name the model folder that has it")
-    if tokenizer_digest(ChatTemplate(tokenizer)) != manifest.tokenizer:
-        raise DataError(f"{folder} was prepared with another tokenizer or chat template than {tokenizer}. Name its own")
+    rendering = rendering_of(folder, manifest, tokenizer, template)
+    if rendering is None:
+        raise DataError(
+            f"{folder} was prepared with another tokenizer than that of {tokenizer}, or with a chat template that is "
+            "not beside its manifest. Name the model that it was prepared for"
+        )
     if manifest.sequence_length != sequence_length:
         raise DataError(
-            f"{folder} has sequences of {manifest.sequence_length} tokens, not {sequence_length}. Set the sequence "
-            f"length to {manifest.sequence_length}"
+            f"{folder} was prepared with sequences of {manifest.sequence_length} tokens, and the settings ask for "
+            f"{sequence_length}. Leave `--sequence-length` away, and the folder's is taken; or prepare the data again, "
+            f"with `psyche-node data prepare --sequence-length {sequence_length}`"
         )
-    return DataFolders((), tokenizer, folder, manifest)
+    return DataFolders((), tokenizer, folder, manifest, rendering)
 
 
 def cache_folder() -> Path:
@@ -86,6 +121,7 @@ def cache_folder() -> Path:
     return Path(base) / "psyche-node"
 
 
+_SKIPPED = "skipped.json"
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
 
 

@@ -23,7 +23,7 @@ from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
-from psyche_node.data.rendering import Span, Template, find_template
+from psyche_node.data.rendering import TEMPLATE, Span, Template, find_template
 from psyche_node.data.textcoding import Coded, TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 
@@ -122,6 +122,13 @@ class ChatTemplate:
                 at = end
             spans += [Span(at, turn.end)] * train
         return Rendered(text, _joined(spans), [], places[QUOTE])
+
+    def prompt(self, messages: list[dict[str, Any]]) -> str | None:
+        """Return the text of a conversation, up to where the answer to it would begin; None if the template refuses."""
+        try:
+            return self._template.render(self._context({}, messages, None) | {"add_generation_prompt": True})[0]
+        except Exception:  # a template is a program of its own
+            return None
 
     def encode(self, samples: Sequence[Sample]) -> list[tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]]:
         """Return per sample its token ids (L,) and which of them are trained (L,), never the first.
@@ -238,7 +245,7 @@ class ChatTemplate:
         return spans
 
     def _own(self, config: dict[str, Any]) -> Template:
-        where, path = f"the chat template of {self.folder}", self.folder / "chat_template.jinja"
+        where, path = f"the chat template of {self.folder}", self.folder / TEMPLATE
         if path.is_file():
             return Template(path.read_text(encoding="utf-8"), where)
         template = config.get("chat_template")

@@ -15,10 +15,13 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import write_atomically
 from psyche_node.data.formats import Sample
+from psyche_node.data.rendering import TEMPLATE
 from psyche_node.data.samples import Text, read_any
+from psyche_node.data.skipping import Bad, refuse
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
-_SPECIAL = (BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>")
+SPECIAL = (BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>")
+"""The control tokens of a tokenizer that is trained here."""
 _BYTES = 256
 
 # Hermes 4 splits text as Llama 3 does: words, numbers of up to three digits, punctuation, line feeds.
@@ -45,16 +48,17 @@ CHAT_TEMPLATE = """\
 """
 
 
-def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path) -> int:
+def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path, bad: Bad = refuse) -> int:
     """Train on the contents of data files and write a folder that ``AutoTokenizer.from_pretrained`` loads.
 
     The same files and vocabulary give the same bytes, whatever the number of threads. Returns the number of tokens,
     which is smaller than ``vocabulary`` where the text has too few different pairs.
 
     Raises:
+        BadSample: a record is not a sample, and ``bad`` does not pass over it.
         DataError: a file cannot be read, or the vocabulary cannot hold the 256 bytes and the special tokens.
     """
-    least = _BYTES + len(_SPECIAL)
+    least = _BYTES + len(SPECIAL)
     if vocabulary < least:
         raise DataError(
             f"a vocabulary of {vocabulary} is too small: bytes and special tokens are {least}. Ask for more"
@@ -69,12 +73,12 @@ def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocabulary,
-        special_tokens=list(_SPECIAL),
+        special_tokens=list(SPECIAL),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         min_frequency=2,
         show_progress=False,
     )
-    tokenizer.train_from_iterator(_texts([files] if isinstance(files, Path) else files), trainer)
+    tokenizer.train_from_iterator(_texts([files] if isinstance(files, Path) else files, bad), trainer)
     config = {
         "backend": "tokenizers",
         "bos_token": BOS,
@@ -85,12 +89,12 @@ def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path)
     }
     write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
     write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
-    write_atomically(folder / "chat_template.jinja", CHAT_TEMPLATE.encode())
+    write_atomically(folder / TEMPLATE, CHAT_TEMPLATE.encode())
     return int(tokenizer.get_vocab_size())
 
 
-def _texts(files: Sequence[Path]) -> Iterator[str]:
-    for sample in chain.from_iterable(map(read_any, files)):
+def _texts(files: Sequence[Path], bad: Bad) -> Iterator[str]:
+    for sample in chain.from_iterable(read_any(path, bad=bad) for path in files):
         if isinstance(sample, Sample):
             for message in sample.messages:
                 yield message["content"]

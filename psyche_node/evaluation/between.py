@@ -7,6 +7,7 @@ slice, and the live weights come back at its end. That is one more copy in memor
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -15,11 +16,14 @@ from typing import Any
 from torch import Tensor
 
 from psyche_node.evaluation.errors import TaskError
+from psyche_node.evaluation.evaluate import lacks_switch
 from psyche_node.evaluation.results import Results
 from psyche_node.evaluation.steps import Steps
 from psyche_node.evaluation.subject import Subject
 from psyche_node.evaluation.suite import open_tasks, run_suite
 from psyche_node.training.session import Session
+
+log = logging.getLogger(__name__)
 
 
 class TasksBetween:
@@ -45,6 +49,11 @@ class TasksBetween:
                     "set the temperature to 0, or use `psyche-node eval` on the checkpoint"
                 )
         self._subject = Subject.lent(session.model, model_dir, session.device)
+        for one in self._tasks:
+            if lacks_switch(self._subject, one.task):
+                log.warning(
+                    "%s: the model's chat template has no switch for reasoning: evaluated without", one.task.name
+                )
         self._steps: Steps[Results] | None = None
         self._held: list[tuple[Any, Tensor]] = []
         self._wanted: Callable[[], bool] = lambda: False

@@ -47,6 +47,11 @@ def evaluate(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut =
     return _result(loaded, None, truncated, (_chosen if task.kind == "multiple_choice" else _said)(loaded, by_example))
 
 
+def lacks_switch(subject: Subject, task: Task) -> bool:
+    """Whether a task asks for reasoning and the model's chat template has no switch for it."""
+    return True in task.switches and not subject.engine.prompts.thinks
+
+
 def prompt_of(subject: Subject, task: Task, example: Example, thinking: bool | None) -> Prompt:
     """Return the prompt as the model is given it, few-shot examples and chat template included."""
     if not task.chat:
@@ -57,11 +62,6 @@ def prompt_of(subject: Subject, task: Task, example: Example, thinking: bool | N
     for prompt, said in (*example.shots, (example.prompt, None)):
         messages.append({"role": "user", "content": prompt})
         messages += [{"role": "assistant", "content": said}] if said is not None else []
-    if thinking and not subject.engine.prompts.thinks:
-        raise EvaluationError(
-            f"task {task.name}: the model's chat template has no switch for reasoning; set thinking to off, or use a "
-            "template that has one"
-        )
     return subject.engine.prompts.render(messages, thinking=thinking)
 
 
@@ -126,7 +126,7 @@ def _generated(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut
     ]
     # Answers to one question are not independent: the standard error is that over the questions.
     measures = {name: mean([fmean(one[name] for one in graded[group]) for group in groups]) for name in graded[0]}
-    return _result(loaded, thinking, 0, measures)
+    return _result(loaded, thinking, 0, measures, unswitched=lacks_switch(subject, task))
 
 
 def _grade(task: Task, example: Example, reply: Reply, inside: str | None) -> dict[str, float]:
@@ -142,7 +142,14 @@ def _grade(task: Task, example: Example, reply: Reply, inside: str | None) -> di
     }
 
 
-def _result(loaded: Loaded, thinking: bool | None, truncated: int, measures: dict[str, Measure]) -> TaskResult:
+def _result(
+    loaded: Loaded,
+    thinking: bool | None,
+    truncated: int,
+    measures: dict[str, Measure],
+    *,
+    unswitched: bool = False,
+) -> TaskResult:
     task = loaded.task
     if not all(math.isfinite(measure.value) for measure in measures.values()):
         raise EvaluationError(f"task {task.name}: the model's log-likelihoods are not finite; its weights are damaged")
@@ -150,6 +157,7 @@ def _result(loaded: Loaded, thinking: bool | None, truncated: int, measures: dic
         task=task.name,
         kind=task.kind,
         thinking=thinking,
+        unswitched=unswitched,
         samples=len(loaded.examples),
         repeats=task.samples,
         few_shot=task.few_shot,

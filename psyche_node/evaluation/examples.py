@@ -126,7 +126,7 @@ def _answers(task: Task, fields: dict[str, Any], where: str) -> tuple[tuple[str,
         target = render(task.target, fields, where).strip()
         places = [place for place, choice in enumerate(choices) if choice.strip() == target]
         if len(places) != 1:
-            raise TaskError(f"{where}: {target!r} is {len(places)} of the choices {choices}. It has to be one of them")
+            raise TaskError(f"{where}: {target!r} is {len(places)} of the choices {choices}. It must be one of them")
         return (choices[places[0]],), tuple(choices), places[0]
     right = _place(render(task.target_index, fields, where).strip(), choices, where)
     return (choices[right],), tuple(choices), right

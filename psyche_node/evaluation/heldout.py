@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 from psyche_node.data import PackedDataset
 from psyche_node.evaluation.errors import EvaluationError
-from psyche_node.evaluation.results import Heldout, ratio
+from psyche_node.evaluation.results import Heldout, perplexity, ratio
 from psyche_node.evaluation.steps import Steps
 from psyche_node.training.device import Device
 from psyche_node.training.forward import LossFunction
@@ -31,9 +30,11 @@ def measure_heldout(model: Any, device: Device, data: PackedDataset, sequences: 
     if not tokens:
         raise EvaluationError("the data holds out no trained token; prepare it with a `--heldout` fraction above 0")
     measure = ratio(losses, tokens)
+    found = perplexity(measure)
     return Heldout(
         loss=measure,
-        perplexity=math.exp(measure.value) if measure.value < 700 else None,
+        perplexity=None if found is None else found.value,
+        perplexity_stderr=None if found is None else found.stderr,
         tokens=sum(tokens),
         sequences=len(tokens),
         data_manifest=data.digest.hex(),

@@ -11,12 +11,15 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, ValidationError, model_serializer
 
+from coordinator.wording import problems
 from psyche_node.evaluation.errors import EvaluationError
-from psyche_node.wording import problems
+
+_LARGEST_LOSS = 700.0
+"""exp() of little more is no finite number."""
 
 
 class Part(BaseModel):
@@ -43,6 +46,8 @@ class TaskResult(Part):
     """multiple_choice, generate_until or loglikelihood."""
     thinking: bool | None
     """Whether the template's reasoning switch was on; null where the task has none."""
+    unswitched: bool = False
+    """Only there if true: reasoning was asked for and the model's template has no switch, so it was measured off."""
     samples: int = Field(ge=1)
     """Examples."""
     repeats: int = Field(ge=1)
@@ -58,6 +63,14 @@ class TaskResult(Part):
     data_sha256: str
     """Digest of the examples' file."""
 
+    @model_serializer(mode="wrap")
+    def _said_where_true(self, serialize: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Results without ``unswitched`` keep the digest that they had before there was such a field."""
+        values: dict[str, Any] = serialize(self)
+        if not self.unswitched:
+            del values["unswitched"]
+        return values
+
 
 class Heldout(Part):
     """The loss on the held-out split of prepared data."""
@@ -66,6 +79,8 @@ class Heldout(Part):
     """Mean over the trained tokens, in nats; the standard error is that over sequences."""
     perplexity: float | None
     """exp(loss); null if that is not finite."""
+    perplexity_stderr: float | None = None
+    """Its standard error, perplexity times that of the loss (the delta method); null where either is."""
     tokens: int
     """Trained tokens."""
     sequences: int
@@ -93,7 +108,11 @@ class Results(Part):
 
     def canonical(self) -> bytes:
         """The bytes that are hashed."""
-        text = json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False)
+        values = self.model_dump(mode="json")
+        if self.heldout is not None and self.heldout.perplexity_stderr is None:
+            # Results from before there was this figure keep the digest that they were recorded with.
+            del values["heldout"]["perplexity_stderr"]
+        text = json.dumps(values, sort_keys=True, separators=(",", ":"), allow_nan=False)
         return text.encode()
 
     @property
@@ -130,3 +149,11 @@ def ratio(totals: Sequence[float], weights: Sequence[float]) -> Measure:
         return Measure(value=value, stderr=None)
     squares = math.fsum((total - value * one) ** 2 for total, one in zip(totals, weights, strict=True))
     return Measure(value=value, stderr=math.sqrt(squares * count / (count - 1)) / weight)
+
+
+def perplexity(loss: Measure) -> Measure | None:
+    """Return exp(loss) with its standard error by the delta method, exp(loss) times the loss's; None if not finite."""
+    if loss.value >= _LARGEST_LOSS:
+        return None
+    value = math.exp(loss.value)
+    return Measure(value=value, stderr=None if loss.stderr is None else value * loss.stderr)

@@ -8,7 +8,7 @@ from pathlib import Path
 from psyche_node.data import PackedDataset
 from psyche_node.evaluation.answering import Cut, never
 from psyche_node.evaluation.errors import TaskError
-from psyche_node.evaluation.evaluate import evaluate
+from psyche_node.evaluation.evaluate import evaluate, lacks_switch
 from psyche_node.evaluation.examples import Loaded, open_task
 from psyche_node.evaluation.heldout import measure_heldout
 from psyche_node.evaluation.results import Results
@@ -48,7 +48,8 @@ def run_suite(
     """A step per batch; returns the results.
 
     The weights must be the same in every step; anything else may happen to the model in between. Raises what
-    ``evaluate`` and ``measure_heldout`` do.
+    ``evaluate`` and ``measure_heldout`` do. A task that asks for reasoning of a template without a switch is measured
+    without, and its result says so.
     """
     heldout, found = None, []
     # A node's weights are named by their fingerprint, which is cheap: their root would take as long as a checkpoint.
@@ -56,7 +57,7 @@ def run_suite(
     if data is not None:
         heldout = yield from _measured(subject, measure_heldout(subject.model, subject.device, data, sequences))
     for task in tasks:
-        for switch in task.task.switches:
+        for switch in (False,) if lacks_switch(subject, task.task) else task.task.switches:
             found.append((yield from _measured(subject, evaluate(subject, task, switch, cut))))
     return Results(
         model_root=root,

@@ -10,10 +10,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from coordinator.wording import problems
 from psyche_node.evaluation.answers import EXTRACTORS, Extractor
 from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.templates import check_expression, check_template
-from psyche_node.wording import problems
 
 Kind = Literal["multiple_choice", "generate_until", "loglikelihood"]
 Thinking = Literal["on", "off", "both"]

@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psyche_node.network.blobs import DIGEST_BYTES, PIECE_BYTES, Manifest, piece_count, piece_digest, piece_length
 from psyche_node.network.bulk.lanes import Lanes, Pieces
 from psyche_node.network.guard import MAX_DEADLINE_SECONDS
 from psyche_node.network.holdings import Holdings, Partial
@@ -16,18 +17,10 @@ from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import MAX_BLOB_BYTES, Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import Quality
+from psyche_node.network.reader import Reader
 from psyche_node.network.sending import KINDS, MAX_PIECES_PER_FETCH
 from psyche_node.network.service import MAX_PIECES_PER_MANIFEST
-from psyche_node.network.store import (
-    DIGEST_BYTES,
-    PIECE_BYTES,
-    BlobStore,
-    Manifest,
-    Reader,
-    piece_count,
-    piece_digest,
-    piece_length,
-)
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wants import Choice, Want, is_slow
 from psyche_node.network.wire import node_pb2 as wire
 

@@ -16,6 +16,7 @@ import trio
 
 from psyche_node.identity import node_id
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import PIECE_BYTES, StoreError, piece_count
 from psyche_node.network.bulk.lanes import Lanes
 from psyche_node.network.directory import Directory
 from psyche_node.network.download import (
@@ -35,8 +36,9 @@ from psyche_node.network.messages import Fetched, FetchFailed, Kind, Why
 from psyche_node.network.notices import EarlyOffers, Notices
 from psyche_node.network.pieces import unpack
 from psyche_node.network.quality import Quality
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader, StoreError, piece_count
+from psyche_node.network.store import BlobStore
 from psyche_node.network.threads import in_thread
 from psyche_node.network.turns import Rank, Slots, rank
 from psyche_node.network.wants import Choice, Chooser, Want

@@ -10,17 +10,11 @@ from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
+from psyche_node.network.assembly import Assembly
+from psyche_node.network.blobs import PIECE_BYTES, Manifest, StoreError, piece_length
 from psyche_node.network.messages import Kind
 from psyche_node.network.pieces import pack
-from psyche_node.network.store import (
-    PIECE_BYTES,
-    Assembly,
-    Checked,
-    Manifest,
-    Reader,
-    StoreError,
-    piece_length,
-)
+from psyche_node.network.reader import Checked, Reader
 
 # How long an upload waits for a piece that this node is about to receive.
 WAIT_SECONDS = 1.5

@@ -21,13 +21,13 @@ from typing import Any, Protocol, TypeVar
 import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError, Message
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf, PeerCertificate, identify
 from psyche_node.network.directory import Directory
 from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.service import MAX_MESSAGE_BYTES, SERVICE
 from psyche_node.network.statements import NodeRecord, split_address
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 PROBE_SECONDS = 3.0
@@ -75,8 +75,8 @@ _CAUSES = {
 }
 
 
-def probe(address: str, timeout: float = PROBE_SECONDS, own: Leaf | None = None) -> PeerCertificate:
-    """Return the verified certificate of the gRPC server at ``address`` (IP:port).
+def probe(address: str, timeout: float, own: Leaf | None = None) -> PeerCertificate:
+    """Return the verified certificate of the gRPC server at ``address`` (IP:port), asked within ``timeout`` seconds.
 
     ``own`` is shown to a server that asks: to one that gets none, a probe looks like a stranger that is to be refused.
     Raises OSError when nobody answers TLS 1.3 there, and BadCertificate when the certificate names no node.
@@ -346,7 +346,7 @@ class Links:
         """Return the certificate that the node shows at its address, if it is the one in its record."""
         address = record.grpc_address
         try:
-            certificate = probe(address, own=own)
+            certificate = probe(address, PROBE_SECONDS, own)
         except (OSError, BadCertificate) as error:
             if isinstance(error, BadCertificate):
                 why = Why.EXPIRED if isinstance(error, ExpiredCertificate) else Why.IDENTITY

@@ -53,6 +53,7 @@ from psyche_node.network.ports import check_ports
 from psyche_node.network.push import PushReceiver
 from psyche_node.network.pusher import Pusher
 from psyche_node.network.quality import Quality
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
@@ -65,7 +66,7 @@ from psyche_node.network.statements import (
     parse_bootstrap,
     split_address,
 )
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.swarm import Swarm
 from psyche_node.network.threads import in_thread
 from psyche_node.network.throttle import Throttle

@@ -18,24 +18,24 @@ import grpc  # type: ignore[import-untyped]
 from google.protobuf.message import DecodeError
 
 from psyche_node.network.announcements import Announcements
-from psyche_node.network.cap import Cap
-from psyche_node.network.directory import Directory
-from psyche_node.network.guard import MAX_DEADLINE_SECONDS, STREAM_SECONDS, Context
-from psyche_node.network.messages import Why
-from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.service import SERVICE
-from psyche_node.network.store import (
+from psyche_node.network.assembly import Assembly
+from psyche_node.network.blobs import (
     DIGEST_BYTES,
     PIECE_BYTES,
-    Assembly,
-    BlobStore,
     Manifest,
-    Reader,
     StoreError,
     piece_count,
     piece_digest,
     piece_length,
 )
+from psyche_node.network.cap import Cap
+from psyche_node.network.directory import Directory
+from psyche_node.network.guard import MAX_DEADLINE_SECONDS, STREAM_SECONDS, Context
+from psyche_node.network.messages import Why
+from psyche_node.network.reader import Reader
+from psyche_node.network.reports import Reporter, Traffic
+from psyche_node.network.service import SERVICE
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import trio
 from psyche_node.identity import node_id
 from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.push import parts_of, push_seconds
-from psyche_node.network.store import Reader
+from psyche_node.network.reader import Reader
 from psyche_node.network.threads import in_thread
 from psyche_node.network.wire import node_pb2 as wire
 

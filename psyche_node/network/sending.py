@@ -10,10 +10,10 @@ from google.protobuf.message import DecodeError
 
 from psyche_node.faults import Faults
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import DIGEST_BYTES, Manifest, StoreError
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.messages import Kind
 from psyche_node.network.reports import Traffic
-from psyche_node.network.store import DIGEST_BYTES, Manifest, StoreError
 from psyche_node.network.turns import Rank, rank
 from psyche_node.network.uploads import Upload, Uploads
 from psyche_node.network.wire import node_pb2 as wire

@@ -96,9 +96,9 @@ class Server:
                 self._server.add_secure_port(f"unix:{unix_path}", self._credentials())
                 os.chmod(unix_path, 0o600)
         except RuntimeError as error:
-            raise ServerUnavailable(f"gRPC cannot listen on {address}: {error}. Is the port taken?") from error
+            raise ServerUnavailable(f"grpc_port: {address} cannot be listened on: {error}. Is it taken?") from error
         if not self.port:
-            raise ServerUnavailable(f"gRPC cannot listen on {address}. Is the port taken?")
+            raise ServerUnavailable(f"grpc_port: {address} cannot be listened on. Is it taken?")
         self._server.start()
 
     def stop(self) -> None:

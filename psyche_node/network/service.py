@@ -10,12 +10,12 @@ from google.protobuf.message import DecodeError, Message
 
 from psyche_node.faults import Faults
 from psyche_node.network.announcements import MAX_BITMAP, Announcements
+from psyche_node.network.blobs import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.guard import Context
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.messages import MAX_MEMBERS
 from psyche_node.network.reports import Traffic
 from psyche_node.network.sending import PieceServer, Refused, Status
-from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.wire import node_pb2 as wire
 
 SERVICE = "psyche.node.v1.Node"

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from google.protobuf.message import DecodeError
 
 from psyche_node.identity import KEY_BYTES, SIGNATURE_BYTES, NodeKey, node_id, public_key, verify
+from psyche_node.network.blobs import DIGEST_BYTES
 from psyche_node.network.messages import MAX_BLOB_BYTES, MAX_ROUND
-from psyche_node.network.store import DIGEST_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 MAX_ANNOUNCEMENT = 512

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import random
 import secrets
 from collections.abc import AsyncIterator
@@ -270,17 +271,18 @@ class Swarm:
     async def _keep_records(self) -> None:
         """Exchange records with each new connection, and with a random one from time to time."""
         met: set[bytes] = set()
-        due = 0.0
+        asked = -math.inf
         while True:
             connected = self.connected()
             met &= connected
             fresh = [key for key in connected - met if self._is_ours(key)]
-            if not fresh and connected and trio.current_time() >= due:
+            # By what is unknown now: before this node knew its members, there was nothing to look for.
+            every = RECORDS_EVERY_WHEN_INCOMPLETE if self._directory.unknown_members() else RECORDS_EVERY
+            if not fresh and connected and trio.current_time() - asked >= every:
                 fresh = [random.choice(sorted(connected))]
             for key in fresh:
                 met.add(key)
                 await self._records.ask(key)
-                incomplete = bool(self._directory.unknown_members())
-                due = trio.current_time() + (RECORDS_EVERY_WHEN_INCOMPLETE if incomplete else RECORDS_EVERY)
+                asked = trio.current_time()
             with trio.move_on_after(1.0):
                 await self._changed.wait()

@@ -7,8 +7,8 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.guard import Place, Streams
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.turns import Rank, Turns
 
 # A peer needs a blob once. Twice is for one that lost what it had; the rest is for pieces that it got from two sources.

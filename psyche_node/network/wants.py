@@ -12,13 +12,13 @@ from typing import Protocol
 
 import trio
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.directory import Directory
 from psyche_node.network.fanout import Tree
 from psyche_node.network.holdings import Partial
 from psyche_node.network.messages import Kind
 from psyche_node.network.pieces import Plan
 from psyche_node.network.quality import SLOW_SHARE, Quality
-from psyche_node.network.store import PIECE_BYTES
 
 # After this long without a piece, on top of what two pieces usually take, another source is asked at the same time.
 HEDGE_SECONDS = 2.0

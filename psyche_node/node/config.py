@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from solders.pubkey import Pubkey
 
 from coordinator.fees import DEFAULT_FEE_CAP
+from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
 from psyche_node.training.options import Options
-from psyche_node.wording import problems
 
 
 class ConfigError(Exception):
@@ -26,8 +27,12 @@ class NodeConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    run: str
-    """Address of the run's account (`psyche-admin run create` prints it)."""
+    run: str = Field(min_length=1)
+    """The run's name, or the address of its account (`psyche-admin run create` prints both)."""
+    program: str | None = None
+    """Address of the coordinator program, where `run` is a name and the chain has many programs."""
+    owner: str | None = None
+    """The owner's wallet, where several have a run of that name."""
     rpc: tuple[str, ...] = Field(min_length=1)
     """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
     commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
@@ -111,12 +116,13 @@ class NodeConfig(BaseModel):
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
 
-    @field_validator("run")
+    @field_validator("program", "owner")
     @classmethod
-    def _address(cls, run: str) -> str:
-        if not 32 <= len(run) <= 44:
-            raise ValueError(f"{run!r} is no address of a run; `psyche-admin run list` shows them beside the names")
-        return run
+    def _address(cls, address: str | None) -> str | None:
+        try:
+            return None if address is None else str(Pubkey.from_string(address))
+        except ValueError:
+            raise ValueError(f"{address!r} is no address (32 bytes in base58)") from None
 
     @field_validator("announce_p2p", "announce_grpc", "announce_bulk")
     @classmethod

@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
 from solders.keypair import Keypair
+from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient, Pulse
+from coordinator.find_run import open_run
 from coordinator.state import Run
 from coordinator.ticking import tick_delay
 from coordinator.wallet import load_or_create_keypair
@@ -139,10 +141,13 @@ class Node:
         async with contextlib.AsyncExitStack() as stack:
             journal = Journal(config.folder / "journal.jsonl")
             stack.callback(journal.close)
-            chain = await CoordinatorClient.open(
+            program, owner = (one if one is None else Pubkey.from_string(one) for one in (config.program, config.owner))
+            chain = await open_run(
                 config.rpc,
                 config.run,
                 self._wallet,
+                program=program,
+                owner=owner,
                 commitment=config.commitment,
                 priority_fee=config.priority_fee,
                 priority_fee_cap=config.priority_fee_cap,
@@ -166,7 +171,8 @@ class Node:
             )
             for reason in loaded.reasons:
                 log.info("%s", reason)
-            log.info("node %s listens on %s (updates: %s)", ready.node_id, ready.multiaddrs, ready.grpc_address)
+            log.info("node %s serves its updates at %s", ready.node_id, ready.grpc_address)
+            log.info("others reach it by bootstrap = %s", " or ".join(ready.multiaddrs))
             shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
             layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")
@@ -296,7 +302,7 @@ class Node:
             self._config.folder / CHECKPOINT,
             LINGER_SECONDS,
         )
-        await asyncio.sleep(LINGER_SECONDS)
+        await _linger()
 
     def _on_event(self, message: Message) -> None:
         if self._metrics is not None:
@@ -311,3 +317,13 @@ class Node:
     def _tick_delay(self, pulse: Pulse) -> int:
         member = None if self._roster is None else self._roster.slot
         return tick_delay(member, pulse.run.round, pulse.header.members)
+
+
+async def _linger() -> None:
+    """Let others fetch what they lack. This node is done: to be stopped meanwhile is no interruption."""
+    try:
+        await asyncio.sleep(LINGER_SECONDS)
+    except asyncio.CancelledError:
+        task = asyncio.current_task()
+        if task is not None:
+            task.uncancel()

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import signal
 from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from psyche_node.endings import how_it_ended
 from psyche_node.ipc import IpcError, Message, Ok, RemoteFailure
 from psyche_node.network.messages import (
     Configure,
@@ -213,7 +213,8 @@ class Network:
             self._tell(PeerDown(slot=slot))
         self._connected.clear()
         self._earlier, self._stats = self._total(self._stats), _nothing()
-        return f"it had not answered for {SILENCE_SECONDS:.0f} s" if silent else _how(child.process.returncode)
+        status = child.process.returncode
+        return f"it had not answered for {SILENCE_SECONDS:.0f} s" if silent else how_it_ended(status, _EXITS)
 
     def _give_up(self, error: IpcError) -> IpcError:
         """There will be no new process: whoever waits for one is told why."""
@@ -323,11 +324,3 @@ def _nothing() -> Stats:
     return Stats(
         bytes_sent=0, bytes_received=0, blob_bytes_sent=0, blob_bytes_received=0, peers=0, connected=[], per_peer=[]
     )
-
-
-def _how(status: int | None) -> str:
-    if status is None:
-        return "it closed its end"
-    if status < 0:
-        return f"killed by {signal.Signals(-status).name}"
-    return f"exit status {status}, {_EXITS.get(status, 'which it has no word for')}"

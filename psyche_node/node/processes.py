@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from psyche_node.endings import how_it_ended
 from psyche_node.ipc import Endpoint, Message
 
 log = logging.getLogger(__name__)
@@ -69,7 +70,7 @@ class Child:
         if died:
             # One that got SIGTERM before it could ignore it was asked to end, as this process is.
             level = logging.INFO if self.process.returncode == -signal.SIGTERM else logging.ERROR
-            log.log(level, "the %s process had ended before, with exit status %d", self.name, self.process.returncode)
+            log.log(level, "the %s process had ended before: %s", self.name, how_it_ended(self.process.returncode))
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

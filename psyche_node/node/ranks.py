@@ -12,12 +12,14 @@ import contextlib
 import logging
 import os
 import socket
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import psutil
 
+from psyche_node.endings import how_it_ended
 from psyche_node.ipc import IpcError, M, Message, RemoteFailure
 from psyche_node.node.config import ConfigError
 from psyche_node.node.processes import Child
@@ -126,7 +128,7 @@ class Trainer:
             rank = ended[0]
             status = self._followers[rank].returncode
             self._last_words = (
-                f"Rank {rank} of it ended first, with exit status {status}; the end of {self._logs[rank]}:\n"
+                f"Rank {rank} of it ended first: {how_it_ended(status)}. The end of {self._logs[rank]}:\n"
                 + _tail(self._logs[rank])
             )
             log.error("%s", self._last_words)
@@ -146,7 +148,12 @@ class Trainer:
         if self._watch is not None:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(asyncio.shield(self._watch), _SETTLE_SECONDS)
-        return self._last_words or "Its own last lines are in the log above. Start the node again"
+        if self._last_words:
+            return self._last_words
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            await asyncio.to_thread(self._head.process.wait, _SETTLE_SECONDS)
+        how = how_it_ended(self._head.process.returncode)
+        return f"How: {how}. Its own last lines are in the log above. Start the node again"
 
 
 def _environment(ranks: int, port: int) -> dict[str, str]:

@@ -33,6 +33,7 @@ from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, R
 
 log = logging.getLogger(__name__)
 KEPT_ROUNDS = 4
+_CLOSED = (ErrorCode.WRONG_ROUND, ErrorCode.WRONG_PHASE, ErrorCode.RUN_FINISHED)
 
 
 class TermsChanged(Exception):
@@ -114,7 +115,7 @@ class RoundLoop:
         self._loaded, self._applied = loaded, loaded.model_round
         self._trained = -1
         self._only_follows = False
-        self._sent: set[int] = set()
+        self._sent: dict[int, bool] = {}  # rounds trained and not yet applied: whether the update is committed
         self._checkpointed = -1
         self._ready_epoch = 0
         self.train_seconds = 0.0
@@ -189,7 +190,7 @@ class RoundLoop:
         with self._tasks.spare():
             paths = await self._exchange.obtain(number, members, self._update_timeout)
         included = self._member in members if number in self._sent else None
-        self._sent.discard(number)
+        committed = self._sent.pop(number, False)
         fetched = time.monotonic()
         reply = await self._trainer.call(
             Apply(
@@ -219,8 +220,9 @@ class RoundLoop:
                 number,
                 100 * reply.updates_lost,
             )
-        if included is False:
-            log.warning("round %d: my update does not count; it went back into the momentum", number)
+        if committed and not included:
+            why = "in a void round nobody's does" if inclusion.void else "too few witnesses attested to it"
+            log.warning("round %d: this node's update does not count (%s); it goes into the next one", number, why)
         self.wait_seconds += fetched - started
         if self._cadence.evaluates(number):
             await self.evaluate(number)
@@ -264,11 +266,19 @@ class RoundLoop:
         self.train_seconds += seconds
         length = blob_path.stat().st_size
         digest, adopted = await asyncio.to_thread(self._adopt, blob_path, number)
-        self._sent.add(number)
+        self._sent[number] = False
         try:
             await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
+            self._sent[number] = True
         except ChainError as error:
-            log.warning("round %d: the commitment came too late or was refused: %s", number, error)
+            late = isinstance(error, ProgramError) and error.code in _CLOSED
+            why = "the round had closed before, since the others were faster" if late else str(error)
+            log.warning(
+                "round %d: trained for %.2f s, but not committed: %s. The update goes into the next one",
+                number,
+                seconds,
+                why,
+            )
             self._journal.write("late", round=number, reason=str(error))
             self._share.missed()
         else:

@@ -39,7 +39,9 @@ class Share:
         except ChainError as error:
             log.warning("share of the batch left as it is: %s", error)
             return
-        log.info("share of the batch: %d, was %s", wanted, self._sent or "not measured")
+        why = "as set" if self._fixed else "tokens per second, measured"
+        before = "" if self._sent is None else f", {self._sent} before"
+        log.info("share of the batch: asked for %d (%s%s)", wanted, why, before)
         self._sent = wanted
 
     def missed(self) -> None:

@@ -44,9 +44,10 @@ def check_in_time(run: Run, model: Path) -> None:
     trained = any(one is None or not one.void for one in sets)  # one that is not kept: who knows
     if trained or run.checkpoint_root != run.terms.model_root:
         raise JoinRefused(
-            f"the run is in {run.phase.name} of round {run.round}, and its members have trained the model in {model} "
-            f"since round {run.model_round}. In this version a node takes part from there on or not at all: wait for "
-            "the owner's next run, or for a new model in this one"
+            f"this node comes too late: the run is in round {run.round} ({run.phase.name}), its members have trained "
+            f"the model in {model} since round {run.model_round}, and this version cannot catch up with them. Nothing "
+            "is wrong with this node. Start it again before the first round of the owner's next run, or when the owner "
+            "gives this run a new model (`psyche-admin run show` tells)"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 
 from coordinator.client import ChainError, ChainUnavailable, CoordinatorClient, ProgramError, Pulse, RpcError
+from coordinator.errors import ErrorCode
 from coordinator.state import Phase, Round
 from coordinator.tables import RoundTables
 from psyche_node.node.changes import first
@@ -62,9 +63,10 @@ class Witness:
                 log.warning("round %d: attested without the updates of members %s", record.round, sorted(missing))
         except ProgramError as error:
             self._attested.add(record.round)
-            log.info(
-                "attestation of round %d came too late (%s; the run is in round %d)", record.round, error, run.round
-            )
+            if error.code == ErrorCode.ROUND_FINAL:
+                log.info("round %d was decided by other witnesses before this node had all its updates", record.round)
+            else:
+                log.info("round %d: not attested (the run is in round %d): %s", record.round, run.round, error)
         except (ChainUnavailable, RpcError) as error:
             log.warning("attestation of round %d not sent, trying again: %s", record.round, error)
             return False

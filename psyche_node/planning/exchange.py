@@ -10,8 +10,8 @@ PIECE: Final = 1 << 20
 """Bytes of the messages in which an update is passed on while it arrives."""
 LINE: Final = 0.95
 """Share of a line's rate that updates get. `python -m benchmarks.network` has 0.99, of lines up to 1 Gbit/s."""
-CHAIN_SECONDS: Final = 3.2
-"""What a round waits for the chain: commitment, tick, attestation and tick, of two slots of 0.4 s each."""
+CHAIN_SLOTS: Final = 8
+"""What a round waits for the chain: commitment, tick, attestation and tick, of two slots each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,3 +37,10 @@ def exchange(update_bytes: int, members: int, up: float, down: float, rtt: float
     steps = ceil(log2(members + 1)) - 1 if others else 0
     slowest = min((rate for rate in (up, down) if rate), default=float("inf"))
     return Exchange(update_bytes, received, sent, busiest + steps * (1.5 * rtt + PIECE / slowest) if others else 0.0)
+
+
+def rate_for(update_bytes: int, members: int, rtt: float, seconds: float) -> float | None:
+    """Bytes per second, each way, for an exchange within ``seconds``; None if no line is fast enough."""
+    one = exchange(update_bytes, members, 1.0, 1.0, 0.0).seconds
+    far = exchange(update_bytes, members, 0.0, 0.0, rtt).seconds
+    return one / (seconds - far) if seconds > far else None

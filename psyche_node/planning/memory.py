@@ -31,13 +31,16 @@ Compute = Literal["fp32", "autocast", "bf16"]
 one GPU, or tensor parallelism alone. bf16: weights are gathered in bf16, and so is everything else: FSDP2."""
 
 
+Attention = Literal["lengths", "mask", "scores"]
+
+
 @dataclass(frozen=True, slots=True)
 class Work:
     """How one GPU trains: ``data_parallel`` x ``tensor_parallel`` GPUs hold the model.
 
     ``weight_bytes``: 4, or 2 for bf16 weights, of which the optimizer keeps fp32 masters unless ``masters`` is False
-    (stochastic rounding). ``masked``: attention takes a
-    mask instead of document lengths, as on a CPU; one is kept per layer.
+    (stochastic rounding). ``attention`` takes the documents' lengths, or a mask, which is kept per layer, as on a CPU;
+    or it keeps the scores of all pairs of tokens, as the eager one does. ``z_loss``: whether there is one.
     """
 
     sequence: int
@@ -49,8 +52,9 @@ class Work:
     lookahead: bool = True
     weight_bytes: int = 4
     micro_batches: int = 2
-    masked: bool = False
+    attention: Attention = "lengths"
     masters: bool = True
+    z_loss: bool = False
 
     @property
     def tokens(self) -> int:
@@ -130,8 +134,11 @@ def _moments(shape: ModelShape, work: Work, held: int) -> list[dict[str, int]]:
     # they are all made going backward.
     going_forward, going_backward = (_chunked_loss if shape.loss == "chunked" else _full_loss)(shape, work, table)
     copies = forward_copies if shape.loss == "chunked" else backward_copies
-    # Inside of a layer, gradients of the gate's two factors are made before what they came from is freed.
-    inside = (layer if work.checkpointing else 0) + work.tokens * 2 * c * shape.intermediate // work.tensor_parallel
+    # Inside of a layer, gradients of the gate's two factors are made before what they came from is freed; and those of
+    # attention's scores, in fp32, when the feed-forward is through.
+    feed_forward = work.tokens * c * shape.intermediate // work.tensor_parallel
+    scores = 8 * _scores(shape, work) - 4 * feed_forward
+    inside = (layer if work.checkpointing else 0) + max(2 * feed_forward, scores)
     of_table, of_layer = (weight * n for n in (table, shape.layer_parameters // several))
     first = before or of_table
     last = before or gradient - of_layer - (0 if shape.tied else of_table)
@@ -164,12 +171,13 @@ def _full_loss(shape: ModelShape, work: Work, table: int) -> tuple[int, int]:
     """Of a loss from all logits of a micro-batch, which every rank has whole: two moments of going backward.
 
     First the cross-entropy's: the logarithms of the probabilities, their gradients, and those of the logits, all fp32,
-    and where the logits are capped what the cap has kept. Then the head's product.
+    and where the logits are capped what the cap has kept; with a z-loss also the logits, which it keeps for itself, and
+    its own gradients of them. Then the head's product.
     """
     c, s = _widths(work)
     hidden, logits = work.tokens * shape.hidden, work.tokens * shape.vocabulary
     cast = c if work.compute == "autocast" else 0
-    entropy = s * hidden + cast * table + (12 + (c if shape.loss == "capped" else 0)) * logits
+    entropy = s * hidden + cast * table + (12 + (c if shape.loss == "capped" else 0) + 8 * work.z_loss) * logits
     return entropy, (s + 2 * c) * hidden + (c + cast + (4 if c != 4 else 0)) * table + c * logits
 
 
@@ -185,22 +193,32 @@ def layer_bytes(shape: ModelShape, work: Work) -> int:
     keys = shape.kv_heads * shape.head_dim // (tensor if shape.kv_heads >= tensor else 1)
     F = shape.intermediate // tensor
     c, _ = _widths(work)
-    if work.compute == "autocast":
-        norms = 2 * (8 * D + 4) + (3 + 2) * c * D
-    else:
-        norms = 2 * ((8 if c == 4 else 6) * D + 4 + c * D)
+    exact = c == 4 or work.compute == "autocast" or shape.exact_norms
+    norms = shape.norms * ((8 if exact else 6) * D + 4) + ((3 + 2) if work.compute == "autocast" else 2) * c * D
     heads = shape.heads // tensor
     attention = 2 * c * queries + 4 * heads + 2 * c * keys
-    if work.masked:
-        attention += 2 * c * (queries - keys) + c * work.sequence  # keys and values are repeated for every query head
+    if work.attention != "lengths":
+        attention += 2 * c * (queries - keys)  # keys and values are repeated for every query head
+    if work.attention == "mask":
+        attention += c * work.sequence
     if shape.head_norms:
         attention += (8 if c == 4 else 6) * (queries + keys) + 4 * (heads + keys // shape.head_dim)
-    return work.tokens * (norms + attention + 4 * c * F)
+    # Of scores, the cap's and the softmax's results; the latter in fp32, and as they are multiplied.
+    per_score = (c if shape.capped_scores else 0) + 4 + (c if c != 4 else 0)
+    return work.tokens * (norms + attention + 4 * c * F) + per_score * _scores(shape, work)
+
+
+def _scores(shape: ModelShape, work: Work) -> int:
+    """Pairs of tokens that attention keeps numbers of."""
+    kept = shape.heads // work.tensor_parallel * work.sequence * work.tokens
+    return kept if work.attention == "scores" else 0
 
 
 def _ends(work: Work, shape: ModelShape) -> int:
     """What is kept outside of the layers: tokens, places, marks, angles, mask."""
-    return work.tokens * (3 * 8 + 2 * 4 * shape.head_dim + (work.sequence if work.masked else 0))
+    c, _ = _widths(work)
+    mask = shape.masks * work.sequence * {"lengths": 0, "mask": 1, "scores": c}[work.attention]
+    return work.tokens * (3 * 8 + 2 * 4 * shape.head_dim + mask)
 
 
 def _copies(shape: ModelShape, work: Work, table: int) -> tuple[int, int]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Mapping
 
+from psyche_node.planning.advice import Try, Value
 from psyche_node.planning.plan import Plan
 
 _PARTS = {
@@ -20,8 +22,8 @@ _PARTS = {
 _SOL = 1_000_000_000
 
 
-def lines(plan: Plan) -> Iterator[str]:
-    """The plan, a line at a time."""
+def lines(plan: Plan, given: Mapping[str, Value]) -> Iterator[str]:
+    """The plan, a line at a time. ``given``: flags of the command, without their dashes."""
     work = plan.work
     yield f"{plan.model}: {plan.parameters:,} parameters, on {plan.gpus} x {plan.gpu}"
     yield (
@@ -37,20 +39,43 @@ def lines(plan: Plan) -> Iterator[str]:
     if plan.fits:
         yield "  it fits"
         yield from _round(plan)
-    else:
-        yield from _advice(plan)
+    for warning in plan.warnings:
+        yield f"warning: {warning}"
     for note in plan.notes:
         yield f"note: {note}"
+    if not plan.fits:
+        yield from _advice(plan, given)
 
 
-def _advice(plan: Plan) -> Iterator[str]:
+def command(plan: Plan, given: Mapping[str, Value]) -> str | None:
+    """The command with the changes that make it fit; None if it does, or nothing makes it."""
+    if not plan.tries:
+        return None
+    flags = {**given, **{step.flag: step.value for step in plan.tries}}
+    return " ".join(("psyche-node plan", *(_flag(name, value) for name, value in flags.items())))
+
+
+def _flag(name: str, value: Value) -> str:
+    if isinstance(value, bool):
+        return f"--{name}" if value else f"--no-{name}"
+    return f"--{name} {shlex.quote(str(value))}"
+
+
+def _advice(plan: Plan, given: Mapping[str, Value]) -> Iterator[str]:
     """What to change; a round's time and the run's cost would be those of a run that cannot be."""
-    yield "  it does not fit. What helps, one on top of the other:" if plan.tries else "  it does not fit"
+    if not plan.tries:
+        yield f"  it does not fit, and nothing makes it fit, not even 4,096 x {plan.gpu}: take GPUs with more memory"
+        return
+    yield "  it does not fit. What helps, one on top of the other:"
     for step in plan.tries:
-        size = f"{step.total / 2**30:8.1f}{'  fits' if step.fits else ''}" if step.total else ""
-        yield f"    {step.change:46} {size}"
-    if not any(step.fits or not step.total for step in plan.tries):
-        yield "    and more GPUs, or such with more memory: the rest is not enough"
+        yield f"    {_tried(step):46} {step.total / 2**30:8.1f}{'  fits' if step.fits else ''}"
+    if any(step.owners for step in plan.tries):
+        yield "    all members have it in common: the owner sets it before the run. A member plans with --joining"
+    yield f"  this fits: {command(plan, given)}"
+
+
+def _tried(step: Try) -> str:
+    return _flag(step.flag, step.value) + ("  (the run's owner)" if step.owners else "")
 
 
 def _round(plan: Plan) -> Iterator[str]:
@@ -59,6 +84,7 @@ def _round(plan: Plan) -> Iterator[str]:
     yield f"  {'update':32} {sent.update_bytes:,} bytes"
     yield f"  {'received, and sent, by a member':32} {sent.received / 1e9:.2f} GB in {sent.seconds:.1f} s"
     yield f"  {'training':32} {plan.compute_seconds:.1f} s at {plan.member_tokens_per_second:,.0f} tokens/s a member"
+    yield f"  {'chain':32} {plan.chain_seconds:.1f} s until commitments and attestations are final"
     yield f"  {'whole round':32} {plan.round_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s of all members"
     yield f"  {'whole run':32} {plan.run_days:.1f} days"
     fees = plan.fees

@@ -13,7 +13,8 @@ from psyche_node.planning.sizes import bad_size, config_values
 
 SHIPPED: Final = Path(__file__).resolve().parent / "models"
 _HEAD_NORMS: Final = frozenset({"qwen3"})
-_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral", "granite"})
+_EXACT_NORMS: Final = frozenset({"gemma2"})
+_KNOWN: Final = frozenset({"llama", "seed_oss", "qwen3", "qwen2", "mistral", "granite", "gemma2"})
 _CAP: Final = "final_logit_softcapping"
 CHANGES_LOGITS: Final = (_CAP, "logit_scale", "logits_scaling")
 """Keys of configs whose models do more for logits than a product, where they are neither null nor 1."""
@@ -29,7 +30,9 @@ class ModelShape:
     """A dense decoder: RMS norms, grouped-query attention, gated feed-forward.
 
     ``tensors`` are the trained parameters, tied ones once. ``head_norms``: queries and keys are normalized per head.
-    ``assumed``: its kind is not one whose activations were checked; they are counted as Llama's.
+    ``assumed``: its kind is not one whose activations were checked; they are counted as Llama's. ``norms``: of a layer.
+    ``exact_norms``: they multiply by their weights in fp32. ``capped_scores``: attention's logits go through a tanh.
+    ``masks``: kinds of attention, such as full and sliding, each of which has a mask.
     """
 
     name: str
@@ -46,6 +49,10 @@ class ModelShape:
     head_norms: bool
     assumed: bool
     loss: Loss = "chunked"
+    norms: int = 2
+    exact_norms: bool = False
+    capped_scores: bool = False
+    masks: int = 1
 
     @property
     def parameters(self) -> int:
@@ -131,7 +138,17 @@ def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShap
         head_norms=kind in _HEAD_NORMS,
         assumed=kind not in _KNOWN,
         loss=_loss(config, tensors),
+        norms=_norms(config, tensors),
+        exact_norms=kind in _EXACT_NORMS,
+        capped_scores=bool(config.get("attn_logit_softcapping")),
+        masks=len(set(config.get("layer_types") or ("full_attention",))),
     )
+
+
+def _norms(config: Mapping[str, Any], tensors: Shapes) -> int:
+    """Norms over the hidden size in the first layer."""
+    found = (name for name, shape in tensors if shape == (config["hidden_size"],) and ".layers.0." in name)
+    return sum("norm" in name for name in found) or 2
 
 
 def _loss(config: Mapping[str, Any], tensors: Shapes) -> Loss:

@@ -47,13 +47,13 @@ def config_values(file: Path) -> dict[str, Any]:
 
 
 def bad_size(config: Mapping[str, Any]) -> str | None:
-    """What is wrong with the sizes that a config names, as a sentence with key, value and what it has to be; None if
+    """What is wrong with the sizes that a config names, as a sentence with key, value and what it must be; None if
     nothing is. What it leaves out, or sets to null, is not looked at."""
     for key in _SIZES:
         value, most = config.get(key), _MOST_OF.get(key, _MOST)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
-            return f"{key} is {json.dumps(value, default=repr)}; it has to be a whole number from 1 to {most:,}"
+            return f"{key} is {json.dumps(value, default=repr)}; it must be a whole number from 1 to {most:,}"
     heads, pairs = config.get("num_attention_heads"), config.get("num_key_value_heads")
     if heads is not None and pairs is not None and heads % pairs:
-        return f"num_attention_heads is {heads}; it has to be a multiple of num_key_value_heads, which is {pairs}"
+        return f"num_attention_heads is {heads}; it must be a multiple of num_key_value_heads, which is {pairs}"
     return None

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, ValidationError
 
+from coordinator.wording import in_words, place
 from psyche_node.serving.errors import ApiError
-from psyche_node.wording import in_words, place
 
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=256)]
 Tokens = Annotated[int, Field(ge=1)]
@@ -133,6 +133,13 @@ class Reasoning(_Model):
     enabled: bool | None = None
 
 
+class Thinking(NamedTuple):
+    """Whether to reason, and the parameter that says so."""
+
+    on: bool
+    param: str
+
+
 class TemplateSwitches(BaseModel):
     """``chat_template_kwargs``: the names that templates have for the one switch there is."""
 
@@ -182,18 +189,21 @@ class ChatRequest(Sampled):
         """Longest answer; the newer name wins."""
         return self.max_completion_tokens if self.max_completion_tokens is not None else self.max_tokens
 
-    def thinking(self) -> bool | None:
+    def thinking(self) -> Thinking | None:
         """Return whether to reason; None leaves it to the template. Raises ApiError if the request says both."""
         switches = self.chat_template_kwargs or TemplateSwitches()
-        said = [switches.thinking, switches.enable_thinking]
-        if self.reasoning is not None:
-            said.append(self.reasoning.enabled)
-        if self.reasoning_effort is not None:
-            said.append(self.reasoning_effort != "none")
-        wishes = {one for one in said if one is not None}
-        if len(wishes) > 1:
+        enabled = None if self.reasoning is None else self.reasoning.enabled
+        effort = None if self.reasoning_effort is None else self.reasoning_effort != "none"
+        said = {
+            "reasoning": enabled,
+            "reasoning_effort": effort,
+            "chat_template_kwargs.thinking": switches.thinking,
+            "chat_template_kwargs.enable_thinking": switches.enable_thinking,
+        }
+        wishes = [Thinking(wish, param) for param, wish in said.items() if wish is not None]
+        if len({wish.on for wish in wishes}) > 1:
             raise ApiError(400, "the request turns reasoning on and off. Set one of its switches", param="reasoning")
-        return wishes.pop() if wishes else None
+        return wishes[0] if wishes else None
 
     def offered(self) -> list[dict[str, Any]]:
         """Return the tools the model may call. Raises ApiError for a choice that is not the model's own."""
@@ -245,7 +255,7 @@ def parse(kind: type[Asked], body: object) -> Asked:
     except ValidationError as error:
         # Of the kinds a value may have, the one that got furthest is what was meant.
         nearest = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-        where = place(nearest["loc"])
+        where = place(nearest["loc"], nearest["type"])
         words = kind.shapes.get(where.partition("[")[0]) or in_words(nearest)
         raise ApiError(400, f"{where}: {words}", param=where or None) from None
 

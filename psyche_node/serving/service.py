@@ -61,10 +61,19 @@ class Service:
         tools, thinking = asked.offered(), asked.thinking()
         prompts = self.engine.prompts
         self._check_size(1, sum(len(one["content"]) for one in messages), "messages")
-        prompt = await _in_thread(prompts.render, messages, tools, thinking)
+        prompt = await _in_thread(prompts.render, messages, tools, None if thinking is None else thinking.on)
+        reasons = begins_inside(prompt.text)
+        if thinking is not None and not prompts.thinks and thinking.on != (reasons is not None):
+            raise ApiError(
+                400,
+                f"{thinking.param} is not supported with this model: its chat template has no switch for reasoning. "
+                "Leave it out",
+                param=thinking.param,
+                code="unsupported_parameter",
+            )
         self._check_size(1, len(prompt.text), "messages")
         work = self._submit(asked, [await _in_thread(prompts.encode, prompt)], asked.length)
-        reply, envelope = ChatReply(begins_inside(prompt.text), bool(tools)), Envelope("chat", self.name)
+        reply, envelope = ChatReply(reasons, bool(tools)), Envelope("chat", self.name)
         if asked.stream:
             return _stream(self._chat_chunks(http, work, reply, envelope, asked.usage_asked))
         deltas, usage, reason = list[Delta](), Usage(), "stop"

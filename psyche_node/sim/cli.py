@@ -12,12 +12,13 @@ import typer
 from pydantic import ValidationError
 
 from coordinator.run_config import ConfigError
+from coordinator.wording import problems
 from psyche_node.commands.chat import chat
+from psyche_node.commands.ending import failures
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.recipe import DEMO, recipe_for
 from psyche_node.sim.settings import Kill, Ranks, SimSettings
-from psyche_node.wording import problems
 
 app = typer.Typer(
     add_completion=False,
@@ -36,6 +37,14 @@ def simulate(
     data: Annotated[
         str | None, typer.Option(help="File, folder or URL with samples, as `psyche-node data prepare` takes them.")
     ] = None,
+    template: Annotated[
+        str | None,
+        typer.Option(help="Chat template: hermes-llama3, chatml, or a file; by default the tokenizer's own."),
+    ] = None,
+    skip_bad: Annotated[
+        str,
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+    ] = "0",
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
     kill: Annotated[list[str] | None, typer.Option(help="SIGKILL a node in a round: NODE@ROUND; repeat.")] = None,
@@ -53,7 +62,10 @@ def simulate(
     topk: Annotated[int | None, typer.Option(help="Coefficients sent per block of 4,096 weights.")] = None,
     recipe: Annotated[str, typer.Option(help="Recipe to train by, made to fit: psyche-node recipe list.")] = DEMO,
     peak_lr: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    sequence_length: Annotated[int | None, typer.Option(help="Tokens per packed sequence.")] = None,
+    sequence_length: Annotated[
+        int | None,
+        typer.Option(help="Tokens per packed sequence. Default: the recipe's, or the prepared folder's."),
+    ] = None,
     batch: Annotated[int | None, typer.Option(help="Sequences per round, all nodes together.")] = None,
     overlap: Annotated[
         int | None, typer.Option(help="1: updates travel while the next round is trained. Default 0.")
@@ -82,7 +94,7 @@ def simulate(
     changes = {
         "topk": topk,
         "peak_lr": peak_lr,
-        "sequence_length": sequence_length,
+        "sequence_length": _prepared_length(data) if sequence_length is None else sequence_length,
         "batch": batch,
         "overlap": overlap,
     }
@@ -95,6 +107,8 @@ def simulate(
             seed=seed,
             out=out or Path("runs") / time.strftime("%Y%m%d-%H%M%S", time.localtime(started)),
             data=data,
+            template=template,
+            skip_bad=skip_bad,
             model=model,
             adversaries=tuple(adversary or ()),
             kills=tuple(Kill.parse(text) for text in kill or ()),
@@ -128,6 +142,18 @@ def simulate(
     except KeyboardInterrupt:  # before the handler below was there, and anything was started
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
+
+
+def _prepared_length(data: str | None) -> int | None:
+    """The sequence length of a folder that is prepared already, whose sequences are what they are."""
+    if data is None or not (Path(data) / "manifest.json").is_file():
+        return None
+    # Imported late: `--help` does not wait for the data package.
+    from psyche_node.data.errors import DataError
+    from psyche_node.data.manifest import Manifest
+
+    with failures(DataError):
+        return Manifest.read(Path(data)).sequence_length
 
 
 async def _simulate(settings: SimSettings, started: float) -> int:

@@ -45,7 +45,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
     settings, prepared, record = world.settings, world.prepared, world.record
     timeline = list(_timeline(world))
     rounds = len(timeline)
-    nodes = [_node(world, node) for node in world.nodes]
+    nodes = [_node(world, node, outcome) for node in world.nodes]
     checks = _checks(world)
     identical, sha = replicas(nodes, checks)
     losses = _losses(world)
@@ -85,7 +85,9 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         weights_sha256=sha,
         checks=checks,
         evaluations=_evaluations(world),
+        data=prepared.counts,
         checkpoint=_checkpoint(world),
+        question=prepared.question,
         nodes=nodes,
         ledger=ledger,
         timeline=timeline,
@@ -142,7 +144,7 @@ def _members_by_wallet(world: World) -> dict[str, Member]:
     return {str(member.wallet): member for member in world.record.members}
 
 
-def _node(world: World, node: SimNode) -> NodeResult:
+def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
     member = _members_by_wallet(world).get(node.wallet)
     finished = node.last("finished") or {}
     newest = finished or node.last("trained") or {}
@@ -153,7 +155,7 @@ def _node(world: World, node: SimNode) -> NodeResult:
         wallet=node.wallet,
         node_id=node.node_id,
         status="outsider" if member is None else _status(member.status),
-        exit=_exit(node),
+        exit=_exit(node, outcome),
         exit_code=node.process.process.poll(),
         ended_at=None if node.ended_at is None else node.ended_at - world.started,
         fault=node.fault,
@@ -174,7 +176,7 @@ def _status(status: MemberStatus) -> str:
     return status.name.lower()
 
 
-def _exit(node: SimNode) -> NodeExit:
+def _exit(node: SimNode, outcome: Outcome) -> NodeExit:
     if node.killed:
         return "killed"
     code = node.process.process.poll()
@@ -182,7 +184,9 @@ def _exit(node: SimNode) -> NodeExit:
         return "finished"
     # By SIGTERM before its handler is there, or after.
     stopped = (None, -signal.SIGTERM, Exit.INTERRUPTED)
-    return "stopped" if code in stopped else "failed"
+    if code not in stopped:
+        return "failed"
+    return "interrupted" if outcome == "interrupted" else "stopped"
 
 
 def _device(node: SimNode) -> str:
@@ -304,6 +308,8 @@ def _checkpoint(world: World) -> str | None:
 
 def _events(world: World) -> Iterator[Event]:
     """Rejections from the journals, kills and drops, void rounds, and the warnings and errors of the nodes' logs."""
+    for warning in world.prepared.warnings:
+        yield Event(time=0.0, level="warning", message=warning)
     for node in world.nodes:
         if node.killed and node.ended_at is not None:
             yield Event(

@@ -6,16 +6,26 @@ Its memory goes back to the machine before the nodes start. It prints one JSON l
 from __future__ import annotations
 
 import sys
+import textwrap
 from pathlib import Path
 
 from psyche_node import log
 from psyche_node.data.errors import DataError
+from psyche_node.data.files import write_atomically
+from psyche_node.data.question import first_question
+from psyche_node.data.rendering import TEMPLATE, find_template
+from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
+from psyche_node.data.template import ChatTemplate
 from psyche_node.exits import exit_for
 from psyche_node.folders import terms_of_data, terms_of_model
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.training.errors import ModelError
 from psyche_node.training.model import DEMO_MODEL, make_demo_model
+
+QUESTION = 80
+"""Characters of the question that a summary suggests."""
 
 
 def prepare(settings: SimSettings, cache: Path) -> Prepared:
@@ -33,19 +43,36 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         vocabulary=recipe.vocabulary,
         sequence_length=recipe.sequence_length,
         seed=settings.seed,
+        template=settings.template,
+        skip_bad=read_limit(settings.skip_bad),
     )
     folder = settings.out / "initial-model"
     parameters = make_demo_model(DEMO_MODEL if source is None else source, data.tokenizer, folder, settings.seed)
+    if settings.template is not None:
+        # Whoever talks to the checkpoint renders with the folder's own template: it is to be that of the data.
+        write_atomically(folder / TEMPLATE, find_template(settings.template).source.encode())
+    manifest = data.manifest
     return Prepared(
         model=folder,
         data=data.packed,
         **terms_of_model(folder, recipe.topk, settings.precision == "bf16"),
-        **terms_of_data(data.manifest),
+        **terms_of_data(manifest),
         parameters=parameters,
-        unigram_entropy=data.manifest.unigram_entropy,
+        unigram_entropy=manifest.unigram_entropy,
+        counts=SampleCounts(
+            **manifest.counts.model_dump(), sequence_length=manifest.sequence_length, skipped=data.skipped
+        ),
+        question=shortened(first_question(data.packed, ChatTemplate(data.tokenizer, data.rendering.template))),
+        warnings=() if data.rendering.warning is None else (data.rendering.warning,),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),
     )
+
+
+def shortened(question: str | None) -> str | None:
+    """A question that fits on a command line: its first words, on one line, without control characters."""
+    words = "".join(one for one in " ".join((question or "").split()) if one.isprintable())
+    return textwrap.shorten(words, QUESTION, placeholder="") or words[:QUESTION] or None
 
 
 def _short(text: str) -> str:

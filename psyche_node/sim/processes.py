@@ -13,6 +13,9 @@ from pathlib import Path
 
 import psutil
 
+from psyche_node.endings import how_it_ended
+from psyche_node.exits import Exit
+
 _PR_SET_PDEATHSIG = 1
 # Loaded here: between fork and exec, a library could not be loaded safely beside other threads.
 _LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
@@ -25,10 +28,14 @@ def _end_with_parent() -> None:
 
 
 class ProcessEnded(Exception):
-    """A process ended, or said nothing, where it should have gone on. ``code`` is its exit status."""
+    """A process ended, or said nothing, where it should have gone on. ``code`` is its exit status.
+
+    ``words``: the message without the path of its log, for where that is not kept.
+    """
 
     def __init__(self, name: str, code: int | None, log: Path, last_words: str) -> None:
-        super().__init__(f"{last_words}\n({name}: exit status {code}, log {log})")
+        super().__init__(f"{last_words}\n({name}: {how_it_ended(code)}, log {log})")
+        self.words = f"{last_words}\n({name}: {how_it_ended(code)})"
         self.code = code
 
 
@@ -61,7 +68,9 @@ class Managed:
         except TimeoutError:
             line = b""
         if not line:
-            raise ProcessEnded(self.name, self.process.poll() or await self.stop(), self.log, self.tail())
+            code = self.process.poll() or await self.stop()
+            # One that knew what was wrong has said so in a line; of any other the whole traceback may be needed.
+            raise ProcessEnded(self.name, code, self.log, self.tail(12 if code in set(Exit) else 60))
         return line.decode()
 
     async def wait(self) -> int:

@@ -19,6 +19,7 @@ from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
 from psyche_node.sim import charts, units
+from psyche_node.sim.cards import cards
 from psyche_node.sim.result import Event, NodeResult, RunResult
 from psyche_node.sim.tasks import tasks_view
 
@@ -32,7 +33,7 @@ _STATES = {
     "missed": "missed",
     "void": "round void",
 }
-_BADGES = {"finished": "good", "killed": "bad", "failed": "bad", "stopped": "calm"}
+_BADGES = {"finished": "good", "killed": "bad", "failed": "bad", "stopped": "calm", "interrupted": "warn"}
 _NUMBERS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve")
 
 
@@ -69,10 +70,11 @@ def headline(result: RunResult) -> str:
     """Return the run in two sentences."""
     members = [node for node in result.members if node.fault is None]
     what = f"{_number(len(members)).capitalize()} node{'s' * (len(members) != 1)}"
-    verb = {"finished": "trained", "interrupted": "were stopped while training", "failed": "failed while training"}
+    were = "was" if len(members) == 1 else "were"
+    verb = {"finished": "trained", "interrupted": f"{were} stopped while training", "failed": "failed while training"}
     text = (
         f"{what} {verb[result.outcome]} a model of {units.count_text(result.parameters)} parameters for "
-        f"{result.rounds} rounds in {units.seconds_text(result.wall_seconds)}."
+        f"{units.counted(result.rounds, 'round')} in {units.seconds_text(result.wall_seconds)}."
     )
     killed = [node for node in members if node.exit == "killed"]
     left = len(members) - len(killed)
@@ -103,10 +105,11 @@ def _view(result: RunResult) -> dict[str, Any]:
     }
     counts = {state: sum(value == state for row in rows for value in row.states.values()) for state in _STATES}
     events = _events(result)
+    chat = None if result.checkpoint is None else chat_command(result.checkpoint, result.question)
     return {
         "result": result,
         "headline": headline(result),
-        "cards": _cards(result),
+        "cards": cards(result),
         "charts": {name: chart.svg if chart else None for name, chart in drawn.items()},
         "data": _script_json({name: chart.data for name, chart in drawn.items() if chart}),
         "names": [units.printable(row.name, 24) for row in rows],
@@ -121,6 +124,7 @@ def _view(result: RunResult) -> dict[str, Any]:
             for check in result.checks
         ],
         "ledger": _ledger_rows(result),
+        "skipped": [units.printable(line, 300) for line in result.data.skipped] if result.data else [],
         "tasks": tasks_view(result),
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,
@@ -128,7 +132,7 @@ def _view(result: RunResult) -> dict[str, Any]:
         "run_id": units.printable(result.run_id, 64), "started_at": _when(result.started_at),
         "checkpoint": None if result.checkpoint is None else units.printable(result.checkpoint, 400),
         "settings": [(name, _setting(value)) for name, value in result.settings.items()],
-        "chat": None if result.checkpoint is None else units.printable(chat_command(result.checkpoint), 500),
+        "chat": None if chat is None else units.printable(chat, 500),
         "wall": units.seconds_text(result.wall_seconds),
     }  # fmt: skip
 
@@ -146,9 +150,12 @@ def _setting(value: str | int | float | bool | None) -> str:
     return "none" if value in (None, "") else units.printable(str(value), 200)
 
 
-def chat_command(checkpoint: str) -> str:
-    """Return the shell command that talks to the trained model."""
-    return f'psyche-sim chat {shlex.quote(checkpoint)} "What does os.path.join do?"'
+def chat_command(checkpoint: str, question: str | None) -> str:
+    """Return the shell command that talks to the trained model, with a question to begin with if there is one."""
+    words = ["psyche-sim", "chat", checkpoint]
+    if question:
+        words += ["--", question] if question.startswith("-") else [question]
+    return shlex.join(words)
 
 
 def _script_json(data: object) -> Markup:
@@ -176,65 +183,6 @@ def _events(result: RunResult) -> list[dict[str, Any]]:
         }
         for group in sorted(kept, key=lambda group: group[0].time)
     ]
-
-
-# The cards.
-
-
-def _cards(result: RunResult) -> list[dict[str, Any]]:
-    heldout, entropy = result.heldout_loss, result.unigram_entropy
-    gap = ""
-    marks = [("heldout", heldout)] if heldout is not None else []
-    lines = [("entropy", "single tokens", f"{entropy:.3f}")]
-    if result.baseline is not None and result.baseline.heldout_loss is not None:
-        marks.append(("baseline", result.baseline.heldout_loss))
-        lines.insert(0, ("baseline", "AdamW", f"{result.baseline.heldout_loss:.3f}"))
-        if heldout is not None:
-            gap = f"{heldout / result.baseline.heldout_loss - 1:+.1%} against AdamW".replace("-", "\N{MINUS SIGN}")
-    if heldout is not None and not gap:
-        gap = f"{1 - heldout / entropy:.0%} below single tokens" if heldout < entropy else "not below single tokens"
-    marks.append(("entropy", entropy))
-    identical = result.replicas_identical
-    holders = sum(node.weights_sha256 is not None for node in result.members)
-    reduction = result.reduction
-    durations = [record.end - record.start for record in result.timeline]
-    cards: list[dict[str, Any]] = [
-        {"title": "Held-out loss", "value": "unknown" if heldout is None else f"{heldout:.3f}", "note": gap,
-         "gauge": charts.gauge(marks) if heldout is not None else "", "lines": lines, "kind": ""},
-        {"title": "Replicas", "value": "Identical" if identical else "Different",
-         "kind": "good" if identical else "bad",
-         "note": f"{holders} nodes, byte for byte" if identical else "see the nodes below",
-         "lines": [
-             ("", "SHA", units.short(result.weights_sha256, 6, 4) if result.weights_sha256 else "differ"),
-             ("", "compared", f"{len(result.checks)} times"),
-         ]},
-        {"title": "Sent, against dense", "kind": "",
-         "value": "unknown" if reduction is None else f"{units.times_text(reduction)} less",
-         "note": f"{units.bytes_text(result.bytes_sent_total)}, not {units.bytes_text(result.dense_bytes_total)}",
-         "lines": [
-             ("", "one update", units.bytes_text(result.update_bytes)),
-             ("", "dense, fp32", units.bytes_text(result.dense_bytes)),
-         ]},
-        {"title": "Rounds", "value": f"{result.rounds:,}", "kind": "",
-         "note": f"{len(result.void_rounds)} void" if result.void_rounds else "none void",
-         "lines": [
-             ("", "median round", units.seconds_text(median(durations)) if durations else "unknown"),
-             ("", "first update", "unknown" if result.first_round_seconds is None
-              else units.seconds_text(result.first_round_seconds)),
-         ]},
-        {"title": "Speed", "value": units.count_text(result.tokens_per_second), "note": "tokens/s, all nodes",
-         "kind": "", "lines": [
-             ("", "tokens credited", units.count_text(sum(node.credit for node in result.nodes))),
-             ("", "busy", "unknown" if result.busy is None else f"{result.busy:.0%}"),
-             ("", "waiting a round", "unknown" if result.waited is None else units.seconds_text(result.waited)),
-         ]},
-        {"title": "Memory", "value": units.memory_text(result.peak_memory_bytes), "note": "peak, all processes",
-         "kind": "", "lines": [
-             ("", "largest node", units.memory_text(max((n.peak_memory_bytes for n in result.nodes), default=0))),
-             ("", "wall clock", units.seconds_text(result.wall_seconds)),
-         ]},
-    ]  # fmt: skip
-    return [{"gauge": None, **card} for card in cards]
 
 
 # The charts.

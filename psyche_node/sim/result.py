@@ -7,34 +7,21 @@ trained token.
 
 from __future__ import annotations
 
-import math
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from statistics import median
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from psyche_node.sim.record import Count, Loss, Record, Seconds
+from psyche_node.sim.samples import SampleCounts
 
-def _finite(value: Any) -> Any:
-    """JSON has no infinity and no NaN; a loss that diverged is reported as unknown."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-Count = Annotated[int, Field(ge=0)]
-Loss = Annotated[float | None, BeforeValidator(_finite)]
-Seconds = Annotated[float, Field(ge=0)]
 Outcome = Literal["finished", "interrupted", "failed"]
-NodeExit = Literal["finished", "killed", "failed", "stopped"]
+NodeExit = Literal["finished", "killed", "failed", "stopped", "interrupted"]
 MemberState = Literal["trained", "committed", "included", "missed", "void"]
 Level = Literal["info", "warning", "error"]
-
-
-class Record(BaseModel):
-    """Base of every object in the report: immutable, and unknown fields are errors."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
 
 
 class CurvePoint(Record):
@@ -77,7 +64,8 @@ class NodeResult(Record):
     status: str
     """The member's status on chain at the end: pending, active, desynced, dropped, left, ejected; outsider if none."""
     exit: NodeExit
-    """How its process ended: finished by itself, killed on purpose, failed with an error, stopped by the simulation."""
+    """How its process ended: finished by itself, killed on purpose, failed with an error, stopped by
+    the simulation, interrupted by its user."""
     exit_code: int | None = None
     """The process's exit code (docs/reference/exit-codes.md); negative: the signal that ended it."""
     ended_at: Seconds | None = None
@@ -299,8 +287,12 @@ class RunResult(Record):
     """The comparisons made during the run."""
     evaluations: list[TaskEvaluation] = Field(default_factory=list)
     """The evaluations of tasks, in order of their rounds."""
+    data: SampleCounts | None = None
+    """What became of the samples; null in reports of older versions."""
     checkpoint: str | None
     """Hugging Face folder of the final model."""
+    question: str | None = None
+    """First prompt of the held-out data, shortened: something to ask the model. Null where the data has none."""
     nodes: list[NodeResult]
     """The nodes, in the order they were started."""
     ledger: LedgerResult

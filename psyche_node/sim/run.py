@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,46 +17,69 @@ from coordinator.state import Member, MemberStatus, Phase
 from psyche_node.exits import Exit, exit_for
 from psyche_node.sim.baseline import BaselineRequest
 from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.out import OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import SimSettings
 from psyche_node.sim.summary import print_summary
 from psyche_node.sim.world import SimNode, SimulationFailed, World
 from psyche_node.terms import training_terms
 
 BASELINE_TIMEOUT = 3600.0
+_LISTED = 3
 
 
 async def run(settings: SimSettings, started: float) -> Exit:
-    """Simulate, write the report, print the summary. Cancel to stop early: what was trained is still reported."""
+    """Simulate, write the report, print the summary. Cancel to stop early: what was trained is still reported.
+
+    What fails before there is anything to keep leaves the output folder as it was: the corrected command may name it.
+    """
     console = Console(highlight=False)
+    world = World(settings, started)
     try:
-        settings.claim_out()
-        world = World(settings, started)
-        async with world.up():
-            result, code = await _train(world, console)
-            html = write_report(result, settings.out)[1]
-            _point_latest(settings.out)
-            print_summary(result, report=str(html), console=console)
-            if settings.hold and result.outcome == "finished" and code is not Exit.INTERRUPTED:
-                console.print(
-                    f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}",
-                    soft_wrap=True,  # to be copied
-                )
-                await asyncio.Event().wait()
+        with _out_folder(world):
+            return await _simulate(world, console)
     except asyncio.CancelledError:
         console.print("psyche-sim: stopped; no process is left behind")
         return Exit.INTERRUPTED
     except ProcessEnded as error:
-        console.print(f"[red]psyche-sim: {escape(str(error))}[/red]", soft_wrap=True)
+        words = str(error) if world.worth_keeping else error.words
+        console.print(f"[red]psyche-sim: {escape(words)}[/red]", soft_wrap=True)
         return _exit_of(error)
     except Exception as error:
         console.print(f"[red]psyche-sim: {escape(f'{type(error).__name__}: {error}')}[/red]", soft_wrap=True)
-        if (settings.out / "logs").is_dir():
+        if world.worth_keeping:
             console.print(f"Logs: {settings.out / 'logs'}", soft_wrap=True)
         return exit_for(error)
+
+
+@contextlib.contextmanager
+def _out_folder(world: World) -> Iterator[None]:
+    """The output folder is the simulation's; it is given back if that ends with nothing to keep."""
+    folder = OutFolder(world.settings.out)
+    try:
+        yield
+    finally:
+        if not world.worth_keeping:
+            folder.give_back()
+
+
+async def _simulate(world: World, console: Console) -> Exit:
+    settings = world.settings
+    async with world.up():
+        result, code = await _train(world, console)
+        html = write_report(result, settings.out)[1]
+        _point_latest(settings.out)
+        print_summary(result, report=str(html), console=console)
+        if settings.hold and result.outcome == "finished" and code is not Exit.INTERRUPTED:
+            console.print(
+                f"The ledger stays up until Ctrl-C: psyche-admin run show {world.addresses.run} --rpc {world.rpc}",
+                soft_wrap=True,  # to be copied
+            )
+            await asyncio.Event().wait()
     return code
 
 
@@ -65,6 +90,9 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     code = Exit.OK
     with ProgressDisplay(console) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
+        _tell_samples(world.prepared.counts, display)
+        for warning in world.prepared.warnings:
+            display.log(warning, "warning")
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:
@@ -94,6 +122,15 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     if code is Exit.OK and not result.replicas_identical:
         code = Exit.REPLICAS_DIFFER
     return result, code
+
+
+def _tell_samples(counts: SampleCounts, display: ProgressDisplay) -> None:
+    """Say what became of the samples before anything is trained."""
+    display.log(counts.taken_text())
+    if dropped := counts.dropped_text():
+        display.log(dropped, "warning" if counts.alarming else "info")
+    for line in counts.skipped[:_LISTED]:
+        display.log(f"bad: {line}", "warning")
 
 
 def _exit_of(error: ProcessEnded) -> Exit:

@@ -15,6 +15,7 @@ from coordinator.state import Limits, Terms
 from psyche_node.faults import Fault
 from psyche_node.relay.spec import LinkSpec
 from psyche_node.sim.recipe import DEMO, SimRecipe, recipe_for
+from psyche_node.sim.samples import SampleCounts
 
 
 class Kill(BaseModel):
@@ -74,6 +75,12 @@ class Prepared(BaseModel):
     update_bytes: int
     parameters: int
     unigram_entropy: float
+    counts: SampleCounts
+    """What became of the samples."""
+    question: str | None = None
+    """The first prompt of the held-out data, shortened; None if it has no conversations."""
+    warnings: tuple[str, ...] = ()
+    """What the user should know of model and data."""
     model_source: str
     data_source: str
 
@@ -94,6 +101,11 @@ class SimSettings(BaseModel):
     data: str | None = None
     """What to train on, as `psyche-node data prepare` takes it: a file, a folder, a URL. Default: the documentation of
     Python's standard library."""
+    template: str | None = None
+    """Chat template of the data, and of the model that is trained: a shipped one (`hermes-llama3`, `chatml`) or a file.
+    Default: the tokenizer's own."""
+    skip_bad: str = "0"
+    """Pass over so many bad samples at most, counted and listed, or over `all` of them; then stop."""
     model: str | None = None
     """Hugging Face folder, or JSON file with a model config. Default: a small Seed-OSS."""
     adversaries: tuple[Fault, ...] = ()
@@ -147,6 +159,22 @@ class SimSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _template_exists(self) -> Self:
+        from psyche_node.data.rendering import SHIPPED  # late: `psyche-sim --help` does not wait for the data package
+
+        if self.template is not None and self.template not in SHIPPED and not Path(self.template).is_file():
+            raise ValueError(f"--template {self.template}: no such file; name one, or one of {', '.join(SHIPPED)}")
+        return self
+
+    @field_validator("skip_bad")
+    @classmethod
+    def _known_limit(cls, text: str) -> str:
+        from psyche_node.data.skipping import read_limit
+
+        read_limit(text)
+        return text
+
+    @model_validator(mode="after")
     def _tasks_exist(self) -> Self:
         for task in self.tasks:
             if not task.is_file():
@@ -156,7 +184,7 @@ class SimSettings(BaseModel):
     @model_validator(mode="after")
     def _somebody_is_reachable(self) -> Self:
         if self.private >= self.nodes:
-            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least has to be reachable")
+            raise ValueError(f"--private {self.private}: one of the {self.nodes} nodes at least must be reachable")
         return self
 
     @model_validator(mode="after")
@@ -195,12 +223,6 @@ class SimSettings(BaseModel):
                 )
         return self
 
-    def claim_out(self) -> None:
-        """Make the output folder. Raises FileExistsError if there is anything in it: nothing is overwritten."""
-        if self.out.exists() and (not self.out.is_dir() or any(self.out.iterdir())):
-            raise FileExistsError(f"{self.out} exists and is not empty; name a new folder with --out")
-        self.out.mkdir(parents=True, exist_ok=True)
-
     def terms(self, prepared: Prepared) -> Terms:
         """The run's terms of training on chain."""
         training = self.recipe.model_dump(include=set(TrainingSettings.model_fields))
@@ -238,7 +260,7 @@ class SimSettings(BaseModel):
             max_round_train_time=self._slots(120),
             round_witness_time=self._slots(10),
             cooldown_time=self._slots(30),
-            adaptive_grace=self._slots(2),
+            adaptive_grace=self._slots(5),
             batch=self.recipe.batch,
             rounds_per_epoch=self.rounds,
             total_rounds=self.rounds,

@@ -10,6 +10,7 @@ from rich.text import Text
 from psyche_node.sim import units
 from psyche_node.sim.report import chat_command
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.tasks import task_lines
 
 _FIRST_WARNINGS = 3
 
@@ -20,7 +21,8 @@ def print_summary(result: RunResult, *, report: str | None = None, console: Cons
     console.print()
     mark, style = {"finished": ("✓", "green"), "interrupted": ("■", "yellow"), "failed": ("✗", "red")}[result.outcome]
     title = Text(f"{mark} {result.outcome}", style=f"bold {style}")
-    title.append(f" after {result.rounds} rounds, {units.seconds_text(result.wall_seconds)}", style="not bold default")
+    rounds, time = units.counted(result.rounds, "round"), units.seconds_text(result.wall_seconds)
+    title.append(f" after {rounds}, {time}", style="not bold default")
     console.print(title)
     for name, text, kind in _summary(result):
         console.print(Text(f"  {name:<15}", style="dim").append(text, style=f"not dim {kind}"), soft_wrap=True)
@@ -31,7 +33,7 @@ def print_summary(result: RunResult, *, report: str | None = None, console: Cons
     for name, place in places:
         console.print(Text(f"  {name:<15}", style="dim").append(place, style="not dim"), soft_wrap=True)
     if result.checkpoint:
-        command = units.printable(chat_command(result.checkpoint), 400)
+        command = units.printable(chat_command(result.checkpoint, result.question), 400)
         console.print(Text(f"  {'talk to it':<15}", style="dim").append(command, style="not dim bold"), soft_wrap=True)
 
 
@@ -50,12 +52,15 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
             rows.append(("AdamW", f"{dense:.3f} on the same tokens in one process: {heldout / dense - 1:+.1%}", ""))
     holders = sum(node.weights_sha256 is not None for node in result.members)
     if result.replicas_identical and result.weights_sha256:
-        text = f"{holders} identical, byte for byte; compared {len(result.checks)} times on the way"
+        compared = units.times_of(len(result.checks))
+        text = f"{holders} identical, byte for byte; compared {compared} on the way"
         rows += [("replicas", text, "green"), ("", f"SHA-256 {result.weights_sha256}", "")]
     elif holders:
         rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
     else:
         rows.append(("replicas", "not compared: no node got to the end", "yellow"))
+    rows += _data(result)
+    rows += _tasks(result)
     if result.reduction is not None:
         text = (
             f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
@@ -74,7 +79,8 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
         text = f"{units.seconds_text(result.waited)} a round at the median{over}; busy {result.busy:.0%} of the time"
         rows.append(("waiting", text, ""))
     ledger = result.ledger
-    rows.append(("on chain", f"{ledger.transactions:,} transactions, {units.sol_text(ledger.lamports)} in fees", ""))
+    written = units.counted(ledger.transactions, "transaction")
+    rows.append(("on chain", f"{written}, {units.sol_text(ledger.lamports)} in fees", ""))
     rows.append(("run", units.printable(ledger.run_address, 60), ""))
     gone = [
         f"{units.printable(node.name, 30)} {node.exit}" for node in result.nodes if node.exit in ("killed", "failed")
@@ -84,6 +90,26 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
     if result.void_rounds:
         rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
     return rows + _warnings(result)
+
+
+def _tasks(result: RunResult) -> list[tuple[str, str, str]]:
+    """The newest figures of each task; that there are none, where some were asked for."""
+    if not result.evaluations:
+        unseen = bool(result.settings.get("tasks"))
+        return [("tasks", "none was evaluated: the node had no time to spare, or no round was left", "yellow")] * unseen
+    newest = result.evaluations[-1]
+    when = f"after {units.counted(newest.round, 'round')}, by {units.printable(newest.node, 30)}"
+    return [("tasks", when, ""), *(("", line, "") for line in task_lines(newest))]
+
+
+def _data(result: RunResult) -> list[tuple[str, str, str]]:
+    """What became of the samples."""
+    if result.data is None:
+        return []
+    rows = [("data", result.data.taken_text(), "")]
+    if dropped := result.data.dropped_text():
+        rows.append(("", dropped, "yellow" if result.data.alarming else ""))
+    return rows
 
 
 def _warnings(result: RunResult) -> list[tuple[str, str, str]]:

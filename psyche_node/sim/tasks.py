@@ -8,6 +8,7 @@ from psyche_node.sim import units
 from psyche_node.sim.result import RunResult, TaskEvaluation, TaskFigure
 
 _COLUMNS = 6
+_SWITCH = {True: "thinking", False: "not thinking", None: ""}
 _SHARES = frozenset(["accuracy", "accuracy_normalised", "exact_match", "overlong", "unclosed"])
 
 
@@ -25,7 +26,7 @@ def tasks_view(result: RunResult) -> dict[str, Any] | None:
         "rows": [
             {
                 "task": units.printable(task, 40),
-                "thinking": {True: "thinking", False: "not thinking", None: ""}[thinking],
+                "thinking": _SWITCH[thinking],
                 "measure": measure.replace("_", " "),
                 "figures": [_figure(found.get(column)) for column in range(len(shown))],
                 "samples": f"{max(figure.samples for figure in found.values()):,}",
@@ -44,6 +45,19 @@ def tasks_view(result: RunResult) -> dict[str, Any] | None:
         "left_out": len(result.evaluations) - len(shown),
         "node": units.printable(shown[-1].node, 24),
     }
+
+
+def task_lines(evaluation: TaskEvaluation) -> list[str]:
+    """A line of figures for each task of an evaluation, with their standard errors."""
+    lines: dict[tuple[str, bool | None], list[str]] = {}
+    for figure in evaluation.figures:
+        value, error = _figure(figure)
+        words = " ".join(filter(None, (figure.measure.replace("_", " "), value, error)))
+        lines.setdefault((figure.task, figure.thinking), []).append(words)
+    return [
+        " ".join(filter(None, (units.printable(task, 40), _SWITCH[thinking]))) + ": " + ", ".join(figures)
+        for (task, thinking), figures in lines.items()
+    ]
 
 
 def _spread(evaluations: list[TaskEvaluation]) -> list[TaskEvaluation]:

@@ -33,6 +33,16 @@ def count_text(count: float) -> str:
     return f"{count / 1e12:.2f} T"
 
 
+def counted(count: int, noun: str) -> str:
+    """1 round, 2 rounds, 1,200 rounds."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
+def times_of(count: int) -> str:
+    """never, once, 2 times."""
+    return {0: "never", 1: "once"}.get(count, f"{count:,} times")
+
+
 def times_text(factor: float) -> str:
     """A ratio: 3.4×, 57×, 1,240×."""
     return (f"{factor:.1f}" if factor < 9.95 else f"{factor:,.0f}") + "\N{MULTIPLICATION SIGN}"

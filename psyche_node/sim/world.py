@@ -27,6 +27,8 @@ from coordinator.instructions import DEFAULT_SHARE, run_addresses
 from coordinator.program import program_bytes
 from coordinator.state import Member, Phase, Round
 from coordinator.wallet import load_or_create_keypair
+from psyche_node.endings import how_it_ended
+from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.journal import JournalReader
@@ -140,24 +142,35 @@ class World:
         """The endpoints that the nodes use, the preferred one first."""
         self.funded = 0
         """Lamports that the owner's wallet began with; all others are funded from it."""
+        self.worth_keeping = False
+        """Whether the output folder holds what is not to be lost: nodes, or keys to what is on the user's chain."""
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
         """The network is up inside, and nothing of it is left outside, whatever happens."""
         async with contextlib.AsyncExitStack() as stack:
-            try:
-                async with asyncio.TaskGroup() as tasks:
-                    preparing = tasks.create_task(self._prepare())
-                    await self._found(stack)
-            except ExceptionGroup as group:
-                raise group.exceptions[0] from None
-            self.prepared = preparing.result()
+            if self.settings.rpc is None:
+                await self._prepare_and_found(stack)
+            else:  # data that cannot be prepared costs the user nothing
+                self.prepared = await self._prepare()
+                await self._found(stack)
             await self._open_lines(stack)
             await self._create_run()
+            self.worth_keeping = True
             stack.push_async_callback(self.stop_nodes)
             for index in range(self.settings.nodes + len(self.settings.adversaries)):
                 await self._start_node(index)
             yield
+
+    async def _prepare_and_found(self, stack: contextlib.AsyncExitStack) -> None:
+        """Both at once, on a ledger of its own."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                preparing = tasks.create_task(self._prepare())
+                await self._found(stack)
+        except ExceptionGroup as group:
+            raise group.exceptions[0] from None
+        self.prepared = preparing.result()
 
     async def _prepare(self) -> Prepared:
         arguments = [self.settings.model_dump_json()]
@@ -206,6 +219,7 @@ class World:
                 f"{OWNER_NEEDS / LAMPORTS_PER_SOL:g}, most of it deposits. Fund it: "
                 "psyche-admin ledger airdrop, or transfer"
             )
+        self.worth_keeping = self.settings.rpc is not None
         await deploy(self.chain, self.owner, program, program_bytes())
 
     async def _open_lines(self, stack: contextlib.AsyncExitStack) -> None:
@@ -372,7 +386,8 @@ class World:
 
 
 def _last_words(process: Managed) -> str:
-    return f"{process.name} (exit status {process.process.returncode}): {process.log}\n{process.tail()}"
+    how = how_it_ended(process.process.returncode, {code.value: code.meaning for code in Exit})
+    return f"{process.name}: {how}. Its log, {process.log}, ends with\n{process.tail()}"
 
 
 def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:

@@ -37,7 +37,7 @@ class Exchanges:
         """Do ``exchange``, or leave it out: then what it would have written stays as it is.
 
         In a compiled layer it is done, and not counted: a graph would be made for every count. So a rank that fails
-        alone behind one does not bring the others to their end.
+        alone behind one does not bring the others to their end; one that cannot compile the first does.
         """
         if torch.compiler.is_compiling():
             return exchange()

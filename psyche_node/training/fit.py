@@ -14,7 +14,7 @@ from torch import nn
 
 from optimizer.sharding import local
 from psyche_node.planning.errors import PlanError
-from psyche_node.planning.memory import SPARE, Compute, Memory, Work, memory
+from psyche_node.planning.memory import SPARE, Attention, Compute, Memory, Work, memory
 from psyche_node.planning.shape import ModelShape, shape_of
 from psyche_node.training.device import CPU_TOKENS, GPU_TOKENS
 from psyche_node.training.options import Options
@@ -27,8 +27,9 @@ class Site:
     data_parallel: int
     tensor_parallel: int
     only_bf16: bool
-    masked: bool
+    attention: Attention
     lookahead: bool = True
+    z_loss: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,7 +140,8 @@ def _work(device: torch.device, length: int, size: int, checkpointing: bool, sit
         lookahead=site.lookahead,
         weight_bytes=2 if site.only_bf16 else 4,
         masters=not site.only_bf16,
-        masked=site.masked,
+        attention=site.attention,
+        z_loss=site.z_loss,
     )
 
 

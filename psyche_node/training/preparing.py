@@ -6,11 +6,12 @@ import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 
 from optimizer.layout import Layout
+from psyche_node.planning.memory import Attention
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
@@ -77,13 +78,14 @@ def prepare_model(
     world.together(lambda: load_into(model, folder, chosen.torch))
     if options.compile:
         reasons.append(compile_layers(model))
-    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world)
+    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world, options.compile)
     site = Site(
         world.data_parallel,
         tensor_parallel,
         only_bf16,
-        masked=model.config._attn_implementation in _MASKED,
+        attention=_KEPT.get(model.config._attn_implementation, "lengths"),
         lookahead=lookahead,
+        z_loss=bool(z_loss),
     )
     # Ranks go through the same micro-batches, so the one with least memory decides.
     free = world.least(free_memory(model, chosen.torch, world.on_host))
@@ -104,7 +106,7 @@ def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
         )
 
 
-_MASKED = ("sdpa", "eager")
+_KEPT: Final[dict[str, Attention]] = {"sdpa": "mask", "eager": "scores"}
 
 
 def runs_in_bf16(wanted: str, shapes: Shapes, topk: int, layout_digest: bytes | None) -> bool:
@@ -131,8 +133,13 @@ def _with_attention(
     device: Device,
     z_loss: float,
     world: World,
+    compiled: bool,
 ) -> tuple[LossFunction, list[str]]:
-    """The loss, with the first implementation of attention that works and separates documents on all ranks; and why."""
+    """The loss, with the first implementation of attention that works and separates documents on all ranks; and why.
+
+    Where layers are ``compiled``, each is tried without that first: ranks' exchanges are not counted in compiled
+    layers, so that an attention that does not work in the second layer of one rank would leave the others waiting.
+    """
     reasons: list[str] = []
     for number, (name, reason) in enumerate(choices):
         model.set_attn_implementation(NAMES[name])
@@ -142,12 +149,18 @@ def _with_attention(
                 loss = LossFunction(model, z_loss, root)
                 return loss, check_separation(loss.logits, vocabulary, device.torch)
 
+        def uncompiled() -> tuple[LossFunction, str]:
+            with torch.compiler.set_stance("force_eager"):
+                return tried()
+
         def motions() -> None:
             model.set_attn_implementation(NAMES["eager"])  # which needs nothing that may be missing
             with contextlib.suppress(SeparationError):
-                tried()
+                uncompiled()
 
         try:
+            if compiled:
+                world.jointly(uncompiled, motions)
             loss, separation = world.jointly(tried, motions)
         except (ModelError, OutOfStep):
             raise

@@ -26,7 +26,7 @@ def _running(slot_ms: int) -> Iterator[Ledger]:
         assert process.poll() is None, "the ledger ended during the tests"
     finally:
         process.terminate()
-        _, errors = process.communicate(timeout=10)
+        _, errors = process.communicate(timeout=90)
     assert process.returncode == 0
     assert "Traceback" not in errors, errors
 

@@ -62,7 +62,7 @@ def forwarding(rpc: str, change: Callable[[dict[str, Any]], Awaitable[tuple[int,
 
 
 async def forward(rpc: str, request: dict[str, Any]) -> tuple[int, bytes, str]:
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=90) as client:
         return 200, (await client.post(rpc, json=request)).content, ""
 
 

@@ -45,7 +45,7 @@ def call(ledger: Ledger, method: str, *params: object) -> Any:
 
 def post(ledger: Ledger, body: object) -> Any:
     request = urllib.request.Request(ledger.rpc, json.dumps(body).encode(), {"content-type": "application/json"})
-    with urllib.request.urlopen(request, timeout=10) as response:
+    with urllib.request.urlopen(request, timeout=90) as response:
         return json.loads(response.read())
 
 

@@ -244,7 +244,7 @@ async def measure(setting: Setting) -> Measured:
     finally:
         process.terminate()
         try:
-            process.communicate(timeout=10)
+            process.communicate(timeout=90)
         except subprocess.TimeoutExpired:
             process.kill()
 
@@ -260,8 +260,8 @@ async def _measure(setting: Setting, rpc: str, members_rpc: list[str]) -> Measur
         overlap=setting.overlap,
         batch=4 * count,
         warmup_time=6000,
-        max_round_train_time=10 * setting.round_slots,
-        round_witness_time=10 * setting.round_slots,
+        max_round_train_time=100 * setting.round_slots,
+        round_witness_time=100 * setting.round_slots,
         adaptive_grace=setting.round_slots,
         rounds_per_epoch=setting.rounds,
         total_rounds=setting.rounds,

@@ -123,7 +123,9 @@ def test_a_data_set_of_the_hub_is_prepared_at_one_commit(web: Web, tokenizer: Pa
     assert "passes over data/test-0.jsonl" in done.stderr
     assert len(json.loads(done.stdout)["sources"]) == 2
     environment["HF_HUB_OFFLINE"] = "1"
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run(
+        [*command, *options, "--replace"], capture_output=True, text=True, timeout=120, env=environment
+    )
     assert done.returncode == 40
     assert "cannot be looked up" in done.stderr
     assert "offline, name a folder with its files" in done.stderr

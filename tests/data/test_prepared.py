@@ -143,7 +143,7 @@ def test_preparing_again_leaves_nothing_of_the_last_time(chat: Path, tokenizer: 
     (tmp_path / "notes.bin").write_bytes(b"not ours")
     second = prepare(chat, tokenizer, tmp_path, 2 * LENGTH)
     files = {shard.file for shard in (*second.train, *second.heldout)}
-    assert set(os.listdir(tmp_path)) == {*files, "manifest.json", "notes.bin"}
+    assert set(os.listdir(tmp_path)) == {*files, "chat_template.jinja", "manifest.json", "notes.bin"}
     assert first.train[0].file not in files
 
 

@@ -55,7 +55,7 @@ def refusal(folder: Path, expected: bytes, source: str) -> RemoteFailure:
                 await endpoint.call(load, m.Loaded)
         finally:
             await endpoint.close()
-            await asyncio.to_thread(process.wait, timeout=30)
+            await asyncio.to_thread(process.wait, timeout=90)
         return caught.value
 
     return asyncio.run(scenario())
@@ -144,6 +144,12 @@ def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, t
     assert code == 0, output
     assert "more than 96 tokens: cut to fit" in output
     assert Manifest.read(tmp_path / "b").digest.hex() in output
+    cut = Manifest.read(tmp_path / "b")
+    code, output = run(*words, "--out", str(tmp_path / "b"))
+    assert (code, "b holds prepared data already" in output, "--replace" in output) == (Exit.DATA, True, True)
+    assert Manifest.read(tmp_path / "b") == cut
+    assert run(*words, "--out", str(tmp_path / "b"), "--replace")[0] == 0
+    assert Manifest.read(tmp_path / "b") == Manifest.read(tmp_path / "a")
     code, output = run("prepare", str(tmp_path / "none"), "--tokenizer", str(tokenizer), "--out", str(tmp_path / "c"))
     assert code == Exit.DATA
     assert "there is no such file or folder" in output

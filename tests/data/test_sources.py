@@ -90,6 +90,24 @@ def test_a_json_array_gets_the_remedy(tmp_path: Path) -> None:
         list(read_any(tmp_path / "chat.json"))
 
 
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"prompt": "q" "completion": "a"}\n', r"from column 16 on \(Expecting ',' delimiter\)\. Write"),
+        (b'{"prompt": "q", \n', r"from column 1[67] on \((Illegal trailing comma|Expecting property)"),
+        (b'{"prompt": \r\n', r"from column 11 on \(Expecting value\)"),
+        ('{"é": é}'.encode(), r"from column 7 on \(Expecting value\)"),
+        (b'{"prompt": "\xff"}\n', r"from byte 13 on \(it is not UTF-8: invalid start byte\)"),
+    ],
+)
+def test_what_is_not_json_has_one_place(line: bytes, said: str, tmp_path: Path) -> None:
+    (tmp_path / "chat.jsonl").write_bytes(b'{"text": "t"}\n' * 6 + line)
+    with pytest.raises(BadSample, match=rf"chat\.jsonl:7: this is not JSON {said}") as caught:
+        list(read_any(tmp_path / "chat.jsonl"))
+    assert "line 1" not in str(caught.value)
+    assert "line 2" not in str(caught.value)
+
+
 def test_text_is_a_sample_of_its_own(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("all of it\n\nis one document\n")
     (text,) = read_any(tmp_path / "a.txt")

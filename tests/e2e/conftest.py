@@ -31,7 +31,7 @@ def simulate(tmp_path: Path) -> Iterator[Simulate]:
     """Run `psyche-sim` with these flags to its end; nothing of it may be left then."""
     out = tmp_path / "sim"
 
-    def run(*arguments: str, timeout: float = 300) -> Finished:
+    def run(*arguments: str, timeout: float = 540) -> Finished:
         done = subprocess.run(
             sim_command(out, *arguments),
             capture_output=True,
@@ -69,7 +69,7 @@ def started(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str
     for process in running:
         process.kill()
         process.communicate()
-    until(lambda: processes_of(out) == [], "the end of every process of the simulation", 30)
+    until(lambda: processes_of(out) == [], "the end of every process of the simulation", 240)
 
 
 @pytest.fixture

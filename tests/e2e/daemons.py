@@ -16,7 +16,7 @@ from psyche_node.sim.settings import Prepared, SimSettings
 def admin(*arguments: str) -> Any:
     """What `psyche-admin` with these arguments prints as JSON. Raises CalledProcessError."""
     command = [sys.executable, "-m", "coordinator.admin", *arguments, "--json"]
-    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout)
+    return json.loads(subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout)
 
 
 def write_chat(path: Path, word: str) -> None:

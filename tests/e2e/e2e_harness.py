@@ -60,7 +60,7 @@ def journal(out: Path, node: str) -> list[dict[str, Any]]:
     return JournalReader(out / "nodes" / node / "journal.jsonl").read()
 
 
-def until(condition: Callable[[], bool], what: str, timeout: float = 120) -> None:
+def until(condition: Callable[[], bool], what: str, timeout: float = 240) -> None:
     """Poll until ``condition`` holds; fail the test with ``what`` if it does not in time."""
     deadline = time.monotonic() + timeout
     while not condition():

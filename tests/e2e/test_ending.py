@@ -23,12 +23,13 @@ def test_ctrl_c_stops_everything_and_reports_what_was_trained(started) -> None:
     process, out = started("--nodes", "2", "--rounds", "500")
     until(trains(out), "the first round")
     os.killpg(process.pid, signal.SIGINT)
-    text, _ = process.communicate(timeout=60)
+    text, _ = process.communicate(timeout=240)
     assert process.returncode == 130, text
     assert processes_of(out) == []
     result = load_result(out / "report.json")
     assert result.outcome == "interrupted"
     assert 1 <= result.rounds < 500
+    assert [(node.exit, node.exit_code) for node in result.nodes] == [("interrupted", 130)] * 2
     assert "Traceback" not in text
 
 
@@ -37,7 +38,7 @@ def test_sigkill_of_the_simulation_takes_its_processes_along(started) -> None:
     until(trains(out), "the first round")
     process.kill()
     process.wait()
-    until(lambda: processes_of(out) == [], "the end of every process", 60)
+    until(lambda: processes_of(out) == [], "the end of every process", 240)
 
 
 def test_used_output_folder_is_refused(simulate: Simulate, tmp_path: Path) -> None:
@@ -55,6 +56,7 @@ def test_bad_line_of_the_users_data_is_named(simulate: Simulate, tmp_path: Path)
     finished = simulate("--nodes", "2", "--rounds", "2", "--data", str(data))
     assert finished.code == 40, finished.text
     assert f"{data}:" in finished.text.replace("\n", "")
+    assert not finished.out.exists(), "the corrected command may name the same folder"
     assert "Traceback" not in finished.text
 
 

@@ -38,12 +38,12 @@ def test_a_node_with_other_data_does_not_join(prepared: Prepared, published: str
     right = node(run, rpc, tmp_path / "right", prepared.model, prepared.data)
     try:
         wrong = node(run, rpc, tmp_path / "wrong", prepared.model, other)
-        _, said = wrong.communicate(timeout=120)
+        _, said = wrong.communicate(timeout=240)
         assert wrong.returncode == Exit.DATA_MISMATCH, said
         assert f"The first file that differs is {other / mine.train[0].file}" in said
         assert f"the run's is {theirs.train[0].file}" in said
         assert f"source file 1 of 1 has SHA-256 {mine.sources[0].sha256}" in said
-        until(lambda: len(admin("run", "show", run, "--rpc", rpc)["members"]) == 1, "the node with the run's data", 60)
+        until(lambda: len(admin("run", "show", run, "--rpc", rpc)["members"]) == 1, "the node with the run's data", 240)
     finally:
         right.terminate()
-        right.communicate(timeout=60)
+        right.communicate(timeout=240)

@@ -15,7 +15,7 @@ pytestmark = pytest.mark.e2e
 
 def admin(*arguments: str) -> str:
     command = [sys.executable, "-m", "coordinator.admin", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=240, check=True).stdout
 
 
 def test_run_on_a_chain_of_the_users_choice(simulate: Simulate, rpc: str, tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from psyche_node.evaluation.evaluate import _grade
 from psyche_node.evaluation.examples import Example
 from psyche_node.evaluation.heldout import measure_heldout
 from psyche_node.evaluation.likelihood import encode_pair
-from psyche_node.evaluation.results import Measure, mean, ratio
+from psyche_node.evaluation.results import Measure, mean, perplexity, ratio
 from psyche_node.evaluation.steps import finish
 from psyche_node.evaluation.task import Task
 from psyche_node.exits import Exit
@@ -91,6 +91,35 @@ def test_thinking_on_and_off_are_measured_apart(subject: Subject, write_task: Ca
     assert off.measures["unclosed"].value == 0.0
     (only,) = finish(run_suite(subject, open_tasks([file], thinking="off"))).tasks
     assert only.measures == off.measures
+
+
+def test_a_template_without_a_switch_is_measured_without_and_says_so(
+    folder: Path, write_task: Callable[..., Path], tmp_path: Path
+) -> None:
+    for file in folder.iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    template = tmp_path / "chat_template.jinja"
+    text = template.read_text().replace("{% if thinking %}<think>{% endif %}", "")
+    template.unlink()
+    template.write_text(text)
+    settings = {"kind": "generate_until", "prompt": "{{ q }}", "target": "{{ sum }}", "max_new_tokens": 6, "chat": True}
+    for asked in ("both", "on"):
+        write_task(ROWS[:2], name=asked, thinking=asked, **settings)
+    write_task(ROWS[:2], name="plain", **settings)
+    words = ["eval", str(tmp_path), "--device", "cpu", "--json"]
+    for name in ("both", "on", "plain"):
+        words += ["--tasks", str(tmp_path / f"{name}.json")]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    tasks = json.loads(done.stdout)["tasks"]
+    assert [(one["task"], one["thinking"], one.get("unswitched")) for one in tasks] == [
+        ("both", False, True),
+        ("on", False, True),
+        ("plain", False, None),
+    ]
+    assert done.stderr.count("has no switch for reasoning: measured without") == 2
+    shown = CliRunner().invoke(app, [one for one in words if one != "--json"])
+    assert shown.stdout.count("no switch") == 2
 
 
 @pytest.mark.parametrize(
@@ -178,6 +207,8 @@ def test_heldout_loss_is_a_sessions(subject: Subject, prepared: Path) -> None:
     assert found.perplexity == pytest.approx(math.exp(loss), rel=1e-4)
     assert (found.tokens, found.sequences) == (tokens, len(data.heldout().tokens))
     assert found.loss.stderr is not None
+    assert found.perplexity is not None
+    assert found.perplexity_stderr == pytest.approx(found.perplexity * found.loss.stderr)
 
 
 def test_heldout_sequences_are_read_when_their_turn_comes(
@@ -206,6 +237,30 @@ def test_standard_errors() -> None:
     assert equal.value == 4.0
     assert equal.stderr == pytest.approx(mean([2.0, 4.0, 6.0]).stderr)
     assert ratio([2.0, 8.0], [1.0, 4.0]) == Measure(value=2.0, stderr=0.0)
+
+
+def test_perplexity_has_a_standard_error() -> None:
+    """By the delta method: the derivative of exp is exp."""
+    found = perplexity(Measure(value=math.log(10), stderr=0.05))
+    assert found is not None
+    assert (found.value, found.stderr) == (pytest.approx(10.0), pytest.approx(0.5))
+    of_samples = perplexity(ratio([1.0, 3.0], [1.0, 1.0]))  # 2 with a standard error of 1
+    assert of_samples is not None
+    assert (of_samples.value, of_samples.stderr) == (pytest.approx(math.e**2), pytest.approx(math.e**2))
+    assert perplexity(Measure(value=1.0, stderr=None)) == Measure(value=math.e, stderr=None)
+    assert perplexity(Measure(value=1000.0, stderr=1.0)) is None
+
+
+def test_perplexity_without_its_error_hashes_as_it_did(tmp_path: Path) -> None:
+    loss = '{"stderr":0.1,"value":1.0}'
+    held = f'{{"data_manifest":"ab","loss":{loss},"perplexity":2.718281828459045,"sequences":2,"tokens":9}}'
+    text = f'{{"fingerprint":null,"format":1,"heldout":{held},"model_root":null,"round":null,"tasks":[]}}'
+    (tmp_path / "old.json").write_text(text)
+    old = read_results(tmp_path / "old.json")
+    assert old.canonical().decode() == text
+    assert old.heldout is not None
+    new = old.model_copy(update={"heldout": old.heldout.model_copy(update={"perplexity_stderr": 0.27})})
+    assert '"perplexity_stderr":0.27' in new.canonical().decode()
 
 
 def test_results_mean_the_same_in_any_layout(tmp_path: Path, subject: Subject, write_task: Callable[..., Path]) -> None:
@@ -241,7 +296,8 @@ def test_the_command(folder: Path, prepared: Path, tmp_path: Path, write_task: C
     assert said == json.loads(out.read_text())
     shown = CliRunner().invoke(app, ["eval", str(folder), *flags])
     assert "accuracy_normalised" in shown.output
-    assert "perplexity" in shown.output
+    (line,) = [line for line in shown.output.splitlines() if "perplexity" in line]
+    assert len(line.split()) == 5, "the word, the value, its standard error, so many tokens"
     missing = CliRunner().invoke(app, ["eval", str(folder), "--tasks", str(tmp_path / "none.toml")])
     assert missing.exit_code == Exit.DATA
     assert CliRunner().invoke(app, ["eval", str(folder)]).exit_code == Exit.USAGE

@@ -37,7 +37,7 @@ class Served:
     def __init__(self, process: subprocess.Popen[str]) -> None:
         self.process = process
         self.url = self.said(r"taught at (http://\S+)/v1").group(1)
-        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=60)
+        self.client = openai.OpenAI(base_url=f"{self.url}/v1", api_key=KEY, max_retries=0, timeout=90)
 
     def said(self, pattern: str) -> re.Match[str]:
         """Read the log up to a line that has ``pattern``."""
@@ -54,7 +54,7 @@ class Served:
         return self.client.chat.completions.create(messages=messages, **values)
 
     def load(self) -> tuple[int, int]:
-        health = httpx2.get(f"{self.url}/health").json()
+        health = httpx2.get(f"{self.url}/health", timeout=90).json()
         assert health["status"] == "ok"
         return health["running"], health["waiting"]
 
@@ -91,7 +91,7 @@ def test_models_health_and_the_key(served: Served) -> None:
     assert served.load() == (0, 0)
     with pytest.raises(openai.AuthenticationError, match="wants its API key"):
         served.client.with_options(api_key="k" * 31).models.list()
-    assert httpx2.get(f"{served.url}/v1/models").headers["www-authenticate"] == "Bearer"
+    assert httpx2.get(f"{served.url}/v1/models", timeout=90).headers["www-authenticate"] == "Bearer"
 
 
 def test_an_answer(served: Served) -> None:
@@ -198,13 +198,13 @@ def test_text_completions(served: Served) -> None:
             {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]},
             400,
             "messages[0].content[0].type",
-            "allowed: 'text'",
+            "must be 'text'",
         ),
         ({"messages": [*LOOK, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]}, 400,
          "messages[1].tool_calls", "not a JSON object"),
         ({"messages": [{"role": "user", "content": "la " * 33_000}]}, 400, "messages", "context window 32768"),
         ({"messages": [{"role": "user", "content": "la " * 180_000}]}, 400, "messages", "has 540000 characters"),
-        ({"messages": WHY * 5000}, 400, "messages", "has 5000 entries; at most 4096 are taken"),
+        ({"messages": WHY * 5000}, 400, "messages", "has 5,000 entries; it must have at most 4,096"),
         ({"messages": [1] * 4000}, 400, "messages[0]", "must be an object"),
         ({"model": "other"}, 404, "model", "only 'taught'"),
         ({"n": 2}, 400, "n", "not supported"),
@@ -212,7 +212,7 @@ def test_text_completions(served: Served) -> None:
         ({"response_format": {"type": "json_object"}}, 400, "response_format", "not supported"),
         ({"temperature": "hot"}, 400, "temperature", "must be a number"),
         ({"max_tokens": 0}, 400, "max_tokens", "must be at least 1"),
-        ({"stop": [""]}, 400, "stop[0]", "at least 1 is needed"),
+        ({"stop": [""]}, 400, "stop[0]", "must have at least 1"),
         ({"tools": [TOOL], "tool_choice": "required"}, 400, "tool_choice", "auto or none"),
         ({"reasoning": {"enabled": True}, "reasoning_effort": "none"}, 400, "reasoning", "on and off"),
         ({"chat_template_kwargs": {"thinks": True}}, 400, "chat_template_kwargs.thinks", "no such key"),
@@ -272,7 +272,7 @@ def test_errors_are_in_openais_form(
     method: str, path: str, options: dict[str, Any], status: int, words: str, served: Served
 ) -> None:
     headers = {"Authorization": f"Bearer {KEY}", "Content-Type": "application/json", **options.pop("headers", {})}
-    answer = httpx2.request(method, served.url + path, headers=headers, **options)
+    answer = httpx2.request(method, served.url + path, headers=headers, timeout=90, **options)
     assert answer.status_code == status
     assert words in answer.json()["error"]["message"]
 

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import socket
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import httpx2
 import pytest
+from starlette.applications import Starlette
 from typer.testing import CliRunner
 
 from psyche_node import cli
 from psyche_node.exits import Exit
 from psyche_node.generation import Completion, Engine, Request
+from psyche_node.serving.app import create_app
 from psyche_node.serving.errors import ApiError, ServeError
 from psyche_node.serving.replies import ChatReply
 from psyche_node.serving.scheduler import Scheduler, Work
 from psyche_node.serving.server import bind, read_key
+from psyche_node.serving.service import Service
 
 
 class Counting:
@@ -180,3 +185,57 @@ def test_the_command_ends_with_a_reason(model_folder: Path, tmp_path: Path) -> N
     assert (code, "cannot listen" in words) == (Exit.SERVE, True)
     code, words = run(str(model_folder), "--port", "0", "--dtype", "int3")
     assert (code, "int3" in words) == (Exit.MODEL, True)
+
+
+@pytest.mark.parametrize(
+    ("wish", "param"),
+    [
+        ({"reasoning": {"enabled": True}}, "reasoning"),
+        ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
+        ({"reasoning": {"enabled": False}}, None),
+        ({"reasoning_effort": "none"}, None),
+        ({}, None),
+    ],
+)
+def test_reasoning_that_the_template_cannot_switch_is_refused(
+    engine: Engine, wish: dict[str, Any], param: str | None
+) -> None:
+    status, body = asyncio.run(
+        posted(engine, {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2, **wish})
+    )
+    if param is None:
+        assert status == 200
+    else:
+        assert (status, body["error"]["param"], body["error"]["code"]) == (400, param, "unsupported_parameter")
+        assert "no switch for reasoning" in body["error"]["message"]
+
+
+def test_reasoning_that_the_template_always_begins_cannot_be_turned_off(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = "{% for m in messages %}{{ m.content }}{% endfor %}<think>"
+    monkeypatch.setattr(engine.prompts._tokenizer, "chat_template", template)
+    asked = {"messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
+    statuses = [
+        asyncio.run(posted(engine, {**asked, "reasoning": {"enabled": enabled}}))[0] for enabled in (True, False)
+    ]
+    assert statuses == [200, 400]
+
+
+async def posted(engine: Engine, body: dict[str, Any]) -> tuple[int, Any]:
+    """The answer of /v1/chat/completions."""
+    scheduler = Scheduler(engine, waiting=4)
+    app = create_app(Service(engine, "model", scheduler, 100), None, nothing)
+    running = asyncio.create_task(scheduler.run())
+    async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://host") as client:
+        reply = await client.post("/v1/chat/completions", json=body)
+    scheduler.stop()
+    await running
+    return reply.status_code, reply.json()
+
+
+@contextlib.asynccontextmanager
+async def nothing(_: Starlette) -> AsyncIterator[None]:
+    """A server's life in which nothing is to be done."""
+    yield

@@ -27,11 +27,12 @@ from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import Links
 from psyche_node.network.messages import Fetched, Kind, Rejected
 from psyche_node.network.quality import Quality
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import BlobStore
 
 RUN = bytes(32)
 

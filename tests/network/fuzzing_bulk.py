@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from fuzzing_inputs import DIGEST, Input, changed, mutated
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.bulk import frames
 from psyche_node.network.bulk.secure import Broken
 from psyche_node.network.sending import PieceServer, Refused, Status
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 # Pieces are not so long here that the fuzzer is busy with copying them.

@@ -26,6 +26,7 @@ from psyche_node.faults import Faults
 from psyche_node.ipc import IpcError, Message, decode_frame
 from psyche_node.network import direct, peerstore, push
 from psyche_node.network.announcements import Verdict
+from psyche_node.network.blobs import blob_digest, piece_count, piece_digest
 from psyche_node.network.certificates import BadCertificate, identify, issue
 from psyche_node.network.direct import DirectAnnouncements
 from psyche_node.network.download import BadBytes, Download, NothingYet, Tools
@@ -51,7 +52,7 @@ from psyche_node.network.statements import (
     split_address,
     split_multiaddr,
 )
-from psyche_node.network.store import BlobStore, blob_digest, piece_count, piece_digest
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wants import Choice, Role
 from psyche_node.network.wants import Want as OpenWant
 from psyche_node.network.wire import node_pb2 as wire

@@ -17,11 +17,12 @@ from psyche_node.network.links import Links, probe
 from psyche_node.network.nat.dialback import DialBack
 from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
 from psyche_node.network.nat.sockets import SocketFolder
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
@@ -83,7 +84,7 @@ class Node:
 
     def ask(self, other: Node, port: int) -> wire.DialBackReply:
         request = wire.DialBackRequest(port=port)
-        return self.links.call(other.key.public, "DialBack", request, wire.DialBackReply, 10.0)
+        return self.links.call(other.key.public, "DialBack", request, wire.DialBackReply, 60.0)
 
     def close(self) -> None:
         self.paths.close()

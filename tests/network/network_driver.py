@@ -106,7 +106,7 @@ class Process:
     async def stop(self) -> int:
         """Close the endpoint, as a supervisor that dies does, and return the exit code."""
         await self.endpoint.close()
-        code = await asyncio.to_thread(self.process.wait, 10)
+        code = await asyncio.to_thread(self.process.wait, PATIENCE)
         self.log.close()
         return code
 

@@ -13,13 +13,10 @@ from blake3 import blake3
 from hypothesis import given
 from hypothesis import strategies as st
 
-from psyche_node.network.store import (
-    CHECKED_SECONDS,
-    EXTENDED_PIECES,
+from psyche_node.network.assembly import EXTENDED_PIECES
+from psyche_node.network.blobs import (
     PIECE_BYTES,
-    BlobStore,
     Manifest,
-    Reader,
     StoreError,
     blob_digest,
     blob_root,
@@ -27,6 +24,8 @@ from psyche_node.network.store import (
     piece_digest,
     piece_length,
 )
+from psyche_node.network.reader import CHECKED_SECONDS, Reader
+from psyche_node.network.store import BlobStore
 
 LARGE = bytes(index // 7 % 256 for index in range(3 * PIECE_BYTES + 17))
 
@@ -212,7 +211,7 @@ def test_what_is_kept_of_unfinished_blobs_is_bounded(tmp_path: Path, monkeypatch
 
 
 def test_the_list_of_a_long_blob_is_kept_and_saves_reading_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("psyche_node.network.store.LONG_LIST", 3)
+    monkeypatch.setattr("psyche_node.network.blobs.LONG_LIST", 3)
     store = BlobStore(tmp_path)
     digest, _ = store.put(LARGE, 0)
     assert Reader(store).manifest(digest) == manifest_of(LARGE)
@@ -225,7 +224,7 @@ def test_the_list_of_a_long_blob_is_kept_and_saves_reading_it(tmp_path: Path, mo
 def test_the_manifests_that_are_remembered_are_bounded_by_their_pieces(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("psyche_node.network.store._MAX_REMEMBERED_PIECES", 5)
+    monkeypatch.setattr("psyche_node.network.reader._MAX_REMEMBERED_PIECES", 5)
     reader = Reader(BlobStore(tmp_path))
     for number in range(3):
         reader.remember(bytes([number]), Manifest(2 * PIECE_BYTES, (bytes(32), bytes(32))))
@@ -319,7 +318,7 @@ def test_a_piece_that_was_checked_lately_is_not_hashed_again(tmp_path: Path, mon
     reader = Reader(store, clock=lambda: now)
     digest, _ = store.put(LARGE, 0)
     assert reader.manifest(digest) is not None
-    monkeypatch.setattr("psyche_node.network.store.piece_digest", counted)
+    monkeypatch.setattr("psyche_node.network.reader.piece_digest", counted)
     for _ in range(2):
         assert list(reader.pieces(digest, range(4))) == [piece(LARGE, index) for index in range(4)]
     assert hashed == []

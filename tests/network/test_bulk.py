@@ -12,13 +12,13 @@ import pytest
 import trio
 from exchange_nodes import ExchangeNode, in_trio, introduce, nodes
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import issue
 from psyche_node.network.links import CallFailed
 from psyche_node.network.messages import Why
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 BLOB = 6 * PIECE_BYTES + 77
 
 
@@ -187,7 +187,7 @@ async def test_a_node_that_is_no_member_any_more_is_refused_at_its_next_request(
         digest = author.put(data, 1)
         await connected(node, author)
         author.directory.set_members({0: author.key.public})
-        pieces = node.lanes.lane(author.key.public, BLOB).fetch(digest, 0, 1, 10.0, wire.UPDATE)
+        pieces = node.lanes.lane(author.key.public, BLOB).fetch(digest, 0, 1, 60.0, wire.UPDATE)
         with pytest.raises(CallFailed, match="only members"):
             await trio.to_thread.run_sync(lambda: list(pieces))
         event = await author.event(lambda event: getattr(event, "what", None) == "call")

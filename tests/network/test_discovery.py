@@ -188,6 +188,28 @@ async def _nothing(*_: object) -> None:
     pass
 
 
+def test_members_are_looked_for_as_soon_as_they_are_known(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first exchange of records was before that, and without anybody missing the next one is not due for long."""
+    monkeypatch.setattr(swarm, "RECORDS_EVERY", 1e9)
+    monkeypatch.setattr(kademlia, "LOOK_EVERY", 1e9)
+
+    async def scenario() -> None:
+        bootstrap = Here(tmp_path / "bootstrap", [])
+        async with bootstrap.node.running() as ready:
+            early, late = (Here(tmp_path / name, ready.multiaddrs) for name in ("early", "late"))
+            for here in (bootstrap, early, late):
+                here.node._swarm.gossip.record = _nothing  # type: ignore[method-assign]
+            async with early.node.running():
+                await early.until(lambda: early.node._directory.known(bootstrap.key.public) is not None)
+                async with late.node.running():
+                    await bootstrap.until(lambda: bootstrap.node._directory.known(late.key.public) is not None)
+                    assert early.node._directory.known(late.key.public) is None
+                    await early.members(bootstrap, early, late)
+                    await early.until(lambda: early.node._directory.record(late.key.public) is not None)
+
+    trio.run(scenario)
+
+
 def test_kademlia_is_for_members_only(tmp_path: Path) -> None:
     async def scenario() -> None:
         async with nodes(tmp_path, 2) as (member, stranger):

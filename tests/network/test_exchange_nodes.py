@@ -16,27 +16,20 @@ import trio.testing
 from exchange_nodes import ExchangeNode, in_trio, introduce, nodes, tree_of
 
 from psyche_node.identity import NodeKey
+from psyche_node.network.blobs import PIECE_BYTES, Manifest, blob_digest, piece_count, piece_digest, write_list
 from psyche_node.network.download import Download, Tools, finish
 from psyche_node.network.fanout import ARITY, Tree
 from psyche_node.network.guard import MAX_STREAMS
 from psyche_node.network.holdings import Holdings, Partial
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Fetched, FetchFailed, Kind
-from psyche_node.network.store import (
-    PIECE_BYTES,
-    BlobStore,
-    Manifest,
-    Reader,
-    blob_digest,
-    piece_count,
-    piece_digest,
-    write_list,
-)
+from psyche_node.network.reader import Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.uploads import SLACK_BYTES
 from psyche_node.network.wants import Want
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 
 async def until(condition: Callable[[], object]) -> None:
@@ -71,10 +64,26 @@ class Gate:
         self._opened.set()
 
 
+@pytest.fixture
+def waiting(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Let nodes wait for their parent in the tree, and for whoever brings something, as long as it takes.
+
+    Otherwise a slow machine decides who asks another one as well, and how often a piece is sent.
+    """
+
+    def wait(*made: ExchangeNode) -> None:
+        monkeypatch.setattr("psyche_node.network.wants.HEDGE_SECONDS", 1e9)
+        for node in made:
+            monkeypatch.setattr(node.fetcher._chooser, "patience", lambda want, backlog: 1e9)
+
+    return wait
+
+
 @in_trio
-async def test_each_node_passes_an_update_on_to_two_at_most(tmp_path: Path) -> None:
+async def test_each_node_passes_an_update_on_to_two_at_most(tmp_path: Path, waiting: Callable[..., None]) -> None:
     data = os.urandom(2 * PIECE_BYTES + 77)
     async with nodes(tmp_path, 8) as made:
+        waiting(*made)
         digest = made[0].put(data, 1)
         for node in made[1:]:
             node.fetcher.want(1, 0, digest, len(data))
@@ -89,13 +98,17 @@ async def test_each_node_passes_an_update_on_to_two_at_most(tmp_path: Path) -> N
 
 
 @in_trio
-async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(tmp_path: Path) -> None:
+async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(
+    tmp_path: Path, waiting: Callable[..., None]
+) -> None:
     """Both of the author's children are bad. Their children come to the author; everybody else is served as before."""
     data = os.urandom(PIECE_BYTES + 77)
     keys = [NodeKey.generate() for _ in range(8)]
     tree = Tree(1, keys[0].public, [key.public for key in keys])
     dead, liar = (next(n for n, key in enumerate(keys) if key.public == child) for child in tree.order[1:3])
+    below = {*tree.children(keys[dead].public), *tree.children(keys[liar].public)}
     async with nodes(tmp_path, 8, {liar: ["tamper"]}, keys) as made:
+        waiting(*(node for node in made if node.key.public not in below))
         made[dead].kill()
         for number, node in enumerate(made):
             if number not in (0, dead):
@@ -113,12 +126,13 @@ async def test_a_dead_and_a_lying_node_in_the_tree_cost_two_copies_more_each(tmp
 
 
 @in_trio
-async def test_a_blob_is_passed_on_while_it_arrives(tmp_path: Path) -> None:
+async def test_a_blob_is_passed_on_while_it_arrives(tmp_path: Path, waiting: Callable[..., None]) -> None:
     data = os.urandom(8 * PIECE_BYTES)
     async with nodes(tmp_path, 4) as made:
         tree = tree_of(made, 1)
         by_key = {node.key.public: node for node in made}
         middle, last = by_key[tree.order[1]], by_key[tree.order[3]]
+        waiting(middle, last)
         gate = Gate(made[0].holdings, 3)
         digest = made[0].put(data, 1)
         for node in (middle, last):
@@ -441,7 +455,7 @@ async def test_an_invitation_before_the_want_is_remembered_and_a_false_one_does_
         liar = next(node for node in made[1:] if node not in (parent, child))
         made[0].put(data, 1)
         await trio.to_thread.run_sync(
-            lambda: liar.links.call(child.key.public, "Have", wire.HaveRequest(digests=[digest]), wire.HaveReply, 10.0)
+            lambda: liar.links.call(child.key.public, "Have", wire.HaveRequest(digests=[digest]), wire.HaveReply, 60.0)
         )
         parent.fetcher.want(1, 0, digest, len(data))
         await parent.fetched(digest)
@@ -464,7 +478,7 @@ async def test_a_source_that_takes_one_call_at_a_time_is_no_failure(tmp_path: Pa
 
 
 def take(node: ExchangeNode, source: ExchangeNode, digest: bytes, first: int, count: int) -> int:
-    return sum(len(piece) for piece in node.links.fetch(source.key.public, digest, first, count, 30.0))
+    return sum(len(piece) for piece in node.links.fetch(source.key.public, digest, first, count, 60.0))
 
 
 @in_trio

@@ -31,6 +31,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network import certificates
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import (
@@ -41,15 +42,16 @@ from psyche_node.network.guard import (
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause, Links, Stream, probe
 from psyche_node.network.messages import Rejected
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
 from psyche_node.network.service import SERVICE, NodeService
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import DIGEST_BYTES, PIECE_BYTES, BlobStore, Manifest, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 def soon() -> int:
@@ -104,7 +106,7 @@ class Node:
             self.directory.add(other.record(time.time_ns() // 1_000_000), b"")
 
     def ask(self, other: Node) -> wire.SinceReply:
-        return self.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 5.0)
+        return self.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 60.0)
 
     def refusals(self) -> list[str]:
         return [event.reason for event in self.events if isinstance(event, Rejected)]
@@ -126,7 +128,7 @@ def server(make: Callable[[], Node]) -> Node:
     return node
 
 
-def attack(server: Node, leaf: Leaf | None, timeout: float | None = 5.0, method: str = "Since") -> grpc.StatusCode:
+def attack(server: Node, leaf: Leaf | None, timeout: float | None = 60.0, method: str = "Since") -> grpc.StatusCode:
     """Call the server with this client certificate, trusting the server's leaf, and return the status."""
     pair = (leaf.key, leaf.certificate) if leaf else (None, None)
     options = [("grpc.ssl_target_name_override", server.leaf.name), ("grpc.use_local_subchannel_pool", 1)]
@@ -186,7 +188,7 @@ def test_members_talk_both_ways_and_the_identity_is_the_callers(make: Callable[[
     b.knows(a)
     a.ask(b)
     b.ask(a)
-    reply = a.links.call(b.key.public, "Announce", wire.AnnounceRequest(announcements=[b"x"]), wire.AnnounceReply, 5.0)
+    reply = a.links.call(b.key.public, "Announce", wire.AnnounceRequest(announcements=[b"x"]), wire.AnnounceReply, 60.0)
     assert isinstance(reply, wire.AnnounceReply)
     assert b.taken == [b"x"]
     assert not a.refusals() + b.refusals()
@@ -278,7 +280,7 @@ def test_tls_1_2(server: Node, tmp_path: Path) -> None:
         context.load_cert_chain(tmp_path / "leaf.pem")
         connection = h2.connection.H2Connection(h2.config.H2Configuration(header_encoding="utf-8"))
         with (
-            socket.create_connection(("127.0.0.1", server.server.port), timeout=5) as raw,
+            socket.create_connection(("127.0.0.1", server.server.port), timeout=60) as raw,
             context.wrap_socket(raw) as tls,
         ):
             connection.initiate_connection()
@@ -323,17 +325,17 @@ def test_requests_that_are_wrong_are_refused_before_anything_is_done(make: Calla
         ("Have", wire.HaveRequest(digests=[bytes(32)] * 33)),
     ):
         with pytest.raises(CallFailed) as failure:
-            a.links.call(b.key.public, method, request, wire.SinceReply, 5.0)
+            a.links.call(b.key.public, method, request, wire.SinceReply, 60.0)
         assert failure.value.cause is Cause.BROKEN, method
     for first, count in ((0, 0), (0, 2), (1, 1), (0, 65), (2**32 - 1, 1)):
         with pytest.raises(CallFailed):
-            list(a.links.fetch(b.key.public, digest, first, count, 5.0))
+            list(a.links.fetch(b.key.public, digest, first, count, 60.0))
     with pytest.raises(CallFailed) as failure:
-        list(a.links.fetch(b.key.public, bytes(32), 0, 1, 5.0))
+        list(a.links.fetch(b.key.public, bytes(32), 0, 1, 60.0))
     assert failure.value.cause is Cause.MISSING
     assert b.taken == []
     assert b.offers == []
-    assert list(a.links.fetch(b.key.public, digest, 0, 1, 5.0)) == [b"blob"]
+    assert list(a.links.fetch(b.key.public, digest, 0, 1, 60.0)) == [b"blob"]
 
 
 @pytest.fixture(scope="module")
@@ -357,7 +359,7 @@ def test_hostile_requests_end_with_a_status_and_the_server_lives(
     a, b = fuzzed
     channel = a.links._link(b.key.public).channel
     try:
-        list(channel.unary_stream(f"/{SERVICE}/{method}")(raw, timeout=5))
+        list(channel.unary_stream(f"/{SERVICE}/{method}")(raw, timeout=60))
         code = grpc.StatusCode.OK
     except grpc.RpcError as error:
         code = error.code()
@@ -380,12 +382,12 @@ def test_a_call_that_costs_more_counts_for_more(make: Callable[[], Node]) -> Non
     a.ask(b)
     assert left() == 99
     request = wire.SinceRequest(wanted=[bytes([number]) * DIGEST_BYTES for number in range(256)])
-    a.links.call(b.key.public, "Since", request, wire.SinceReply, 5.0)
+    a.links.call(b.key.public, "Since", request, wire.SinceReply, 60.0)
     assert left() == 98 - request.ByteSize() // 1024 == 98 - 8
     pieces = tuple(os.urandom(DIGEST_BYTES) for _ in range(8192))
     manifest = Manifest(8192 * PIECE_BYTES, pieces)
     held = b.service._holdings.begin(b.store.begin(manifest, 0))
-    a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 5.0)
+    a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 60.0)
     assert left() == 89 - 4
     b.service._holdings.end(held)
 
@@ -409,19 +411,19 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     # Two blobs, since nobody gets one very often.
     other, digest = (b.store.put(os.urandom(12 << 20), 0)[0] for _ in range(2))
     stalled = [
-        iter(a.links.fetch(b.key.public, (other, digest)[number % 2], 0, 12, 30.0))
+        iter(a.links.fetch(b.key.public, (other, digest)[number % 2], 0, 12, 60.0))
         for number in range(MAX_STREAMS_PER_PEER)
     ]
     for stream in stalled:
         next(stream)
     with pytest.raises(CallFailed) as failure:
-        list(a.links.fetch(b.key.public, digest, 0, 1, 5.0))
+        list(a.links.fetch(b.key.public, digest, 0, 1, 60.0))
     assert failure.value.cause is Cause.BUSY
     # Short calls are not behind the streams.
     a.ask(b)
     for stream in stalled:
         assert sum(1 for _ in stream) == 11
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + 60
     while (cause := failure_of(a, b, digest)) is not None:
         assert cause is Cause.BUSY
         assert time.monotonic() < deadline, "the streams were not given back"
@@ -438,7 +440,7 @@ def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
     a.knows(b)
     b.knows(a)
     digest, _ = b.store.put(os.urandom(32 << 20), 0)
-    stream = a.links.fetch(b.key.public, digest, 0, 32, 30.0)
+    stream = a.links.fetch(b.key.public, digest, 0, 32, 60.0)
     pieces = iter(stream)
     next(pieces)
     end(a.links, stream)
@@ -449,7 +451,7 @@ def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
 
 def failure_of(client: Node, server: Node, digest: bytes) -> Cause | None:
     try:
-        list(client.links.fetch(server.key.public, digest, 0, 1, 5.0))
+        list(client.links.fetch(server.key.public, digest, 0, 1, 60.0))
     except CallFailed as error:
         return error.cause
     return None
@@ -507,10 +509,10 @@ def test_an_impostor_that_takes_over_after_the_pin(make: Callable[[], Node]) -> 
         options = [("grpc.ssl_target_name_override", name), ("grpc.use_local_subchannel_pool", 1)]
         trusting = grpc.ssl_channel_credentials(null_ca_pem(), a.leaf.key, a.leaf.certificate)
         with grpc.secure_channel(f"127.0.0.1:{port}", trusting, options=options) as channel:
-            assert channel.unary_unary(f"/{SERVICE}/Since")(b"", timeout=5) == b""
+            assert channel.unary_unary(f"/{SERVICE}/Since")(b"", timeout=60) == b""
         # And a fresh probe is not fooled either.
         with pytest.raises(BadCertificate, match="not signed by the node key"):
-            probe(f"127.0.0.1:{port}")
+            probe(f"127.0.0.1:{port}", 60.0)
     finally:
         fake.stop(None)
 

@@ -18,6 +18,7 @@ import pytest
 from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
 from psyche_node.network.announcements import Announcements
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.bulk import client, frames
 from psyche_node.network.bulk.client import BulkConnection
 from psyche_node.network.bulk.secure import Broken, client_context, server_context
@@ -28,16 +29,17 @@ from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.messages import Rejected, Why
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.sending import PieceServer, Status
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 RUN = bytes(32)
 LENGTH = 3 * PIECE_BYTES + 5
-QUICK = Limits(handshake_seconds=0.3, request_seconds=0.3, stall_seconds=0.3, idle_seconds=20.0)
+QUICK = Limits(handshake_seconds=0.3, request_seconds=0.3, stall_seconds=0.3, idle_seconds=60.0)
 
 
 class Victim:
@@ -79,7 +81,7 @@ class Victim:
     def serves(self, connection: BulkConnection | None = None) -> None:
         """Check that a member gets the blob."""
         connection = connection or self.connect()
-        run = connection.ask(self.request(), 4, 20.0)
+        run = connection.ask(self.request(), 4, 60.0)
         assert b"".join(bytes(piece) for piece in run) == self.data
         connection.close()
 
@@ -93,13 +95,13 @@ class Victim:
             return next((event for event in self.events if (event.what, event.why) == (what, why)), None)
 
         with self._came:
-            assert self._came.wait_for(found, 20), self.events
+            assert self._came.wait_for(found, 60), self.events
             event = found()
         assert event is not None
         return event
 
     def raw(self) -> socket.socket:
-        return socket.create_connection(("127.0.0.1", self.server.port), timeout=20)
+        return socket.create_connection(("127.0.0.1", self.server.port), timeout=60)
 
     def tls(self, leaf: Leaf | None = None) -> ssl.SSLSocket:
         return client_context(leaf or issue(self.member)).wrap_socket(self.raw())
@@ -212,7 +214,7 @@ def test_a_request_that_makes_no_sense_is_answered_and_closed(victim: Victim, re
 def test_what_is_not_there_is_said_and_the_connection_goes_on(victim: Victim) -> None:
     connection = victim.connect()
     for _ in range(3):
-        run = connection.ask(wire.FetchRequest(digest=bytes(32), count=1).SerializeToString(), 1, 20.0)
+        run = connection.ask(wire.FetchRequest(digest=bytes(32), count=1).SerializeToString(), 1, 60.0)
         with pytest.raises(CallFailed, match="not there") as failure:
             list(run)
         assert failure.value.cause is Cause.MISSING
@@ -228,20 +230,20 @@ def test_who_does_not_read_is_closed(impatient: Victim) -> None:
         with impatient.server._lock:
             threads = list(impatient.server._threads)
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         assert not any(thread.is_alive() for thread in threads)
 
 
 def test_a_member_that_is_put_out_is_refused_in_an_open_connection(victim: Victim) -> None:
     connection = victim.connect()
-    assert len(list(connection.ask(victim.request(1), 1, 20.0))) == 1
+    assert len(list(connection.ask(victim.request(1), 1, 60.0))) == 1
     victim.directory.set_members({0: victim.key.public})
     with pytest.raises(CallFailed) as failure:
-        list(connection.ask(victim.request(1), 1, 20.0))
+        list(connection.ask(victim.request(1), 1, 60.0))
     assert failure.value.cause is Cause.REFUSED
     victim.reported("call", Why.NOT_A_MEMBER)
     with pytest.raises(Broken):
-        list(connection.ask(victim.request(1), 1, 20.0))
+        list(connection.ask(victim.request(1), 1, 60.0))
 
 
 def test_connections_are_capped_and_an_idle_one_makes_room(tmp_path: Path) -> None:
@@ -249,7 +251,7 @@ def test_connections_are_capped_and_an_idle_one_makes_room(tmp_path: Path) -> No
     try:
         kept = [victim.connect() for _ in range(2)]
         for connection in kept:
-            assert len(list(connection.ask(victim.request(1), 1, 20.0))) == 1
+            assert len(list(connection.ask(victim.request(1), 1, 60.0))) == 1
         victim.serves()
         assert sum(connection.wake() for connection in kept) == 1
     finally:
@@ -278,7 +280,7 @@ def test_handshakes_of_one_address_are_capped(tmp_path: Path) -> None:
         with victim.server._lock:
             threads = list(victim.server._threads)
         for thread in threads:
-            thread.join(20)
+            thread.join(60)
         victim.serves()
     finally:
         victim.server.stop()
@@ -316,7 +318,7 @@ def liar(answer: Callable[[ssl.SSLSocket], None]) -> Iterator[BulkConnection]:
         yield connection
     finally:
         connection.close()
-        thread.join(20)
+        thread.join(60)
         listener.close()
 
 
@@ -333,13 +335,13 @@ def liar(answer: Callable[[ssl.SSLSocket], None]) -> Iterator[BulkConnection]:
 )
 def test_an_answer_that_lies_or_stops_breaks_the_connection(said: bytes) -> None:
     with liar(lambda connection: connection.sendall(said)) as connection, pytest.raises(Broken):
-        list(connection.ask(b"x", 1, 20.0))
+        list(connection.ask(b"x", 1, 60.0))
 
 
 def test_an_unknown_status_is_a_failure_and_its_reason_is_read() -> None:
     with liar(lambda connection: connection.sendall(bytes.fromhex("00000000 63 03") + b"\xffno")) as connection:
         with pytest.raises(CallFailed, match="no") as failure:
-            list(connection.ask(b"x", 1, 20.0))
+            list(connection.ask(b"x", 1, 60.0))
         assert failure.value.cause is Cause.BROKEN
 
 
@@ -348,11 +350,11 @@ def test_a_server_that_says_nothing_is_left_when_somebody_cancels() -> None:
 
     def silent(connection: ssl.SSLSocket) -> None:
         asked.set()
-        done.wait(20)
+        done.wait(60)
 
     with liar(silent) as connection:
-        run = connection.ask(b"x", 1, 20.0)
-        canceller = threading.Thread(target=lambda: (asked.wait(20), run.cancel()))
+        run = connection.ask(b"x", 1, 60.0)
+        canceller = threading.Thread(target=lambda: (asked.wait(60), run.cancel()))
         canceller.start()
         with pytest.raises(Broken):
             list(run)

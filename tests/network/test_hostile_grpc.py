@@ -22,18 +22,19 @@ import pytest
 from test_grpc_identity import Node
 
 from psyche_node.identity import NodeKey
-from psyche_node.network import guard
 from psyche_node.network.certificates import Leaf, issue, null_ca_pem
-from psyche_node.network.guard import MAX_CALLS_PER_PEER, MAX_STREAMS
+from psyche_node.network.guard import MAX_CALLS_PER_PEER, MAX_STREAMS, STREAM_SECONDS
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.server import Limits
 from psyche_node.network.service import MAX_MESSAGE_BYTES, MAX_REQUEST_BYTES, SERVICE
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(120)
-# Short, so that the tests need not wait for them; the server's own are a matter of one line each.
-LIMITS = Limits(connections=40, handshake_seconds=1.0, idle_seconds=1.5)
-PATIENCE = 30.0
+pytestmark = pytest.mark.timeout(240)
+PATIENCE = 90.0
+# Of the server's two limits of time a test has the one that it waits for short; nobody is late for the other one.
+LIMITS = Limits(connections=40, handshake_seconds=PATIENCE, idle_seconds=PATIENCE)
+HASTY = replace(LIMITS, handshake_seconds=1.0)
+FORGETFUL = replace(LIMITS, idle_seconds=1.5)
 MIB = 1 << 20
 
 
@@ -48,7 +49,7 @@ class Attack:
             dict(enumerate([self.victim.key.public, self.friend.key.public, self.member.public]))
         )
         self.friend.knows(self.victim)
-        self.folder = folder
+        self.folder, self._hasty = folder, limits.handshake_seconds < PATIENCE
         self._sockets = contextlib.ExitStack()
         self._own = psutil.Process()
 
@@ -64,7 +65,13 @@ class Attack:
         context.verify_mode = ssl.CERT_NONE
         context.set_alpn_protocols(["h2"])
         context.load_cert_chain(self.folder / "leaf.pem")
-        return self._sockets.enter_context(context.wrap_socket(self.tcp()))
+        while True:
+            try:
+                return self._sockets.enter_context(context.wrap_socket(self.tcp()))
+            except OSError:
+                if not self._hasty:
+                    raise
+                # This machine stood still for longer than the victim waits.
 
     def channel(self, leaf: Leaf) -> grpc.Channel:
         options = [
@@ -88,9 +95,19 @@ class Attack:
         until(lambda: self.open() <= left)
 
     def served(self) -> None:
-        """A member is served, over a new connection, within its deadline."""
-        self.friend.links.close()
-        self.friend.ask(self.victim)
+        """A member is served, over a new connection, within its deadline; its handshake may be late for a hasty one."""
+
+        def asked() -> bool:
+            self.friend.links.close()
+            try:
+                self.friend.ask(self.victim)
+            except CallFailed as error:
+                if not self._hasty or error.cause is not Cause.UNREACHABLE:
+                    raise
+                return False
+            return True
+
+        until(asked)
 
 
 def until(condition: Callable[[], bool]) -> None:
@@ -143,6 +160,7 @@ def ended(sock: socket.socket) -> bool:
     return True
 
 
+@pytest.mark.parametrize("limits", [HASTY])
 def test_connections_that_say_nothing_or_half_of_it_are_closed(attack: Attack) -> None:
     """A handshake that does not begin, one that stops within its first message, HTTP/2 that does not begin."""
     silent = [attack.tcp() for _ in range(10)]
@@ -156,6 +174,7 @@ def test_connections_that_say_nothing_or_half_of_it_are_closed(attack: Attack) -
         assert ended(sock)
 
 
+@pytest.mark.parametrize("limits", [HASTY])
 def test_a_handshake_that_dribbles_is_closed(attack: Attack) -> None:
     """A byte now and then does not buy more time: the limit is one of the whole handshake."""
     sock = attack.tcp()
@@ -176,14 +195,17 @@ def test_a_handshake_that_dribbles_is_closed(attack: Attack) -> None:
     attack.served()
 
 
+@pytest.mark.parametrize("limits", [FORGETFUL])
 def test_idle_connections_of_strangers_are_closed(attack: Attack) -> None:
     for _ in range(10):
-        h2_client(attack.tls())
+        # One may be closed before it has said all it had to say.
+        with contextlib.suppress(OSError):
+            h2_client(attack.tls())
     attack.served()
     attack.ends(left=1)
 
 
-@pytest.mark.parametrize("limits", [Limits(connections=8)])
+@pytest.mark.parametrize("limits", [replace(LIMITS, connections=8)])
 def test_connections_in_all_are_bounded_and_given_back(attack: Attack, limits: Limits) -> None:
     refused = 0
     while not refused:
@@ -325,11 +347,10 @@ def test_a_connection_that_pings_all_the_time_is_closed(attack: Attack) -> None:
     attack.served()
 
 
-def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(
-    attack: Attack, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(attack: Attack) -> None:
     """Members that open every stream and read nothing: their calls are ended when others want the places."""
-    monkeypatch.setattr(guard, "STREAM_SECONDS", 1.0)
+    now, streams = 0.0, attack.victim.service.pieces._uploads._streams
+    streams._clock = lambda: now
     # One stream of each: a place beyond that would be given to whoever has none, at once.
     victim, keys = attack.victim, [NodeKey.generate() for _ in range(MAX_STREAMS)]
     members = [victim.key.public, attack.friend.key.public, *(key.public for key in keys)]
@@ -340,12 +361,13 @@ def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(
     for key in keys:
         fetch = attack.channel(issue(key)).unary_stream(f"/{SERVICE}/Fetch")
         stalled.append(fetch(request, timeout=500))
-    until(lambda: len(victim.service.pieces._uploads._streams._open) == MAX_STREAMS)
+    until(lambda: len(streams._open) == MAX_STREAMS)
     with pytest.raises(CallFailed) as failure:
         list(attack.friend.links.fetch(victim.key.public, digest, 0, 1, PATIENCE))
     assert failure.value.cause is Cause.BUSY
     # Short calls are served all the time.
     attack.served()
+    now = STREAM_SECONDS
 
     def fetched() -> bool:
         try:
@@ -360,7 +382,7 @@ def test_a_reader_that_stops_keeps_its_place_for_a_while_and_little_memory(
     assert victim.service._traffic.blob_sent < MAX_STREAMS * 32 * MIB
     for call in stalled:
         call.cancel()
-    until(lambda: not victim.service.pieces._uploads._streams._open)
+    until(lambda: not streams._open)
 
 
 def test_a_server_whose_reply_is_too_large_is_given_up(attack: Attack) -> None:

@@ -43,7 +43,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.node import NetworkNode
 from psyche_node.network.statements import Announcement, parse_bootstrap
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 PATIENCE = 60.0
 HANDSHAKE = b"\x13/multistream/1.0.0\n\x07/noise\n"
 

@@ -27,7 +27,7 @@ from psyche_node.network.records import MAX_BYTES, PROTOCOL
 from psyche_node.network.statements import Announcement, NodeRecord, parse_bootstrap
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(180)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Indifferent:
@@ -58,7 +58,7 @@ def record_of(key: NodeKey) -> bytes:
 
 async def opened(host: IHost, victim: bytes, protocol: TProtocol = PROTOCOL) -> INetStream:
     """Open a stream; on a loaded machine libp2p's negotiation may need a second attempt."""
-    with trio.fail_after(40):
+    with trio.fail_after(60):
         while True:
             with contextlib.suppress(StreamFailure):
                 return await host.new_stream(peer_of(victim), [protocol])
@@ -73,8 +73,8 @@ async def attack(victim: bytes, address: str, refused: threading.Event) -> list[
     host = make_host(key)
     gossip = Gossip(host, RUN, key.public, Indifferent())
     async with listening(host, "127.0.0.1", 0), gossip.running():
-        await dial(host, victim, address, 30.0)
-        with trio.fail_after(30):
+        await dial(host, victim, address, 60.0)
+        with trio.fail_after(60):
             for topic in (gossip._announcements, gossip._records):
                 await gossip._pubsub.wait_for_subscription(peer_of(victim), topic)
         for rubbish in (b"", b"\xff" * 40, bytes(100_000), wire.Signed(body=b"x").SerializeToString()):
@@ -105,7 +105,7 @@ async def attack(victim: bytes, address: str, refused: threading.Event) -> list[
         for _ in range(2):
             stream = await opened(host, victim)
             await stream.write(struct.pack(">I", len(body)) + body)
-            with trio.fail_after(30):
+            with trio.fail_after(60):
                 answer = bytearray()
                 while len(answer) < 4 or len(answer) < 4 + struct.unpack(">I", answer[:4])[0]:
                     answer += await stream.read(65536)

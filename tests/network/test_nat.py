@@ -19,12 +19,12 @@ from typing import Any
 import pytest
 from network_driver import Process
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.messages import Fetched, GetStats, PeerDown, Publish, Stats, Want, WantEntry
-from psyche_node.network.store import PIECE_BYTES
 
 PUBLIC_IP = "10.99.0.1"
 ROUNDS = 3
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(240)
 
 # What a home router does: nobody comes in who was not called from inside, and it does not say so.
 ROUTER = """
@@ -186,7 +186,7 @@ def test_two_private_nodes_find_a_path_and_go_on_without_anybody_else(
             for round in range(ROUNDS):
                 await exchange({0: public, 1: first, 2: second}, round)
             # A path is made when a blob of a private node is wanted, in each direction one.
-            async with asyncio.timeout(40):
+            async with asyncio.timeout(90):
                 while not (await paths_of(first) and await paths_of(second)):
                     round += 1
                     await exchange({0: public, 1: first, 2: second}, round)
@@ -210,7 +210,7 @@ def test_symmetric_nat_leaves_push_and_pull(tmp_path: Path, internet: Callable[[
                 await exchange({0: public, 1: first, 2: second}, round)
             for process, other in ((first, second), (second, first)):
                 # It was tried.
-                async with asyncio.timeout(30):
+                async with asyncio.timeout(90):
                     while f"no path through the NATs to {other.key.node_id}" not in process.log_text():
                         await asyncio.sleep(0.1)
                 assert await paths_of(process) == set()

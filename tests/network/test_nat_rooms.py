@@ -29,7 +29,7 @@ from psyche_node.network.nat.sockets import SocketFolder, connect, local_port, p
 from psyche_node.network.nat.splice import Door, Splice
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 # Sockets and splices -------------------------------------------------------------------------------------------------
 
@@ -51,14 +51,14 @@ def pair() -> tuple[socket.socket, socket.socket]:
 def enter(door: Door) -> socket.socket:
     client = socket.socket(socket.AF_UNIX)
     client.connect(door.target.removeprefix("unix:"))
-    client.settimeout(20)
+    client.settimeout(60)
     return client
 
 
 def test_a_door_leads_one_client_to_the_connection_and_nobody_else_in(folder: SocketFolder) -> None:
     near, far = pair()
     path = folder.path(folder.name())
-    door = Door(path, near, 20)
+    door = Door(path, near, 60)
     assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
     assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
     with enter(door) as client, far:
@@ -82,7 +82,7 @@ def test_a_door_that_nobody_enters_closes_and_so_does_one_that_is_closed(folder:
         assert door.alive
         if close:
             door.close()
-        far.settimeout(20)
+        far.settimeout(60)
         assert far.recv(1) == b""
         until(lambda: not os.path.exists(path))  # noqa: B023
         assert not door.alive
@@ -95,7 +95,7 @@ def test_a_splice_ends_when_one_of_its_ends_does() -> None:
     left_far.sendall(b"through")
     assert right_far.recv(7) == b"through"
     right_far.close()
-    left_far.settimeout(20)
+    left_far.settimeout(60)
     with contextlib.suppress(ConnectionError):
         assert left_far.recv(1) == b""
     until(lambda: not splice.alive)
@@ -106,12 +106,12 @@ def test_two_ports_punch_through_to_each_other() -> None:
     """Simultaneous open on loopback: what is there is a connection that nobody listened for."""
     with socket.create_server(("127.0.0.1", 0)) as helper:
         where = f"127.0.0.1:{helper.getsockname()[1]}"
-        ends = [connect(where, 5), connect(where, 5)]
+        ends = [connect(where, 60), connect(where, 60)]
         ports = [local_port(end) for end in ends]
         made: list[socket.socket] = []
-        other = threading.Thread(target=lambda: made.append(punch(ports[1], f"127.0.0.1:{ports[0]}", 20)))
+        other = threading.Thread(target=lambda: made.append(punch(ports[1], f"127.0.0.1:{ports[0]}", 60)))
         other.start()
-        with punch(ports[0], f"127.0.0.1:{ports[1]}", 20) as near:
+        with punch(ports[0], f"127.0.0.1:{ports[1]}", 60) as near:
             other.join()
             assert (local_port(near), near.getpeername()[1]) == tuple(ports)
             near.sendall(b"hello")
@@ -254,9 +254,9 @@ def test_a_probe_shows_who_it_is_from(tmp_path: Path) -> None:
         with socket.create_server(("127.0.0.1", 0)) as listener:
             serving = threading.Thread(target=serve, args=(listener,))
             serving.start()
-            found = probe(f"127.0.0.1:{listener.getsockname()[1]}", own=own)
+            found = probe(f"127.0.0.1:{listener.getsockname()[1]}", 60.0, own)
             assert found.der_hash == server.der_hash
-            serving.join(20)
+            serving.join(60)
     certificate, nothing = shown
     assert certificate is not None
     assert identify(ssl.DER_cert_to_PEM_cert(certificate).encode()).node_key == client.public

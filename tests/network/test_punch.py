@@ -21,7 +21,7 @@ from psyche_node.network.nat.puncher import Puncher
 from psyche_node.network.nat.rendezvous import MAX_BYTES, PUNCH, PUNCHES_AT_ONCE, Refused, Rendezvous
 from psyche_node.network.wire import node_pb2 as wire
 
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def run_punch(three: Trio, change: Callable[[wire.Punch], wire.Punch] = lambda r
 
 
 def since(node: Node, other: Node) -> wire.SinceReply:
-    return node.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 10.0)
+    return node.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 60.0)
 
 
 def test_a_path_carries_calls_and_is_made_again_when_it_broke(three: Trio) -> None:
@@ -105,9 +105,9 @@ def test_a_channel_that_is_closed_in_this_moment_is_a_failed_call(three: Trio) -
     closed = links._link(key)
     closed.channel.close()
     for attempt in (
-        lambda: links.call(key, "Since", wire.SinceRequest(round=1), wire.SinceReply, 5.0),
-        lambda: links.fetch(key, bytes(32), 0, 1, 5.0),
-        lambda: links.push(key, iter([b""]), 5.0),
+        lambda: links.call(key, "Since", wire.SinceRequest(round=1), wire.SinceReply, 60.0),
+        lambda: links.fetch(key, bytes(32), 0, 1, 60.0),
+        lambda: links.push(key, iter([b""]), 60.0),
     ):
         with pytest.raises(CallFailed, match="made anew"):
             attempt()
@@ -118,7 +118,7 @@ def test_a_path_is_wanted_for_blobs_only_and_by_private_nodes(three: Trio) -> No
     three.caller.paths.on_wanted(wanted.append)
     for private in (False, True):
         with pytest.raises(CallFailed):
-            three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 5.0)
+            three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 60.0)
         assert wanted == [three.target.key.public] * private
         three.caller.directory.add(replace(three.caller.record(private=True), seq=2), b"")
     wanted.clear()
@@ -126,7 +126,7 @@ def test_a_path_is_wanted_for_blobs_only_and_by_private_nodes(three: Trio) -> No
         since(three.caller, three.target)
     assert wanted == []
     with pytest.raises(CallFailed) as failed:
-        three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 5.0)
+        three.caller.links.fetch(three.target.key.public, bytes(32), 0, 1, 60.0)
     assert failed.value.cause is Cause.PRIVATE
     assert wanted == [three.target.key.public]
 
@@ -204,12 +204,12 @@ def test_a_helper_helps_members_with_addresses_it_has_seen_and_not_too_often(thr
                 port = await stack.enter_async_context(listening(hosts[name], "127.0.0.1", 0))
                 if name == "helper":
                     where = f"/ip4/127.0.0.1/tcp/{port}"
-            with trio.fail_after(40):
-                await dial(hosts["caller"], three.helper.key.public, where, 10)
+            with trio.fail_after(60):
+                await dial(hosts["caller"], three.helper.key.public, where, 60)
                 assert "no connection of yours" in await refusal("127.0.0.1:6")
                 seen = (await trio.to_thread.run_sync(caller.ask, three.helper, 0)).observed
                 assert await refusal(seen) == "not connected to it"
-                await dial(hosts["target"], three.helper.key.public, where, 10)
+                await dial(hosts["target"], three.helper.key.public, where, 60)
                 assert "its connections do not come from" in await refusal(seen)
                 assert invitations == [(caller.key.public, seen, three.helper.key.public)]
                 answer.address = (await trio.to_thread.run_sync(target.ask, three.helper, 0)).observed

@@ -16,6 +16,7 @@ from psyche_node.identity import NodeKey
 from psyche_node.ipc import Message
 from psyche_node.network import links, push
 from psyche_node.network.announcements import Announcements, Verdict
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.certificates import issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.guard import Guard
@@ -24,17 +25,18 @@ from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Rejected
 from psyche_node.network.push import PART_BYTES, PushReceiver, parts_of
 from psyche_node.network.pusher import Pusher, _Copies
+from psyche_node.network.reader import Reader
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.server import Server
 from psyche_node.network.service import NodeService
 from psyche_node.network.statements import Announcement, NodeRecord
-from psyche_node.network.store import PIECE_BYTES, BlobStore, Reader
+from psyche_node.network.store import BlobStore
 from psyche_node.network.wire import node_pb2 as wire
 
 RUN = bytes(32)
 ROUND = 7
 DATA = bytes(range(256)) * 8192 + b"the last piece is short"
-pytestmark = pytest.mark.timeout(60)
+pytestmark = pytest.mark.timeout(240)
 
 
 class Receiver:
@@ -102,7 +104,7 @@ class Sender:
     def parts(self, digest: bytes) -> list[bytes]:
         return list(parts_of(ROUND, digest, self.reader))
 
-    def push(self, parts: list[bytes] | Iterator[bytes], timeout: float = 20.0) -> Cause | None:
+    def push(self, parts: list[bytes] | Iterator[bytes], timeout: float = 60.0) -> Cause | None:
         try:
             self.links.push(self.receiver.key.public, iter(parts), timeout)
         except CallFailed as error:
@@ -268,14 +270,14 @@ def test_a_sender_has_one_place(receiver: Receiver, sender: Sender) -> None:
 
     def in_two_halves() -> Iterator[bytes]:
         yield from parts[:3]
-        over.wait(30)
+        over.wait(60)
         yield from parts[3:]
 
     causes: list[Cause | None] = []
-    pushing = threading.Thread(target=lambda: causes.append(sender.push(in_two_halves(), 30.0)))
+    pushing = threading.Thread(target=lambda: causes.append(sender.push(in_two_halves(), 60.0)))
     pushing.start()
     # The file is begun once the header and the list of pieces are read: the place is taken.
-    until_taken = time.monotonic() + 20
+    until_taken = time.monotonic() + 60
     while not receiver.files():
         assert time.monotonic() < until_taken
         time.sleep(0.01)
@@ -309,19 +311,19 @@ def test_a_sender_that_stops_loses_its_place(
     assert cause is None
 
 
-@pytest.mark.parametrize(("stall_seconds", "copies"), [(30.0, 1), (1.0, 2)])
+@pytest.mark.parametrize(("stall_seconds", "copies"), [(1e9, 1), (3.0, 2)])
 def test_a_receiver_that_takes_nothing_does_not_keep_a_blob_from_the_others(
     tmp_path: Path, sender: Sender, monkeypatch: pytest.MonkeyPatch, stall_seconds: float, copies: int
 ) -> None:
     """Two copies go out at once, and the next member is asked when one of them does not get on."""
     monkeypatch.setattr(links, "PUSH_STALL_SECONDS", stall_seconds)
     # It does not even end those that send nothing.
-    monkeypatch.setattr(push, "STREAM_SECONDS", 60.0)
+    monkeypatch.setattr(push, "STREAM_SECONDS", 300.0)
     digest, over = sender.blob(), threading.Event()
     receivers = [Receiver(tmp_path / f"receiver {number}") for number in range(3)]
     stuck, *others = receivers
     begin = stuck.store.begin
-    stuck.store.begin = lambda *args: over.wait(30) and begin(*args)  # type: ignore[assignment, return-value]
+    stuck.store.begin = lambda *args: over.wait(300) and begin(*args)  # type: ignore[assignment, return-value]
     members = dict(enumerate([sender.key.public, *(one.key.public for one in receivers)]))
     sender.directory.set_members(members)
     for one in receivers:
@@ -332,7 +334,7 @@ def test_a_receiver_that_takes_nothing_does_not_keep_a_blob_from_the_others(
     async def scenario() -> None:
         keys = [one.key.public for one in receivers]
         pusher = Pusher(sender.links, lambda round: keys, sender.reader, lambda: True)
-        with trio.fail_after(15):
+        with trio.fail_after(120):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pusher.run)
                 pusher.published(ROUND, digest, len(DATA), b"")
@@ -354,7 +356,7 @@ def test_a_node_that_is_public_for_a_while_pushes_again_afterwards(sender: Sende
     async def scenario() -> None:
         nonlocal private
         pusher = Pusher(sender.links, lambda round: [], sender.reader, lambda: private)
-        with trio.fail_after(15):
+        with trio.fail_after(60):
             async with trio.open_nursery() as nursery:
                 nursery.start_soon(pusher.run)
                 pusher.published(ROUND, digest, len(DATA), b"")
@@ -395,16 +397,16 @@ def test_what_nobody_looks_for_does_not_keep_out_what_is_looked_for(
     def half(parts: list[bytes]) -> Iterator[bytes]:
         yield from parts[:3]
         begun.release()
-        over.wait(30)
+        over.wait(60)
 
     pushing = []
     for number, one in enumerate(others):
         digest = one.blob(DATA + bytes([number]))
         one.announce(digest, len(DATA) + 1)
-        pushing.append(threading.Thread(target=one.push, args=(half(one.parts(digest)), 30.0)))
+        pushing.append(threading.Thread(target=one.push, args=(half(one.parts(digest)), 60.0)))
         pushing[-1].start()
-        assert begun.acquire(timeout=20)
-    until_taken = time.monotonic() + 20
+        assert begun.acquire(timeout=60)
+    until_taken = time.monotonic() + 60
     while len(receiver.files()) < len(others):
         assert time.monotonic() < until_taken
         time.sleep(0.01)

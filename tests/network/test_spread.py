@@ -180,7 +180,7 @@ def test_a_flooding_member_is_throttled_and_others_are_not(tmp_path: Path, monke
                 for batch in (bad[at : at + 64], good[at : at + 64]):
                     request = wire.AnnounceRequest(announcements=batch)
                     await trio.to_thread.run_sync(
-                        links.call, victim.key.public, "Announce", request, wire.AnnounceReply, 30.0
+                        links.call, victim.key.public, "Announce", request, wire.AnnounceReply, 60.0
                     )
                     await direct.tell(victim.key.public, batch)
                     sent += 2 * len(batch)
@@ -236,7 +236,7 @@ def test_who_is_not_a_member_tells_nothing_over_libp2p(tmp_path: Path) -> None:
 
 async def _answer(stream: INetStream) -> bytes:
     """Return what comes before the stream ends or is reset."""
-    with trio.fail_after(30):
+    with trio.fail_after(60):
         try:
             return await stream.read(4)
         except (MuxedStreamError, IOException):

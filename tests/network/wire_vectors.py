@@ -27,6 +27,7 @@ from libp2p.stream_muxer.yamux.yamux import PROTOCOL_ID as YAMUX
 from psyche_node.identity import NodeKey
 from psyche_node.network import (
     announcements,
+    blobs,
     certificates,
     direct,
     fanout,
@@ -39,7 +40,6 @@ from psyche_node.network import (
     sending,
     service,
     statements,
-    store,
 )
 from psyche_node.network.bulk import frames
 from psyche_node.network.nat import rendezvous
@@ -51,7 +51,7 @@ OTHER = NodeKey(bytes(range(1, 33)))
 RUN = bytes(range(100, 132))
 DIGEST = bytes(range(200, 232))
 TLS_SCALAR = int.from_bytes(bytes(range(1, 33)), "big")
-PIECE = store.PIECE_BYTES
+PIECE = blobs.PIECE_BYTES
 Row = dict[str, Any]
 
 
@@ -161,13 +161,13 @@ def blob_rows() -> list[Row]:
     rows = []
     for length in (0, 1, 1000, PIECE - 1, PIECE, PIECE + 1, 3 * PIECE + 12_345):
         data = content(length)
-        pieces = [store.piece_digest(data[at : at + PIECE]) for at in range(0, length, PIECE)]
+        pieces = [blobs.piece_digest(data[at : at + PIECE]) for at in range(0, length, PIECE)]
         manifest = wire.Manifest(length=length, pieces=b"".join(pieces)).SerializeToString()
         rows.append(
             {
                 "length": length,
                 "pieces": [piece.hex() for piece in pieces],
-                "digest": store.blob_digest(data).hex(),
+                "digest": blobs.blob_digest(data).hex(),
                 "manifest": manifest.hex(),
             }
         )
@@ -229,8 +229,8 @@ def push_rows() -> list[Row]:
     rows = []
     for length in (3, PIECE + 1):
         data = content(length)
-        pieces = [store.piece_digest(data[at : at + PIECE]) for at in range(0, length, PIECE)]
-        header = wire.PushHeader(round=300, digest=store.blob_digest(data), length=length)
+        pieces = [blobs.piece_digest(data[at : at + PIECE]) for at in range(0, length, PIECE)]
+        header = wire.PushHeader(round=300, digest=blobs.blob_digest(data), length=length)
         raw = header.SerializeToString(deterministic=True)
         rows.append(
             {
@@ -313,7 +313,7 @@ def names() -> Row:
             "node_record": statements._RECORD_CONTEXT.decode(),
             "tls": certificates._PREFIX.decode(),
         },
-        "blob_root_context": store._ROOT_CONTEXT,
+        "blob_root_context": blobs.ROOT_CONTEXT,
         "tree_context": fanout._CONTEXT,
     }
 

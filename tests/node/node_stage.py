@@ -16,7 +16,7 @@ from coordinator.state import Member, Round
 from psyche_node.ipc import BlockingChannel, Endpoint, Message, serve
 from psyche_node.node.view import ChainView
 
-TIMEOUT = 20.0
+TIMEOUT = 90.0
 
 
 def run_async(test: Coroutine[Any, Any, None]) -> None:

@@ -13,7 +13,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.state import Phase
 from psyche_node.node.config import NodeConfig
-from psyche_node.node.daemon import Node
+from psyche_node.node.daemon import Node, _linger
 from psyche_node.node.membership import RunFinished
 
 
@@ -36,7 +36,22 @@ def test_whoever_comes_after_the_end_is_not_asked_for_funds(tmp_path: Path, monk
     async def opened(*arguments: Any, **named: Any) -> FinishedRun:
         return FinishedRun()
 
-    monkeypatch.setattr("psyche_node.node.daemon.CoordinatorClient.open", opened)
-    config = NodeConfig(run="1" * 43, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path)
+    monkeypatch.setattr("psyche_node.node.daemon.open_run", opened)
+    config = NodeConfig(run="1" * 32, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path)
     with pytest.raises(RunFinished, match="finished after 4 rounds"):
         asyncio.run(Node(config).run())
+
+
+def test_whoever_is_done_is_not_interrupted_by_being_stopped() -> None:
+    async def stopped() -> str:
+        async def node() -> str:
+            await _linger()
+            await asyncio.sleep(0)  # its processes end in good order
+            return "done"
+
+        task = asyncio.create_task(node())
+        await asyncio.sleep(0)
+        task.cancel()
+        return await task
+
+    assert asyncio.run(stopped()) == "done"

@@ -250,7 +250,7 @@ def test_closing_fails_what_is_pending() -> None:
 @pytest.mark.parametrize(
     ("error", "level", "words"),
     [
-        (ModelError("empty has no config.json"), logging.DEBUG, "ModelError: empty has no config.json"),
+        (ModelError("empty has no config.json"), logging.DEBUG, "empty has no config.json"),
         (ZeroDivisionError("by zero"), logging.ERROR, "ZeroDivisionError: by zero"),
     ],
 )

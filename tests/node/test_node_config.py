@@ -11,7 +11,7 @@ from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.config import ConfigError, NodeConfig, load_config
 
 GOOD = 'run = "{run}"\nrpc = ["http://127.0.0.1:8899"]\nfolder = "node"\nmodel = "model"\ndata = "data"\n'.format(
-    run="1" * 43
+    run="1" * 32
 )
 
 
@@ -71,6 +71,8 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path: Path, lines: str, why: str)
         ('announce_grpc = "example.org:4002"', "announce_grpc"),
         ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
         ('announce_p2p = "203.0.113.7"', "announce_p2p"),
+        ('owner = "me"', "owner"),
+        ('program = "1111"', "program"),
     ],
 )
 def test_error_names_file_and_key(tmp_path: Path, line: str, key: str) -> None:
@@ -80,7 +82,7 @@ def test_error_names_file_and_key(tmp_path: Path, line: str, key: str) -> None:
 
 def test_every_problem_is_named_at_once() -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(None, {"run": "short"})
+        load_config(None, {"run": ""})
     for key in ("run", "rpc", "folder", "model", "data"):
         assert f"\n  {key}: " in str(caught.value)
 

@@ -88,7 +88,7 @@ def test_a_file_goes_over_the_recipe_and_flags_over_the_file(tmp_path: Path) -> 
     made = load_settings(None, file, [*MADE, "limits.batch=96"], load_recipe("hermes-sft").settings())
     assert (made.run_id, made.limits.batch, made.terms.peak_lr, made.terms.warmup_rounds) == ("mine", 96, 1e-5, 300)
     assert made.terms.on_chain().z_loss_bits == 0x38D1B717
-    with pytest.raises(ConfigError, match=r"terms\.peek_lr is no setting \(--set\); did you mean peak_lr"):
+    with pytest.raises(ConfigError, match=r"terms\.peek_lr: there is no such key \(--set\); did you mean peak_lr"):
         load_settings(None, file, [*MADE, "terms.peek_lr=1"], load_recipe("hermes-sft").settings())
 
 
@@ -100,7 +100,7 @@ def test_a_file_goes_over_the_recipe_and_flags_over_the_file(tmp_path: Path) -> 
         ({"terms": {"warmup_rounds": 101}}, "at most the 100 rounds"),
         ({"terms": {"schedule": "wsd"}}, "wsd needs it"),
         ({"terms": {"decay_rounds": 5}}, "is for the schedule wsd"),
-        ({"about": {"licence": "x"}}, r"recipe x\.about\.licence is no setting"),
+        ({"about": {"licence": "x"}}, r"recipe x\.about\.licence: there is no such key"),
     ],
 )
 def test_a_recipe_that_contradicts_itself_is_refused(change: dict[str, dict[str, Any]], said: str) -> None:

@@ -6,6 +6,7 @@ import re
 import shlex
 import tomllib
 from pathlib import Path
+from typing import Any
 
 import pytest
 from typer import Typer
@@ -13,6 +14,7 @@ from typer.testing import CliRunner
 
 from coordinator.admin import app as admin
 from coordinator.ledger.cli import app as ledger
+from coordinator.recipes import load_recipe
 from coordinator.run_config import RunSettings
 from psyche_node.cli import app as node
 from psyche_node.exits import Exit
@@ -76,8 +78,18 @@ def test_documented_settings_are_valid(
     for text in found:
         values = tomllib.loads(text)
         if "run" in values:
-            values["run"] = "1" * 43
+            values["run"] = "1" * 32
+        if over := re.search(r"--recipe (\S+)", text):
+            values = with_recipe(values, over[1])
         model.model_validate(values)
+
+
+def with_recipe(values: dict[str, Any], name: str) -> dict[str, Any]:
+    """What a file over a recipe makes, with a run's name and what the folders would give."""
+    folders = dict.fromkeys(("model_root", "layout_digest", "data_manifest"), "00" * 32)
+    recipe = load_recipe(name).settings()
+    terms = recipe["terms"] | values["terms"] | folders | {"samples": 1, "update_bytes": 1}
+    return {"run_id": "x", "limits": recipe["limits"] | values["limits"], "terms": terms}
 
 
 def test_restarts_are_prevented_by_codes_that_exist(root: Path) -> None:

@@ -22,6 +22,7 @@ from psyche_node.sim.result import (
     dense_allreduce_bytes,
     replicas,
 )
+from psyche_node.sim.samples import SampleCounts
 
 PARAMETERS, UPDATE, TOKENS = 2_134_528, 20_992, 4_096
 ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"
@@ -245,6 +246,19 @@ def synthetic_run(
         ]
         if tasks
         else [],
+        question=f"What does os do?{texts}",
+        data=SampleCounts(
+            samples=1_500,
+            train=1_380,
+            heldout=70,
+            too_long=43,
+            untrained=4,
+            bad=3,
+            cut=0,
+            closed=0,
+            sequence_length=256,
+            skipped=(f"chats.jsonl:7: this is not JSON{texts}",),
+        ),
         checkpoint=f"runs/2026-03-02/checkpoint{texts}",
         nodes=results,
         baseline=Baseline(

@@ -21,12 +21,16 @@ from psyche_node.node.journal import Journal, JournalReader
 from psyche_node.sim.collect import collect, ledger_result
 from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.result import LedgerResult, RunResult
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.world import ChainRecord, SimNode, SimulationFailed, World
 
 START = 1_700_000_000.0
 LEDGER = LedgerResult(program_id="p", run_address="r", transactions=3, lamports=5)
 SHA = "ab" * 32
+SAMPLES = SampleCounts(
+    samples=9, train=5, heldout=1, too_long=2, untrained=0, bad=1, cut=0, closed=0, sequence_length=16
+)
 
 
 def wallet(index: int) -> Pubkey:
@@ -83,6 +87,7 @@ class Stage:
             update_bytes=100,
             parameters=1000,
             unigram_entropy=5.0,
+            counts=SAMPLES,
             model_source="",
             data_source="",
         )
@@ -170,6 +175,7 @@ def test_rounds_losses_members_and_checks(tmp_path: Path) -> None:
     assert [(record.start, record.end) for record in result.timeline] == [(1, 3), (3, 6)]
     first = result.timeline[0].members[0]
     assert (first.wait_seconds, first.bytes_sent) == (pytest.approx(1.0), 100)
+    assert result.data == SAMPLES
     assert result.replicas_identical
     assert result.weights_sha256 == SHA
     assert [check.round for check in result.checks] == [1, 2]
@@ -234,9 +240,9 @@ def test_nothing_has_happened_yet(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("status", "fields", "said"),
     [
-        (None, {}, "stopped"),
-        (130, {}, "stopped"),
-        (-signal.SIGTERM, {}, "stopped"),
+        (None, {}, "interrupted"),
+        (130, {}, "interrupted"),
+        (-signal.SIGTERM, {}, "interrupted"),
         (-signal.SIGKILL, {"killed": True}, "killed"),
         (-signal.SIGKILL, {}, "failed"),
         (22, {}, "failed"),
@@ -247,6 +253,8 @@ def test_how_a_node_ended(tmp_path: Path, status: int | None, fields: dict[str, 
     stage = Stage(tmp_path)
     stage.node(0, status=status, **fields)
     assert stage.collect("interrupted").nodes[0].exit == said
+    # Nobody but the simulation stops a node of a run that failed.
+    assert stage.collect("failed").nodes[0].exit == said.replace("interrupted", "stopped")
 
 
 def test_warnings_of_the_logs_become_events_and_hostile_lines_do_not_hurt(tmp_path: Path) -> None:
@@ -373,7 +381,7 @@ def test_process_is_gone_when_its_end_is_cancelled(tmp_path: Path, monkeypatch: 
 
     async def test() -> None:
         process = Managed("part", "stubborn_part", [], tmp_path / "part.log", pipe=True)
-        assert await process.first_line(20) == "up\n"
+        assert await process.first_line(90) == "up\n"
         stopping = asyncio.create_task(process.stop())
         await asyncio.sleep(0)
         stopping.cancel()

@@ -139,7 +139,7 @@ def test_summary_says_the_essentials() -> None:
         "identical",
         "node-3 killed",
         "out/report.html",
-        'psyche-sim chat runs/2026-03-02/checkpoint "What does',
+        "psyche-sim chat runs/2026-03-02/checkpoint 'What does os do?'",
     ):
         assert expected in text, expected
     assert synthetic_run().weights_sha256 in text.split(), "never broken, however narrow"

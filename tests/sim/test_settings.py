@@ -13,7 +13,9 @@ from coordinator.state import float_bits
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.sim.cli import app
+from psyche_node.sim.out import OutFolder
 from psyche_node.sim.recipe import recipe_for
+from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Kill, Prepared, Ranks, SimSettings
 
 
@@ -56,7 +58,7 @@ def test_kill_of_nobody_is_refused(kill: Kill) -> None:
 
 def test_somebody_has_to_be_reachable() -> None:
     settings(nodes=4, private=3)
-    with pytest.raises(ValidationError, match="has to be reachable"):
+    with pytest.raises(ValidationError, match="must be reachable"):
         settings(nodes=4, private=4)
 
 
@@ -70,13 +72,31 @@ def test_chain_of_ones_own_needs_a_wallet_that_is_there(tmp_path: Path) -> None:
 
 
 def test_output_folder_is_new_or_empty(tmp_path: Path) -> None:
-    settings(out=tmp_path / "a" / "b").claim_out()
+    OutFolder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
-    settings(out=tmp_path / "a" / "b").claim_out()
+    OutFolder(tmp_path / "a" / "b")
     for used in (tmp_path, tmp_path / "file"):
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="--out"):
-            settings(out=used).claim_out()
+            OutFolder(used)
+
+
+def test_output_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
+    (tmp_path / "there").mkdir()
+    (tmp_path / "precious").write_text("mine")
+    for out in (tmp_path / "there", tmp_path / "a" / "b"):
+        folder = OutFolder(out)
+        (out / "logs").mkdir()
+        (out / "logs" / "x.log").touch()
+        (out / "owner.json").touch()
+        (out / "link").symlink_to(tmp_path)
+        folder.give_back()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["precious", "there"]
+    assert not any((tmp_path / "there").iterdir())
+    shared = OutFolder(tmp_path / "runs" / "mine")
+    OutFolder(tmp_path / "runs" / "another's")
+    shared.give_back()
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another's"]
 
 
 @given(st.integers(10, 10_000))
@@ -87,7 +107,7 @@ def test_deadlines_are_as_long_as_they_should_be_whatever_a_slot_is(slot_ms: int
         (limits.max_round_train_time, 120),
         (limits.round_witness_time, 10),
         (limits.cooldown_time, 30),
-        (limits.adaptive_grace, 2),
+        (limits.adaptive_grace, 5),
     ):
         assert 0 <= slots * slot_ms / 1000 - seconds < slot_ms / 1000
 
@@ -131,6 +151,9 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         update_bytes=999,
         parameters=5,
         unigram_entropy=1.0,
+        counts=SampleCounts(
+            samples=1, train=1, heldout=0, too_long=0, untrained=0, bad=0, cut=0, closed=0, sequence_length=64
+        ),
         model_source="demo",
         data_source="docs",
     )
@@ -153,6 +176,11 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         (["--baseline", "sgd"], "the one baseline is adamw"),
         (["--rpc", "http://127.0.0.1:1"], "funded wallet"),
         (["--adversary", "gossip"], "gossip"),
+        (
+            ["--template", "none.jinja"],
+            "--template none.jinja: no such file; name one, or one of hermes-llama3, chatml",
+        ),
+        (["--skip-bad", "most"], "--skip-bad most is neither a number nor all"),
     ],
 )
 def test_flag_that_cannot_be_used_is_named(flags: list[str], said: str, tmp_path: Path) -> None:

@@ -111,9 +111,8 @@ def one_gradient_makes_one_update() -> None:
         for round in range(3):
             full = {name: torch.randn(p.shape, generator=generator) for name, p in one.model.named_parameters()}
             for member in (one, *many):
-                for placement, parameter in zip(
-                    member.optimizer.layout.placements, member.optimizer._parameters, strict=True
-                ):
+                parameters = member.optimizer._weights.parameters
+                for placement, parameter in zip(member.optimizer.layout.placements, parameters, strict=True):
                     parameter.grad = share(full[placement.name], placement, parameter)
             blobs = [member.optimizer.encode(run=RUN, round=round, member=0) for member in (one, *many)]
             assert len(set(blobs)) == 1

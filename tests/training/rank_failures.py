@@ -22,6 +22,8 @@ from psyche_node.training import messages as m
 from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed
 from psyche_node.training.forward import Root
 from psyche_node.training.model import build_model
+from psyche_node.training.options import Options
+from psyche_node.training.preparing import compile_layers
 
 
 def a_gradient_that_is_not_finite_is_everybodys() -> None:
@@ -193,6 +195,42 @@ def all_ranks_take_the_same_attention() -> None:
                 one = session(tensor_parallel)
             assert one.model.config._attn_implementation == "eager"
             assert any("attention sdpa does not work here: " in line for line in one.reasons)
+
+
+def all_ranks_take_the_same_attention_in_compiled_layers() -> None:
+    """It fails on one of them, in the second layer."""
+    plain, calls = torch.nn.functional.scaled_dot_product_attention, list[int]()
+
+    def one_fails(*arguments: Any, **named: Any) -> Tensor:
+        calls.append(1)
+        if len(calls) == 2:
+            raise RuntimeError("no such kernel")
+        return plain(*arguments, **named)
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_by("eager", patch)
+        if dist.get_rank() == 1:
+            patch.setattr(torch.nn.functional, "scaled_dot_product_attention", one_fails)
+        one = session(dist.get_world_size(), options=Options(compile=True))
+    assert one.model.config._attn_implementation == "eager"
+    assert any("attention sdpa does not work here: " in line for line in one.reasons)
+
+
+def a_rank_that_cannot_compile_is_everybodys() -> None:
+    def broken(graph: Any, inputs: Any) -> Any:
+        if dist.get_rank() == 1:
+            raise RuntimeError("no compiler")
+        return graph.forward
+
+    with pytest.MonkeyPatch.context() as patch:
+        compile_by(broken, patch)
+        with pytest.raises(TrainingError, match=r"no compiler(.|\n)*Set compile to false"):
+            session(dist.get_world_size(), options=Options(compile=True))
+    assert session(dist.get_world_size()).model.config._attn_implementation == "sdpa"
+
+
+def compile_by(backend: Any, patch: pytest.MonkeyPatch) -> None:
+    patch.setattr("psyche_node.training.preparing.compile_layers", lambda model: compile_layers(model, backend))
 
 
 def the_rank_with_least_memory_decides() -> None:

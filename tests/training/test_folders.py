@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -12,8 +13,9 @@ from tiny import terms
 from typer.testing import CliRunner
 
 from coordinator.admin import app as admin
-from coordinator.admin.folders import TERMS_OF_FOLDERS, terms_of_folders
-from coordinator.run_config import ConfigError
+from coordinator.admin.folders import TERMS_OF_FOLDERS, Folders
+from coordinator.admin.runs import folder_lines
+from coordinator.run_config import RECIPE, ConfigError, SettingsTable
 from coordinator.wallet import create_keypair
 from psyche_node.cli import app
 from psyche_node.data import PackedDataset
@@ -64,17 +66,54 @@ def test_what_cannot_be_used_ends_with_its_own_code(model_dir: Path, packed: Pat
     assert code("--data", bent) == Exit.DATA_MISMATCH
 
 
+def table(terms: dict[str, Any], source: str = "run.toml") -> SettingsTable:
+    return SettingsTable({"terms": terms}, ((source, {"terms": terms}),))
+
+
 def test_run_create_fills_them_in_and_refuses_contradictions(model_dir: Path, packed: Path) -> None:
     root = json.loads(printed("--model", model_dir, "--json"))["model_root"]
-    same: dict[str, Any] = {"topk": 64, "model_root": root.upper(), "sequence_length": 64}
-    found = terms_of_folders({"terms": same}, model_dir, packed, "fp32")
+    same = {"model_root": root.upper(), "sequence_length": 64}
+    found = Folders(model_dir, packed, "fp32").terms(table(same), 64)
     assert found["model_root"] == root
     assert set(found) == set(TERMS_OF_FOLDERS)
     with pytest.raises(ConfigError) as raised:
-        terms_of_folders({"terms": {**same, "samples": 7, "sequence_length": 4096}}, None, packed, "fp32")
+        Folders(None, packed, "fp32").terms(table({"samples": 7, "sequence_length": 4096}), 64)
     said = str(raised.value)
-    assert f"terms.samples is 7, but --data {packed} has {found['samples']}" in said
-    assert f"terms.sequence_length is 4096, but --data {packed} has 64" in said
+    assert f"terms.samples is 7 (run.toml), but --data {packed} has {found['samples']}" in said
+    assert f"terms.sequence_length is 4096 (run.toml), but --data {packed} has 64" in said
+    assert "leave these keys out of the file and of --set" in said
+
+
+def test_the_folder_goes_over_a_recipe(packed: Path) -> None:
+    recipe = table({"sequence_length": 16384}, RECIPE)
+    found = Folders(None, packed, "fp32").terms(recipe, 64)
+    assert found["sequence_length"] == 64
+    assert "terms.sequence_length = 64 (the recipe has 16384)" in "\n".join(folder_lines(recipe, found))
+
+
+def test_contradictions_are_told_before_anything_is_read(model_dir: Path, packed: Path, tmp_path: Path) -> None:
+    """Neither the weights nor the sequences are there, which would be told by whoever reads them."""
+    (tmp_path / "config.json").write_bytes((model_dir / "config.json").read_bytes())
+    (tmp_path / "manifest.json").write_bytes((packed / "manifest.json").read_bytes())
+    found = json.loads(printed("--model", tmp_path, "--data", tmp_path, "--topk", "64", "--quick", "--json"))
+    whole = json.loads(printed("--model", model_dir, "--data", packed, "--topk", "64", "--json"))
+    assert found.items() <= whole.items()
+    assert "model_root" not in found
+    with pytest.raises(ConfigError, match=r"update_bytes is 9 .*, but --model"):
+        Folders(tmp_path, tmp_path, "fp32").terms(table({"update_bytes": 9}), 64)
+
+
+def test_an_owner_hears_of_another_template(
+    model_dir: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    found = Folders(model, packed, "fp32").terms(table({}), 64)
+    assert set(found) == set(TERMS_OF_FOLDERS)
+    said = capsys.readouterr().err
+    assert f"warning: {packed} was rendered with the chat template" in said
+    assert f"and {model} has another one" in said
 
 
 def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
@@ -92,29 +131,22 @@ def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
     assert "has 100 token embeddings; the data was prepared with" in done.output
 
 
-def test_the_command_names_the_folder_that_is_wrong(tmp_path: Path) -> None:
-    wallet = tmp_path / "owner.json"
-    create_keypair(wallet)
-    words = ["run", "create", "x", "--recipe", "demo", "--model", str(tmp_path / "nowhere")]
-    done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
-    assert done.exit_code == Exit.CONFIG
-    assert "nowhere has no config.json" in done.output
-
-
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
-        ("[terms]\ntopk = 0", "terms.topk is 0 ({file}): it has to be at least 1"),
-        ("[terms]\ntopk = 'all'", "terms.topk is 'all' ({file}): it has to be a whole number"),
-        ("terms = 3", "terms is 3 ({file}): it has to be a section with keys of its own"),
+        ("[terms]\ntopk = 0", "terms.topk: it is 0 ({file}); it must be at least 1"),
+        ("[terms]\ntopk = 'all'", "terms.topk: it is 'all' ({file}); it must be a whole number"),
+        ("[limits]\nbatsch = 3", "limits.batsch: there is no such key ({file}); did you mean batch?"),
+        ("terms = 3", "terms: it is 3 ({file}); it must be an object with keys of its own"),
     ],
-    ids=["too small", "no number", "no section"],
+    ids=["too small", "no number", "no setting", "no section"],
 )
-def test_settings_that_the_folders_need_are_looked_at_first(tmp_path: Path, lines: str, why: str) -> None:
+def test_settings_are_looked_at_before_the_folders(tmp_path: Path, lines: str, why: str) -> None:
     wallet, file = tmp_path / "owner.json", tmp_path / "run.toml"
     create_keypair(wallet)
     file.write_text(lines)
     words = ["run", "create", "x", "--config", str(file), "--model", str(tmp_path / "nowhere")]
+    words += ["--rpc", "http://127.0.0.1:9"]  # where nobody is
     done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
     assert done.exit_code == Exit.CONFIG, done.output
     assert why.format(file=file) in done.output
@@ -123,7 +155,7 @@ def test_settings_that_the_folders_need_are_looked_at_first(tmp_path: Path, line
 
 def test_all_that_the_node_says_is_passed_on_without_a_box(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
-        terms_of_folders({}, tmp_path, None, "fp64")
+        Folders(tmp_path, None, "fp64").terms(table({}), 64)
     said = str(raised.value)
     assert "Usage: " in said
     assert "Invalid value for '--precision': " in said

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from live_bytes import LiveBytes
-from tiny import Packed, terms
+from tiny import Packed, bits, terms
 
 from psyche_node.planning import memory as account
 from psyche_node.planning.meta import shape_from
@@ -88,9 +88,11 @@ def peaks_of(
     lookahead: bool,
     monkeypatch: pytest.MonkeyPatch,
     options: Options = DEFAULTS,
+    **changes: Any,
 ) -> Peaks:
-    """Of two rounds."""
-    session = Session(folder, LongData(), terms(lookahead=lookahead), "cpu", micro_batch, 1, options=options)
+    """Of two rounds; ``changes`` of the terms."""
+    said = terms(lookahead=lookahead, **changes)
+    session = Session(folder, LongData(), said, "cpu", micro_batch, 1, options=options)
     if checkpointing:
         session.model.gradient_checkpointing_enable({"use_reentrant": False})
     accumulate, peaks = trainer.accumulate, Peaks()
@@ -131,8 +133,7 @@ def planned(
         checkpointing=checkpointing,
         lookahead=lookahead,
         micro_batches=SHARE // micro_batch,
-        masked=True,
-        **changes,
+        **{"attention": "scores" if shape.capped_scores else "mask", **changes},
     )
     return account.memory(shape, work, outside=0, scratch=0).total
 
@@ -176,6 +177,61 @@ def test_a_step_with_full_logits_needs_what_was_planned(
     found = peaks_of(folder, micro_batch, checkpointing, lookahead, monkeypatch)
     wanted = planned(shape, "fp32", micro_batch, checkpointing, lookahead)
     assert wanted == pytest.approx(found.training, rel=0.1)
+
+
+WIDE = {"granite": {"vocab_size": 8 * VOCABULARY, "logits_scaling": 8}, "gemma2": {"vocab_size": 8 * VOCABULARY}}
+
+
+@pytest.mark.parametrize("kind", sorted(WIDE))
+@pytest.mark.parametrize(("micro_batch", "checkpointing"), [(1, True), (4, False), (4, True)])
+def test_a_step_with_z_loss_of_full_logits_needs_what_was_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, kind: str, micro_batch: int, checkpointing: bool
+) -> None:
+    folder, shape = folder_of(kind, False, lambda: tmp_path, **WIDE[kind])
+    assert shape.loss != "chunked"
+    found = peaks_of(folder, micro_batch, checkpointing, True, monkeypatch, z_loss_bits=bits("0.0001"))
+    wanted = planned(shape, "fp32", micro_batch, checkpointing, True, z_loss=True)
+    assert wanted == pytest.approx(found.training, rel=0.03)
+
+
+def test_z_loss_of_chunks_needs_no_more(
+    models: dict[tuple[str, bool], tuple[Path, ModelShape]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, shape = models["llama", False]
+    found = peaks_of(folder, 4, False, True, monkeypatch, z_loss_bits=bits("0.0001"))
+    assert planned(shape, "fp32", 4, False, True, z_loss=True) == pytest.approx(found.training, rel=0.03)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("micro_batch", [1, 4])
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_of_gemma_2_needs_what_was_planned(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tied: bool, micro_batch: int, checkpointing: bool
+) -> None:
+    """Four norms a layer, and attention's scores through a cap, which only the eager implementation can."""
+    folder, shape = folder_of("gemma2", tied, lambda: tmp_path)
+    assert (shape.norms, shape.masks, shape.assumed) == (4, 2, False)
+    found = peaks_of(folder, micro_batch, checkpointing, True, monkeypatch)
+    assert planned(shape, "fp32", micro_batch, checkpointing, True) == pytest.approx(found.training, rel=0.05)
+
+
+@pytest.mark.parametrize("heads", [2, 8])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_step_of_gemma_2_in_bf16_needs_what_was_planned(
+    autocast: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, checkpointing: bool, heads: int
+) -> None:
+    folder, shape = folder_of("gemma2", False, lambda: tmp_path, num_attention_heads=heads)
+    found = peaks_of(folder, 4, checkpointing, True, monkeypatch)
+    assert planned(shape, "autocast", 4, checkpointing, True) == pytest.approx(found.training, rel=0.07)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen3"])
+def test_a_step_with_eager_attention_needs_what_was_planned(
+    models: dict[tuple[str, bool], tuple[Path, ModelShape]], monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    folder, shape = models[kind, False]
+    found = peaks_of(folder, 4, False, True, monkeypatch, Options(attention="eager"))
+    assert planned(shape, "fp32", 4, False, True, attention="scores") == pytest.approx(found.training, rel=0.05)
 
 
 @pytest.fixture

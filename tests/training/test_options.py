@@ -25,7 +25,7 @@ from psyche_node.training.separation import check_separation
 RUN = bytes(range(32))
 CPU = torch.device("cpu")
 GPU = torch.device("cuda")  # names one; nothing is put there
-ONE = Site(1, 1, only_bf16=False, masked=False)
+ONE = Site(1, 1, only_bf16=False, attention="lengths")
 
 
 def session(model_dir: Path, data: RandomData, options: Options = DEFAULTS, **settings: Any) -> Session:
@@ -227,10 +227,10 @@ def test_what_was_asked_is_done(large: Any) -> None:
 
 def test_less_is_held_where_ranks_share_and_in_bf16(large: Any) -> None:
     alone = choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free=78 << 30)
-    many = choose_fit(large, GPU, 4096, 0, DEFAULTS, Site(8, 1, only_bf16=False, masked=False), free=78 << 30)
+    many = choose_fit(large, GPU, 4096, 0, DEFAULTS, Site(8, 1, only_bf16=False, attention="lengths"), free=78 << 30)
     assert "too much" in alone.reasons[0]
     assert "too much" not in many.reasons[0]
-    bf16 = Site(1, 1, only_bf16=True, masked=False)
+    bf16 = Site(1, 1, only_bf16=True, attention="lengths")
     assert "too much" in choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free=125 << 30).reasons[0]
     assert "too much" not in choose_fit(large, GPU, 4096, 0, DEFAULTS, bf16, free=125 << 30).reasons[0]
 
@@ -258,7 +258,7 @@ def test_a_lookahead_that_is_off_needs_no_copy(
     model_dir: Path, data: RandomData, large: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     free = 135 << 30
-    without = Site(1, 1, only_bf16=False, masked=False, lookahead=False)
+    without = Site(1, 1, only_bf16=False, attention="lengths", lookahead=False)
     assert "too much" in choose_fit(large, GPU, 4096, 0, DEFAULTS, ONE, free).reasons[0]
     assert "too much" not in choose_fit(large, GPU, 4096, 0, DEFAULTS, without, free).reasons[0]
     sites: list[Site] = []

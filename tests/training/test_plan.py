@@ -13,12 +13,13 @@ from typer.testing import CliRunner
 from optimizer.layout import Layout
 from psyche_node.cli import app
 from psyche_node.exits import Exit
+from psyche_node.planning.asked import Asked
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.exchange import LINE, exchange
 from psyche_node.planning.gpus import GPUS, parse_gpus
 from psyche_node.planning.memory import memory
 from psyche_node.planning.meta import shape_from
-from psyche_node.planning.plan import Asked, Plan, plan
+from psyche_node.planning.plan import Plan, plan
 from psyche_node.planning.shape import ModelShape, config_of
 from psyche_node.relay.spec import LinkSpec
 
@@ -83,32 +84,6 @@ def test_checkpointing_keeps_one_input_a_layer(seed: ModelShape) -> None:
     kept = 64 * 2 * 5120 * 16384
     assert kept < memory(seed, work).activations < 1.4 * kept
     assert memory(seed, replace(work, checkpointing=False)).activations > 15 * kept
-
-
-def test_what_does_not_fit_gets_advice_that_holds(seed: ModelShape) -> None:
-    small = plan(seed, asked(gpu=GPUS["H100"]))
-    assert not small.fits
-    *_, last = small.tries
-    totals = [small.memory.total, *(step.total for step in small.tries)]
-    assert totals == sorted(totals, reverse=True), "nothing that does not help"
-    assert last.fits
-    words = dict(step.change.split() for step in small.tries)  # of a flag that came twice, what came last
-    again = asked(
-        gpu=GPUS["H100"],
-        tensor_parallel=int(words["--tensor-parallel"]),
-        bf16=words["--precision"] == "bf16",
-        sequence=int(words.get("--seq", "16384")),
-        checkpointing=True,
-    )
-    assert plan(seed, again).memory.total == last.total
-
-
-def test_a_model_that_fits_nowhere_gets_a_number_of_gpus(seed: ModelShape) -> None:
-    one = plan(seed, asked(gpus=1, gpu=GPUS["RTX4090"], batch=24, members=24))
-    (*_, last) = one.tries
-    assert last.change.startswith("--gpus ")
-    enough = int(last.change.split()[1].split("x")[0])
-    assert 10 < enough < 40
 
 
 def test_more_of_everything_needs_more(seed: ModelShape) -> None:
@@ -226,17 +201,17 @@ def test_what_a_config_leaves_out_is_its_kind_of_models(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it has to be a whole number from 1"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0; it must be a whole number from 1"),
         ({"num_attention_heads": 0}, "num_attention_heads is 0; it"),
         ({"num_key_value_heads": 0}, "num_key_value_heads is 0; it"),
         ({"num_key_value_heads": "8"}, 'num_key_value_heads is "8"; it'),
-        ({"num_key_value_heads": 5}, "num_attention_heads is 32; it has to be a multiple of num_key_value_heads"),
+        ({"num_key_value_heads": 5}, "num_attention_heads is 32; it must be a multiple of num_key_value_heads"),
         ({"num_attention_heads": 24, "head_dim": None}, "hidden size (4096) is not a multiple"),
         ({"hidden_size": -1}, "hidden_size is -1; it"),
         ({"hidden_size": "left out"}, "has no hidden_size"),
         ({"vocab_size": 0}, "vocab_size is 0; it"),
         ({"num_hidden_layers": True}, "num_hidden_layers is true; it"),
-        ({"num_hidden_layers": 10**9}, "it has to be a whole number from 1 to 4,096"),
+        ({"num_hidden_layers": 10**9}, "it must be a whole number from 1 to 4,096"),
         ({"head_dim": "x"}, 'head_dim is "x"; it'),
         ({"hidden_act": "no such function"}, "no such function"),
         ({"rms_norm_eps": []}, "rms_norm_eps"),
@@ -270,7 +245,14 @@ def test_the_command_prints_a_plan_and_its_json() -> None:
     ]
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
-    for said in ("36,151,104,512 parameters", "105,913,080 bytes", "it fits", "50 transactions", "20.8 s"):
+    for said in (
+        "36,151,104,512 parameters",
+        "105,913,080 bytes",
+        "it fits",
+        "50 transactions",
+        "20.8 s",
+        "3.2 s until",
+    ):
         assert said in done.output
     shown = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
     assert shown["memory"]["total"] == sum(size for name, size in shown["memory"].items() if name != "total")
@@ -283,7 +265,6 @@ def test_what_does_not_fit_has_advice_for_figures_and_an_exit_code_of_its_own() 
     done = CliRunner().invoke(app, words)
     assert done.exit_code == Exit.NO_ROOM
     assert "it does not fit. What helps" in done.output
-    assert "--tensor-parallel" in done.output
     for figure in ("tokens/s", "SOL", "whole run"):
         assert figure not in done.output
     shown = CliRunner().invoke(app, [*words, "--json"])

@@ -20,6 +20,8 @@ CASES = "rank_failures"
         "what_fails_within_a_step_on_one_rank_fails_on_all",
         "motions_that_fail_before_the_step_did_leave_nothing_behind",
         "all_ranks_take_the_same_attention",
+        "all_ranks_take_the_same_attention_in_compiled_layers",
+        "a_rank_that_cannot_compile_is_everybodys",
         "the_rank_with_least_memory_decides",
         "a_step_that_fails_on_one_rank_fails_on_all",
         "an_update_that_cannot_be_written_is_taken_back",

@@ -37,7 +37,7 @@ async def trainer() -> AsyncIterator[tuple[Endpoint, subprocess.Popen[bytes]]]:
         yield endpoint, process
     finally:
         await endpoint.close()
-        await asyncio.to_thread(process.communicate, timeout=30)
+        await asyncio.to_thread(process.communicate, timeout=90)
 
 
 def load(model_dir: Path, packed: Path, **changes: object) -> m.Load:
@@ -110,7 +110,7 @@ def test_two_processes_train_together(model_dir: Path, packed: Path, tmp_path: P
             assert (await b.call(m.Root(), m.RootIs)).model_root != loaded.model_root
             await a.call(m.Shutdown(), Ok)
             assert await asyncio.to_thread(process_a.wait, 20) == 0
-            await asyncio.wait_for(a.closed.wait(), 20)
+            await asyncio.wait_for(a.closed.wait(), 90)
             with pytest.raises(IpcError, match="gone"):
                 await a.call(m.Root(), m.RootIs)
         assert process_b.returncode == 0, "closing the socket ends the process"

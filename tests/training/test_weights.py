@@ -169,7 +169,7 @@ def test_computed_buffers_in_old_files_are_passed_over(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads is 0; it has to be a whole number"),
+        ({"num_attention_heads": 0}, "num_attention_heads is 0; it must be a whole number"),
         ({"num_hidden_layers": "x"}, 'num_hidden_layers is "x"; it'),
         ({"hidden_size": -1}, "hidden_size is -1; it"),
         ({"rms_norm_eps": []}, "rms_norm_eps"),

@@ -9,12 +9,12 @@ import time
 from collections import deque
 from collections.abc import Iterator
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.bulk import frames
 from psyche_node.network.bulk.secure import Broken, Secure
 from psyche_node.network.links import CallFailed, Cause
 from psyche_node.network.sending import Status
 from psyche_node.network.statements import NodeRecord, split_address
-from psyche_node.network.store import PIECE_BYTES
 
 CONNECT_SECONDS = 3.0
 HANDSHAKE_SECONDS = 10.0

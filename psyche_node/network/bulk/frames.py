@@ -13,8 +13,8 @@ import struct
 from dataclasses import dataclass
 from typing import Protocol
 
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.sending import Status
-from psyche_node.network.store import PIECE_BYTES
 
 ALPN = "psyche-bulk/1"
 MAX_REQUEST = 1024

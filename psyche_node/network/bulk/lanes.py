@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from psyche_node.identity import node_id
+from psyche_node.network.blobs import PIECE_BYTES
 from psyche_node.network.bulk.client import BulkConnection, Run, WrongNode
 from psyche_node.network.bulk.secure import Broken, Contexts, client_context
 from psyche_node.network.certificates import BadCertificate, ExpiredCertificate, Leaf
@@ -22,7 +23,6 @@ from psyche_node.network.links import CallFailed, Cause, Links
 from psyche_node.network.messages import Why
 from psyche_node.network.reports import Reporter, Traffic
 from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import PIECE_BYTES
 from psyche_node.network.wire import node_pb2 as wire
 
 log = logging.getLogger(__name__)

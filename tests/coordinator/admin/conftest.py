@@ -46,7 +46,7 @@ def run(ledger: Ledger, program: tuple[Keypair, Pubkey], tmp_path_factory: pytes
         await asyncio.gather(*(take_part(node, until_round=2) for node in nodes))
         await close(*nodes)
 
-    asyncio.run(asyncio.wait_for(play(), 60))
+    asyncio.run(asyncio.wait_for(play(), 300))
     return created
 
 

@@ -114,15 +114,15 @@ def test_runs_of_one_name_are_told_apart(
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("limits.batsch=3", "limits.batsch is no setting (--set); did you mean batch?"),
-        ("colour=blue", "colour is no setting (--set)"),
-        ("limits.batch=0", "limits.batch is 0 (--set): it has to be at least 1"),
-        ("batch=many", "limits.batch is 'many' (--set): it has to be a whole number"),
+        ("limits.batsch=3", "limits.batsch: there is no such key (--set); did you mean batch?"),
+        ("colour=blue", "colour: there is no such key (--set)"),
+        ("limits.batch=0", "limits.batch: it is 0 (--set); it must be at least 1"),
+        ("batch=many", "limits.batch: it is 'many' (--set); it must be a whole number"),
         ("limits.witnesses=3", "witnesses must be at most min_members"),
         ("limits.min_members=3", "min_members <= init_min_members"),
-        ("terms.model_root=ab", "terms.model_root is 'ab' (--set): it has to be 32 bytes in hex"),
+        ("terms.model_root=ab", "terms.model_root: it is 'ab' (--set); it must be 32 bytes in hex"),
         ("terms.peak_lr=nan", "terms.peak_lr"),
-        ("schedule=steps", "terms.schedule is 'steps' (--set): it has to be 'constant', 'linear'"),
+        ("schedule=steps", "terms.schedule: it is 'steps' (--set); it must be 'constant', 'linear'"),
         ("run_id.x=1", "is not a section"),
         ("limits", "must look like"),
     ],
@@ -145,7 +145,7 @@ def test_settings_are_checked_before_anything_is_sent(wallet: Path, config: Path
 def test_settings_can_come_without_a_file(ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc]
     missing = admin("run", "create", "flags", *options, status=10)
-    assert "limits is missing" in missing
+    assert "limits: it is missing" in missing
     for setting in (
         "limits.init_min_members=1",
         "limits.min_members=1",
@@ -171,7 +171,7 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path
 ) -> None:
     options = ["--payer", wallet, "--program", str(program[1]), "--rpc", ledger.rpc, "--recipe", "hermes-sft"]
-    assert "terms.model_root is missing" in admin("run", "create", "sft", *options, status=10)
+    assert "terms.model_root: it is missing" in admin("run", "create", "sft", *options, status=10)
     assert "there is no recipe 'soup'" in admin("run", "create", "sft", *options[:-1], "soup", status=10)
     for name in ("model_root", "layout_digest", "data_manifest"):
         options += ["--set", f"terms.{name}={HEX}"]
@@ -186,6 +186,24 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     )
     assert (shown["limits"]["batch"], shown["limits"]["total_rounds"]) == (384, 9000)
     assert "growing from 24 until round 100" in admin("run", "show", created["address"], "--rpc", ledger.rpc)
+
+
+def test_folders_are_read_when_all_else_is_right(
+    ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path, tmp_path: Path
+) -> None:
+    options = ["run", "create", "slow", "--config", config, "--rpc", ledger.rpc, "--program", program[1], "--payer"]
+    folder = ["--model", tmp_path / "nowhere"]
+    assert "nowhere has no config.json" in admin(*options, wallet, *folder, status=10)
+    admin(*options, wallet)
+    admin("keys", "new", tmp_path / "poor.json")
+    for words, said, status in (
+        ([*options, wallet], "already", 10),
+        ([*options, tmp_path / "poor.json"], "has 0 SOL", 21),
+        ([*options, wallet, "--set", "run_id=other", "--set", "batsch=3"], "batsch: there is no such key (--set)", 10),
+    ):
+        told = admin(*words, *folder, status=status)
+        assert said in told
+        assert "nowhere" not in told
 
 
 def test_no_endpoint_and_no_program_have_their_own_exit_status(

@@ -149,7 +149,7 @@ def play(ledger: Ledger, address: str) -> threading.Thread:
         await asyncio.gather(*(take_part(node) for node in nodes))
         await close(*nodes)
 
-    thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(act(), 120)))
+    thread = threading.Thread(target=lambda: asyncio.run(asyncio.wait_for(act(), 300)))
     thread.start()
     return thread
 
@@ -188,7 +188,7 @@ def test_on_a_terminal_it_is_a_screen_that_ctrl_c_leaves(ledger: Ledger, fresh: 
     assert b"\x1b[?1049h" in seen, "the alternate screen: what was on the terminal comes back"
     process.send_signal(signal.SIGINT)
     rest = read_until(parent, None)
-    assert process.wait(20) == 130
+    assert process.wait(90) == 130
     assert b"\x1b[?1049l" in rest
     assert "WAITING_FOR_MEMBERS" in rest.partition(b"\x1b[?1049l")[2].decode(), "the last view stays"
     assert b"Traceback" not in seen + rest

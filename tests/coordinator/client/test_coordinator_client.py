@@ -56,7 +56,7 @@ def test_a_run_from_its_creation_to_its_end(ledger: Ledger, program: Program) ->
             assert failed < total
             await close(*nodes)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_program_errors_have_number_name_and_logs(ledger: Ledger, program: Program) -> None:
@@ -172,7 +172,7 @@ def test_a_cut_websocket_is_replaced_by_polling_and_comes_back(ledger: Ledger, p
                 pulses = client.watch()
 
                 async def until(members: int) -> None:
-                    async with asyncio.timeout(10):
+                    async with asyncio.timeout(90):
                         while (await anext(pulses)).header.members != members:
                             pass
 
@@ -197,7 +197,7 @@ def test_a_cut_websocket_is_replaced_by_polling_and_comes_back(ledger: Ledger, p
                 await relay.cut()
                 await close(*nodes)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 async def _neighbours(stack: contextlib.AsyncExitStack, handler: Any, relay: Relay) -> tuple[str, int]:
@@ -222,12 +222,12 @@ def test_a_change_is_pushed_long_before_it_would_be_polled(ledger: Ledger, progr
                 assert (await anext(pulses)).header.members == 0
                 waiting = asyncio.ensure_future(anext(pulses))
                 node = await joined([ledger.rpc], run)
-                async with asyncio.timeout(10):
+                async with asyncio.timeout(90):
                     while (await waiting).header.members != 1:
                         waiting = asyncio.ensure_future(anext(pulses))
                 await node.close()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Program) -> None:
@@ -251,10 +251,10 @@ def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Prog
             with pytest.raises(ChainUnavailable):
                 await client.slot()
             down = False
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(90):
                 assert (await waiting).slot > first.slot
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
@@ -286,7 +286,7 @@ def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
             with pytest.raises(RunNotFound, match="was it closed"):
                 await anext(pulses)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_watch_counts_only_answers_that_the_run_is_gone(
@@ -327,7 +327,7 @@ def test_watch_counts_only_answers_that_the_run_is_gone(
                 await anext(pulses)
             await pulses.aclose()  # type: ignore[attr-defined]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_one_bad_answer_about_a_part_of_the_run_is_no_proof_that_it_is_gone(ledger: Ledger, program: Program) -> None:
@@ -349,7 +349,7 @@ def test_one_bad_answer_about_a_part_of_the_run_is_no_proof_that_it_is_gone(ledg
             client.rpc.seen_slot, missing = 0, False
             assert await client.members() == ()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program) -> None:
@@ -380,7 +380,7 @@ def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program
             assert sizes.count(256) > sizes.count(1088)
             await close(*nodes)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 # ---------------------------------------------------------------------- sending through trouble
@@ -414,7 +414,7 @@ def test_a_lost_transaction_expires_and_is_signed_again(fast_ledger: Ledger) -> 
             await _pays_once(fast_ledger, [front])
         assert len(lost) == 1
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_answer_lost_after_the_fact_does_no_harm(ledger: Ledger) -> None:
@@ -434,7 +434,7 @@ def test_an_answer_lost_after_the_fact_does_no_harm(ledger: Ledger) -> None:
             await _pays_once(ledger, [front])
         assert sends == 2
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_sending_fails_over_between_endpoints(ledger: Ledger) -> None:
@@ -445,7 +445,7 @@ def test_sending_fails_over_between_endpoints(ledger: Ledger) -> None:
         async with endpoint(forwarding(ledger.rpc, change)) as limited:
             await _pays_once(ledger, ["http://127.0.0.1:9", limited, ledger.rpc])
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_reads_do_not_go_back_to_an_endpoint_that_is_behind(ledger: Ledger, program: Program) -> None:
@@ -471,7 +471,7 @@ def test_reads_do_not_go_back_to_an_endpoint_that_is_behind(ledger: Ledger, prog
             assert second.slot >= first.slot
             assert asked == [first.slot]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_endpoint_that_never_confirms_is_given_up(ledger: Ledger) -> None:
@@ -489,4 +489,4 @@ def test_an_endpoint_that_never_confirms_is_given_up(ledger: Ledger) -> None:
             with pytest.raises(ChainUnavailable, match="not confirmed"):
                 await chain.airdrop(payer.pubkey(), SOL)
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))

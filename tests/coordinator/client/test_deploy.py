@@ -42,7 +42,7 @@ def test_it_is_deployed_left_alone_and_upgraded(ledger: Ledger) -> None:
             assert stored is not None
             assert not any(stored.data[45 + len(so) :])
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_only_the_authority_upgrades(ledger: Ledger) -> None:
@@ -56,7 +56,7 @@ def test_only_the_authority_upgrades(ledger: Ledger) -> None:
                 await deploy(chain, other, program, program_bytes() + b"\1")
             assert await chain.balance(other.pubkey()) == 10 * SOL
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_address_in_use_and_files_that_are_no_programs_are_refused(ledger: Ledger) -> None:
@@ -85,7 +85,7 @@ def test_the_deposit_comes_back_when_the_loader_refuses(ledger: Ledger) -> None:
             lost = 10 * SOL - await chain.balance(owner.pubkey())
             assert lost < chain.rent_exempt(20_000) // 100, "fees only"
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_a_chain_that_stands_still_after_a_deployment(ledger: Ledger, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -113,7 +113,7 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                 following = [asyncio.create_task(stage.membership.follow()) for stage in (first, other)]
                 before, after = rotate_node_key(first.config.node_key_path)
                 assert before is not None
-                async with asyncio.timeout(20):
+                async with asyncio.timeout(90):
                     while other.network.lists[-1:] != [await keys_of(owner)]:
                         await asyncio.sleep(0.01)
 
@@ -134,8 +134,8 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                 for stage in (first, other):
                     stage.membership.on_event(unknown)
                 with pytest.raises(JoinRefused, match="goes on under another node key"):
-                    await asyncio.wait_for(following[0], 20)
-                async with asyncio.timeout(20):
+                    await asyncio.wait_for(following[0], 300)
+                async with asyncio.timeout(90):
                     while other.network.lists[-1] != await keys_of(owner):
                         await asyncio.sleep(0.01)
                 assert other.network.lists[-1][slot] == after.public.hex()
@@ -146,7 +146,7 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                 (before.node_id, after.node_id)
             ]
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_a_key_rotates_while_the_run_trains_and_not_when_it_is_finished(
@@ -177,7 +177,7 @@ def test_a_key_rotates_while_the_run_trains_and_not_when_it_is_finished(
                     with pytest.raises(RunFinished, match="a finished run takes no other key"):
                         await too_late.join()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_a_rotated_key_keeps_the_old_one_beside_it(tmp_path: Path) -> None:

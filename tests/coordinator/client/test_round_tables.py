@@ -155,4 +155,4 @@ def test_a_part_of_a_round_says_what_the_whole_says(ledger: Ledger, program: tup
             for node in nodes:
                 await node.close()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))

@@ -60,7 +60,7 @@ def test_the_next_endpoint_takes_over_and_the_first_is_preferred_again() -> None
                 await asyncio.sleep(0.02)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 @pytest.mark.parametrize(
@@ -83,18 +83,23 @@ def test_the_next_endpoint_takes_over_and_the_first_is_preferred_again() -> None
 )
 def test_what_an_endpoint_may_do_wrong(handler: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rpc_module, "MAX_RESPONSE_BYTES", 4000)
+    # The first failure ends a call to an endpoint that is alone: the pause after it is longer than its patience.
+    monkeypatch.setattr(rpc_module, "_FIRST_PAUSE", 1e6)
+    monkeypatch.setattr(rpc_module, "_LONGEST_PAUSE", 1e6)
+    if handler is never:
+        monkeypatch.setattr(rpc_module, "_IMPATIENT_SECONDS", 0.2)
 
     async def run() -> None:
         async with endpoint(handler) as bad, endpoint(good) as fine:
-            alone = Endpoints([bad], request_seconds=0.2, patience=0.3)
+            alone = Endpoints([bad], request_seconds=0.2 if handler is never else 60.0, patience=60.0)
             with pytest.raises(ChainUnavailable, match=reason):
                 await alone.call("getSlot")
             await alone.close()
-            rpc = Endpoints([bad, DEAD, fine], request_seconds=0.5)
+            rpc = Endpoints([bad, DEAD, fine], request_seconds=60.0, patience=60.0)
             assert await rpc.call("getSlot") == "fine"
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_error_of_the_request_is_not_tried_elsewhere() -> None:
@@ -130,7 +135,7 @@ def test_what_one_endpoint_does_not_offer_another_may() -> None:
                 await alone.call("getSlot")
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
@@ -152,11 +157,11 @@ def test_an_answer_that_cannot_be_read_is_asked_for_elsewhere() -> None:
                 await alone.ask("getSlot", [], read)
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 @pytest.mark.parametrize("alone", [True, False])
-def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool) -> None:
+def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also where it answers probes well, as one does that lacks an index or serves another chain."""
     asked: list[float] = []
 
@@ -164,6 +169,10 @@ def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool) ->
         if request["method"] == "getSlot":
             return result(request, 1)
         asked.append(time.monotonic())
+        if alone and len(asked) == 4:
+            # One more pause is longer than the patience of the call.
+            monkeypatch.setattr(rpc_module, "_LONGEST_PAUSE", 1e6)
+            monkeypatch.setattr(rpc_module, "_FIRST_PAUSE", 1e6)
         return result(request, "nonsense")
 
     def read(answer: Any) -> str:
@@ -173,7 +182,7 @@ def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool) ->
 
     async def run() -> None:
         async with endpoint(nonsense) as one, endpoint(good) as two:
-            rpc = Endpoints([one] if alone else [one, two], patience=4.0)
+            rpc = Endpoints([one] if alone else [one, two], patience=60.0)
             if alone:
                 with pytest.raises(ChainUnavailable, match="no use"):
                     await rpc.ask("getHealth", [], read)
@@ -184,7 +193,7 @@ def test_pauses_grow_for_an_endpoint_whose_answers_are_of_no_use(alone: bool) ->
             assert rpc._endpoints[0].failures == len(asked)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 300))
     pauses = [later - earlier for earlier, later in itertools.pairwise(asked)]
     assert len(pauses) >= 3
     # 0.2 s, doubled each time, a quarter more or less.
@@ -213,7 +222,7 @@ def test_an_endpoint_whose_answers_are_of_use_again_is_preferred_again() -> None
             assert rpc._endpoints[0].failures == 0
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_what_is_sent_many_ways_leaves_alone_who_asks_for_it() -> None:
@@ -240,7 +249,7 @@ def test_what_is_sent_many_ways_leaves_alone_who_asks_for_it() -> None:
             assert calls["first"] == 2
             await alone.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -259,11 +268,12 @@ def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatc
 
     async def run() -> None:
         async with endpoint(first) as one, endpoint(good) as two:
-            rpc = Endpoints([one, two])
+            rpc = Endpoints([one, two], request_seconds=1000.0, patience=1000.0)
             assert await rpc.call("getHealth") == "fine"
+            # If a call were what finds out, it would take as long as it may: the next time nobody is as impatient.
+            monkeypatch.setattr(rpc_module, "_IMPATIENT_SECONDS", 1000.0)
             while probes == 0:
-                # If a call were what finds out, this one would take as long as it may.
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(60):
                     assert await rpc.call("getHealth") == "fine"
                 await asyncio.sleep(0.01)
             hanging.set()
@@ -271,7 +281,7 @@ def test_nobody_waits_for_an_endpoint_that_hangs_once_another_answers(monkeypatc
                 await asyncio.sleep(0.01)
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_calls_that_fail_together_are_one_failure() -> None:
@@ -285,7 +295,7 @@ def test_calls_that_fail_together_are_one_failure() -> None:
             assert rpc._endpoints[0].failures <= 2
             await rpc.close()
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
@@ -305,7 +315,7 @@ def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
             await rpc.close()
             return rpc._endpoints[0].failures
 
-    failures = asyncio.run(asyncio.wait_for(run(), 20))
+    failures = asyncio.run(asyncio.wait_for(run(), 300))
     warned = [record for record in caplog.records if record.levelname == "WARNING" and "failed" in record.message]
     assert len(warned) == failures.bit_length()
 
@@ -342,19 +352,20 @@ def test_too_many_requests_are_waited_out_as_long_as_asked() -> None:
         async with endpoint(limited) as only:
             rpc = Endpoints([only])
             assert await rpc.call("getSlot") == 1
+            (one,) = rpc._endpoints
+            assert one.retry_at - one.failed_at == pytest.approx(0.6), "and no longer"
             await rpc.close()
 
     asyncio.run(run())
-    assert 0.6 <= times[1] - times[0] < 5
+    assert times[1] - times[0] >= 0.6
 
 
 def test_patience_is_bounded_and_the_message_names_every_endpoint_without_its_key() -> None:
     async def run() -> None:
         rpc = Endpoints([f"{DEAD}/secret-key?token=hush", "http://user:pass@127.0.0.1:10/"], patience=1.0)
-        started = time.monotonic()
-        with pytest.raises(ChainUnavailable) as unavailable:
-            await rpc.call("getSlot")
-        assert time.monotonic() - started < 5
+        async with asyncio.timeout(rpc_module.PATIENCE_SECONDS - 5):
+            with pytest.raises(ChainUnavailable) as unavailable:
+                await rpc.call("getSlot")
         text = str(unavailable.value)
         assert "127.0.0.1:9 " in text
         assert "127.0.0.1:10 " in text

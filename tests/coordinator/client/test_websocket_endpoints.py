@@ -52,7 +52,7 @@ def test_the_next_one_takes_over_and_the_preferred_one_is_returned_to(monkeypatc
         await again.stop()
         await second.stop()
 
-    asyncio.run(asyncio.wait_for(run(), 30))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_a_websocket_that_says_nothing_is_given_up(
@@ -80,7 +80,7 @@ def test_a_websocket_that_says_nothing_is_given_up(
             await close(*nodes)
         await ledger.stop()
 
-    asyncio.run(asyncio.wait_for(run(), 60))
+    asyncio.run(asyncio.wait_for(run(), 300))
     assert "a change of the run was not pushed" in caplog.text
 
 
@@ -116,7 +116,7 @@ def test_a_subscription_given_up_before_it_stands_is_ended_at_the_endpoint() -> 
         ]
         assert pushes == []
 
-    asyncio.run(asyncio.wait_for(run(), 20))
+    asyncio.run(asyncio.wait_for(run(), 300))
 
 
 def test_messages_that_make_no_sense_end_the_connection_and_nothing_else() -> None:

@@ -60,7 +60,7 @@ def cluster(request: pytest.FixtureRequest) -> Iterator[Cluster]:
         urls = json.loads(process.stdout.readline())
         yield Cluster(urls["rpc"], urls["ws"])
     finally:
-        process.communicate(timeout=30)
+        process.communicate(timeout=90)
 
 
 class Client:

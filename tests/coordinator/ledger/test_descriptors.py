@@ -36,7 +36,7 @@ def limited(soft: int, hard: int, folder: Path) -> Iterator[Ledger]:
         yield Ledger(ready["rpc"], ready["ws"], process)
     finally:
         process.terminate()
-        process.communicate(timeout=20)
+        process.communicate(timeout=90)
     assert process.returncode == 0
 
 
@@ -66,10 +66,10 @@ def is_open(connection: socket.socket) -> bool:
 def test_idle_connections_do_not_stop_the_log(tmp_path: Path, port: str) -> None:
     with limited(256, 256, tmp_path / "ledger") as ledger, contextlib.ExitStack() as stack:
         ports = {"http": [ledger.port], "websocket": [ledger.port + 1], "both": [ledger.port, ledger.port + 1]}[port]
-        kept = stack.enter_context(socket.create_connection(("127.0.0.1", ledger.port), timeout=30))
+        kept = stack.enter_context(socket.create_connection(("127.0.0.1", ledger.port), timeout=90))
         start = slot_over(kept)
         idle = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", ports[index % len(ports)]), timeout=30))
+            stack.enter_context(socket.create_connection(("127.0.0.1", ports[index % len(ports)]), timeout=90))
             for index in range(400)
         ]
         now = start
@@ -83,7 +83,7 @@ def test_idle_connections_do_not_stop_the_log(tmp_path: Path, port: str) -> None
 def test_the_soft_limit_is_raised_to_the_hard_one(tmp_path: Path) -> None:
     with limited(96, 2048, tmp_path / "ledger") as ledger, contextlib.ExitStack() as stack:
         idle = [
-            stack.enter_context(socket.create_connection(("127.0.0.1", ledger.port), timeout=30)) for _ in range(300)
+            stack.enter_context(socket.create_connection(("127.0.0.1", ledger.port), timeout=90)) for _ in range(300)
         ]
         assert call(ledger, "getHealth")["result"] == "ok"
         assert all(is_open(one) for one in idle)

@@ -20,7 +20,7 @@ REQUEST = b'{"jsonrpc":"2.0","id":1,"method":"getHealth"}'
 
 def exchange(ledger: Ledger, sent: bytes, *, half_close: bool = True) -> bytes:
     """Everything that comes back until the ledger closes."""
-    with socket.create_connection(("127.0.0.1", ledger.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", ledger.port), timeout=90) as connection:
         received = bytearray()
         try:
             connection.sendall(sent)
@@ -108,7 +108,7 @@ def test_pipelined_requests_are_answered_in_order(ledger: Ledger) -> None:
 
 def test_a_request_in_many_pieces(ledger: Ledger) -> None:
     whole = http(REQUEST, "connection: close")
-    with socket.create_connection(("127.0.0.1", ledger.port), timeout=10) as connection:
+    with socket.create_connection(("127.0.0.1", ledger.port), timeout=90) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         for index in range(len(whole)):
             connection.sendall(whole[index : index + 1])
@@ -130,12 +130,12 @@ def test_malformed_websocket_messages(ledger: Ledger) -> None:
                 ('{"id":1,"method":"slotUnsubscribe","params":["x"]}', -32602),
             ):
                 await socket_.send(sent)
-                answer = json.loads(await asyncio.wait_for(socket_.recv(), 10))
+                answer = json.loads(await asyncio.wait_for(socket_.recv(), 90))
                 assert answer["error"]["code"] == code, sent[:80]
             await socket_.send("x" * 100_000)
             with pytest.raises(ConnectionClosed):
-                await asyncio.wait_for(socket_.recv(), 10)
-        with socket.create_connection(("127.0.0.1", ledger.port + 1), timeout=10) as plain:
+                await asyncio.wait_for(socket_.recv(), 90)
+        with socket.create_connection(("127.0.0.1", ledger.port + 1), timeout=90) as plain:
             plain.sendall(b"GET / HTTP/1.1\r\n\r\n")
             plain.recv(1000)
 
@@ -168,7 +168,7 @@ def test_signals_end_it_cleanly(number: signal.Signals) -> None:
     ready = json.loads(process.stdout.readline())
     with socket.create_connection(("127.0.0.1", int(ready["rpc"].rpartition(":")[2]))):
         process.send_signal(number)
-        output, errors = process.communicate(timeout=10)
+        output, errors = process.communicate(timeout=90)
     assert process.returncode == 0
     assert output == ""
     assert "Traceback" not in errors
@@ -179,7 +179,7 @@ def test_signals_end_it_cleanly(number: signal.Signals) -> None:
 )
 def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
     command = [sys.executable, "-m", "coordinator.ledger", "run", *arguments]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 2
     assert arguments[0] in result.stderr
 
@@ -188,7 +188,7 @@ def test_a_wrong_command_line_is_refused(arguments: list[str]) -> None:
 def test_a_port_in_use_is_named(ledger: Ledger, taken: int) -> None:
     port = ledger.port + taken
     command = [sys.executable, "-m", "coordinator.ledger", "run", "--port", str(port)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=30, check=False)
+    result = subprocess.run(command, capture_output=True, text=True, timeout=90, check=False)
     assert result.returncode == 3
     assert str(port) in result.stderr
     assert "--port" in result.stderr

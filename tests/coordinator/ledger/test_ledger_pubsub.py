@@ -36,14 +36,14 @@ class Socket:
         identity = next(self._identities)
         await self._socket.send(json.dumps({"jsonrpc": "2.0", "id": identity, "method": method, "params": params}))
         while True:
-            message = json.loads(await asyncio.wait_for(self._socket.recv(), 10))
+            message = json.loads(await asyncio.wait_for(self._socket.recv(), 90))
             if message.get("id") == identity:
                 return message["result"]
             self.pushed.append(message)
 
     async def push(self) -> Any:
         """The next notification's method, subscription and result."""
-        message = self.pushed.pop(0) if self.pushed else json.loads(await asyncio.wait_for(self._socket.recv(), 10))
+        message = self.pushed.pop(0) if self.pushed else json.loads(await asyncio.wait_for(self._socket.recv(), 90))
         return message["method"], message["params"]["subscription"], message["params"]["result"]
 
 

@@ -126,10 +126,10 @@ def test_what_waits_for_the_disk_counts_for_a_clients_queue(large: tuple[Bank, l
                 watched.slow = False
                 for function in watched.waiting:
                     function()
-                pushed = json.loads(await asyncio.wait_for(modest.recv(), 30))
+                pushed = json.loads(await asyncio.wait_for(modest.recv(), 90))
                 assert len(pushed["params"]["result"]["value"]["data"][0]) > LARGE
                 with pytest.raises(ConnectionClosed):
-                    await asyncio.wait_for(greedy.recv(), 30)
+                    await asyncio.wait_for(greedy.recv(), 90)
         finally:
             await endpoint.stop()
 

@@ -464,7 +464,7 @@ def test_any_error_of_a_write_ends_the_ledger(tmp_path: Path, monkeypatch: pytes
             journal.append(AdvanceSlot(1, 0))
             journal.when_durable(lambda: called.append(1))
             with pytest.raises(OSError, match="cannot be written"):
-                await asyncio.wait_for(journal.durable(), 10)
+                await asyncio.wait_for(journal.durable(), 90)
         journal.append(AdvanceSlot(2, 0))
         journal.when_durable(lambda: called.append(2))
         await journal.close()
@@ -510,7 +510,7 @@ def test_a_full_disk_acknowledges_nothing_and_says_what_to_do(tmp_path: Path) ->
     assert process.stdout is not None
     rpc = json.loads(process.stdout.readline())["rpc"]
     acknowledged = asyncio.run(_airdrops_until_it_ends(rpc))
-    _, errors = process.communicate(timeout=20)
+    _, errors = process.communicate(timeout=90)
     assert process.returncode == 5, errors
     assert "Make room" in errors
     assert "Traceback" not in errors
@@ -521,7 +521,7 @@ def test_a_full_disk_acknowledges_nothing_and_says_what_to_do(tmp_path: Path) ->
 
 async def _airdrops_until_it_ends(rpc: str) -> int:
     done = 0
-    async with httpx2.AsyncClient() as client:
+    async with httpx2.AsyncClient(timeout=90) as client:
         while True:
             body = {"id": 1, "method": "requestAirdrop", "params": [str(Keypair().pubkey()), SOL]}
             try:

@@ -538,9 +538,9 @@ class RoundModel:
                 self._blame(member, "missed")
             elif majority is not None and entry.commitments[slot].fingerprint != majority:
                 entry.eligible.discard(slot)
-                self._blame(member, "missed")
+                before, member.missed = member.missed, min(member.missed + 1, 255)
                 if member.status is ACTIVE:
-                    member.become(DESYNCED, self.slot)
+                    member.become(DESYNCED if before < self.limits.max_missed else MemberStatus.DROPPED, self.slot)
             else:
                 member.missed = 0
 

@@ -20,6 +20,12 @@ MUTANTS = {
         "if (*count >= c->run->limits.max_missed &&",
         "if (*count > c->run->limits.max_missed &&",
     ),
+    "forgives a false fingerprint": ("settle.c", "count_up(&member->missed);", ";"),
+    "drops who is out of sync a time too early": (
+        "settle.c",
+        "int again = member->missed >= run->limits.max_missed;",
+        "int again = member->missed + 1u >= run->limits.max_missed;",
+    ),
     "forgets a position": (
         "requeue.c",
         "push_range(r, r->range->start + (from - r->base), end - from);",

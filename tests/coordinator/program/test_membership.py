@@ -284,17 +284,48 @@ def test_silence_does_not_stop_a_run() -> None:
     assert all(run.members[slot].excluded == 0 for slot in range(4))
 
 
-def test_a_false_fingerprint_counts_as_a_miss() -> None:
+@pytest.mark.parametrize(("most", "silent"), [(1, 0), (2, 1), (3, 2)])
+def test_who_is_out_of_sync_is_not_dropped_for_what_it_missed_before(most: int, silent: int) -> None:
+    """With the false fingerprint it has missed `most` rounds: it is desynced, and may come back once."""
+    run = long_run(overlap=0, max_missed=most)
+    run.start()
+    for number in range(silent):
+        run.train(range(3))
+        run.attest_all(number, range(3), range(3))
+        run.tick_when_due()
+    run.train(range(4), {3: 99})
+    assert (run.members[3].status, run.members[3].missed) == (MemberStatus.DESYNCED, most)
+    run.attest_all(silent, range(3), range(3))
+    run.must(run.ready(3))
+    run.tick_when_due()
+    assert run.members[3].status is MemberStatus.ACTIVE
+    run.train(range(4))
+    assert run.members[3].missed == 0, "on the right weights everything is forgiven"
+
+
+def test_who_comes_back_on_wrong_weights_again_and_again_is_dropped() -> None:
     run = long_run(overlap=0, max_missed=2)
     run.start()
-    for number in range(2):
+    for number in range(3):
         run.train(range(4), {3: 99})
         run.attest_all(number, range(3), [0, 1, 2])
-        if number == 0:
+        assert run.members[3].missed == number + 1
+        if number < 2:
             assert run.members[3].status is MemberStatus.DESYNCED
             run.must(run.ready(3))
         run.tick_when_due()
     assert run.members[3].status is MemberStatus.DROPPED
+
+
+def test_who_is_back_in_sync_and_then_silent_has_missed_too_much() -> None:
+    run = long_run(overlap=0, max_missed=2)
+    run.start()
+    run.train(range(4), {3: 99})
+    run.attest_all(0, range(3), range(3))
+    run.must(run.ready(3))
+    run.tick_when_due()
+    run.train(range(3))
+    assert (run.members[3].status, run.members[3].missed) == (MemberStatus.DROPPED, 2)
 
 
 def test_many_with_little_to_do_do_not_set_the_pace() -> None:

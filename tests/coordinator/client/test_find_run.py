@@ -1,0 +1,83 @@
+"""A run is named in one way everywhere: by its address or its name; what is nearly right is shown what it may mean."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from ledger_process import Ledger
+from runs import LIMITS, TERMS
+from solders.keypair import Keypair
+from solders.pubkey import Pubkey
+from typer.testing import CliRunner
+
+from coordinator.admin.app import app as admin
+from coordinator.chain import RpcError
+from coordinator.client import CoordinatorClient, RunNotFound
+from coordinator.find_run import find_run, open_run
+from psyche_node.cli import app as node
+from psyche_node.evaluation import Results
+from psyche_node.exits import Exit
+
+Program = tuple[Keypair, Pubkey]
+NAME = "hermes-sft"
+
+
+@pytest.fixture(scope="module")
+def run(ledger: Ledger, program: Program) -> Pubkey:
+    owner, program_id = program
+
+    async def create() -> Pubkey:
+        async with CoordinatorClient([ledger.rpc], program_id, None, owner) as client:
+            return (await client.create_run(NAME, LIMITS, TERMS)).run
+
+    return asyncio.run(create())
+
+
+def test_a_client_is_opened_by_name_or_address(ledger: Ledger, program: Program, run: Pubkey) -> None:
+    owner, program_id = program
+
+    async def look() -> None:
+        for name, options in (
+            (str(run), {}),
+            (NAME, {}),
+            (NAME, {"program": program_id}),
+            (NAME, {"program": program_id, "owner": owner.pubkey()}),
+        ):
+            async with await open_run([ledger.rpc], name, **options) as client:
+                assert client.addresses.run == run
+        with pytest.raises(RunNotFound, match=f"no run of owner {program_id} is called {NAME!r}.*did you mean"):
+            await open_run([ledger.rpc], NAME, owner=program_id)
+        with pytest.raises(RunNotFound, match=f"there is no account (.|\n)*did you mean (.|\n)*owner {owner.pubkey()}"):
+            await open_run([ledger.rpc], NAME, program=program_id, owner=program_id)
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("typed", ["hermes-stf", "Hermes-SFT", "ADDRESS"])
+def test_every_command_names_what_is_nearly_the_same(ledger: Ledger, run: Pubkey, tmp_path: Path, typed: str) -> None:
+    """An address that lacks a character is as good as a name with one too many."""
+    typed = str(run)[:-1] if typed == "ADDRESS" else typed
+    results = tmp_path / "results.json"
+    results.write_bytes(Results(model_root="ab" * 32, round=3).canonical())
+    place = ["--rpc", ledger.rpc]
+    folders = [word for name in ("folder", "model", "data") for word in (f"--{name}", str(tmp_path / name))]
+    for app, words in (
+        (admin, ["run", "show", typed, *place]),
+        (node, ["eval", "--verify", str(results), "--run", typed, *place]),
+        (node, ["run", "--run", typed, *place, *folders]),
+    ):
+        done = CliRunner().invoke(app, words)
+        assert done.exit_code == Exit.RUN_NOT_FOUND, done.output
+        said = "".join(done.output.split())
+        assert f"didyoumeanoneofthese?{NAME}{run}owner" in said.replace("\\n", ""), done.output
+
+
+def test_an_endpoint_that_lists_no_accounts_says_what_to_give() -> None:
+    class Chain:
+        async def program_accounts(self, *_: object) -> None:
+            raise RpcError("getProgramAccounts", -32010, "excluded from account secondary indexes")
+
+    with pytest.raises(RunNotFound, match="give the address of the run's account, or its name with --program"):
+        asyncio.run(find_run(Chain(), "name", Pubkey.default(), None))  # type: ignore[arg-type]
