@@ -44,7 +44,9 @@ class TextCoder:
         self._added = frozenset(added.values())
         self.controls = tuple(sorted(added, key=lambda text: (-len(text), text)))
         """The texts of all control tokens, longest first."""
-        self.spelled = re.compile("|".join(map(re.escape, self.controls)) or r"(?!)")
+        # Runs of blanks, which some tokenizers add for program text, control nothing.
+        spelled = [re.escape(text) for text in self.controls if not text.isspace()]
+        self.spelled = re.compile("|".join(spelled) or r"(?!)")
         """Matches the text of any control token."""
 
     @classmethod
@@ -84,7 +86,7 @@ class TextCoder:
             if token not in self._added:
                 continue
             at = bisect.bisect_right(quoted, left)
-            if at < len(quoted) and quoted[at] < right:
+            if at < len(quoted) and quoted[at] <= right:  # at its end, where it is a single character
                 false = True
                 continue
             self._append(result, text, coded, range(start, number), (begin, left), false)
