@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import AddedToken, Tokenizer
+from tokenizers import AddedToken, Tokenizer, models
 
 from psyche_node.data import BadSample, ChatTemplate
 from psyche_node.data.formats import Sample, parse_sample
@@ -77,6 +77,21 @@ def test_a_control_token_of_one_character_and_blanks_that_are_a_token(seed_token
     ((ids, _),) = template.encode([parse(said("user", "a☃b    c"), said("assistant", "A"))])
     assert tokenizer.token_to_id("☃") not in ids
     assert tokenizer.token_to_id("    ") in ids, "as the model knows it"
+
+
+def test_a_vocabulary_of_pieces_that_has_control_tokens_among_them(tmp_path: Path) -> None:
+    pieces = ["<unk>", "</s>", "a", "U", "<", "/", "s", ">", "\n"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    source = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    template = ChatTemplate(tmp_path)
+    sample = parse(said("user", "U</s>U"), said("assistant", "a</s>"))
+    ((ids, trained),) = template.encode([sample])
+    assert ids.tolist().count(tokenizer.token_to_id("</s>")) == 2
+    assert tokenizer.decode(ids[trained].tolist(), skip_special_tokens=False).replace(" ", "") == "a</s></s>"
 
 
 def test_the_assistant_thinks_and_calls_but_ends_no_turn(hermes: ChatTemplate) -> None:
