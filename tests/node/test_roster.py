@@ -119,7 +119,7 @@ def sees(pulse: Pulse) -> Callable[[Scene], None]:
         (TRAINS, lambda it: it.roster.look(), 1),
         (TRAINS, lambda it: it.roster.on_event(REFUSED), 1),
         (TRAINS, lambda it: it.roster.on_event(REFUSED.model_copy(update={"why": Why.EXPIRED})), 0),
-        (TRAINS, sees(pulse_of(Phase.ROUND_TRAIN, 1, members=5)), 1),
+        (TRAINS, sees(dataclasses.replace(TRAINS, header=dataclasses.replace(TRAINS.header, members=5))), 1),
         (TRAINS, sees(dataclasses.replace(TRAINS, header=dataclasses.replace(TRAINS.header, active=3))), 1),
         (TRAINS, sees(pulse_of(Phase.ROUND_WITNESS, 1)), 0),
         (pulse_of(Phase.WAITING_FOR_MEMBERS), sees(pulse_of(Phase.WARMUP)), 1),
