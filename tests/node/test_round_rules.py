@@ -204,3 +204,24 @@ def test_a_checkpoint_that_the_program_does_not_want_is_kept_all_the_same(tmp_pa
             ]
 
     run_async(test())
+
+
+def test_that_an_update_does_not_count_is_said_once_it_was_committed(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            refused = ProgramError(int(ErrorCode.WRONG_PHASE), ())
+            sets = [included(0, {0, 2}), included(1, ()), included(2, {0, 2}), included(3)]
+            for number, error in enumerate((None, None, refused, None)):
+                it.chain.errors["commit"] = [error] if error else []
+                fate = [f"apply {number - 1}b"] if number else []
+                await it.see(Phase.ROUND_TRAIN, number, [*fate, f"train {number}"], sets=sets[:number])
+                await settle(lambda number=number: len(it.chain.sent) > number)  # type: ignore[misc]
+            await it.see(Phase.ROUND_TRAIN, 4, ["apply 3i", "train 4"], sets=sets)
+
+    run_async(test())
+    said = [record.getMessage() for record in caplog.records if "does not count" in record.getMessage()]
+    assert [text[:8] for text in said] == ["round 0:", "round 1:"]
+    assert "too few witnesses" in said[0]
+    assert "void round" in said[1]
