@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 READY = "ready"
-TIMEOUT = 120.0
+TIMEOUT = 500.0
 # Imported once and inherited by all ranks; DTensors import torch._dynamo on first use.
 PRELOAD = ["numpy", "pytest", "torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor.parallel"]
 

@@ -8,6 +8,7 @@ places are read off. The result counts only if without them it is the very text 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -51,8 +52,9 @@ def mark_spellings(messages: Sequence[Any], tools: Any, spelled: re.Pattern[str]
 
 
 def mark_bounds(text: str, places: list[int]) -> str:
-    """Return ``text`` with a mark at each of the places, which do not decrease."""
-    cuts = [0, *places, len(text)]
+    """Return ``text`` with a mark at each of the places, which do not decrease and count no marks in it."""
+    _, marks = strip_marks(text)
+    cuts = [0, *(place + bisect_left(marks[QUOTE], place) for place in places), len(text)]
     return BOUND.join(text[a:b] for a, b in pairwise(cuts))
 
 

@@ -180,18 +180,19 @@ class ChatTemplate:
         if holds_mark(text):
             raise BadSample(sample.where, "it holds a noncharacter, U+FDD0 to U+FDD2", "Remove it")
         messages, tools, number, expected = list[Any](), sample.tools, 0, 0
-        for message in sample.messages:
+        given: Sequence[Any] = sample.messages
+        if quotes:  # before spans are marked, whose bounds may lie inside a spelling
+            given, tools = mark_spellings(given, tools, self._coder.spelled)
+        for message in given:
             changed = dict(message)
             if message["role"] == "assistant":
                 bounds = [place for part in sample.parts.get(number, ()) for place in (part.start, part.end)]
                 expected += len(bounds)
                 changed["content"] = mark_bounds(message["content"], bounds)
                 number += 1
-            if sample.closed and message is sample.messages[-1]:
+            if sample.closed and message is given[-1]:
                 changed["reasoning_content"] += CLOSE
             messages.append(changed)
-        if quotes:
-            messages, tools = mark_spellings(messages, tools, self._coder.spelled)
         if not self._template.reasons:
             messages = [_inlined(message) for message in messages]
         marked, _ = self._fill(sample, messages, tools, prompt=False)

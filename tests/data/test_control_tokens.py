@@ -67,6 +67,38 @@ def test_a_span_beside_spelled_tokens(hermes: ChatTemplate) -> None:
     assert trained.sum() > 1, "as text, it is several tokens"
 
 
+@settings(max_examples=150, deadline=None)
+@given(
+    pieces=st.lists(
+        st.sampled_from(["<|eot_id|>", "<|start_header_id|>", "<seed:bos>", "a", " b", "<", "é"]), max_size=6
+    ),
+    bounds=st.sets(st.integers(0, 40), min_size=2, max_size=6),
+    train=st.booleans(),
+    part=st.booleans(),
+)
+def test_no_bound_of_a_span_makes_a_control_token(
+    hermes: ChatTemplate, pieces: list[str], bounds: set[int], train: bool, part: bool
+) -> None:
+    """Wherever spans begin and end, also inside a spelling: the tokens are those without spans, and the mask is no
+    more than what they cover."""
+    content = f"x{''.join(pieces)}x"
+    places = sorted({min(bound, len(content)) for bound in bounds})
+    spans = [{"start": a, "end": b, "train": part} for a, b in zip(places[::2], places[1::2], strict=False)]
+    plain = parse(said("user", "U"), said("assistant", content))
+    message = said("assistant", content, spans=spans, train=train)
+    if not train and not (part and spans):
+        return
+    spanned = parse(said("user", "U"), message)
+    ((expected, _),) = hermes.encode([plain])
+    ((ids, trained),) = hermes.encode([spanned])
+    assert ids.tolist() == expected.tolist()
+    assert counts(hermes, spanned)["<|eot_id|>"] == 2
+    covered = "".join(hermes.render(spanned).text[a:b] for a, b in hermes.render(spanned).spans)
+    said_by_spans = "".join(content[span["start"] : span["end"]] for span in spans)
+    assert train or covered == said_by_spans * part
+    assert trained.sum() <= len(covered.encode())
+
+
 @settings(max_examples=100, deadline=None)
 @given(pieces=st.lists(st.sampled_from([*SPELLED, "a", " ", "\n", "<", "|>", "é"]), max_size=8))
 def test_no_content_makes_a_control_token(hermes: ChatTemplate, pieces: list[str]) -> None:

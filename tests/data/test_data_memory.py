@@ -65,7 +65,7 @@ def test_the_loader_needs_as_much_memory_for_a_gigabyte_as_for_a_little(tmp_path
     found = []
     for files in (1, 24):
         folder = sparse(tmp_path / str(files), files)
-        done = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", READ, str(folder)], capture_output=True, text=True, timeout=500)
         assert done.returncode == 0, done.stderr
         found.append(json.loads(done.stdout))
     (few, small), (many, large) = found

@@ -117,14 +117,14 @@ def test_a_data_set_of_the_hub_is_prepared_at_one_commit(web: Web, tokenizer: Pa
     command = [sys.executable, "-m", "psyche_node.cli", "data", "prepare", "hf://datasets/owner/set@main"]
     options = ["--tokenizer", str(tokenizer), "--out", str(tmp_path / "out"), "--sequence-length", "64", "--json"]
     environment = {**os.environ, "HF_ENDPOINT": web.url, "HF_HUB_OFFLINE": "0", "XDG_CACHE_HOME": str(tmp_path)}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=500, env=environment)
     assert done.returncode == 0, done.stderr
     assert f"is commit {commit}" in done.stderr
     assert "passes over data/test-0.jsonl" in done.stderr
     assert len(json.loads(done.stdout)["sources"]) == 2
     environment["HF_HUB_OFFLINE"] = "1"
     done = subprocess.run(
-        [*command, *options, "--replace"], capture_output=True, text=True, timeout=120, env=environment
+        [*command, *options, "--replace"], capture_output=True, text=True, timeout=500, env=environment
     )
     assert done.returncode == 40
     assert "cannot be looked up" in done.stderr

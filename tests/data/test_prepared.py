@@ -226,5 +226,5 @@ def test_the_number_of_threads_changes_no_byte(
     command = [sys.executable, "-m", "psyche_node.cli", "data", "prepare", str(chat), "--json", "--heldout", "0.1"]
     options = ["--tokenizer", str(tokenizer), "--out", str(tmp_path), "--sequence-length", str(LENGTH)]
     environment = {**os.environ, "RAYON_NUM_THREADS": threads, "TOKENIZERS_PARALLELISM": "true"}
-    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=120, env=environment)
+    done = subprocess.run([*command, *options], capture_output=True, text=True, timeout=500, env=environment)
     assert json.loads(done.stdout)["manifest"] == PackedDataset(packed).digest.hex(), done.stderr

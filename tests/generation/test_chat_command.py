@@ -159,7 +159,7 @@ def test_on_a_terminal(taught_folder: Path) -> None:
         os.write(ours, b"/what\n")
         screen += read_until(ours, b"forgets what was said") + read_until(ours, b"> ")
         os.write(ours, b"\x04")
-        assert process.wait(60) == 0
+        assert process.wait(500) == 0
     finally:
         process.kill()
         process.wait()

@@ -77,7 +77,7 @@ def served(taught_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Ite
         next(song)
         process.send_signal(signal.SIGTERM)
         assert [chunk.choices[0].finish_reason for chunk in song][-1] == "length"
-        assert process.wait(60) == 130
+        assert process.wait(500) == 130
         assert process.stderr is not None
         assert "Traceback" not in process.stderr.read()
     finally:

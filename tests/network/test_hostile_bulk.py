@@ -8,8 +8,9 @@ import os
 import socket
 import ssl
 import threading
+import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,10 @@ from psyche_node.network.wire import node_pb2 as wire
 pytestmark = pytest.mark.timeout(240)
 RUN = bytes(32)
 LENGTH = 3 * PIECE_BYTES + 5
-QUICK = Limits(handshake_seconds=0.3, request_seconds=0.3, stall_seconds=0.3, idle_seconds=60.0)
+PATIENCE = 60.0
+# Nobody is late, however slow this machine is; what a test is about, one of these, is short there.
+PATIENT = Limits(handshake_seconds=PATIENCE, request_seconds=PATIENCE, stall_seconds=PATIENCE, idle_seconds=PATIENCE)
+HASTY = 0.3
 
 
 class Victim:
@@ -61,6 +65,7 @@ class Victim:
         )
         guard = Guard(self.directory, reporter)
         self.server = BulkServer("127.0.0.1", 0, lambda: self.leaf, guard, self.pieces, reporter, limits)
+        self._hasty = HASTY in astuple(limits)
 
     def _emit(self, event: Any) -> None:
         with self._came:
@@ -79,11 +84,18 @@ class Victim:
         return BulkConnection(self.record, client_context(leaf or issue(self.member)))
 
     def serves(self, connection: BulkConnection | None = None) -> None:
-        """Check that a member gets the blob."""
-        connection = connection or self.connect()
-        run = connection.ask(self.request(), 4, 60.0)
-        assert b"".join(bytes(piece) for piece in run) == self.data
-        connection.close()
+        """Check that a member gets the blob. With a hasty server it may need another connection, for it was late."""
+        until = time.monotonic() + PATIENCE
+        while True:
+            try:
+                used = connection or self.connect()
+                run = used.ask(self.request(), 4, PATIENCE)
+                assert b"".join(bytes(piece) for piece in run) == self.data
+                used.close()
+                return
+            except (OSError, Broken):
+                if connection is not None or not self._hasty or time.monotonic() > until:
+                    raise
 
     def request(self, count: int = 4) -> bytes:
         return wire.FetchRequest(digest=self.digest, first=0, count=count).SerializeToString()
@@ -109,14 +121,15 @@ class Victim:
 
 @pytest.fixture
 def victim(tmp_path: Path) -> Iterator[Victim]:
-    victim = Victim(tmp_path, Limits())
+    victim = Victim(tmp_path, PATIENT)
     yield victim
     victim.server.stop()
 
 
 @pytest.fixture
-def impatient(tmp_path: Path) -> Iterator[Victim]:
-    victim = Victim(tmp_path, QUICK)
+def impatient(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[Victim]:
+    """One whose limit of this name is short."""
+    victim = Victim(tmp_path, replace(PATIENT, **{request.param: HASTY}))
     yield victim
     victim.server.stop()
 
@@ -158,6 +171,7 @@ def test_no_certificate_ends_the_handshake(victim: Victim) -> None:
     victim.serves()
 
 
+@pytest.mark.parametrize("impatient", ["handshake_seconds"], indirect=True)
 @pytest.mark.parametrize("rubbish", [b"GET / HTTP/1.1\r\n\r\n", bytes(5000), b"\x16\x03\x01\xff\xff"])
 def test_what_is_not_tls_is_closed(impatient: Victim, rubbish: bytes) -> None:
     with impatient.raw() as sock:
@@ -180,12 +194,14 @@ def test_older_tls_and_another_protocol_are_refused(victim: Victim, change: str)
     victim.serves()
 
 
+@pytest.mark.parametrize("impatient", ["handshake_seconds"], indirect=True)
 def test_who_says_nothing_is_closed(impatient: Victim) -> None:
     with impatient.raw() as sock:
         assert ended(sock)
     impatient.reported("handshake", Why.PROTOCOL)
 
 
+@pytest.mark.parametrize("impatient", ["request_seconds"], indirect=True)
 def test_half_a_request_is_closed(impatient: Victim) -> None:
     with impatient.tls() as sock:
         sock.sendall(frames.request_frame(impatient.request())[:-1])
@@ -221,6 +237,7 @@ def test_what_is_not_there_is_said_and_the_connection_goes_on(victim: Victim) ->
     victim.serves(connection)
 
 
+@pytest.mark.parametrize("impatient", ["stall_seconds"], indirect=True)
 def test_who_does_not_read_is_closed(impatient: Victim) -> None:
     with impatient.tls() as sock:
         # More than the buffers of both sides' sockets hold.
@@ -247,7 +264,7 @@ def test_a_member_that_is_put_out_is_refused_in_an_open_connection(victim: Victi
 
 
 def test_connections_are_capped_and_an_idle_one_makes_room(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, Limits(connections_per_peer=2))
+    victim = Victim(tmp_path, replace(PATIENT, connections_per_peer=2))
     try:
         kept = [victim.connect() for _ in range(2)]
         for connection in kept:
@@ -259,7 +276,7 @@ def test_connections_are_capped_and_an_idle_one_makes_room(tmp_path: Path) -> No
 
 
 def test_a_storm_of_connections_of_one_address_is_refused(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, Limits(attempts_per_second=0.0, attempts_at_once=3.0))
+    victim = Victim(tmp_path, replace(PATIENT, attempts_per_second=0.0, attempts_at_once=3.0))
     try:
         for _ in range(5):
             with victim.raw():
@@ -272,7 +289,7 @@ def test_a_storm_of_connections_of_one_address_is_refused(tmp_path: Path) -> Non
 
 
 def test_handshakes_of_one_address_are_capped(tmp_path: Path) -> None:
-    victim = Victim(tmp_path, Limits(handshakes_per_address=2))
+    victim = Victim(tmp_path, replace(PATIENT, handshakes_per_address=2))
     try:
         with victim.raw(), victim.raw(), victim.raw():
             victim.reported("connection", Why.TOO_MANY)

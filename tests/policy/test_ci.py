@@ -25,6 +25,6 @@ def test_the_ci_script(output: str, make_status: int, status: int, last: str, tm
     make.write_text(f'#!/bin/sh\n{other}\n[ "$*" = test ] || exit 99\ncat <<"END"\n{output}\nEND\nexit {make_status}\n')
     make.chmod(0o755)
     env = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    done = subprocess.run([root / ".ci" / "run"], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=60)
+    done = subprocess.run([root / ".ci" / "run"], capture_output=True, text=True, env=env, cwd=tmp_path, timeout=500)
     assert done.returncode == status, done.stdout + done.stderr
     assert done.stdout.splitlines()[-1] == last

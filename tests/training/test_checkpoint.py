@@ -52,7 +52,7 @@ def test_it_loads_elsewhere(checkpoint: tuple[Session, Path], tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     found = json.loads(done.stdout.splitlines()[-1])

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import terms
 
+from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import IpcError, Ok, RemoteFailure
 from psyche_node.node.config import ConfigError
 from psyche_node.node.ranks import Trainer
@@ -94,8 +95,9 @@ def test_groups_train_together_and_fail_as_one(model_dir: Path, packed: Path, tm
                     positions = [number * 8 + member * 4 + i for i in range(3)]
                     request = m.Train(round=number, positions=positions, run=RUN, member=member, out_path=str(path))
                     assert (await endpoint.call(request, m.Trained)).tokens > 0
-                with pytest.raises(RemoteFailure, match="training: Apply: FileNotFoundError"):
+                with pytest.raises(RemoteFailure, match="training: Apply: FileNotFoundError") as missing:
                     await a.call(m.Apply(round=number, paths=[str(tmp_path / "x")], included=True), m.Applied)
+                assert exit_for(missing.value) is Exit.FILES
                 applied = [
                     await one.call(
                         m.Apply(round=number, paths=[str(path) for path in paths], included=True, digest=True),
@@ -138,7 +140,7 @@ def test_all_ranks_end_with_the_supervisor(tmp_path: Path) -> None:
         ranks = psutil.Process(process.pid).children(recursive=True)
         assert len(ranks) == 2
         process.kill()
-    assert psutil.wait_procs(ranks, timeout=60)[1] == []
+    assert psutil.wait_procs(ranks, timeout=500)[1] == []
 
 
 def test_ranks_of_several_hosts_come_from_torchrun(model_dir: Path, packed: Path, tmp_path: Path) -> None:
@@ -169,7 +171,7 @@ def test_ranks_of_several_hosts_come_from_torchrun(model_dir: Path, packed: Path
         [sys.executable, *torchrun, str(script), str(tmp_path), message],
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=500,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stdout + done.stderr

@@ -115,7 +115,7 @@ def test_two_processes_train_together(model_dir: Path, packed: Path, tmp_path: P
                 await a.call(m.Root(), m.RootIs)
         assert process_b.returncode == 0, "closing the socket ends the process"
 
-    asyncio.run(asyncio.wait_for(scenario(), 120))
+    asyncio.run(asyncio.wait_for(scenario(), 500))
 
 
 def test_messages_import_without_torch() -> None:

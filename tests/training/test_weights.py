@@ -234,7 +234,7 @@ def test_peak_memory_beside_the_model_is_one_file(ranks: int, tmp_path: Path) ->
         capture_output=True,
         text=True,
         check=True,
-        timeout=120,
+        timeout=500,
         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
     )
     beside, held = json.loads(done.stdout.splitlines()[-1])

@@ -536,7 +536,7 @@ def test_the_commands_check_and_cut(kept: tuple[Path, list[Change], Genesis], tm
 
     def psyche_ledger(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "coordinator.ledger", *arguments]
-        return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        return subprocess.run(command, capture_output=True, text=True, timeout=500, check=False)
 
     done = psyche_ledger("check", "--dir", str(folder), "--replay")
     found = json.loads(done.stdout)
