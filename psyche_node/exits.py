@@ -239,7 +239,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
-    "psyche_node.network.store.StoreError": Exit.FILES,
+    "psyche_node.network.blobs.StoreError": Exit.FILES,
     "psyche_node.node.folder.FolderInUse": Exit.FOLDER_IN_USE,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
@@ -274,11 +274,10 @@ def in_words(error: BaseException) -> str:
     reported, what it was there. An error that has an exit code of its own says all in its message; of any other the
     class is part of it."""
     error = _first(error)
-    text = _reported(error)
+    code, text = exit_for(error), _reported(error)
     if text is None:
-        return str(error) if exit_for(error) is not Exit.UNEXPECTED else f"{type(error).__name__}: {error}"
-    name, _, words = text.partition(": ")
-    return words if name in _BY_CLASS_NAME else text
+        return str(error) if code is not Exit.UNEXPECTED else f"{type(error).__name__}: {error}"
+    return text.partition(": ")[2] if code is not Exit.CHILD_PROCESS else text
 
 
 def exit_for(error: BaseException) -> Exit:
