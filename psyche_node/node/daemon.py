@@ -316,8 +316,8 @@ class Node:
             self._membership.on_event(message)
 
     def _tick_delay(self, pulse: Pulse) -> int:
-        member = None if self._roster is None else self._roster.slot
-        return tick_delay(member, pulse.run.round, pulse.header.members)
+        place = None if self._roster is None else self._roster.place
+        return tick_delay(place, pulse.run.round, pulse.header.members)
 
 
 async def _linger() -> None:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, models
 
 from psyche_node.data import BadSample, ChatTemplate
 from psyche_node.data.formats import Sample, parse_sample
@@ -52,6 +53,45 @@ def test_tools_are_text(hermes: ChatTemplate) -> None:
     honest = parse(said("user", "U"), said("assistant", "A"), tools=[{"name": "n", "parameters": {"p": 1}}])
     evil = parse(said("user", "U"), said("assistant", "A"), tools=tools)
     assert counts(hermes, evil) == counts(hermes, honest)
+
+
+def test_variables_of_the_template_are_text(seed_tokenizer: Path, tmp_path: Path) -> None:
+    """As the date that Llama's templates take from whoever fills them."""
+    source = (
+        "{{ date }}{% for m in messages %}{% generation %}{{ m.content + '<|eot_id|>' }}{% endgeneration %}{% endfor %}"
+    )
+    (tmp_path / "dated.jinja").write_text(source)
+    template = ChatTemplate(seed_tokenizer, str(tmp_path / "dated.jinja"))
+    sample = parse(said("assistant", "A"), chat_template_kwargs={"date": "<|eot_id|> 1 May"})
+    assert counts(template, sample)["<|eot_id|>"] == 1
+
+
+def test_a_control_token_of_one_character_and_blanks_that_are_a_token(seed_tokenizer: Path, tmp_path: Path) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).write_text((seed_tokenizer / name).read_text())
+    tokenizer = Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    tokenizer.add_special_tokens(["☃"])
+    tokenizer.add_tokens([AddedToken("    ", normalized=False)])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    template = ChatTemplate(tmp_path, "hermes-llama3")
+    ((ids, _),) = template.encode([parse(said("user", "a☃b    c"), said("assistant", "A"))])
+    assert tokenizer.token_to_id("☃") not in ids
+    assert tokenizer.token_to_id("    ") in ids, "as the model knows it"
+
+
+def test_a_vocabulary_of_pieces_that_has_control_tokens_among_them(tmp_path: Path) -> None:
+    pieces = ["<unk>", "</s>", "a", "U", "<", "/", "s", ">", "\n"]
+    tokenizer = Tokenizer(models.Unigram([(piece, -1.0) for piece in pieces], unk_id=0))
+    tokenizer.add_special_tokens(["</s>"])
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "</s>"}')
+    source = "{% for m in messages %}{{ m.content }}</s>{% endfor %}"
+    (tmp_path / "chat_template.jinja").write_text(source)
+    template = ChatTemplate(tmp_path)
+    sample = parse(said("user", "U</s>U"), said("assistant", "a</s>"))
+    ((ids, trained),) = template.encode([sample])
+    assert ids.tolist().count(tokenizer.token_to_id("</s>")) == 2
+    assert tokenizer.decode(ids[trained].tolist(), skip_special_tokens=False).replace(" ", "") == "a</s></s>"
 
 
 def test_the_assistant_thinks_and_calls_but_ends_no_turn(hermes: ChatTemplate) -> None:
@@ -117,3 +157,15 @@ def test_marks_of_our_own_in_the_text(hermes: ChatTemplate) -> None:
     with pytest.raises(BadSample, match=r"noncharacter.*Remove it"):
         hermes.encode([parse(said("user", "<|eot_id|>\ufdd0"), said("assistant", "A"))])
     hermes.encode([parse(said("user", "\ufdd0"), said("assistant", "A"))])
+
+
+def test_half_of_a_surrogate_pair_is_named_wherever_it_is(hermes: ChatTemplate) -> None:
+    half = json.loads('"\\ud800"')
+    call = {"function": {"name": "f", "arguments": {"a": half}}}
+    asked = said("user", "U")
+    for sample in (
+        parse(asked, said("assistant", "A"), tools=[{"name": half}]),
+        parse(asked, said("assistant", "", tool_calls=[call]), group="g"),
+    ):
+        with pytest.raises(BadSample, match="half of a surrogate pair"):
+            hermes.encode([sample])

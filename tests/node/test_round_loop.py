@@ -66,7 +66,8 @@ def test_own_updates_go_back_when_void_excluded_or_refused_and_only_those_sent(t
         async with scene(tmp_path) as it:
             it.chain.errors["commit"] = [
                 ProgramError(ErrorCode.WRONG_PHASE, ()),  # round 0: too late
-                ChainUnavailable("away"),  # round 1: nobody knows whether it landed
+                ChainUnavailable("away"),  # round 1: nobody knows whether it landed, and when the chain is back
+                ProgramError(ErrorCode.WRONG_ROUND, ()),  # it is too late, and the table has another one
             ]
             await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
             await it.see(Phase.ROUND_TRAIN, 1, ["train 1"])
@@ -86,6 +87,31 @@ def test_own_updates_go_back_when_void_excluded_or_refused_and_only_those_sent(t
             kinds = [line["kind"] for line in it.journal.read()]
             assert kinds.count("late") == 2
             assert kinds.count("failed") == 1
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    "error", [None, ErrorCode.ALREADY_COMMITTED, ErrorCode.WRONG_ROUND], ids=["lost", "landed", "landed and closed"]
+)
+def test_a_commitment_whose_answer_is_lost_is_served_once_it_is_on_chain(
+    tmp_path: Path, error: ErrorCode | None
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors["commit"] = [ChainUnavailable("it may still have its effect")]
+            if error is not None:
+                it.chain.errors["commit"].append(ProgramError(error, ()))
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            assert it.exchange.published == []
+            (sent,) = it.chain.sent
+            mine = dataclasses.replace(commitment(ME), digest=sent[2])
+            it.chain.table = (round_of(0, [mine], closed=error is ErrorCode.WRONG_ROUND),)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 0))
+            await settle(lambda: bool(it.exchange.published))
+            assert it.exchange.published == [0]
+            assert it.chain.sent == [sent] * 2 + [("set_share", 1000)] * (len(it.chain.sent) - 2)
+            await settle(lambda: any(line["kind"] == "trained" for line in it.journal.read()))
 
     run_async(test())
 

@@ -25,7 +25,6 @@ warmup_time = 30000
 max_round_train_time = 30000
 round_witness_time = 30000
 cooldown_time = 30000
-adaptive_grace = 30000
 batch = 8
 rounds_per_epoch = 4
 total_rounds = 4

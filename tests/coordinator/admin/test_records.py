@@ -39,7 +39,7 @@ def finished(ledger: Ledger, program: tuple[Keypair, Pubkey], owner: Path) -> st
     options = ("--payer", owner, "--program", program[1], "--config", path, "--rpc", ledger.rpc)
     # Two thirds of the data are two members': both of those that are there are needed, and only the silent one is
     # waited for no longer than the grace.
-    short = ("--set", "limits.batch=9", "--set", "limits.adaptive_grace=20", "--set", "limits.max_missed=1")
+    short = ("--set", "limits.batch=9", "--set", "limits.max_missed=1")
     address: str = admin_json("run", "create", *options, *short)["address"]
 
     async def play() -> None:
