@@ -282,3 +282,26 @@ def test_refusals_of_the_network_are_journalled(tmp_path: Path) -> None:
             assert it.rejections() == ["not the piece committed to"]
 
     run_async(test())
+
+
+def test_an_update_that_left_the_store_is_not_handed_out(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.store.drop(await it.arrives(update()))
+            with pytest.raises(UpdateMissing, match="round 3: the validated update of member 1 left the store"):
+                await it.exchange.obtain(3, {1}, 5.0)
+
+    run_async(test())
+
+
+def test_a_failure_that_is_reported_late_does_not_undo_what_has_been_judged(tmp_path: Path) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            digest = await it.arrives(update())
+            it.exchange.on_event(
+                FetchFailed(round=3, member=1, digest=digest.hex(), reason="nobody has it", final=True)
+            )
+            assert it.rejections() == []
+            assert len(await it.exchange.obtain(3, {1}, 5.0)) == 1
+
+    run_async(test())
