@@ -160,7 +160,8 @@ class Pulses:
                 failures = gone = 0
                 self._subscribe(pulse)
                 self._check_pushes(before, pushes)
-                if pulse.slot >= newest:
+                # A slot that the client has given up again never was: a false answer, or a ledger that started anew.
+                if pulse.slot >= newest or self._chain.rpc.seen_slot < newest:
                     newest = pulse.slot
                     yield pulse
                 await self._rest(pulse)

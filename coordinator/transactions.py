@@ -207,7 +207,8 @@ class Sender:
 
     def _subscribe(self, signature: Signature, pushed: asyncio.Future[Json]) -> int:
         def push(value: Json) -> None:
-            if value is not None and not pushed.done():
+            # One that makes no sense is none: it must not end the pauses between two looks.
+            if _is_status(value) and not pushed.done():
                 pushed.set_result(value)
 
         return self._subscriptions.subscribe("signature", [str(signature), {"commitment": self._commitment}], push)
@@ -230,10 +231,7 @@ class Sender:
         await asyncio.wait((pushed,), timeout=max(seconds, 0.0))
         if not pushed.done():
             return await self._landed(signed)
-        try:
-            slot, error = pushed.result()["context"]["slot"], pushed.result()["value"]["err"]
-        except (TypeError, KeyError):
-            return await self._landed(signed)
+        slot, error = pushed.result()["context"]["slot"], pushed.result()["value"]["err"]
         if error is not None:
             raise self._failure(signed, error, await self._logs(signed), signed.signature)
         if isinstance(slot, int):
@@ -341,6 +339,12 @@ def _blockhash(answer: Json) -> tuple[Hash, int]:
         return Hash.from_string(answer["value"]["blockhash"]), integer(answer["value"]["lastValidBlockHeight"])
     except (TypeError, KeyError, ValueError) as error:
         raise Unusable("the answer has no blockhash") from error
+
+
+def _is_status(value: Json) -> bool:
+    """Whether a push says how a transaction ended."""
+    parts = (value.get("value"), value.get("context")) if isinstance(value, dict) else (None, None)
+    return all(isinstance(part, dict) and key in part for part, key in zip(parts, ("err", "slot"), strict=True))
 
 
 def _first_status(answer: Json) -> tuple[int, dict[str, Json] | None]:

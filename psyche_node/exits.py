@@ -19,6 +19,7 @@ RANGES = (
     (50, 59, "Training"),
     (60, 69, "Processes of a node"),
     (70, 79, "Simulation"),
+    (80, 89, "As in `psyche-admin`"),
     (90, 99, "Talking to a model, and measuring it"),
     (128, 159, "Signals"),
 )
@@ -184,6 +185,11 @@ class Exit(ExitCode):
         "The run ended, and the nodes' weights are not byte-identical.",
         "This is a defect: report it with `report.json`, which says from which check on they differ.",
     )
+    RPC_REFUSED = (
+        85,
+        "The RPC endpoint understood a request and refused it.",
+        "The message is the endpoint's. Public ones limit how much is asked of them: name another with `--rpc`.",
+    )
     CONVERSATION = (
         90,
         "The conversation does not fit the model: its chat template refuses it, or its context window is too small.",
@@ -221,6 +227,7 @@ _EXITS: dict[str, Exit] = {
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
     "coordinator.rpc.BadUrl": Exit.CONFIG,
+    "coordinator.rpc.RpcError": Exit.RPC_REFUSED,
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
     "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
@@ -232,6 +239,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.network.addresses.NetworkError": Exit.NETWORK,
     "psyche_node.network.ports.PortUnavailable": Exit.NETWORK,
     "psyche_node.network.server.ServerUnavailable": Exit.NETWORK,
+    "psyche_node.network.blobs.StoreError": Exit.FILES,
     "psyche_node.node.folder.FolderInUse": Exit.FOLDER_IN_USE,
     "psyche_node.node.exchange.UpdateMissing": Exit.UPDATE_MISSING,
     "psyche_node.data.errors.DataMismatch": Exit.DATA_MISMATCH,
@@ -247,6 +255,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.training.errors.TrainingError": Exit.TRAINING,
     "optimizer.errors.NonFiniteGradient": Exit.TRAINING,
     "optimizer.errors.OptimizerError": Exit.TRAINING,
+    "optimizer.native.StaleKernels": Exit.FILES,
     "psyche_node.node.roundloop.Desynced": Exit.DESYNCED,
     "psyche_node.node.roundloop.TermsChanged": Exit.CONFIG,
     "psyche_node.ipc.IpcError": Exit.CHILD_PROCESS,
@@ -256,8 +265,7 @@ _EXITS: dict[str, Exit] = {
     "builtins.OSError": Exit.FILES,
 }
 """By name, so that a command does not import torch to say how it ended."""
-
-_BY_CLASS_NAME = {name.rpartition(".")[2]: code for name, code in _EXITS.items()}
+_BY_NUMBER = {code.value: code for code in Exit}
 _REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
 
 
@@ -266,21 +274,23 @@ def in_words(error: BaseException) -> str:
     reported, what it was there. An error that has an exit code of its own says all in its message; of any other the
     class is part of it."""
     error = _first(error)
-    text = _reported(error) or f"{type(error).__name__}: {error}"
-    return text if exit_for(error) in (Exit.UNEXPECTED, Exit.CHILD_PROCESS) else text.partition(": ")[2]
+    code, text = exit_for(error), _reported(error)
+    if text is None:
+        return str(error) if code is not Exit.UNEXPECTED else f"{type(error).__name__}: {error}"
+    return text.partition(": ")[2] if code is not Exit.CHILD_PROCESS else text
 
 
 def exit_for(error: BaseException) -> Exit:
     """Return the code of what ended a command: that of its nearest known class, or UNEXPECTED.
 
-    Of a group, the first member's. What a child process reported (``RemoteFailure``: "training: Load: ModelError: ...")
-    counts as what it was there.
+    Of a group, the first member's. What another process reported counts as what it was there: such errors bring their
+    ``exit_code`` along.
     """
     error = _first(error)
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    if (there := _reported(error)) is not None:
-        return _BY_CLASS_NAME.get(there.partition(":")[0], Exit.CHILD_PROCESS)
+    if (there := getattr(error, "exit_code", None)) is not None:
+        return _BY_NUMBER.get(there, Exit.CHILD_PROCESS)
     for one in type(error).__mro__:
         if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
             return code

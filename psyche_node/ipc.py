@@ -33,7 +33,11 @@ class IpcError(Exception):
 
 
 class RemoteFailure(IpcError):
-    """The peer process answered a request with an error instead of a reply."""
+    """The peer process answered a request with an error instead of a reply. ``exit_code``: what that means there."""
+
+    def __init__(self, reason: str, exit_code: int = Exit.CHILD_PROCESS) -> None:
+        super().__init__(reason)
+        self.exit_code = exit_code
 
 
 class Message(BaseModel):
@@ -56,9 +60,18 @@ class Ok(Message):
 
 
 class Failure(Message):
-    """The reply of a request that failed; ``reason`` says what, where and what to do."""
+    """The reply of a request that failed; ``reason`` says what, where and what to do, ``exit_code`` what a node ends
+    with that cannot go on without."""
 
     reason: str
+    exit_code: int = Exit.CHILD_PROCESS
+
+    @classmethod
+    def of(cls, request: str, error: BaseException) -> Failure:
+        """What became of a request. The code is found here, where the error's class is known."""
+        code = exit_for(error)
+        reason = f"{request}: {type(error).__name__}: {error}"[:MAX_REASON]
+        return cls(reason=reason, exit_code=Exit.CHILD_PROCESS if code is Exit.UNEXPECTED else code)
 
 
 M = TypeVar("M", bound=Message)
@@ -192,7 +205,7 @@ class Endpoint:
         finally:
             self._pending.pop(request_id, None)
         if isinstance(reply, Failure):
-            raise RemoteFailure(f"{self.name}: {reply.reason}")
+            raise RemoteFailure(f"{self.name}: {reply.reason}", reply.exit_code)
         if not isinstance(reply, expect):
             raise IpcError(f"{self.name} answered {what} with {type(reply).__name__}")
         return reply
@@ -241,8 +254,7 @@ def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> Non
             # One that has an exit code says what it means, and the supervisor says it; of others, all is wanted.
             known = exit_for(error) is not Exit.UNEXPECTED
             log.log(logging.DEBUG if known else logging.ERROR, "%s failed", type(message).__name__, exc_info=True)
-            reason = f"{type(message).__name__}: {type(error).__name__}: {error}"
-            reply = encode_frame(request_id, Failure(reason=reason[:MAX_REASON]))
+            reply = encode_frame(request_id, Failure.of(type(message).__name__, error))
         try:
             if request_id:
                 channel.send(reply)

@@ -102,11 +102,8 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
         raise BadSample(where, f"`group` is {_kind(group)}", "Make it a string; samples of one group stay together")
     key = group if group is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False)
     tools = None if tools is None else tuple(tools)
-    try:
-        identity = key.encode()
-    except UnicodeEncodeError:
-        raise BadSample(where, "it holds half of a surrogate pair", "Write it in valid Unicode") from None
-    return Sample(tuple(messages), train, tools, identity, where, parts, _options(record, where))
+    check_encodable(key, where)
+    return Sample(tuple(messages), train, tools, key.encode(), where, parts, _options(record, where))
 
 
 def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
@@ -210,13 +207,16 @@ def _content(value: Any, at: str, where: str, *, optional: bool = False) -> str:
         raise BadSample(
             where, f"the content of {at} is {_described(value)}", "Make it a string, or a list of text parts"
         )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise BadSample(
-            where, f"the content of {at} has half of a surrogate pair", "Write the text as UTF-8"
-        ) from error
+    check_encodable(value, where, f"the content of {at}")
     return value
+
+
+def check_encodable(text: str, where: str, what: str = "it") -> None:
+    """Raises BadSample for text with a character that is none; JSON can escape such."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample(where, f"{what} has half of a surrogate pair", "Write the text as UTF-8") from error
 
 
 def _check_train(message: dict[str, Any], at: str, where: str) -> None:

@@ -8,6 +8,7 @@ places are read off. The result counts only if without them it is the very text 
 from __future__ import annotations
 
 import re
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Any
@@ -37,22 +38,24 @@ def strip_marks(text: str) -> tuple[str, dict[str, list[int]]]:
     return _ANY.sub("", text), places
 
 
-def spells(messages: Sequence[Any], tools: Any, spelled: re.Pattern[str]) -> bool:
+def spells(messages: Sequence[Any], others: Any, spelled: re.Pattern[str]) -> bool:
     """Whether a conversation spells control tokens that are not its template's: whether `mark_spellings` changes it.
 
-    ``spelled`` matches the text of any control token. The assistant may spell those that it says between its words.
+    ``others`` (JSON): what it has beside messages, such as tools. ``spelled`` matches the text of any control token.
+    The assistant may spell those that it says between its words.
     """
-    return _spells(tools, spelled, frozenset()) or any(_spells(one, spelled, _sayable(one)) for one in messages)
+    return _spells(others, spelled, frozenset()) or any(_spells(one, spelled, _sayable(one)) for one in messages)
 
 
-def mark_spellings(messages: Sequence[Any], tools: Any, spelled: re.Pattern[str]) -> tuple[list[Any], Any]:
-    """Return messages and tools (JSON) with a mark inside each spelling that `spells` means."""
-    return [_marked(one, spelled, _sayable(one)) for one in messages], _marked(tools, spelled, frozenset())
+def mark_spellings(messages: Sequence[Any], others: Any, spelled: re.Pattern[str]) -> tuple[list[Any], Any]:
+    """Return messages and others (JSON) with a mark inside each spelling that `spells` means."""
+    return [_marked(one, spelled, _sayable(one)) for one in messages], _marked(others, spelled, frozenset())
 
 
 def mark_bounds(text: str, places: list[int]) -> str:
-    """Return ``text`` with a mark at each of the places, which do not decrease."""
-    cuts = [0, *places, len(text)]
+    """Return ``text`` with a mark at each of the places, which do not decrease and count no marks in it."""
+    _, marks = strip_marks(text)
+    cuts = [0, *(place + bisect_left(marks[QUOTE], place) for place in places), len(text)]
     return BOUND.join(text[a:b] for a, b in pairwise(cuts))
 
 

@@ -29,7 +29,8 @@ class DataFolders:
     """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest.
 
     ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
-    ``skipped``: the first bad samples that were passed over, as messages.
+    ``skipped``: the first bad samples that were passed over, as messages. ``notes``: what of a folder or
+    data set was passed over, and the SHA-256 of what was fetched.
     """
 
     files: tuple[Path, ...]
@@ -38,6 +39,7 @@ class DataFolders:
     manifest: Manifest
     rendering: Rendering
     skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def build_data(
@@ -64,7 +66,8 @@ def build_data(
     """
     if source is not None and (Path(source) / NAME).is_file():
         return _prepared(Path(source), tokenizer, sequence_length, template)
-    files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads")
+    notes = list[str]()
+    files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads", note=notes.append)
     code = _code_digest()
     content = [sha256_file(path) for path in files]
     chosen = None if template is None else find_template(template)
@@ -92,7 +95,7 @@ def build_data(
     packed = _once(cache, key, NAME, build)
     skipped = json.loads((packed / _SKIPPED).read_bytes())
     return DataFolders(
-        tuple(files), tokenizer, packed, Manifest.read(packed), Rendering(template, None), tuple(skipped)
+        tuple(files), tokenizer, packed, Manifest.read(packed), Rendering(template, None), tuple(skipped), tuple(notes)
     )
 
 

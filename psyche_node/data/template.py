@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ import numpy.typing as npt
 
 from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
-from psyche_node.data.formats import Sample
+from psyche_node.data.formats import Sample, check_encodable
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
 from psyche_node.data.rendering import TEMPLATE, Span, Template, find_template
 from psyche_node.data.textcoding import Coded, TextCoder
@@ -83,7 +84,8 @@ class ChatTemplate:
         """Return the text of a conversation and what of it is trained.
 
         Raises:
-            BadSample: the template refuses the conversation, drops its tools, or cannot tell its spans.
+            BadSample: the template refuses the conversation, drops its tools, or cannot tell its spans; or its text
+                is no Unicode.
         """
         if needs_tools(sample.messages, sample.tools) and (
             dropped := self._tool_support.missing(sample.messages, sample.tools)
@@ -95,6 +97,7 @@ class ChatTemplate:
                 "Use a template that does, such as `--template hermes-llama3` or `chatml`",
             )
         text, turns = self._render(sample, sample.messages, prompt=False)
+        check_encodable(text, sample.where)
         if not self.marked or not turns:
             turns = self._prefix_spans(sample, text)
         places = self._places(sample, text)
@@ -174,27 +177,29 @@ class ChatTemplate:
 
     def _places(self, sample: Sample, text: str) -> dict[str, list[int]]:
         """Places by mark; see ``marked``. Most samples need none."""
-        quotes = spells(sample.messages, sample.tools, self._coder.spelled)
+        quotes = spells(sample.messages, (sample.tools, sample.options), self._coder.spelled)
         if not (sample.parts or sample.closed or quotes):
             return {QUOTE: [], BOUND: [], CLOSE: []}
         if holds_mark(text):
             raise BadSample(sample.where, "it holds a noncharacter, U+FDD0 to U+FDD2", "Remove it")
-        messages, tools, number, expected = list[Any](), sample.tools, 0, 0
-        for message in sample.messages:
+        messages, number, expected = list[Any](), 0, 0
+        given: Sequence[Any] = sample.messages
+        tools, options = sample.tools, sample.options
+        if quotes:  # before spans are marked, whose bounds may lie inside a spelling
+            given, (tools, options) = mark_spellings(given, (tools, options), self._coder.spelled)
+        for message in given:
             changed = dict(message)
             if message["role"] == "assistant":
                 bounds = [place for part in sample.parts.get(number, ()) for place in (part.start, part.end)]
                 expected += len(bounds)
                 changed["content"] = mark_bounds(message["content"], bounds)
                 number += 1
-            if sample.closed and message is sample.messages[-1]:
+            if sample.closed and message is given[-1]:
                 changed["reasoning_content"] += CLOSE
             messages.append(changed)
-        if quotes:
-            messages, tools = mark_spellings(messages, tools, self._coder.spelled)
         if not self._template.reasons:
             messages = [_inlined(message) for message in messages]
-        marked, _ = self._fill(sample, messages, tools, prompt=False)
+        marked, _ = self._fill(replace(sample, options=options), messages, tools, prompt=False)
         stripped, places = strip_marks(marked)
         if stripped != text or len(places[BOUND]) != expected or len(places[CLOSE]) != sample.closed:
             raise BadSample(

@@ -11,6 +11,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +43,12 @@ class TextCoder:
         self.tokenizer = _load(self._state)
         added = {token.content: number for number, token in self.tokenizer.get_added_tokens_decoder().items()}
         self._added = frozenset(added.values())
+        self._controlling = frozenset(number for text, number in added.items() if not text.isspace())
         self.controls = tuple(sorted(added, key=lambda text: (-len(text), text)))
         """The texts of all control tokens, longest first."""
-        self.spelled = re.compile("|".join(map(re.escape, self.controls)) or r"(?!)")
+        # Runs of blanks, which some tokenizers add for program text, control nothing.
+        spelled = [re.escape(text) for text in self.controls if not text.isspace()]
+        self.spelled = re.compile("|".join(spelled) or r"(?!)")
         """Matches the text of any control token."""
 
     @classmethod
@@ -84,27 +88,43 @@ class TextCoder:
             if token not in self._added:
                 continue
             at = bisect.bisect_right(quoted, left)
-            if at < len(quoted) and quoted[at] < right:
+            if at < len(quoted) and quoted[at] <= right:  # at its end, where it is a single character
                 false = True
                 continue
-            self._append(result, text, coded, range(start, number), (begin, left), false)
+            self._append(result, text, coded, range(start, number), (begin, left), quoted if false else ())
             result.ids.append(token)
             result.offsets.append((left, right))
             start, begin, false = number + 1, right, False
-        self._append(result, text, coded, range(start, len(coded.ids)), (begin, len(text)), false)
+        self._append(result, text, coded, range(start, len(coded.ids)), (begin, len(text)), quoted if false else ())
         return result
 
     def _append(
-        self, result: Coded, text: str, coded: Coded, tokens: range, characters: tuple[int, int], false: bool
+        self,
+        result: Coded,
+        text: str,
+        coded: Coded,
+        tokens: range,
+        characters: tuple[int, int],
+        quoted: Sequence[int],
     ) -> None:
-        if not false:
+        """Add what is between two real control tokens; encoded again, if it has ``quoted`` places."""
+        if not quoted:
             result.ids += coded.ids[tokens.start : tokens.stop]
             result.offsets += coded.offsets[tokens.start : tokens.stop]
             return
         left, right = characters
-        again = self._plain.encode(text[left:right], add_special_tokens=False)
+        again = self._plainly(text, left, right)
+        if not self._controlling.isdisjoint(again.ids):
+            # A vocabulary of pieces has control tokens as pieces of text, too. No piece goes over where text is cut.
+            cuts = [left, *(place for place in quoted if left < place < right), right]
+            parts = [self._plainly(text, a, b) for a, b in pairwise(cuts)]
+            again = Coded([n for one in parts for n in one.ids], [at for one in parts for at in one.offsets])
         result.ids += again.ids
-        result.offsets += [(left + a, left + b) for a, b in again.offsets]
+        result.offsets += again.offsets
+
+    def _plainly(self, text: str, left: int, right: int) -> Coded:
+        encoding = self._plain.encode(text[left:right], add_special_tokens=False)
+        return Coded(encoding.ids, [(left + a, left + b) for a, b in encoding.offsets])
 
 
 def _load(state: dict[str, Any]) -> Tokenizer:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from psyche_node.evaluation.task import Task, load_task
 from psyche_node.evaluation.templates import listed, render
 
 MAX_ROWS = 1_000_000
+_DIGITS = 10
 Row = tuple[str, dict[str, Any]]
 
 
@@ -133,7 +135,10 @@ def _answers(task: Task, fields: dict[str, Any], where: str) -> tuple[tuple[str,
 
 
 def _place(text: str, choices: Sequence[str], where: str) -> int:
-    place = int(text) if text.isdecimal() else ord(text.upper()) - ord("A") if len(text) == 1 else -1
+    if text.isdecimal():
+        place = int(text) if len(text) < _DIGITS else len(choices)
+    else:
+        place = string.ascii_uppercase.find(text.upper()) if len(text) == 1 else -1
     if not 0 <= place < len(choices):
         raise TaskError(
             f"{where}: target_index is {text!r}, and there are {len(choices)} choices. Use a number from 0 or a letter "

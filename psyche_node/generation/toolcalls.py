@@ -79,4 +79,12 @@ def _parse(body: str) -> ToolCall | None:
     arguments = value.get("arguments", {})
     if not isinstance(arguments, dict):
         return None
-    return ToolCall(value["name"], json.dumps(arguments, ensure_ascii=False))
+    name, text = value["name"], json.dumps(arguments, ensure_ascii=False)
+    if not _is_unicode(name):
+        return None
+    # JSON can escape half of a surrogate pair, which is no character: it stays escaped.
+    return ToolCall(name, text if _is_unicode(text) else json.dumps(arguments))
+
+
+def _is_unicode(text: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in text)

@@ -22,6 +22,9 @@ from psyche_node.network.messages import Why
 log = logging.getLogger(__name__)
 # absl's format: severity and date, time, thread, file:line] text.
 _LINE = re.compile(rb"^([IWEF])\d{4} [0-9:.]+ +\d+ ([\w./-]+:\d+)\] (.*)$")
+# Lines that belong to the one before, which are the core's source files; and absl's preface to its first line.
+_TRACE = re.compile(rb"=== Source Location Trace: ===\s*|[\w./-]+\.(?:cc|h):\d+\s*|\s*")
+_PREFACE = b"WARNING: All log messages before absl::InitializeLog()"
 _HANDSHAKE = b"Handshake failed with error"
 _PROBE = "PEER_DID_NOT_RETURN_A_CERTIFICATE"
 _MAX_LINE = 4096
@@ -46,6 +49,7 @@ class CoreLog:
     def __init__(self) -> None:
         self.refused: Callable[[str, Why], None] = lambda reason, why: None
         self.probed: Callable[[], None] = lambda: None
+        self._within = False  # a message of the core, which may go on in the next line
         self._outside = os.dup(2)
         reading, writing = os.pipe()
         os.set_blocking(writing, False)
@@ -66,7 +70,13 @@ class CoreLog:
 
     def _take(self, line: bytes) -> None:
         found = _LINE.match(line)
+        goes_on, self._within = self._within, found is not None
         if found is None:
+            if goes_on and _TRACE.fullmatch(line):
+                self._within = True
+                return
+            if line.startswith(_PREFACE):
+                return
             # Not the core's: of the interpreter itself, or of a library. It belongs where it would have gone.
             os.write(self._outside, line + b"\n")
             return
@@ -78,4 +88,5 @@ class CoreLog:
                 return
             self.refused(f"its TLS handshake failed: {reason[:300]}", classify(reason))
         else:
-            log.log(logging.WARNING if severity in b"EF" else logging.DEBUG, "gRPC, %s: %s", where, text[:500])
+            level = logging.WARNING if severity in b"EF" else logging.DEBUG
+            log.log(level, "calls between nodes: %s (gRPC, %s)", text[:500], where)

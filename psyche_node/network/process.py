@@ -56,7 +56,7 @@ def main() -> None:
     request_id, message = frame
     process = _Process(channel, request_id)
     if not isinstance(message, Configure):
-        process.refuse(f"the first message must be Configure, not {type(message).__name__}")
+        process.refuse(Failure(reason=f"the first message must be Configure, not {type(message).__name__}"))
     try:
         node = NetworkNode(message, process.emit)
         core.refused, core.probed = node.handshake_refused, node.probed
@@ -70,7 +70,7 @@ def main() -> None:
             log.critical("the network process failed", exc_info=True)
             sys.exit(1)
         # As every reply that says no: the request and the error's class, from which the exit code comes.
-        process.refuse(f"Configure: {type(refusal).__name__}: {refusal}")
+        process.refuse(Failure.of("Configure", refusal))
 
 
 def _find(error: BaseException, *kinds: type[BaseException]) -> BaseException | None:
@@ -98,10 +98,10 @@ class _Process:
     def emit(self, message: Message) -> None:
         self._reply(0, message)
 
-    def refuse(self, reason: str) -> NoReturn:
-        """Answer ``Configure`` with a Failure and end."""
-        log.debug("%s", reason)  # the supervisor says it, as its own error
-        self._reply(self._configure_id, Failure(reason=reason))
+    def refuse(self, failure: Failure) -> NoReturn:
+        """Answer ``Configure`` with it and end."""
+        log.debug("%s", failure.reason)  # the supervisor says it, as its own error
+        self._reply(self._configure_id, failure)
         sys.exit(2)
 
     async def run(self, node: NetworkNode) -> None:

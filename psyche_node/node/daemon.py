@@ -165,6 +165,7 @@ class Node:
             self._network = network
             if config.metrics is not None:
                 self._serve_metrics(config.metrics, stack)
+            log.info("run %s (%s): loading %s and %s", run.run_id, chain.addresses.run, config.model, config.data)
             loaded, ready = await asyncio.gather(
                 trainer.call(self._load_message(run), Loaded),
                 network.start(self._configure_message(str(chain.addresses.run))),
@@ -172,7 +173,7 @@ class Node:
             for reason in loaded.reasons:
                 log.info("%s", reason)
             log.info("node %s serves its updates at %s", ready.node_id, ready.grpc_address)
-            log.info("others reach it by bootstrap = %s", " or ".join(ready.multiaddrs))
+            log.info("others may name it as bootstrap: %s", " or ".join(ready.multiaddrs))
             shapes = [(name, tuple(shape)) for name, shape in loaded.shapes]
             layout = Layout.build(shapes, run.terms.topk, only_bf16=loaded.precision == "bf16")
             store = BlobStore(config.folder / "blobs")
@@ -315,8 +316,8 @@ class Node:
             self._membership.on_event(message)
 
     def _tick_delay(self, pulse: Pulse) -> int:
-        member = None if self._roster is None else self._roster.slot
-        return tick_delay(member, pulse.run.round, pulse.header.members)
+        place = None if self._roster is None else self._roster.place
+        return tick_delay(place, pulse.run.round, pulse.header.members)
 
 
 async def _linger() -> None:

@@ -153,7 +153,7 @@ class Trainer:
         with contextlib.suppress(subprocess.TimeoutExpired):
             await asyncio.to_thread(self._head.process.wait, _SETTLE_SECONDS)
         how = how_it_ended(self._head.process.returncode)
-        return f"How: {how}. Its own last lines are in the log above. Start the node again"
+        return f"Cause: {how}. Its own last lines are in the log above. Start the node again"
 
 
 def _environment(ranks: int, port: int) -> dict[str, str]:

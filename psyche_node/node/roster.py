@@ -45,6 +45,12 @@ class Roster:
         """This member's number; None before it has one."""
         return None if self._mine is None else self._mine.slot
 
+    @property
+    def place(self) -> int | None:
+        """How many live members are before this one in the table; None while it is none of them."""
+        live = sorted(m.slot for m in self._table if m.status in LIVE)
+        return live.index(self.slot) if self.slot in live else None
+
     def others(self) -> set[int]:
         """Return the numbers of the other members that train, or are about to."""
         here = (MemberStatus.PENDING, MemberStatus.ACTIVE)

@@ -22,6 +22,7 @@ from psyche_node.faults import Faults
 from psyche_node.ipc import Caller, Ok, RemoteFailure
 from psyche_node.network.messages import GetStats, Stats
 from psyche_node.network.store import BlobStore
+from psyche_node.node.committing import Committing
 from psyche_node.node.exchange import UpdateExchange
 from psyche_node.node.folder import CHECKPOINT
 from psyche_node.node.idle import IdleTasks
@@ -110,6 +111,7 @@ class RoundLoop:
             faults,
         )
         self._share, self._cadence, self._run_key, self._member = share, cadence, run_key, member
+        self._committing = Committing(chain, view, witness, member)
         self._left_out = left_out
         self._folder, self._update_timeout, self._tasks = folder, update_timeout, tasks
         self._loaded, self._applied = loaded, loaded.model_round
@@ -268,7 +270,7 @@ class RoundLoop:
         digest, adopted = await asyncio.to_thread(self._adopt, blob_path, number)
         self._sent[number] = False
         try:
-            await self._chain.commit(number, digest, length, reply.tokens, reply.fingerprint_before)
+            await self._committing.commit(number, digest, length, reply)
             self._sent[number] = True
         except ChainError as error:
             late = isinstance(error, ProgramError) and error.code in _CLOSED

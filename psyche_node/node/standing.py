@@ -40,7 +40,7 @@ def check_in_time(run: Run, model: Path) -> None:
             f"the run was finished after {run.final_rounds} rounds; there is nothing to join. Its last checkpoint has "
             f"the model root {run.checkpoint_root.hex()}"
         )
-    sets = [run.inclusion_set(number) for number in range(run.model_round, run.final_rounds)]
+    sets = (run.inclusion_set(number) for number in range(run.model_round, run.final_rounds))
     trained = any(one is None or not one.void for one in sets)  # one that is not kept: who knows
     if trained or run.checkpoint_root != run.terms.model_root:
         raise JoinRefused(

@@ -63,7 +63,9 @@ class Witness:
                 log.warning("round %d: attested without the updates of members %s", record.round, sorted(missing))
         except ProgramError as error:
             self._attested.add(record.round)
-            if error.code == ErrorCode.ROUND_FINAL:
+            if error.code == ErrorCode.ALREADY_ATTESTED:
+                log.debug("round %d: attested before, by an attempt whose answer was lost", record.round)
+            elif error.code == ErrorCode.ROUND_FINAL:
                 log.info("round %d was decided by other witnesses before this node had all its updates", record.round)
             else:
                 log.info("round %d: not attested (the run is in round %d): %s", record.round, run.round, error)

@@ -35,5 +35,6 @@ class ApiError(Exception):
         self.headers = headers or {}
 
     def body(self) -> dict[str, Any]:
-        """The JSON object that tells the client."""
-        return {"error": {"message": str(self), "type": self.kind, "param": self.param, "code": self.code}}
+        """The JSON object that tells the client. What it quotes of a request may be no Unicode."""
+        message = str(self).encode(errors="backslashreplace").decode()
+        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}

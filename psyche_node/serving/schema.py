@@ -130,7 +130,10 @@ class StreamOptions(_Model):
 
 
 class Reasoning(_Model):
+    """Effort is none, or some: the switch that templates have knows no more."""
+
     enabled: bool | None = None
+    effort: str | None = None
 
 
 class Thinking(NamedTuple):
@@ -192,11 +195,11 @@ class ChatRequest(Sampled):
     def thinking(self) -> Thinking | None:
         """Return whether to reason; None leaves it to the template. Raises ApiError if the request says both."""
         switches = self.chat_template_kwargs or TemplateSwitches()
-        enabled = None if self.reasoning is None else self.reasoning.enabled
-        effort = None if self.reasoning_effort is None else self.reasoning_effort != "none"
+        asked = self.reasoning or Reasoning()
         said = {
-            "reasoning": enabled,
-            "reasoning_effort": effort,
+            "reasoning": asked.enabled,
+            "reasoning.effort": _some(asked.effort),
+            "reasoning_effort": _some(self.reasoning_effort),
             "chat_template_kwargs.thinking": switches.thinking,
             "chat_template_kwargs.enable_thinking": switches.enable_thinking,
         }
@@ -258,6 +261,10 @@ def parse(kind: type[Asked], body: object) -> Asked:
         where = place(nearest["loc"], nearest["type"])
         words = kind.shapes.get(where.partition("[")[0]) or in_words(nearest)
         raise ApiError(400, f"{where}: {words}", param=where or None) from None
+
+
+def _some(effort: str | None) -> bool | None:
+    return None if effort is None else effort != "none"
 
 
 def _arguments(call: PastCall, where: str) -> dict[str, Any]:

@@ -308,6 +308,8 @@ def _checkpoint(world: World) -> str | None:
 
 def _events(world: World) -> Iterator[Event]:
     """Rejections from the journals, kills and drops, void rounds, and the warnings and errors of the nodes' logs."""
+    for note in world.prepared.notes:
+        yield Event(time=0.0, message=note)
     for warning in world.prepared.warnings:
         yield Event(time=0.0, level="warning", message=warning)
     for node in world.nodes:

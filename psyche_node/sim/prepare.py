@@ -63,6 +63,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
             **manifest.counts.model_dump(), sequence_length=manifest.sequence_length, skipped=data.skipped
         ),
         question=shortened(first_question(data.packed, ChatTemplate(data.tokenizer, data.rendering.template))),
+        notes=data.notes,
         warnings=() if data.rendering.warning is None else (data.rendering.warning,),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),

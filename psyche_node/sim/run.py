@@ -22,8 +22,7 @@ from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
-from psyche_node.sim.samples import SampleCounts
-from psyche_node.sim.settings import SimSettings
+from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
 from psyche_node.sim.world import SimNode, SimulationFailed, World
 from psyche_node.terms import training_terms
@@ -90,9 +89,7 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     code = Exit.OK
     with ProgressDisplay(console) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
-        _tell_samples(world.prepared.counts, display)
-        for warning in world.prepared.warnings:
-            display.log(warning, "warning")
+        _tell_prepared(world.prepared, display)
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:
@@ -124,13 +121,18 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     return result, code
 
 
-def _tell_samples(counts: SampleCounts, display: ProgressDisplay) -> None:
-    """Say what became of the samples before anything is trained."""
+def _tell_prepared(prepared: Prepared, display: ProgressDisplay) -> None:
+    """Say what became of files and samples before anything is trained."""
+    counts = prepared.counts
+    for note in prepared.notes:
+        display.log(note)
     display.log(counts.taken_text())
     if dropped := counts.dropped_text():
         display.log(dropped, "warning" if counts.alarming else "info")
     for line in counts.skipped[:_LISTED]:
         display.log(f"bad: {line}", "warning")
+    for warning in prepared.warnings:
+        display.log(warning, "warning")
 
 
 def _exit_of(error: ProcessEnded) -> Exit:

@@ -79,6 +79,8 @@ class Prepared(BaseModel):
     """What became of the samples."""
     question: str | None = None
     """The first prompt of the held-out data, shortened; None if it has no conversations."""
+    notes: tuple[str, ...] = ()
+    """Which files of the data were passed over, and what was fetched."""
     warnings: tuple[str, ...] = ()
     """What the user should know of model and data."""
     model_source: str

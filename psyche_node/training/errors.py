@@ -20,7 +20,12 @@ class OutOfMemory(TrainingError):
 
 
 class RankFailed(TrainingError):
-    """A step failed on another of this node's ranks; the message names it."""
+    """A step failed on another of this node's ranks; the message names it. ``exit_code``: what it means there, if that
+    is known."""
+
+    def __init__(self, message: str, exit_code: int | None = None) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
 
 
 class OutOfStep(TrainingError):

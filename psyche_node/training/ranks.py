@@ -25,6 +25,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
+from psyche_node.exits import Exit, exit_for
 from psyche_node.training.control import Control
 from psyche_node.training.copies import Part, copy_files
 from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed, TrainingError
@@ -289,16 +290,17 @@ class Ranks(World):
 
     def _agree(self, failure: Exception | None) -> None:
         """Raise on all ranks if something failed on one: lack of memory only if nothing else was the matter."""
-        said: list[tuple[bool, str] | None] = [None] * self.size
-        words = failure and (is_out_of_memory(failure), f"{type(failure).__name__}: {failure}")
+        said: list[tuple[bool, str, int | None] | None] = [None] * self.size
+        words = failure and (is_out_of_memory(failure), f"{type(failure).__name__}: {failure}", _exit_code(failure))
         dist.all_gather_object(said, words, group=self._talk)
         failed = [(*one, rank) for rank, one in enumerate(said) if one is not None]
         if not failed:
             return
-        short, first, rank = min(failed)
+        short, first, code, rank = min(failed, key=lambda one: (one[0], one[3]))
         if failure is not None and is_out_of_memory(failure) == short:
             raise failure
-        raise (OutOfMemory if short else RankFailed)(f"rank {rank} of {self.size}: {first}")
+        what = f"rank {rank} of {self.size}: {first}"
+        raise OutOfMemory(what) if short else RankFailed(what, code)
 
     def files(self, paths: Sequence[Path]) -> list[memoryview]:
         if self._one_host:
@@ -326,6 +328,11 @@ class Ranks(World):
 
         self.together(check)
         return places
+
+
+def _exit_code(failure: Exception) -> int | None:
+    code = exit_for(failure)
+    return None if code is Exit.UNEXPECTED else int(code)
 
 
 def _held(gradient: Tensor) -> Tensor:

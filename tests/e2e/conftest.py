@@ -9,7 +9,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from daemons import write_chat
 from e2e_harness import Finished, Simulate, environment, processes_of, sim_command, until
+
+from psyche_node.sim.prepare import prepare as prepare_run
+from psyche_node.sim.settings import Prepared, SimSettings
 
 
 @pytest.fixture
@@ -66,3 +70,11 @@ def started(tmp_path: Path) -> Iterator[Callable[..., tuple[subprocess.Popen[str
         process.kill()
         process.communicate()
     until(lambda: processes_of(out) == [], "the end of every process of the simulation", 240)
+
+
+@pytest.fixture
+def prepared(tmp_path: Path) -> Prepared:
+    """A model that has learned nothing, and data, for runs of daemons."""
+    write_chat(tmp_path / "chat.jsonl", "two")
+    settings = SimSettings(out=tmp_path, data=str(tmp_path / "chat.jsonl"))
+    return prepare_run(settings, tmp_path / "cache")

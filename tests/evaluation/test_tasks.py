@@ -107,6 +107,8 @@ def test_accepted_answers_may_be_several(write_task: Callable[..., Path]) -> Non
         ({"choices": "question"}, "not a list"),
         ({"target": "7"}, "is 0 of the choices"),
         ({"target": "", "target_index": "d"}, "there are 3 choices"),
+        ({"target": "", "target_index": "ß"}, "there are 3 choices"),
+        ({"target": "", "target_index": "9" * 5000}, "there are 3 choices"),
         ({"few_shot": 10}, "too few examples"),
         ({"data": "nowhere.jsonl"}, "nowhere.jsonl"),
         ({"prompt": "{{ question.__class__.__mro__ }}"}, "cannot be rendered"),

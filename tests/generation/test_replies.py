@@ -124,3 +124,11 @@ def test_half_a_character_at_the_end() -> None:
     words = Detokenizer(lambda ids: bytes(ids).decode(errors="replace"))
     assert [words.feed(byte) for byte in "a€".encode()[:3]] == ["a", "", ""]
     assert words.finish() == "\ufffd"
+
+
+def test_calls_with_half_of_a_surrogate_pair_can_be_sent() -> None:
+    """Models write JSON's escapes, of which JSON takes any."""
+    (call,) = split_calls('<tool_call>{"name": "f", "arguments": {"a": "\\ud83d é"}}</tool_call>').calls
+    assert call.arguments.encode() == b'{"a": "\\ud83d \\u00e9"}'
+    named = '<tool_call>{"name": "\\ud83d", "arguments": {}}</tool_call>'
+    assert split_calls(named) == (named, [])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import socket
 from collections.abc import AsyncIterator, Sequence
@@ -192,6 +193,8 @@ def test_the_command_ends_with_a_reason(model_folder: Path, tmp_path: Path) -> N
     [
         ({"reasoning": {"enabled": True}}, "reasoning"),
         ({"reasoning_effort": "high"}, "reasoning_effort"),
+        ({"reasoning": {"effort": "high"}}, "reasoning.effort"),
+        ({"reasoning": {"effort": "none"}}, None),
         ({"chat_template_kwargs": {"enable_thinking": True}}, "chat_template_kwargs.enable_thinking"),
         ({"reasoning": {"enabled": False}}, None),
         ({"reasoning_effort": "none"}, None),
@@ -223,13 +226,22 @@ def test_reasoning_that_the_template_always_begins_cannot_be_turned_off(
     assert statuses == [200, 400]
 
 
+def test_an_error_that_quotes_half_of_a_surrogate_pair_can_be_sent(engine: Engine) -> None:
+    call = {"function": {"name": json.loads('"\\ud800"'), "arguments": "["}}
+    asked = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "tool_calls": [call]}]}
+    status, body = asyncio.run(posted(engine, asked))
+    assert (status, body["error"]["param"]) == (400, "messages[1].tool_calls")
+    assert r"arguments of \ud800 are not" in body["error"]["message"]
+
+
 async def posted(engine: Engine, body: dict[str, Any]) -> tuple[int, Any]:
     """The answer of /v1/chat/completions."""
     scheduler = Scheduler(engine, waiting=4)
     app = create_app(Service(engine, "model", scheduler, 100), None, nothing)
     running = asyncio.create_task(scheduler.run())
     async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://host") as client:
-        reply = await client.post("/v1/chat/completions", json=body)
+        headers = {"Content-Type": "application/json"}
+        reply = await client.post("/v1/chat/completions", content=json.dumps(body), headers=headers)
     scheduler.stop()
     await running
     return reply.status_code, reply.json()

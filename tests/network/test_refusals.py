@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import json
 import os
 import signal
 import socket
@@ -298,6 +299,42 @@ def test_where_a_process_crashed_is_told_although_its_standard_error_is_its_own(
     ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=False)
     assert ended.returncode == -signal.SIGABRT
     assert b"Fatal Python error: Aborted" in ended.stderr
+
+
+# What gRPC 1.85 writes of a channel to a wrong address, between lines of others.
+CORE_LINES = b"""the first line
+WARNING: All log messages before absl::InitializeLog() is called are written to STDERR
+E0000 00:00:1795861963.979123   19831 parse_address.cc:229] invalid ipv4 address: '999.1.1.1'
+E0000 00:00:1795861963.979456   19831 legacy_channel.cc:107] channel stack builder failed: UNKNOWN: no valid target
+=== Source Location Trace: ===\x20
+src/core/util/status_helper.cc:68
+
+src/core/util/status_helper.cc:68
+the last line
+"""
+
+
+def test_what_grpc_writes_by_itself_is_lines_of_the_log() -> None:
+    """It goes on with names of its source files, in lines of their own: those tell an operator nothing."""
+    code = f"""
+import os, threading
+from psyche_node.log import configure
+from psyche_node.network.corelog import CoreLog
+CoreLog()
+configure("network")
+os.write(2, {CORE_LINES!r})
+os.close(2)
+for thread in threading.enumerate():
+    if thread.name == "corelog":
+        thread.join()
+"""
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60, check=True)
+    lines = ended.stderr.decode().splitlines()
+    assert [line for line in lines if not line.startswith("{")] == ["the first line", "the last line"]
+    assert [json.loads(line)["msg"] for line in lines if line.startswith("{")] == [
+        "calls between nodes: invalid ipv4 address: '999.1.1.1' (gRPC, parse_address.cc:229)",
+        "calls between nodes: channel stack builder failed: UNKNOWN: no valid target (gRPC, legacy_channel.cc:107)",
+    ]
 
 
 # The numbers that a node serves --------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import asyncio
 import logging
 
 import pytest
-from node_stage import run_async
+from node_stage import run_async, settle
 
 from psyche_node.node import meeting
 from psyche_node.node.changes import Changes
@@ -95,3 +95,50 @@ def test_a_member_that_has_gone_is_not_waited_for() -> None:
         await held
 
     run_async(test())
+
+
+def test_the_time_that_is_left_is_not_spent_on_those_who_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing happens meanwhile: it is the clock that ends the waiting."""
+    monkeypatch.setattr(meeting, "SAY_SECONDS", LONG)
+
+    async def test() -> None:
+        stage = Stage(3)
+        stage.meet(1, 2)
+        await stage.meeting.held(LONG, alone=False)  # after MEET_SECONDS
+        monkeypatch.setattr(meeting, "MEET_SECONDS", LONG)
+        await stage.meeting.held(0.002, alone=False)
+        monkeypatch.setattr(meeting, "MEET_SECONDS", 0.0)
+        await Stage(3).meeting.held(0.1, alone=True)
+
+    run_async(test())
+
+
+def test_connections_to_others_than_the_members_do_not_count() -> None:
+    async def test() -> None:
+        stage = Stage(3)
+        stage.meet(1, 7, 8, 9)
+        held = asyncio.create_task(stage.meeting.held(LONG, alone=False))
+        await stage.waits(held)
+        stage.meet(2)
+        await held
+
+    run_async(test())
+
+
+def test_what_is_missing_is_said_now_and_then_and_not_at_every_change(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(meeting, "SAY_SECONDS", 0.2)
+
+    async def test() -> None:
+        stage = Stage(3)
+        held = asyncio.create_task(stage.meeting.held(LONG, alone=False))
+        await settle(lambda: "not ready" in caplog.text)
+        for _ in range(200):
+            stage.changes.fire()
+            await asyncio.sleep(0)
+        assert caplog.text.count("not ready") < 20
+        held.cancel()
+
+    with caplog.at_level(logging.WARNING):
+        run_async(test())

@@ -14,6 +14,7 @@ from node_values import member_of, pulse_of
 
 from coordinator.client import Pulse
 from coordinator.state import Member, MemberStatus, Phase
+from coordinator.ticking import tick_delay
 from psyche_node.exits import Exit, exit_for
 from psyche_node.network.messages import Rejected, Why
 from psyche_node.node import roster as module
@@ -51,6 +52,26 @@ def test_of_two_answers_the_older_changes_nothing() -> None:
         roster.see(last)
         assert await dropped is last
         assert roster.before is MemberStatus.ACTIVE
+
+    run_async(test())
+
+
+def test_a_table_with_gaps_is_one_queue_for_the_ticks() -> None:
+    """Slots stay their members': of eight, every other one has left. In every round exactly one is to tick first."""
+
+    async def test() -> None:
+        table = [member_of(slot, MemberStatus.LEFT if slot % 2 else MemberStatus.ACTIVE) for slot in range(8)]
+        chain, places = ScriptedChain(), []
+        chain.list = tuple(table)
+        async with watching(chain) as view:
+            for member in table:
+                roster = Roster(chain, view, None, member.wallet, None)  # type: ignore[arg-type]
+                roster.see(member)
+                await roster.read()
+                places.append(roster.place)
+        assert places == [0, None, 1, None, 2, None, 3, None]
+        for round in range(5):
+            assert [tick_delay(place, round, 4) for place in places].count(0) == 1
 
     run_async(test())
 
@@ -98,7 +119,7 @@ def sees(pulse: Pulse) -> Callable[[Scene], None]:
         (TRAINS, lambda it: it.roster.look(), 1),
         (TRAINS, lambda it: it.roster.on_event(REFUSED), 1),
         (TRAINS, lambda it: it.roster.on_event(REFUSED.model_copy(update={"why": Why.EXPIRED})), 0),
-        (TRAINS, sees(pulse_of(Phase.ROUND_TRAIN, 1, members=5)), 1),
+        (TRAINS, sees(dataclasses.replace(TRAINS, header=dataclasses.replace(TRAINS.header, members=5))), 1),
         (TRAINS, sees(dataclasses.replace(TRAINS, header=dataclasses.replace(TRAINS.header, active=3))), 1),
         (TRAINS, sees(pulse_of(Phase.ROUND_WITNESS, 1)), 0),
         (pulse_of(Phase.WAITING_FOR_MEMBERS), sees(pulse_of(Phase.WARMUP)), 1),

@@ -3,177 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
-from collections.abc import AsyncIterator, Callable, Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from node_stage import ScriptedChain, child, run_async, settle, settle_down, watching
-from node_values import TERMS, commitment, included, member_of, pulse_of, round_of
+from loop_stage import ALL, ROOT, scene
+from node_stage import run_async, settle, settle_down
+from node_values import TERMS, included, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
 from coordinator.failures import refused
-from coordinator.state import Commitment, Phase
-from psyche_node.faults import Faults
-from psyche_node.ipc import Message, Ok
-from psyche_node.network.messages import GetStats, Stats
-from psyche_node.network.store import BlobStore
-from psyche_node.node.idle import IdleTasks
-from psyche_node.node.journal import Journal, JournalReader
-from psyche_node.node.roundloop import Cadence, Desynced, RoundLoop, TermsChanged
-from psyche_node.node.share import Share
-from psyche_node.node.view import ChainView
-from psyche_node.node.witness import Witness
-from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, Root, RootIs, Save, Train, Trained
-
-ME = 1
-ROOT = "ab" * 32
-ALL = [commitment(member) for member in range(4)]
-
-
-class Everything:
-    """Stands in for the exchange: every update is here."""
-
-    def __init__(self) -> None:
-        self.known: set[tuple[int, int]] = set()
-        self.published: list[int] = []
-
-    async def follow(self, round: int, commitments: Iterable[Commitment]) -> None:
-        self.known |= {(round, one.member) for one in commitments}
-
-    def followed(self, round: int) -> frozenset[int]:
-        return frozenset(member for number, member in self.known if number == round)
-
-    async def obtain(self, round: int, members: Iterable[int], timeout: float) -> list[Path]:
-        assert self.followed(round) >= set(members)
-        return [Path(f"{round}-{member}") for member in sorted(members)]
-
-    async def publish(self, round: int, member: int, digest: bytes, length: int) -> None:
-        self.published.append(round)
-
-    async def forget(self, before: int) -> None:
-        pass
-
-
-class Scene:
-    """A loop under way, and what it asked of the training process, in order."""
-
-    def __init__(self, folder: Path, chain: ScriptedChain, view: ChainView) -> None:
-        self.chain, self.view = chain, view
-        self.exchange = Everything()
-        self.asked: list[Message] = []
-        self.failing: set[type[Message]] = set()
-        self.before: Callable[[Message], None] = lambda message: None
-        self.journal = JournalReader(folder / "journal.jsonl")
-        self.left_out = 0
-        self.applied = Applied(fingerprint=7)
-        self.task: asyncio.Task[None]
-
-    def train(self, message: Message) -> Message:
-        self.before(message)
-        self.asked.append(message)
-        if type(message) in self.failing:
-            raise ValueError("not finite")
-        match message:
-            case Train():
-                Path(message.out_path).write_bytes(b"update")
-                return Trained(loss=1.0, tokens=5, seconds=0.1, fingerprint_before=7, gradient_norm=1.0)
-            case Apply():
-                return self.applied
-            case Root():
-                return RootIs(model_root=ROOT)
-            case Evaluate():
-                return Evaluated(loss=1.0, tokens=5, seconds=0.1)
-            case Save():
-                return Ok()
-        raise AssertionError(message)
-
-    def leave_out(self) -> None:
-        self.left_out += 1
-
-    def did(self) -> list[str]:
-        """train N, apply N (i: own included, b: own goes back, -: none of one's own), root, save N."""
-        fates = {True: "i", False: "b", None: "-"}
-        said = []
-        for message in self.asked:
-            match message:
-                case Train():
-                    said.append(f"train {message.round}")
-                case Apply():
-                    said.append(f"apply {message.round}{fates[message.included]}")
-                case Save():
-                    said.append(f"save {message.round}")
-                case _:
-                    said.append(type(message).__name__.lower())
-        return said
-
-    async def see(self, phase: Phase, round: int, did: list[str], **fields: Any) -> None:
-        """Show the loop this state of the run, and check what it does about it."""
-        self.asked.clear()
-        now = range(max(0, round - 3), round + 1)
-        self.chain.table = tuple(round_of(n, ALL if n < round else (), closed=n < round) for n in now)
-        self.chain.push(pulse_of(phase, round, **fields))
-        await settle(lambda: len(self.asked) >= len(did) or self.task.done())
-        if self.task.done() and phase is not Phase.FINISHED:
-            self.task.result()
-        await settle_down()
-        assert self.did() == did
-
-
-@contextlib.asynccontextmanager
-async def scene(folder: Path) -> AsyncIterator[Scene]:
-    chain = ScriptedChain()
-    chain.list = tuple(member_of(slot) for slot in range(4))
-
-    def network(message: Message) -> Message:
-        if isinstance(message, GetStats):
-            return Stats(
-                bytes_sent=0,
-                bytes_received=0,
-                blob_bytes_sent=0,
-                blob_bytes_received=0,
-                peers=0,
-                connected=[],
-                per_peer=[],
-            )
-        return Ok()
-
-    async with watching(chain) as view:
-        it = Scene(folder, chain, view)
-        async with child(it.train) as (trainer, _), child(network) as (net, _):
-            journal = Journal(folder / "journal.jsonl")
-            chain.push(pulse_of(Phase.WARMUP))
-            await view.until(lambda pulse: True)
-            loop = RoundLoop(
-                chain=chain,  # type: ignore[arg-type]
-                view=view,
-                witness=Witness(chain, view, it.exchange, ME),  # type: ignore[arg-type]
-                exchange=it.exchange,  # type: ignore[arg-type]
-                trainer=trainer,
-                network=net,
-                store=BlobStore(folder / "blobs"),
-                journal=journal,
-                faults=Faults(),
-                share=Share(chain, 1000),  # type: ignore[arg-type]
-                cadence=Cadence(evaluate=0, check=0),
-                tasks=IdleTasks((), trainer, chain, journal, folder),  # type: ignore[arg-type]
-                run_key=bytes(32),
-                member=ME,
-                left_out=it.leave_out,
-                loaded=pulse_of().run,
-                folder=folder,
-                update_timeout=5.0,
-            )
-            it.task = asyncio.create_task(loop.run())
-            try:
-                yield it
-            finally:
-                it.task.cancel()
-                await asyncio.gather(it.task, return_exceptions=True)
-                journal.close()
+from coordinator.state import Phase
+from psyche_node.ipc import Message
+from psyche_node.node.roundloop import Desynced, TermsChanged
+from psyche_node.training.messages import Applied, Apply, Save, Train
 
 
 def test_with_overlap_a_round_is_trained_before_the_last_one_is_applied(tmp_path: Path) -> None:
@@ -222,7 +66,8 @@ def test_own_updates_go_back_when_void_excluded_or_refused_and_only_those_sent(t
         async with scene(tmp_path) as it:
             it.chain.errors["commit"] = [
                 ProgramError(ErrorCode.WRONG_PHASE, ()),  # round 0: too late
-                ChainUnavailable("away"),  # round 1: nobody knows whether it landed
+                ChainUnavailable("away"),  # round 1: nobody knows whether it landed, and when the chain is back
+                ProgramError(ErrorCode.WRONG_ROUND, ()),  # it is too late, and the table has another one
             ]
             await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
             await it.see(Phase.ROUND_TRAIN, 1, ["train 1"])
@@ -242,6 +87,31 @@ def test_own_updates_go_back_when_void_excluded_or_refused_and_only_those_sent(t
             kinds = [line["kind"] for line in it.journal.read()]
             assert kinds.count("late") == 2
             assert kinds.count("failed") == 1
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(
+    "error", [None, ErrorCode.ALREADY_COMMITTED, ErrorCode.WRONG_ROUND], ids=["lost", "landed", "landed and closed"]
+)
+def test_a_commitment_whose_answer_is_lost_is_served_once_it_is_on_chain(
+    tmp_path: Path, error: ErrorCode | None
+) -> None:
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            it.chain.errors["commit"] = [ChainUnavailable("it may still have its effect")]
+            if error is not None:
+                it.chain.errors["commit"].append(ProgramError(error, ()))
+            await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            assert it.exchange.published == []
+            (sent,) = it.chain.sent
+            mine = dataclasses.replace(commitment(ME), digest=sent[2])
+            it.chain.table = (round_of(0, [mine], closed=error is ErrorCode.WRONG_ROUND),)
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 0))
+            await settle(lambda: bool(it.exchange.published))
+            assert it.exchange.published == [0]
+            assert it.chain.sent == [sent] * 2 + [("set_share", 1000)] * (len(it.chain.sent) - 2)
+            await settle(lambda: any(line["kind"] == "trained" for line in it.journal.read()))
 
     run_async(test())
 

@@ -27,8 +27,9 @@ def test_a_node_key_is_that_of_the_live_member_that_has_it() -> None:
         dataclasses.replace(member_of(3, MemberStatus.DROPPED), node_key=key),
         member_of(4, MemberStatus.DROPPED),
         member_of(5, MemberStatus.EJECTED),
+        member_of(6, MemberStatus.DESYNCED),
     ]
-    expected = {1: bytes([1]) * 32, 2: key, 4: bytes([4]) * 32}
+    expected = {1: bytes([1]) * 32, 2: key, 4: bytes([4]) * 32, 6: bytes([6]) * 32}
     assert admitted(table) == [
         MemberEntry(slot=slot, node_key=one.hex(), wallet=str(table[slot].wallet)) for slot, one in expected.items()
     ]
@@ -56,7 +57,9 @@ def test_why_a_member_was_dropped_is_said(before: MemberStatus, fields: dict[str
         ({"phase": Phase.ROUND_TRAIN}, None),
         ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1, ())]}, None),
         ({"phase": Phase.WARMUP, "round": 2, "sets": [included(0, ()), included(1)]}, JoinRefused),
+        ({"round": 2, "model_round": 2, "sets": [included(0), included(1)]}, None),
         ({"phase": Phase.ROUND_TRAIN, "round": 4, "final_rounds": 3}, JoinRefused),
+        ({"round": 1, "sets": [included(0, ())], "checkpoint_root": KEY}, JoinRefused),
         ({"phase": Phase.WAITING_FOR_MEMBERS, "round": 4, "final_rounds": 4, "checkpoint_root": KEY}, JoinRefused),
         ({"phase": Phase.FINISHED, "round": 4, "final_rounds": 4}, RunFinished),
     ],
@@ -65,7 +68,9 @@ def test_why_a_member_was_dropped_is_said(before: MemberStatus, fields: dict[str
         "first round",
         "after void rounds",
         "after the first that counts",
+        "with a new model",
         "later",
+        "with other weights than the model's",
         "after a checkpoint",
         "finished",
     ],

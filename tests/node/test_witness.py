@@ -122,6 +122,7 @@ def test_attests_once_everything_is_validated_or_refused_and_not_again() -> None
         (ChainUnavailable("away"), 2),
         (RpcError("getLatestBlockhash", -32000, "busy"), 2),
         (ProgramError(ErrorCode.ROUND_FINAL, ()), 1),
+        (ProgramError(ErrorCode.ALREADY_ATTESTED, ()), 1),
         (refused("no lamports"), 1),
     ],
 )

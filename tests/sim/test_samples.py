@@ -99,6 +99,16 @@ def test_a_prepared_folder_has_its_own_sequence_length(
     assert [settings.recipe.sequence_length for settings in told] == [LENGTH, 64]
 
 
+def test_files_that_are_passed_over_are_named(chats: Path, cache: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    for name in ("train.jsonl", "test.jsonl"):
+        (folder / name).write_bytes(chats.read_bytes())
+    found = prepared(folder, cache, tmp_path / "a", skip_bad="1", model=str(chats.parent / "model.json"))
+    assert found.counts.samples == 61
+    assert found.notes == (f"{folder}: passes over test.jsonl: other splits",)
+
+
 @pytest.mark.parametrize("template", [None, "hermes-llama3"])
 def test_something_to_ask_is_of_the_held_out_data(
     chats: Path, cache: Path, tmp_path: Path, template: str | None

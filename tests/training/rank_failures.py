@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import resource
 import socket
 import tempfile
@@ -17,6 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 
 from optimizer.errors import NonFiniteGradient
+from psyche_node.exits import Exit, exit_for
 from psyche_node.training import ModelError, Session, TrainingError
 from psyche_node.training import messages as m
 from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed
@@ -286,8 +288,12 @@ def files_reach_other_hosts() -> None:
                 path.write_bytes(bytes(range(256)) * (300 * (1 - number // 2)))
         found = world.files(paths)
         assert [bytes(view) for view in found] == [bytes(range(256)) * 300] * 2 + [b""]
-        with pytest.raises((FileNotFoundError, RankFailed)):
+        with pytest.raises((FileNotFoundError, RankFailed)) as missing:
             world.files([Path(folder) / "missing"])
+        assert exit_for(missing.value) is Exit.FILES
+        with pytest.raises((FileNotFoundError, RankFailed)) as missing:
+            world.together(lambda: os.stat("/nowhere") if rank == 1 else None)
+        assert exit_for(missing.value) is Exit.FILES, "also where it was another rank"
         # As on a full disk: the other host can keep the first file's beginning only.
         limits = resource.getrlimit(resource.RLIMIT_FSIZE)
         if rank == size // 2:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from tiny import terms
 
+from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import IpcError, Ok, RemoteFailure
 from psyche_node.node.config import ConfigError
 from psyche_node.node.ranks import Trainer
@@ -94,8 +95,9 @@ def test_groups_train_together_and_fail_as_one(model_dir: Path, packed: Path, tm
                     positions = [number * 8 + member * 4 + i for i in range(3)]
                     request = m.Train(round=number, positions=positions, run=RUN, member=member, out_path=str(path))
                     assert (await endpoint.call(request, m.Trained)).tokens > 0
-                with pytest.raises(RemoteFailure, match="training: Apply: FileNotFoundError"):
+                with pytest.raises(RemoteFailure, match="training: Apply: FileNotFoundError") as missing:
                     await a.call(m.Apply(round=number, paths=[str(tmp_path / "x")], included=True), m.Applied)
+                assert exit_for(missing.value) is Exit.FILES
                 applied = [
                     await one.call(
                         m.Apply(round=number, paths=[str(path) for path in paths], included=True, digest=True),

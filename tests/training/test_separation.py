@@ -44,7 +44,7 @@ def test_documents_are_separated(model: Any, attention: str) -> None:
         line = check_separation(lambda tokens, places: logits(model, tokens, places), VOCABULARY, CPU)
     finally:
         model.set_attn_implementation("sdpa")
-    assert line.startswith("packed documents are separated")
+    assert line.startswith("packed documents do not see each other")
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -53,7 +53,7 @@ def test_every_family_is_tested_when_it_starts_and_says_so(
 ) -> None:
     make_demo_model(FAMILIES[family], tokenizer, tmp_path, seed=0)
     ready = prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
-    assert [line for line in ready.reasons if line.startswith("packed documents are separated")]
+    assert [line for line in ready.reasons if line.startswith("packed documents do not see each other")]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

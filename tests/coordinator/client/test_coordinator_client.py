@@ -6,6 +6,7 @@ import asyncio
 import base64
 import contextlib
 import itertools
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -328,6 +329,42 @@ def test_watch_counts_only_answers_that_the_run_is_gone(
             await pulses.aclose()  # type: ignore[attr-defined]
 
     asyncio.run(asyncio.wait_for(run(), 300))
+
+
+def test_watch_goes_on_after_a_slot_that_never_was(
+    ledger: Ledger, program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One answer is from far in the future. No read is as new as that, so the client gives that slot up again."""
+    monkeypatch.setattr("coordinator.pulses._LONGEST_PAUSE", 0.01)
+
+    async def run() -> None:
+        future = 2**40
+        lies = 0
+
+        async def change(request: dict[str, Any]) -> tuple[int, bytes, str] | None:
+            nonlocal lies
+            if request["method"] != "getMultipleAccounts" or not lies:
+                return None
+            lies -= 1
+            status, body, headers = await forward(ledger.rpc, request)
+            answer = json.loads(body)
+            answer["result"]["context"]["slot"] = future
+            return status, json.dumps(answer).encode(), headers
+
+        async with (
+            owned(ledger, program) as owner,
+            endpoint(forwarding(ledger.rpc, change)) as front,
+            await CoordinatorClient.open([front], owner.addresses.run, patience=0.7) as client,
+        ):
+            pulses = client.watch()
+            before = await anext(pulses)
+            lies = 1
+            while (pulse := await anext(pulses)).slot != future:
+                assert pulse.slot >= before.slot
+            assert before.slot <= (await anext(pulses)).slot < future
+            await pulses.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def test_one_bad_answer_about_a_part_of_the_run_is_no_proof_that_it_is_gone(ledger: Ledger, program: Program) -> None:

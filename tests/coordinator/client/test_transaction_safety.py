@@ -13,6 +13,7 @@ from ledger_process import SOL, Ledger
 from solders.compute_budget import ID as COMPUTE_BUDGET
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
+from solders.signature import Signature
 from solders.system_program import TransferParams, transfer
 from solders.transaction import Transaction
 
@@ -198,6 +199,25 @@ def test_a_push_that_makes_no_sense_is_a_reason_to_look(slot: Any) -> None:
     pulses = Pulses(Chain(["http://127.0.0.1:9"]), run_addresses(Pubkey.default(), Pubkey.default(), "x"))
     value = {"context": {"slot": slot}, "value": {"data": [base64.b64encode(bytes(8)).decode(), "base64"]}}
     assert pulses._is_urgent(value, None)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("value", [None, 7, {}, {"context": {"slot": 1}}, {"value": "err", "context": {"slot": 1}}])
+def test_a_push_of_a_status_that_is_none_is_waited_through(value: Any) -> None:
+    """Else every look at the transaction would follow the last one at once, as long as its push stays what it is."""
+
+    async def run() -> None:
+        async with Chain(["http://127.0.0.1:9"]) as chain:
+            pushed: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+            sender = chain._sender
+            handle = sender._subscribe(Signature.default(), pushed)
+            push = chain.subscriptions._wanted[handle].push
+            push(value)
+            assert not pushed.done()
+            push({"context": {"slot": 5}, "value": {"err": None}})
+            assert await sender._confirmed(None, pushed, 0)  # type: ignore[arg-type]
+            assert chain.rpc.seen_slot == 5
+
+    asyncio.run(run())
 
 
 # ---------------------------------------------------------------------- fees
