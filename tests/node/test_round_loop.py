@@ -7,9 +7,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
-from loop_stage import ALL, ROOT, scene
+from loop_stage import ALL, ME, ROOT, scene
 from node_stage import run_async, settle, settle_down
-from node_values import TERMS, included, pulse_of, round_of
+from node_values import TERMS, commitment, included, pulse_of, round_of
 
 from coordinator.client import ChainUnavailable, ProgramError, RpcError
 from coordinator.errors import ErrorCode
