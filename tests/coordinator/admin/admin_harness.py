@@ -20,11 +20,6 @@ init_min_members = 2
 min_members = 2
 max_members = 8
 join_grace = 1
-# Ten minutes each: a run goes on when its members have done their part, however slow this machine is.
-warmup_time = 30000
-max_round_train_time = 30000
-round_witness_time = 30000
-cooldown_time = 30000
 batch = 8
 rounds_per_epoch = 4
 total_rounds = 4

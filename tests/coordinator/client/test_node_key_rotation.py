@@ -23,6 +23,7 @@ from psyche_node.network.messages import Rejected, SetMembers, Why
 from psyche_node.node.config import NodeConfig
 from psyche_node.node.journal import Journal, JournalReader
 from psyche_node.node.membership import Membership
+from psyche_node.node.roster import Roster
 from psyche_node.node.standing import JoinRefused, RunFinished
 from psyche_node.node.view import ChainView
 
@@ -53,6 +54,7 @@ class Stage:
         self.journal = Journal(folder / "journal.jsonl")
         self.chain: CoordinatorClient
         self.view: ChainView
+        self.roster: Roster
         self.membership: Membership
 
     @contextlib.asynccontextmanager
@@ -65,16 +67,9 @@ class Stage:
         task = asyncio.create_task(view.follow())
         self.chain, self.view = chain, view
         run = (await view.until(lambda pulse: True)).run
-        self.membership = Membership(
-            chain,
-            view,
-            self.network,
-            self.journal,
-            wallet.pubkey(),
-            load_or_create_node_key(self.config.node_key_path),
-            self.config.share,
-            run,
-        )
+        key = load_or_create_node_key(self.config.node_key_path)
+        self.roster = Roster(chain, view, self.network, wallet.pubkey(), key)
+        self.membership = Membership(chain, view, self.roster, self.journal, key, self.config.share, run)
         try:
             yield self
         finally:
@@ -110,7 +105,7 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                 await other.join()
                 slot = await first.join()
                 await first.chain.set_share(77)
-                following = [asyncio.create_task(stage.membership.follow()) for stage in (first, other)]
+                following = [asyncio.create_task(stage.roster.follow()) for stage in (first, other)]
                 before, after = rotate_node_key(first.config.node_key_path)
                 assert before is not None
                 async with asyncio.timeout(90):
@@ -132,7 +127,7 @@ def test_a_member_goes_on_under_a_new_node_key(ledger: Ledger, program: Program,
                     what="call", peer=after.node_id, member=None, reason="no member", why=Why.NOT_A_MEMBER
                 )
                 for stage in (first, other):
-                    stage.membership.on_event(unknown)
+                    stage.roster.on_event(unknown)
                 with pytest.raises(JoinRefused, match="goes on under another node key"):
                     await asyncio.wait_for(following[0], 300)
                 async with asyncio.timeout(90):
