@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Final
+from typing import Any, Final
 
 from psyche_node.planning.asked import Asked, Load, load
 from psyche_node.planning.shape import ModelShape
@@ -29,7 +29,7 @@ class Try:
     owners: bool
 
 
-_Change = tuple[str, Value, Asked]
+_Change = tuple[str, Value]
 _Changes = Callable[[ModelShape, Asked, Load], Iterator[_Change]]
 
 
@@ -40,66 +40,84 @@ def advice(shape: ModelShape, asked: Asked) -> tuple[Try, ...]:
     """
     ways = [_MEMBERS] if asked.joining else [_MEMBERS, _MEMBERS + _OWNERS]
     for way in ways:
-        tries = _pursued(shape, asked, load(shape, asked), way)
-        if tries and tries[-1].fits:
-            return tuple(tries)
+        if changes := _pursued(shape, asked, way):
+            return _tried(shape, asked, changes)
     for way in ways:
         for gpus in _COUNTS:
             if gpus <= asked.gpus or gpus % asked.tensor_parallel:
                 continue
-            more = replace(asked, gpus=gpus)
-            loaded = load(shape, more)
-            first = _tried("gpus", f"{gpus}x{asked.gpu.name}", loaded)
-            tries = [first, *([] if first.fits else _pursued(shape, more, loaded, way))]
-            if tries[-1].fits:
-                return tuple(tries)
+            first = ("gpus", gpus)
+            more = _changed(asked, [first])
+            if load(shape, more).fits:
+                return _tried(shape, asked, [first])
+            if changes := _pursued(shape, more, way):
+                return _tried(shape, asked, [first, *changes])
     return ()
 
 
-def _pursued(shape: ModelShape, asked: Asked, loaded: Load, changes: tuple[_Changes, ...]) -> list[Try]:
-    """One change after the other, each on top of those before that helped, until it fits."""
-    tries: list[Try] = []
-    for change in changes:
-        for flag, value, changed in change(shape, asked, loaded):
-            then = load(shape, changed)
+def _pursued(shape: ModelShape, asked: Asked, ways: tuple[_Changes, ...]) -> list[_Change]:
+    """One change after the other until it fits, without those that later ones made needless; none if it never fits."""
+    made: list[_Change] = []
+    loaded = load(shape, asked)
+    for way in ways:
+        for change in way(shape, _changed(asked, made), loaded):
+            then = load(shape, _changed(asked, [*made, change]))
             if then.memory.total >= loaded.memory.total:
                 continue
-            asked, loaded = changed, then
-            tries.append(_tried(flag, value, then))
+            made.append(change)
+            loaded = then
             if then.fits:
-                return tries
-    return tries
+                return _needed(shape, asked, made)
+    return []
 
 
-def _tried(flag: str, value: Value, loaded: Load) -> Try:
-    return Try(flag, value, loaded.memory.total, loaded.fits, flag in _COMMON)
+def _needed(shape: ModelShape, asked: Asked, made: list[_Change]) -> list[_Change]:
+    """Those of the changes without which it does not fit; what costs most is left out first."""
+    for at in reversed(range(len(made) - 1)):
+        fewer = made[:at] + made[at + 1 :]
+        if load(shape, _changed(asked, fewer)).fits:
+            made = fewer
+    return made
+
+
+def _changed(asked: Asked, changes: Sequence[_Change]) -> Asked:
+    return replace(asked, **dict(_FIELDS[flag](value) for flag, value in changes))
+
+
+def _tried(shape: ModelShape, asked: Asked, changes: Sequence[_Change]) -> tuple[Try, ...]:
+    tries = []
+    for at, (flag, value) in enumerate(changes, start=1):
+        loaded = load(shape, _changed(asked, changes[:at]))
+        shown = f"{value}x{asked.gpu.name}" if flag == "gpus" else value
+        tries.append(Try(flag, shown, loaded.memory.total, loaded.fits, flag in _COMMON))
+    return tuple(tries)
 
 
 def _checkpointing(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     if not loaded.work.checkpointing:
-        yield "checkpointing", True, replace(asked, checkpointing=True)
+        yield "checkpointing", True
 
 
 def _one_at_a_time(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     if loaded.work.micro_batch > 1:
-        yield "micro-batch", 1, replace(asked, micro_batch=1)
+        yield "micro-batch", 1
 
 
 def _more_tensor_parallel(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     for tensor in range(asked.tensor_parallel + 1, shape.kv_heads + 1):
         if not any(whole % tensor for whole in (asked.gpus, shape.heads, shape.kv_heads)):
-            yield "tensor-parallel", tensor, replace(asked, tensor_parallel=tensor)
+            yield "tensor-parallel", tensor
 
 
 def _bf16(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     if not asked.bf16:
-        yield "precision", "bf16", replace(asked, bf16=True)
+        yield "precision", "bf16"
 
 
 def _shorter(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     length = asked.sequence // 2
     while length >= SHORTEST:
-        yield "seq", length, replace(asked, sequence=length)
+        yield "seq", length
         length //= 2
 
 
@@ -107,3 +125,12 @@ def _shorter(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]
 _MEMBERS: Final[tuple[_Changes, ...]] = (_checkpointing, _one_at_a_time, _more_tensor_parallel)
 _OWNERS: Final[tuple[_Changes, ...]] = (_bf16, _shorter)
 _COMMON: Final = frozenset({"precision", "seq"})
+_FIELDS: Final[dict[str, Callable[[Value], tuple[str, Any]]]] = {
+    "gpus": lambda value: ("gpus", value),
+    "checkpointing": lambda value: ("checkpointing", value),
+    "micro-batch": lambda value: ("micro_batch", value),
+    "tensor-parallel": lambda value: ("tensor_parallel", value),
+    "precision": lambda value: ("bf16", value == "bf16"),
+    "seq": lambda value: ("sequence", value),
+}
+"""What a flag is of what is asked."""
