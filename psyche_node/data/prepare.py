@@ -17,7 +17,7 @@ from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import Sample
 from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
-from psyche_node.data.rendering import TEMPLATE
+from psyche_node.data.rendering import CONFIG, TEMPLATE, own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
@@ -89,7 +89,8 @@ def prepare(
 
     Raises:
         BadSample: a record is not a sample, or the chat template refuses it, and ``skips`` does not allow it.
-        DataError: a file cannot be read, a setting makes no sense, or nothing is left to train on.
+        DataError: a file cannot be read, a setting makes no sense, or nothing is left to train on; or ``out`` has a
+            chat template that would be lost.
     """
     if sequence_length < 2:
         raise DataError(f"a sequence length of {sequence_length} leaves nothing to predict. Use at least 2")
@@ -102,6 +103,7 @@ def prepare(
     encoder = Encoder(tokenizer, template, length_control)
     if encoder.vocabulary > LARGEST_TOKEN:
         raise DataError(f"{tokenizer} has tokens beyond {LARGEST_TOKEN}. Use another tokenizer")
+    _spare_template(out, encoder.template.source)
     with Spill(out) as spill:
         read = _Read()
         for number, path in enumerate(files):
@@ -117,6 +119,17 @@ def prepare(
             )
         progress(Progress(None, counts.samples, spill.tokens))
         return _write(out, spill, encoder, settings, read)
+
+
+def _spare_template(out: Path, source: str) -> None:
+    """A model's folder keeps its template: that of the data is written beside the manifest, and would replace it."""
+    if (out / NAME).is_file() and not (out / CONFIG).is_file():
+        return  # that of the data which is replaced
+    if own_source(out) not in (None, source):
+        raise DataError(
+            f"{out} has a chat template of its own, and that of the data, which is another one, would replace it. Name "
+            "a new folder for the data"
+        )
 
 
 def tokenizer_digest(template: ChatTemplate) -> str:
