@@ -22,7 +22,6 @@ from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
-from psyche_node.data.template import ChatTemplate
 
 TooLong = Literal["drop", "cut"]
 
@@ -132,10 +131,10 @@ def _spare_template(out: Path, source: str) -> None:
         )
 
 
-def tokenizer_digest(template: ChatTemplate) -> str:
-    """SHA-256 (hex) over tokenizer.json and the chat template of a folder."""
-    state = hashlib.sha256((template.folder / "tokenizer.json").read_bytes())
-    state.update(b"\0" + template.source.encode())
+def tokenizer_digest(folder: Path, source: str) -> str:
+    """SHA-256 (hex) over the tokenizer.json of a folder and the text of a chat template."""
+    state = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    state.update(b"\0" + source.encode())
     return state.hexdigest()
 
 
@@ -205,7 +204,7 @@ def _write(out: Path, spill: Spill, encoder: Encoder, settings: _Settings, read:
     )
     manifest = Manifest(
         sources=tuple(Source(sha256=digest, counts=Counts(**part)) for digest, part in read.sources),
-        tokenizer=tokenizer_digest(encoder.template),
+        tokenizer=tokenizer_digest(encoder.template.folder, encoder.template.source),
         vocabulary=encoder.vocabulary,
         pad=form.pad,
         sequence_length=form.length,
