@@ -178,7 +178,7 @@ class Exit(ExitCode):
     SIMULATION = (
         70,
         "The simulated network could not be started, or did not finish its run.",
-        "The message names the part and its log under `OUT/logs`.",
+        "The message says what is wrong, or it names the part and its log under `OUT/logs`, which is kept then.",
     )
     REPLICAS_DIFFER = (
         71,

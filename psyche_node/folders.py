@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 
@@ -24,21 +25,37 @@ def terms_of_data(manifest: Manifest) -> dict[str, Any]:
     }
 
 
-def terms_of_model(
-    folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0, *, weights: bool = True
-) -> dict[str, Any]:
-    """``model_root``, ``layout_digest`` and ``update_bytes`` of the terms.
+@dataclass(frozen=True, slots=True)
+class BuiltModel:
+    """A model's folder as far as it is known in seconds: all but the weights."""
 
-    ``only_bf16``: weights are kept in bf16, without fp32 masters. Without ``weights`` none is read, and there is no
-    ``model_root``: seconds instead of minutes for a large model. Raises ModelError: there is no such model, or its
-    vocabulary is smaller than the ``vocabulary`` of the data.
-    """
-    model, _ = build_model(folder, torch.bfloat16 if only_bf16 else torch.float32)
-    check_vocabulary(folder, model, vocabulary)
-    shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
-    layout = Layout.build(shapes, topk, only_bf16)
-    found = {"layout_digest": layout.digest.hex(), "update_bytes": layout.update_bytes}
-    if not weights:
-        return found
-    load_into(model, folder, torch.device("cpu"))
-    return {"model_root": model_root(model).hex(), **found}
+    folder: Path
+    model: Any
+    layout: Layout
+
+    @classmethod
+    def build(cls, folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0) -> Self:
+        """``only_bf16``: weights are kept in bf16, without fp32 masters.
+
+        Raises ModelError: there is no such model, or its vocabulary is smaller than the ``vocabulary`` of the data.
+        """
+        model, _ = build_model(folder, torch.bfloat16 if only_bf16 else torch.float32)
+        check_vocabulary(folder, model, vocabulary)
+        shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
+        return cls(folder, model, Layout.build(shapes, topk, only_bf16))
+
+    @property
+    def terms(self) -> dict[str, Any]:
+        """``layout_digest`` and ``update_bytes`` of the terms."""
+        return {"layout_digest": self.layout.digest.hex(), "update_bytes": self.layout.update_bytes}
+
+    def root(self) -> dict[str, Any]:
+        """``model_root`` of the terms. Reads the weights: minutes for a large model. Raises ModelError."""
+        load_into(self.model, self.folder, torch.device("cpu"))
+        return {"model_root": model_root(self.model).hex()}
+
+
+def terms_of_model(folder: Path, topk: int, only_bf16: bool) -> dict[str, Any]:
+    """``model_root``, ``layout_digest`` and ``update_bytes`` of the terms. Raises ModelError."""
+    built = BuiltModel.build(folder, topk, only_bf16)
+    return {**built.root(), **built.terms}

@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -28,8 +29,6 @@ TERMS_OF_FOLDERS: Final = {
 """Keys of `terms`, and the folder that each follows from."""
 
 
-_CHEAP: Final = frozenset(TERMS_OF_FOLDERS) - {"model_root"}
-"""Known without reading weights or sequences."""
 _STANDING_IN: Final = {
     "model_root": "00" * 32,
     "layout_digest": "00" * 32,
@@ -70,16 +69,13 @@ class Folders:
         Raises:
             ConfigError: a folder cannot be used, or a file or --set gives another value for one of the keys.
         """
-        words = ["terms", "--topk", str(topk), "--precision", self.precision, "--json"]
+        words = ["terms", "--topk", str(topk), "--precision", self.precision, "--json", "--early"]
         words += [] if self.model is None else ["--model", str(self.model)]
         words += [] if self.data is None else ["--data", str(self.data)]
         written = {key for key in table.terms() if table.origin("terms", key) != RECIPE}
-        if written & _CHEAP:
-            self._compare(table, written, _ask([*words, "--quick"]))
-        found = _ask(words)
+        found = _ask(words, lambda so_far: self._compare(table, written, so_far))
         if (warning := found.pop("warning", None)) is not None:
             print(f"warning: {warning}", file=sys.stderr)
-        self._compare(table, written, found)
         return found
 
     def _compare(self, table: SettingsTable, written: set[str], found: Mapping[str, Any]) -> None:
@@ -101,15 +97,29 @@ class Folders:
         return "" if folder is None else f"{flag} {folder}"
 
 
-def _ask(words: list[str]) -> dict[str, Any]:
-    """What `psyche-node` prints as JSON. Raises ConfigError with what it says if it fails."""
+def _ask(words: list[str], check: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """The last line of JSON that `psyche-node` prints. What ``check`` raises of one ends it before the next.
+
+    Raises ConfigError with what it says if it fails.
+    """
     plain = {**os.environ, "TYPER_USE_RICH": "0"}  # no boxes around what it says
-    done = subprocess.run([sys.executable, "-m", "psyche_node.cli", *words], capture_output=True, env=plain)
-    if done.returncode:
-        said = done.stderr.decode(errors="replace").strip()
-        raise ConfigError(f"the folders cannot be used: {said or f'exit code {done.returncode}'}")
-    found: dict[str, Any] = json.loads(done.stdout)
-    found.pop("topk", None)
+    command, found = [sys.executable, "-m", "psyche_node.cli", *words], dict[str, Any]()
+    with (
+        tempfile.TemporaryFile() as errors,
+        subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, env=plain) as process,
+    ):
+        try:
+            for line in process.stdout or ():
+                found = json.loads(line)
+                found.pop("topk", None)
+                check(found)
+        except BaseException:
+            process.kill()
+            raise
+        if code := process.wait():
+            errors.seek(0)
+            said = errors.read().decode(errors="replace").strip()
+            raise ConfigError(f"the folders cannot be used: {said or f'exit code {code}'}")
     return found
 
 

@@ -72,7 +72,8 @@ def evaluate(
             results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
         for one in results.tasks:
             if one.unswitched:
-                note = f"{one.task}: the chat template of {folder} has no switch for reasoning: measured without"
+                as_it_is = "with it, because its prompts begin inside" if one.thinking else "without"
+                note = f"{one.task}: the chat template of {folder} has no switch for reasoning: measured {as_it_is}"
                 typer.secho(note, fg="yellow", err=True)
         if out is not None:
             out.write_bytes(results.canonical() + b"\n")
@@ -93,7 +94,7 @@ def _show(results: Results) -> None:
         error = "" if held.perplexity_stderr is None else f"{held.perplexity_stderr:,.3f}"
         table.add_row("", "", "perplexity", perplexity, error, f"{held.tokens:,} tokens")
     for one in results.tasks:
-        switch = "no switch" if one.unswitched else {True: "on", False: "off", None: ""}[one.thinking]
+        switch = {True: "on", False: "off", None: ""}[one.thinking] + (", no switch" if one.unswitched else "")
         samples = f"{one.samples:,}" + (f" x {one.repeats}" if one.repeats > 1 else "")
         for place, (name, measure) in enumerate(one.measures.items()):
             head = (one.task, switch) if place == 0 else ("", "")

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +21,9 @@ def terms(
         bool, typer.Option("--quick", help="Read neither weights nor sequences: leaves model_root out.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+    early: Annotated[
+        bool, typer.Option("--early", help="With --json: print what --quick prints first, as a line of its own.")
+    ] = False,
 ) -> None:
     """Print the part of a run's terms that follows from a model and a data folder, as nodes work it out.
 
@@ -30,30 +34,29 @@ def terms(
     from psyche_node.data.dataset import PackedDataset
     from psyche_node.data.errors import DataError
     from psyche_node.data.manifest import Manifest
-    from psyche_node.folders import terms_of_data, terms_of_model
+    from psyche_node.folders import BuiltModel, terms_of_data
     from psyche_node.training.errors import TrainingError
 
     if model is None and data is None:
         raise typer.BadParameter("give --model, --data, or both")
     with failures(DataError, TrainingError):
-        found, vocabulary = {}, 0
-        if data is not None:
-            manifest = Manifest.read(data)
-            found, vocabulary = terms_of_data(manifest), manifest.vocabulary
-
-        def of_model(folder: Path, *, weights: bool) -> dict[str, Any]:
-            return terms_of_model(folder, topk, precision == "bf16", vocabulary, weights=weights)
-
         # What takes seconds comes first: a mistake is not told after minutes of reading.
-        of_folder = {} if model is None else of_model(model, weights=False) | {"topk": topk}
-        if data is not None and not quick:
-            PackedDataset(data)
-        if model is not None and not quick:
-            of_folder |= of_model(model, weights=True)
-        found = of_folder | found
+        manifest = None if data is None else Manifest.read(data)
+        vocabulary = 0 if manifest is None else manifest.vocabulary
+        built = None if model is None else BuiltModel.build(model, topk, precision == "bf16", vocabulary)
+        found = {} if built is None else built.terms | {"topk": topk}
+        found |= {} if manifest is None else terms_of_data(manifest)
         warning = None
-        if model is not None and data is not None and (model / "tokenizer.json").is_file():
-            warning = template_warning(data, manifest, model)
+        if not quick:
+            if as_json and early:
+                typer.echo(json.dumps(found))
+                sys.stdout.flush()
+            if data is not None:
+                PackedDataset(data)
+            if built is not None:
+                found = built.root() | found
+            if model is not None and manifest is not None and data is not None and (model / "tokenizer.json").is_file():
+                warning = template_warning(data, manifest, model)
     if as_json:
         typer.echo(json.dumps(found if warning is None else found | {"warning": warning}))
         return

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from psyche_node.data.errors import DataError
 from psyche_node.data.manifest import Manifest
 from psyche_node.data.prepare import tokenizer_digest
-from psyche_node.data.rendering import SHIPPED, TEMPLATE, find_template
+from psyche_node.data.rendering import SHIPPED, TEMPLATE, find_template, own_source
 from psyche_node.data.template import ChatTemplate
 
 
@@ -34,13 +34,15 @@ def rendering_of(data: Path, manifest: Manifest, model: Path, chosen: str | None
     Raises:
         DataError: the model folder has no tokenizer, or ``chosen`` cannot be used.
     """
-    own = _template(model, chosen) if chosen is None else ChatTemplate(model, chosen)
-    if own is not None and tokenizer_digest(own) == manifest.tokenizer:
+    if not (model / "tokenizer.json").is_file():
+        raise DataError(f"{model} has no tokenizer.json. Name a folder with a tokenizer")
+    # The digest of the tokenizer's file says all about it: loading it, which takes seconds, would say no more.
+    own = own_source(model) if chosen is None else ChatTemplate(model, chosen).source
+    if own is not None and tokenizer_digest(model, own) == manifest.tokenizer:
         return Rendering(chosen, None)
     beside = data / TEMPLATE
     for name in (*SHIPPED, *([str(beside)] if beside.is_file() else [])):
-        found = _template(model, name)
-        if found is not None and tokenizer_digest(found) == manifest.tokenizer:
+        if tokenizer_digest(model, find_template(name).source) == manifest.tokenizer:
             return Rendering(name, _warning(data, name, model, own))
     return None
 
@@ -56,20 +58,10 @@ def template_warning(data: Path, manifest: Manifest, model: Path) -> str | None:
     return rendering.warning
 
 
-def _template(model: Path, name: str | None) -> ChatTemplate | None:
-    """None where there is no such template, or the tokenizer lacks its tokens."""
-    if not (model / "tokenizer.json").is_file():
-        raise DataError(f"{model} has no tokenizer.json. Name a folder with a tokenizer")
-    try:
-        return ChatTemplate(model, name)
-    except DataError:
-        return None
-
-
-def _warning(data: Path, name: str, model: Path, own: ChatTemplate | None) -> str:
+def _warning(data: Path, name: str, model: Path, own: str | None) -> str:
     shipped = name in SHIPPED
     which = name if shipped else f"{name} ({_digest(find_template(name).source)})"
-    other = "none" if own is None else f"another one, {_known(own.source)}"
+    other = "none" if own is None else f"another one, {_known(own)}"
     copy = f"psyche-node data template {name} >" if shipped else f"cp {name}"
     return (
         f"{data} was rendered with the chat template {which}, and {model} has {other}. Whoever talks to the model uses "

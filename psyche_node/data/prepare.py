@@ -17,12 +17,11 @@ from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import Sample
 from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
-from psyche_node.data.rendering import TEMPLATE
+from psyche_node.data.rendering import CONFIG, TEMPLATE, own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
-from psyche_node.data.template import ChatTemplate
 
 TooLong = Literal["drop", "cut"]
 
@@ -89,7 +88,8 @@ def prepare(
 
     Raises:
         BadSample: a record is not a sample, or the chat template refuses it, and ``skips`` does not allow it.
-        DataError: a file cannot be read, a setting makes no sense, or nothing is left to train on.
+        DataError: a file cannot be read, a setting makes no sense, or nothing is left to train on; or ``out`` has a
+            chat template that would be lost.
     """
     if sequence_length < 2:
         raise DataError(f"a sequence length of {sequence_length} leaves nothing to predict. Use at least 2")
@@ -102,6 +102,7 @@ def prepare(
     encoder = Encoder(tokenizer, template, length_control)
     if encoder.vocabulary > LARGEST_TOKEN:
         raise DataError(f"{tokenizer} has tokens beyond {LARGEST_TOKEN}. Use another tokenizer")
+    _spare_template(out, encoder.template.source)
     with Spill(out) as spill:
         read = _Read()
         for number, path in enumerate(files):
@@ -119,10 +120,21 @@ def prepare(
         return _write(out, spill, encoder, settings, read)
 
 
-def tokenizer_digest(template: ChatTemplate) -> str:
-    """SHA-256 (hex) over tokenizer.json and the chat template of a folder."""
-    state = hashlib.sha256((template.folder / "tokenizer.json").read_bytes())
-    state.update(b"\0" + template.source.encode())
+def _spare_template(out: Path, source: str) -> None:
+    """A model's folder keeps its template: that of the data is written beside the manifest, and would replace it."""
+    if (out / NAME).is_file() and not (out / CONFIG).is_file():
+        return  # that of the data which is replaced
+    if own_source(out) not in (None, source):
+        raise DataError(
+            f"{out} has a chat template of its own, and that of the data, which is another one, would replace it. Name "
+            "a new folder for the data"
+        )
+
+
+def tokenizer_digest(folder: Path, source: str) -> str:
+    """SHA-256 (hex) over the tokenizer.json of a folder and the text of a chat template."""
+    state = hashlib.sha256((folder / "tokenizer.json").read_bytes())
+    state.update(b"\0" + source.encode())
     return state.hexdigest()
 
 
@@ -192,7 +204,7 @@ def _write(out: Path, spill: Spill, encoder: Encoder, settings: _Settings, read:
     )
     manifest = Manifest(
         sources=tuple(Source(sha256=digest, counts=Counts(**part)) for digest, part in read.sources),
-        tokenizer=tokenizer_digest(encoder.template),
+        tokenizer=tokenizer_digest(encoder.template.folder, encoder.template.source),
         vocabulary=encoder.vocabulary,
         pad=form.pad,
         sequence_length=form.length,

@@ -15,11 +15,16 @@ import jinja2.parser
 import jinja2.sandbox
 
 from psyche_node.data.errors import DataError
+from psyche_node.data.files import read_object
 
 SHIPPED = ("hermes-llama3", "chatml")
 """Templates that come with this package."""
 TEMPLATE = "chat_template.jinja"
 """The file of a folder's own template."""
+CONFIG = "tokenizer_config.json"
+"""The file of a tokenizer's folder that names its special tokens, and may hold the template."""
+SAVE = "Save the tokenizer with transformers"
+"""What to do about a damaged one."""
 _FOLDER = Path(__file__).parent / "templates"
 _MARKED = re.compile(r"\{%-?\s*generation\s*-?%\}")
 _CONTROL = re.compile(r"<\|\w+\|>")
@@ -82,6 +87,20 @@ def find_template(name: str) -> Template:
             f"the chat template {name} cannot be read ({error}). Name a file, or one of {', '.join(SHIPPED)}"
         ) from error
     return Template(source, f"the chat template {name}", shipped=name in SHIPPED)
+
+
+def own_source(folder: Path) -> str | None:
+    """Return the text of a tokenizer folder's own template; None if it has none. Raises DataError: it is unreadable."""
+    path, config = folder / TEMPLATE, folder / CONFIG
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(f"{path} cannot be read ({error}). Copy it again") from error
+    template = read_object(config, SAVE).get("chat_template") if config.is_file() else None
+    if isinstance(template, list):  # named templates, as older folders have them
+        template = next((t.get("template") for t in template if t.get("name") == "default"), None)
+    return template if isinstance(template, str) else None
 
 
 class _Generation(jinja2.ext.Extension):

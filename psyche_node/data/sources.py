@@ -18,7 +18,7 @@ from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
 from psyche_node.data.prepare import prepare
-from psyche_node.data.rendering import find_template
+from psyche_node.data.rendering import CONFIG, TEMPLATE, find_template
 from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
 from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
@@ -78,9 +78,7 @@ def build_data(
                 "no such tokens. Name a model folder whose tokenizer has them, or another template"
             )
         key = _key("tokenizer", code, content, vocabulary)
-        tokenizer = _once(
-            cache, key, "tokenizer_config.json", lambda out: train_tokenizer(files, vocabulary, out, Skips(skip_bad))
-        )
+        tokenizer = _once(cache, key, CONFIG, lambda out: train_tokenizer(files, vocabulary, out, Skips(skip_bad)))
     parts = [sha256_file(tokenizer / n) for n in _TOKENIZER_FILES if (tokenizer / n).is_file()]
     source_of_template = None if chosen is None else chosen.source
     key = _key("packed", code, content, parts, sequence_length, heldout, seed, source_of_template, skip_bad)
@@ -125,7 +123,7 @@ def cache_folder() -> Path:
 
 
 _SKIPPED = "skipped.json"
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+_TOKENIZER_FILES = ("tokenizer.json", CONFIG, TEMPLATE)
 
 
 def _stdlib(cache: Path) -> Path:

@@ -24,7 +24,7 @@ from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample, check_encodable
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
-from psyche_node.data.rendering import TEMPLATE, Span, Template, find_template
+from psyche_node.data.rendering import CONFIG, SAVE, TEMPLATE, Span, Template, find_template, own_source
 from psyche_node.data.textcoding import Coded, TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 
@@ -59,9 +59,9 @@ class ChatTemplate:
         self.folder = folder
         self._coder = TextCoder.read(folder)
         self.tokenizer = self._coder.tokenizer
-        config = read_object(folder / "tokenizer_config.json", "Save the tokenizer with transformers")
+        config = read_object(folder / CONFIG, SAVE)
         self.special = {name: _token_text(config.get(name)) for name in _SPECIAL if config.get(name) is not None}
-        self._template = self._own(config) if chosen is None else find_template(chosen)
+        self._template = _own(folder) if chosen is None else find_template(chosen)
         self.source = self._template.source
         self.marked = self._template.marked
         if missing := sorted(c for c in self._template.controls if self.tokenizer.token_to_id(c) is None):
@@ -249,18 +249,12 @@ class ChatTemplate:
             spans.append(Span(len(prompt), end))
         return spans
 
-    def _own(self, config: dict[str, Any]) -> Template:
-        where, path = f"the chat template of {self.folder}", self.folder / TEMPLATE
-        if path.is_file():
-            return Template(path.read_text(encoding="utf-8"), where)
-        template = config.get("chat_template")
-        if isinstance(template, list):  # named templates, as older folders have them
-            template = next((t.get("template") for t in template if t.get("name") == "default"), None)
-        if not isinstance(template, str):
-            raise DataError(
-                f"{self.folder} has no chat template. Put one into {path.name}, or choose one with `--template`"
-            )
-        return Template(template, where)
+
+def _own(folder: Path) -> Template:
+    source = own_source(folder)
+    if source is None:
+        raise DataError(f"{folder} has no chat template. Put one into {TEMPLATE}, or choose one with `--template`")
+    return Template(source, f"the chat template of {folder}")
 
 
 def split_reasoning(content: str) -> tuple[str, str, bool] | None:

@@ -52,7 +52,8 @@ class TasksBetween:
         for one in self._tasks:
             if lacks_switch(self._subject, one.task):
                 log.warning(
-                    "%s: the model's chat template has no switch for reasoning: evaluated without", one.task.name
+                    "%s: the model's chat template has no switch for reasoning: evaluated once, as the template has it",
+                    one.task.name,
                 )
         self._steps: Steps[Results] | None = None
         self._held: list[tuple[Any, Tensor]] = []

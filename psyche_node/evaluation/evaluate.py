@@ -126,7 +126,12 @@ def _generated(subject: Subject, loaded: Loaded, thinking: bool | None, cut: Cut
     ]
     # Answers to one question are not independent: the standard error is that over the questions.
     measures = {name: mean([fmean(one[name] for one in graded[group]) for group in groups]) for name in graded[0]}
-    return _result(loaded, thinking, 0, measures, unswitched=lacks_switch(subject, task))
+    unswitched = lacks_switch(subject, task)
+    if thinking is not None and not engine.prompts.thinks:
+        # Not what was asked for, but what the template does.
+        always = any(opened is not None for opened in inside)
+        unswitched, thinking = unswitched or always, always
+    return _result(loaded, thinking, 0, measures, unswitched=unswitched)
 
 
 def _grade(task: Task, example: Example, reply: Reply, inside: str | None) -> dict[str, float]:

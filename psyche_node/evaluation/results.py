@@ -45,9 +45,11 @@ class TaskResult(Part):
     kind: str
     """multiple_choice, generate_until or loglikelihood."""
     thinking: bool | None
-    """Whether the template's reasoning switch was on; null where the task has none."""
+    """Whether the template's reasoning switch was on, or, where it has no switch, whether its prompts begin inside
+    reasoning; null where the task has none."""
     unswitched: bool = False
-    """Only there if true: reasoning was asked for and the model's template has no switch, so it was measured off."""
+    """Only there if true: the model's template has no switch for reasoning, so that not all that the task asks for was
+    measured, but what `thinking` says."""
     samples: int = Field(ge=1)
     """Examples."""
     repeats: int = Field(ge=1)

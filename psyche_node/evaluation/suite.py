@@ -49,7 +49,7 @@ def run_suite(
 
     The weights must be the same in every step; anything else may happen to the model in between. Raises what
     ``evaluate`` and ``measure_heldout`` do. A task that asks for reasoning of a template without a switch is measured
-    without, and its result says so.
+    once, as the template has it, and its result says so.
     """
     heldout, found = None, []
     # A node's weights are named by their fingerprint, which is cheap: their root would take as long as a checkpoint.

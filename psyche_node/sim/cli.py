@@ -146,12 +146,14 @@ def simulate(
 
 def _prepared_length(data: str | None) -> int | None:
     """The sequence length of a folder that is prepared already, whose sequences are what they are."""
-    if data is None or not (Path(data) / "manifest.json").is_file():
+    if data is None:
         return None
     # Imported late: `--help` does not wait for the data package.
     from psyche_node.data.errors import DataError
-    from psyche_node.data.manifest import Manifest
+    from psyche_node.data.manifest import NAME, Manifest
 
+    if not (Path(data) / NAME).is_file():
+        return None
     with failures(DataError):
         return Manifest.read(Path(data)).sequence_length
 

@@ -2,32 +2,53 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 
+LOGS = "logs"
+"""The folder inside that holds a log per process."""
+
 
 class OutFolder:
-    """Claims ``path`` for a simulation: makes it and its parents. Nothing is overwritten.
+    """Claims ``path`` for one simulation: makes it, its parents and its folder of logs. Nothing is overwritten.
+
+    Whoever makes the folder of logs has the claim, so two simulations that begin at the same moment cannot both.
 
     Raises:
-        FileExistsError: there is something in it.
+        FileExistsError: there is something in it, or it is another simulation's.
     """
 
     def __init__(self, path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"{path} exists and is not empty; name a new folder with --out")
         self._path = path
-        self._made = [folder for folder in (path, *path.parents) if not folder.exists()]
-        path.mkdir(parents=True, exist_ok=True)
+        self._made = [folder for folder in (path, *path.parents)[::-1] if _make(folder)][::-1]
+        if not _make(path / LOGS):
+            raise FileExistsError(f"{path} is another simulation's; name a new folder with --out")
 
     def give_back(self) -> None:
-        """Remove what was put into it, it itself and its parents where they are new. Raises OSError."""
+        """Remove what was put into it, it itself and its parents where this made them. Raises OSError."""
+        logs = self._path / LOGS
         for entry in self._path.iterdir():
             if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
+                if entry != logs:
+                    shutil.rmtree(entry)
             else:
                 entry.unlink()
-        for folder in self._made:
-            if any(folder.iterdir()):  # somebody else uses the parent by now
-                return
-            folder.rmdir()
+        # Last, with the claim: nobody else's is in the folder before.
+        shutil.rmtree(logs)
+        with contextlib.suppress(OSError):  # not empty: another simulation uses it by now
+            for folder in self._made:
+                folder.rmdir()
+
+
+def _make(folder: Path) -> bool:
+    """Make a folder whose parent is there; return whether this process did."""
+    if folder.is_dir():
+        return False
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True

@@ -28,15 +28,23 @@ def _end_with_parent() -> None:
 
 
 class ProcessEnded(Exception):
-    """A process ended, or said nothing, where it should have gone on. ``code`` is its exit status.
+    """A process ended, or said nothing, where it should have gone on.
 
-    ``words``: the message without the path of its log, for where that is not kept.
+    Attributes:
+        code: its exit status; None if it was ended for its silence.
+        words: the message without the path of its log, for where that is not kept.
     """
 
-    def __init__(self, name: str, code: int | None, log: Path, last_words: str) -> None:
-        super().__init__(f"{last_words}\n({name}: {how_it_ended(code)}, log {log})")
-        self.words = f"{last_words}\n({name}: {how_it_ended(code)})"
+    def __init__(self, name: str, code: int | None, log: Path, last_words: str, silence: str = "") -> None:
+        how = silence or how_it_ended(code)
+        super().__init__(f"{last_words}\n({name}: {how}, log {log})")
+        self.words = f"{last_words}\n({name}: {how})"
         self.code = code
+
+    @property
+    def explained(self) -> bool:
+        """Whether its last words say what was wrong: it knew. An uncaught exception ends Python with 1."""
+        return self.code is not None and self.code > Exit.UNEXPECTED
 
 
 class Managed:
@@ -60,17 +68,24 @@ class Managed:
     def running(self) -> bool:
         return self.process.poll() is None
 
-    async def first_line(self, timeout: float) -> str:
-        """Return the first line of standard output. Raises ProcessEnded with the end of the log if there is none."""
+    async def first_line(self, timeout: float, remedy: str = "") -> str:
+        """Return the first line of standard output.
+
+        Raises ProcessEnded with the end of the log if there is none, and with the remedy if it took more than
+        ``timeout`` seconds.
+        """
         assert self.process.stdout is not None, "started without pipe=True"
         try:
             line = await asyncio.wait_for(asyncio.to_thread(self.process.stdout.readline), timeout)
         except TimeoutError:
-            line = b""
+            await self.stop()
+            silence = f"ended, because it was not ready after {timeout:g} s{remedy}"
+            raise ProcessEnded(self.name, None, self.log, self.tail(), silence) from None
         if not line:
             code = self.process.poll() or await self.stop()
             # One that knew what was wrong has said so in a line; of any other the whole traceback may be needed.
-            raise ProcessEnded(self.name, code, self.log, self.tail(12 if code in set(Exit) else 60))
+            known = code > Exit.UNEXPECTED
+            raise ProcessEnded(self.name, code, self.log, self.tail(12 if known else 60))
         return line.decode()
 
     async def wait(self) -> int:

@@ -178,7 +178,8 @@ class TaskFigure(Record):
     task: str
     """Name of the task."""
     thinking: bool | None
-    """Whether the chat template's reasoning switch was on; null where the task has none."""
+    """Whether the chat template's reasoning switch was on, or, without one, whether its prompts begin inside reasoning;
+    null where the task has none."""
     measure: str
     """Which figure: accuracy, accuracy_normalised, exact_match, overlong, unclosed, tokens, loss."""
     value: float

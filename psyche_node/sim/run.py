@@ -13,11 +13,12 @@ from typing import Any
 from rich.console import Console
 from rich.markup import escape
 
+from coordinator.client import ChainError
 from coordinator.state import Member, MemberStatus, Phase
 from psyche_node.exits import Exit, exit_for
 from psyche_node.sim.baseline import BaselineRequest
 from psyche_node.sim.collect import collect, ledger_result
-from psyche_node.sim.out import OutFolder
+from psyche_node.sim.out import LOGS, OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
@@ -35,6 +36,7 @@ async def run(settings: SimSettings, started: float) -> Exit:
     """Simulate, write the report, print the summary. Cancel to stop early: what was trained is still reported.
 
     What fails before there is anything to keep leaves the output folder as it was: the corrected command may name it.
+    A failure whose message does not say what was wrong keeps it, for its logs.
     """
     console = Console(highlight=False)
     world = World(settings, started)
@@ -51,7 +53,7 @@ async def run(settings: SimSettings, started: float) -> Exit:
     except Exception as error:
         console.print(f"[red]psyche-sim: {escape(f'{type(error).__name__}: {error}')}[/red]", soft_wrap=True)
         if world.worth_keeping:
-            console.print(f"Logs: {settings.out / 'logs'}", soft_wrap=True)
+            console.print(f"Logs: {settings.out / LOGS}", soft_wrap=True)
         return exit_for(error)
 
 
@@ -61,9 +63,19 @@ def _out_folder(world: World) -> Iterator[None]:
     folder = OutFolder(world.settings.out)
     try:
         yield
+    except Exception as error:
+        world.worth_keeping = world.worth_keeping or not _explained(error, world)
+        raise
     finally:
         if not world.worth_keeping:
             folder.give_back()
+
+
+def _explained(error: Exception, world: World) -> bool:
+    """Whether the message says what was wrong. Why a ledger of the simulation's own fails, only its log can tell."""
+    if isinstance(error, ProcessEnded):
+        return error.explained
+    return exit_for(error) is not Exit.UNEXPECTED and not (isinstance(error, ChainError) and world.ledger is not None)
 
 
 async def _simulate(world: World, console: Console) -> Exit:
@@ -221,7 +233,7 @@ async def _baseline(world: World) -> Baseline:
     file = settings.out / "baseline-request.json"
     file.write_text(request.model_dump_json())
     process = Managed(
-        "AdamW baseline", "psyche_node.sim.baseline", [str(file)], settings.out / "logs" / "baseline.log", pipe=True
+        "AdamW baseline", "psyche_node.sim.baseline", [str(file)], settings.out / LOGS / "baseline.log", pipe=True
     )
     try:
         return Baseline.model_validate_json(await process.first_line(BASELINE_TIMEOUT))

@@ -32,6 +32,7 @@ from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.journal import JournalReader
+from psyche_node.sim.out import LOGS
 from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.settings import Prepared, SimSettings
 
@@ -143,7 +144,8 @@ class World:
         self.funded = 0
         """Lamports that the owner's wallet began with; all others are funded from it."""
         self.worth_keeping = False
-        """Whether the output folder holds what is not to be lost: nodes, or keys to what is on the user's chain."""
+        """Whether the output folder holds what is not to be lost: nodes, or keys to what is on the user's chain, or the
+        logs of a failure that its message does not explain."""
 
     @contextlib.asynccontextmanager
     async def up(self) -> AsyncIterator[None]:
@@ -174,11 +176,11 @@ class World:
 
     async def _prepare(self) -> Prepared:
         arguments = [self.settings.model_dump_json()]
-        process = Managed(
-            "preparation", "psyche_node.sim.prepare", arguments, self.settings.out / "logs" / "prepare.log", pipe=True
-        )
+        log = self.settings.out / LOGS / "prepare.log"
+        process = Managed("preparation", "psyche_node.sim.prepare", arguments, log, pipe=True)
+        remedy = "; what takes longer is prepared beforehand, by `psyche-node data prepare`"
         try:
-            return Prepared.model_validate_json(await process.first_line(PREPARE_TIMEOUT))
+            return Prepared.model_validate_json(await process.first_line(PREPARE_TIMEOUT, remedy))
         finally:
             await process.stop()
 
@@ -193,7 +195,7 @@ class World:
             # The last endpoint is the simulation's own, and without faults: it reports what is so.
             for faults in (*settings.chain_faults, ""):
                 arguments += ["--faults", faults]
-        log = settings.out / "logs" / "ledger.log"
+        log = settings.out / LOGS / "ledger.log"
         ledger = self.ledger = Managed("psyche-ledger", "coordinator.ledger", arguments, log, pipe=True)
         stack.push_async_callback(ledger.stop)
         self.memory.watch("ledger", ledger.process.pid)
@@ -234,7 +236,7 @@ class World:
         arguments = ["--link", self.settings.link]
         for own in ports:
             arguments += ["--to", ",".join(f"{HOST}:{port}" for port in own)]
-        log = self.settings.out / "logs" / "relay.log"
+        log = self.settings.out / LOGS / "relay.log"
         relay = self.relay = Managed("relay", "psyche_node.relay", arguments, log, pipe=True)
         stack.push_async_callback(relay.stop)
         lines = iter(json.loads(await relay.first_line(RELAY_TIMEOUT)))
@@ -293,7 +295,7 @@ class World:
             flags += ["--rpc", rpc]
         for task in settings.tasks if index == 0 else ():
             flags += ["--tasks", str(task)]
-        process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / "logs" / f"{name}.log")
+        process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / LOGS / f"{name}.log")
         self.memory.watch(name, process.process.pid)
         node = SimNode(
             name=name,

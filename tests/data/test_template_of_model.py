@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
@@ -69,6 +70,33 @@ def test_a_model_without_template_is_told_of_the_datas(chat: Path, model: Path, 
     warning = template_warning(data, manifest, model)
     assert warning is not None
     assert f"and {model} has none. " in warning
+
+
+@pytest.mark.parametrize("embedded", [False, True])
+@pytest.mark.parametrize("again", [False, True])
+def test_a_models_own_template_is_not_replaced_by_that_of_data(
+    chat: Path, model: Path, embedded: bool, again: bool
+) -> None:
+    file, config = model / "chat_template.jinja", model / "tokenizer_config.json"
+    if embedded:
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"chat_template": file.read_text()}))
+        file.unlink()
+    if again:  # with the model's own there is nothing to lose
+        prepare(chat, model, model, LENGTH)
+    before = {path: path.read_bytes() for path in model.iterdir()}
+    with pytest.raises(DataError, match=r"has a chat template of its own.*Name a new folder"):
+        prepare(chat, model, model, LENGTH, template="hermes-llama3")
+    assert {path: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_data_may_be_prepared_anew_with_another_template(chat: Path, model: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    for template in (None, "hermes-llama3"):
+        prepare(chat, model, data, LENGTH, template=template)
+    assert (data / "chat_template.jinja").read_text() == find_template("hermes-llama3").source
+    (data / "manifest.json").unlink()  # whose template it is, nobody knows now
+    with pytest.raises(DataError, match="Name a new folder"):
+        prepare(chat, model, data, LENGTH)
 
 
 def test_another_tokenizer_is_no_matter_of_templates(chat: Path, model: Path, tmp_path: Path) -> None:

@@ -93,13 +93,14 @@ def test_thinking_on_and_off_are_measured_apart(subject: Subject, write_task: Ca
     assert only.measures == off.measures
 
 
-def test_a_template_without_a_switch_is_measured_without_and_says_so(
-    folder: Path, write_task: Callable[..., Path], tmp_path: Path
+@pytest.mark.parametrize("always", [False, True])
+def test_a_template_without_a_switch_is_measured_as_it_is_and_says_so(
+    folder: Path, write_task: Callable[..., Path], tmp_path: Path, always: bool
 ) -> None:
     for file in folder.iterdir():
         (tmp_path / file.name).symlink_to(file)
     template = tmp_path / "chat_template.jinja"
-    text = template.read_text().replace("{% if thinking %}<think>{% endif %}", "")
+    text = template.read_text().replace("{% if thinking %}<think>{% endif %}", "<think>\n" if always else "")
     template.unlink()
     template.write_text(text)
     settings = {"kind": "generate_until", "prompt": "{{ q }}", "target": "{{ sum }}", "max_new_tokens": 6, "chat": True}
@@ -112,14 +113,17 @@ def test_a_template_without_a_switch_is_measured_without_and_says_so(
     done = CliRunner().invoke(app, words)
     assert done.exit_code == 0, done.output
     tasks = json.loads(done.stdout)["tasks"]
-    assert [(one["task"], one["thinking"], one.get("unswitched")) for one in tasks] == [
-        ("both", False, True),
-        ("on", False, True),
-        ("plain", False, None),
+    # Asked for no reasoning, the template that always reasons did something else, too.
+    other = ["both", "on", "plain"] if always else ["both", "on"]
+    assert [(one["task"], one["thinking"], one.get("unswitched", False)) for one in tasks] == [
+        (name, always, name in other) for name in ("both", "on", "plain")
     ]
-    assert done.stderr.count("has no switch for reasoning: measured without") == 2
+    # An untrained model closes nothing in six tokens.
+    assert {one["measures"]["unclosed"]["value"] for one in tasks} == {float(always)}
+    measured = "measured with it, because its prompts begin inside" if always else "measured without"
+    assert done.stderr.count(f"has no switch for reasoning: {measured}") == len(other)
     shown = CliRunner().invoke(app, [one for one in words if one != "--json"])
-    assert shown.stdout.count("no switch") == 2
+    assert shown.stdout.count("on, no switch" if always else "off, no switch") == len(other)
 
 
 @pytest.mark.parametrize(

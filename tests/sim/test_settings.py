@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +76,8 @@ def test_chain_of_ones_own_needs_a_wallet_that_is_there(tmp_path: Path) -> None:
 def test_output_folder_is_new_or_empty(tmp_path: Path) -> None:
     OutFolder(tmp_path / "a" / "b")
     assert (tmp_path / "a" / "b").is_dir()
-    OutFolder(tmp_path / "a" / "b")
+    (tmp_path / "empty").mkdir()
+    OutFolder(tmp_path / "empty")
     for used in (tmp_path, tmp_path / "file"):
         (tmp_path / "file").touch()
         with pytest.raises(FileExistsError, match="--out"):
@@ -86,7 +89,6 @@ def test_output_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "precious").write_text("mine")
     for out in (tmp_path / "there", tmp_path / "a" / "b"):
         folder = OutFolder(out)
-        (out / "logs").mkdir()
         (out / "logs" / "x.log").touch()
         (out / "owner.json").touch()
         (out / "link").symlink_to(tmp_path)
@@ -97,6 +99,38 @@ def test_output_folder_is_given_back_as_it_was(tmp_path: Path) -> None:
     OutFolder(tmp_path / "runs" / "another's")
     shared.give_back()
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["another's"]
+
+
+@pytest.mark.parametrize("new", [True, False])
+def test_of_two_simulations_that_begin_at_once_one_has_the_folder(tmp_path: Path, new: bool) -> None:
+    out = tmp_path / "runs" / "now"
+    if not new:
+        out.mkdir(parents=True)
+    both = threading.Barrier(8)
+
+    def claim(_: int) -> OutFolder | None:
+        both.wait()
+        try:
+            return OutFolder(out)
+        except FileExistsError:
+            return None
+
+    with ThreadPoolExecutor(8) as pool:
+        claims = list(pool.map(claim, range(8)))
+    (mine,) = (one for one in claims if one is not None)
+    assert out.is_dir(), "the others took nothing away"
+    mine.give_back()
+    assert out.is_dir() is not new
+
+
+def test_folder_that_another_has_claimed_since_the_look_is_refused_and_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Path, "iterdir", lambda path: iter(()))  # both looked before either began
+    OutFolder(tmp_path / "out")
+    with pytest.raises(FileExistsError, match=r"another simulation's.*--out"):
+        OutFolder(tmp_path / "out")
+    assert (tmp_path / "out" / "logs").is_dir()
 
 
 @given(st.integers(10, 10_000))

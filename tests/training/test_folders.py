@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,10 @@ from coordinator.admin.folders import TERMS_OF_FOLDERS, Folders
 from coordinator.admin.runs import folder_lines
 from coordinator.run_config import RECIPE, ConfigError, SettingsTable
 from coordinator.wallet import create_keypair
+from psyche_node import folders
 from psyche_node.cli import app
-from psyche_node.data import PackedDataset
+from psyche_node.data import PackedDataset, agreement
+from psyche_node.data.textcoding import TextCoder
 from psyche_node.exits import Exit
 from psyche_node.training import Session
 
@@ -114,6 +117,32 @@ def test_an_owner_hears_of_another_template(
     said = capsys.readouterr().err
     assert f"warning: {packed} was rendered with the chat template" in said
     assert f"and {model} has another one" in said
+
+
+def test_nothing_is_worked_out_twice(
+    model_dir: Path, packed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tmp_path / "model"
+    shutil.copytree(model_dir, model)
+    (model / "chat_template.jinja").write_text("{{ messages }}")
+    done: list[str] = []
+
+    def counted(where: Any, name: str) -> None:
+        real = getattr(where, name)
+        monkeypatch.setattr(where, name, lambda *args, **named: (done.append(name), real(*args, **named))[1])
+
+    counted(subprocess, "Popen")
+    Folders(model, packed, "fp32").terms(table({"sequence_length": 64}), 64)
+    counted(folders, "build_model")
+    counted(TextCoder, "read")
+    counted(agreement, "template_warning")
+    words = ["--model", model, "--data", packed, "--topk", "64", "--json"]
+    early, whole = map(json.loads, printed(*words, "--early").splitlines())
+    quick = json.loads(printed(*words, "--quick"))
+    assert early == quick
+    assert early.items() < whole.items()
+    assert "warning" in whole
+    assert sorted(done) == ["Popen", "build_model", "build_model", "template_warning"]
 
 
 def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(

@@ -1,0 +1,102 @@
+"""A start that fails says why; if it cannot, its logs stay."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from coordinator.client import ChainUnavailable
+from psyche_node.exits import Exit
+from psyche_node.sim.processes import Managed, ProcessEnded
+from psyche_node.sim.run import run
+from psyche_node.sim.settings import SimSettings
+from psyche_node.sim.world import SimulationFailed, World
+
+LINES = 40
+CHATTY = f"import sys\nfor n in range({LINES}): print('line', n, file=sys.stderr)\n"
+
+
+def first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, timeout: float = 90) -> ProcessEnded:
+    """What is raised of a process that says much in its log, and then ends so."""
+    (tmp_path / "some_part.py").write_text(CHATTY + ending)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+
+    async def test() -> None:
+        await Managed("part", "some_part", [], tmp_path / "part.log", pipe=True).first_line(timeout, "; wait")
+
+    with pytest.raises(ProcessEnded) as caught:
+        asyncio.run(test())
+    return caught.value
+
+
+@pytest.mark.parametrize(
+    ("ending", "code", "explained"),
+    [
+        ("raise RuntimeError", 1, False),
+        ("sys.exit(0)", 0, False),
+        ("import os; os.kill(os.getpid(), 9)", -9, False),
+        ("sys.exit(40)", 40, True),
+    ],
+)
+def test_what_a_process_did_not_expect_is_told_with_much_of_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ending: str, code: int, explained: bool
+) -> None:
+    error = first_line(tmp_path, monkeypatch, ending)
+    assert (error.code, error.explained) == (code, explained)
+    assert ("line 0\n" in str(error)) is not explained
+    assert f"line {LINES - 1}" in str(error)
+
+
+def test_time_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # It may not even have begun by then: that is told with whatever its log has.
+    error = first_line(tmp_path, monkeypatch, "import time; time.sleep(600)", timeout=0.25)
+    assert "(part: ended, because it was not ready after 0.25 s; wait, log" in str(error)
+    assert "SIGTERM" not in str(error)
+    assert not error.explained
+
+
+LOG = Path("x.log")
+
+
+@pytest.mark.parametrize(
+    ("error", "own_ledger", "code", "kept"),
+    [
+        (ProcessEnded("preparation", 40, LOG, "no such file"), True, Exit.DATA, False),
+        (ProcessEnded("preparation", 1, LOG, "RuntimeError"), True, Exit.UNEXPECTED, True),
+        (ProcessEnded("preparation", -9, LOG, ""), True, Exit.SIMULATION, True),
+        (ProcessEnded("preparation", None, LOG, "", "too slow"), True, Exit.SIMULATION, True),
+        (RuntimeError("what nobody thought of"), True, Exit.UNEXPECTED, True),
+        (SimulationFailed("the wallet has too little"), False, Exit.SIMULATION, False),
+        (ChainUnavailable("nobody answers"), False, Exit.CHAIN_UNAVAILABLE, False),
+        (ChainUnavailable("nobody answers"), True, Exit.CHAIN_UNAVAILABLE, True),
+    ],
+)
+def test_logs_of_a_failed_start_stay_unless_it_explains_itself(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    own_ledger: bool,
+    code: Exit,
+    kept: bool,
+) -> None:
+    out = tmp_path / "out"
+
+    async def fails(world: World, stack: object) -> None:
+        if own_ledger:
+            world.ledger = object()  # type: ignore[assignment]
+        (out / "logs" / "prepare.log").touch()
+        raise error
+
+    monkeypatch.setattr(World, "_prepare_and_found", fails)
+    assert asyncio.run(run(SimSettings(out=out), 0.0)) is code
+    said = capsys.readouterr().out
+    assert (out / "logs" / "prepare.log").exists() is kept
+    assert out.exists() is kept
+    if kept:
+        assert ("x.log" if isinstance(error, ProcessEnded) else str(out / "logs")) in said
+    else:
+        assert str(out) not in said
+        assert "x.log" not in said
