@@ -17,6 +17,7 @@ from coordinator.client import CoordinatorClient, RunNotFound
 from coordinator.deploy import LOADER
 from coordinator.layout import RUN_MARK, RUN_SIZE
 from coordinator.looks import look
+from coordinator.printable import printable
 from coordinator.state import MalformedAccount, Run, decode_run
 
 # The upgradeable loader marks a program's account, as opposed to its data or a buffer, with this 32-bit number.
@@ -162,7 +163,9 @@ def _near(run: str, everything: Iterable[FoundRun]) -> str:
 
 
 def _listed(runs: Iterable[FoundRun]) -> str:
-    return "\n".join(f"  {one.run.run_id}  {one.address}  owner {one.run.owner}  program {one.program}" for one in runs)
+    return "\n".join(
+        f"  {printable(one.run.run_id)}  {one.address}  owner {one.run.owner}  program {one.program}" for one in runs
+    )
 
 
 async def _programs(chain: Chain) -> list[Pubkey]:

@@ -22,6 +22,7 @@ from coordinator.admin.output import pubkey
 from coordinator.chain import Chain
 from coordinator.client import CoordinatorClient
 from coordinator.find_run import open_run
+from coordinator.printable import LINES, printable
 
 # Seconds; somebody is waiting in front of it.
 PATIENCE = 10.0
@@ -43,7 +44,7 @@ def go(action: Coroutine[Any, Any, None]) -> None:
         status = status_of(error)
         if status is None:
             raise
-        print(f"psyche-admin: {message_of(error)}", file=sys.stderr)
+        print(f"psyche-admin: {printable(message_of(error), LINES)}", file=sys.stderr)
         raise typer.Exit(status) from None
 
 

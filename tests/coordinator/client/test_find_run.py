@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from endpoints import endpoint, forwarding, result
 from ledger_process import Ledger
 from runs import LIMITS, TERMS
@@ -19,6 +20,7 @@ from coordinator.chain import RpcError
 from coordinator.client import CoordinatorClient, RunNotFound
 from coordinator.find_run import all_runs, open_run
 from psyche_node.cli import app as node
+from psyche_node.commands.ending import failures
 from psyche_node.evaluation import Results
 from psyche_node.exits import Exit
 
@@ -135,3 +137,25 @@ def test_an_endpoint_that_lists_no_accounts_says_what_to_give() -> None:
 
     with pytest.raises(RunNotFound, match="give the address of the run's account, or its name with --program"):
         asyncio.run(all_runs(Chain(), Pubkey.default()))  # type: ignore[arg-type]
+
+
+def test_no_name_that_a_stranger_has_chosen_reaches_a_terminal_as_it_is(ledger: Ledger, program: Program) -> None:
+    """The program takes any name without NUL: one could rewrite the screen, or forge a line of what is said."""
+    owner, program_id = program
+    name = "free\x1b]0;x\x07\u202e\nrun  forged"
+
+    async def create() -> Pubkey:
+        async with CoordinatorClient([ledger.rpc], program_id, None, owner) as client:
+            return (await client.create_run(name, LIMITS, TERMS)).run
+
+    address, place = asyncio.run(create()), ["--rpc", ledger.rpc]
+    for words in (["list"], ["show", str(address)], ["show", str(address)[:-1]]):
+        done = CliRunner().invoke(admin, ["run", *words, *place])
+        assert "free\ufffd]0;x\ufffd\ufffd\ufffdrun  forged" in done.output, words
+        assert not {"\x1b", "\x07", "\u202e"} & set(done.output), words
+
+
+def test_nor_does_what_an_error_quotes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), failures(RunNotFound):
+        raise RunNotFound("did you mean\n  \x1b[2J")
+    assert capsys.readouterr().err == "did you mean\n  \ufffd[2J\n"
