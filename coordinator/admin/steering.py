@@ -72,7 +72,7 @@ async def set_config(
         *made,
         done=f"changed:\n{text}\n",
         caution=change.caution(pulse.run),
-        result={"changed": change.to_json(pulse.run)},
+        result={"changed": change.to_json(pulse.run), "checkpoint_round": change.checkpoint(pulse.run)},
     )
 
 
