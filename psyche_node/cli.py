@@ -40,7 +40,7 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
     run_name: Annotated[str | None, typer.Option("--run", help="The run's name, or its account's address.")] = None,
     program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
-    owner: Annotated[str | None, typer.Option(help="Owner's wallet, where several have a run of that name.")] = None,
+    owner: Annotated[str | None, typer.Option(help="The owner's wallet, where --run is a name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
     commitment: Annotated[str | None, typer.Option(help="processed, confirmed or finalized.")] = None,
     priority_fee: Annotated[str | None, typer.Option(help="Micro-lamports per compute unit, or auto.")] = None,
