@@ -137,7 +137,7 @@ def run(
         settings = load_config(config, overrides)
     except ConfigError as error:
         typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
+        raise typer.Exit(_last_line(exit_for(error))) from None
     try:
         code = asyncio.run(_run(settings))
     except KeyboardInterrupt:  # before the handler below was there
@@ -219,11 +219,19 @@ async def _run(settings: NodeConfig) -> int:
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
         code = exit_for(error)
-        level = logging.INFO if code in NOTHING_TO_DO else logging.ERROR
-        log.log(level, "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
-        log.log(level, "exit code %d, %s: %s", code, code.name, code.resolve)
-        return code
+        log.log(_level(code), "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        return _last_line(code)
     return Exit.OK
+
+
+def _last_line(code: Exit) -> Exit:
+    """Log what the code is called and what to do next."""
+    log.log(_level(code), "exit code %d, %s: %s", code, code.name, code.resolve)
+    return code
+
+
+def _level(code: Exit) -> int:
+    return logging.INFO if code in NOTHING_TO_DO else logging.ERROR
 
 
 def main() -> None:
