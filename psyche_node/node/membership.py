@@ -235,7 +235,7 @@ class Membership:
     async def _check_last_fingerprint(self) -> None:
         """Raise Desynced if the last fingerprint that this member has committed is not the majority's.
 
-        The program counts that as a missed round, too, and drops who has missed too many, whatever the reason.
+        The program counts that as a missed round, too, and drops who had missed too many before.
         """
         records = [one for one in await self._view.read(self._chain.rounds) if one.closed]
         mine = [one for one in records if self._roster.slot in one.commitments]

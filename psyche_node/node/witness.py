@@ -55,10 +55,10 @@ class Witness:
     async def _attest(self, record: Round) -> bool:
         run = self._view.pulse.run
         held = self._exchange.held(record.round) & record.commitments.keys()
+        missing = record.commitments.keys() - held
         try:
             await self._chain.attest(record.round, held)
             self._attested.add(record.round)
-            missing = record.commitments.keys() - held
             if missing:
                 log.warning("round %d: attested without the updates of members %s", record.round, sorted(missing))
         except ProgramError as error:
@@ -66,7 +66,8 @@ class Witness:
             if error.code == ErrorCode.ALREADY_ATTESTED:
                 log.debug("round %d: attested before, by an attempt whose answer was lost", record.round)
             elif error.code == ErrorCode.ROUND_FINAL:
-                log.info("round %d was decided by other witnesses before this node had all its updates", record.round)
+                why = "had all its updates" if missing else "could say that it has them"
+                log.info("round %d was decided by other witnesses before this node %s", record.round, why)
             else:
                 log.info("round %d: not attested (the run is in round %d): %s", record.round, run.round, error)
         except (ChainUnavailable, RpcError) as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -59,5 +60,6 @@ def node(run: str, rpc: str, folder: Path, model: Path, data: Path, *more: str) 
 
 def kill(process: subprocess.Popen[str]) -> None:
     """SIGKILL a daemon and its processes, all at once, as a power cut does."""
-    os.killpg(process.pid, signal.SIGKILL)
+    with contextlib.suppress(ProcessLookupError):  # it has ended, and what it started with it
+        os.killpg(process.pid, signal.SIGKILL)
     process.communicate()
