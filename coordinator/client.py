@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator, Iterable, Sequence
 from dataclasses import replace
@@ -14,10 +13,11 @@ from solders.signature import Signature
 
 from coordinator import instructions
 from coordinator.addresses import RunAddresses, run_addresses
-from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
+from coordinator.chain import Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
 from coordinator.evaluations import record_instructions
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
 from coordinator.layout import MAX_MEMBERS, ROUND, round_offset
+from coordinator.looks import look
 from coordinator.pulses import Delay, Pulse, Pulses, RunNotFound
 from coordinator.rpc import PATIENCE_SECONDS, Json, Unusable
 from coordinator.state import (
@@ -51,8 +51,6 @@ log = logging.getLogger(__name__)
 
 # Twice what the protocol allows commit and attest: priority fees are paid on it, and nodes send these two every round.
 _FEW_UNITS: Final = 20_000
-_LOOKS: Final = 3
-_LOOK_PAUSE: Final = 0.8
 _MAX_SIGNATURE_PAGES: Final = 100
 _SIGNATURES_PER_PAGE: Final = 1000
 
@@ -112,7 +110,7 @@ class CoordinatorClient(Chain):
             address = run if isinstance(run, Pubkey) else Pubkey.from_string(run)
         except ValueError:
             raise RunNotFound(f"{run!r} is not the address of a run (32 bytes in base58)") from None
-        account = await _find(rpc_urls, address, options)
+        account = await look(rpc_urls, options, lambda chain: chain.account(address))
         if account is None:
             raise RunNotFound(f"there is no account {address} on this chain; is it the right RPC endpoint?")
         try:
@@ -280,17 +278,3 @@ def _page(answer: Json) -> list[dict[str, Json]]:
     if not isinstance(answer, list) or not all(isinstance(one, dict) for one in answer):
         raise Unusable("the answer is not a list of transactions")
     return answer
-
-
-async def _find(rpc_urls: Sequence[str], address: Pubkey, options: dict[str, Any]) -> Account | None:
-    """An account that may be so new that an endpoint does not have it yet: look a few times, everywhere."""
-    account = None
-    for look in range(_LOOKS):
-        first = look % max(len(rpc_urls), 1)
-        async with Chain([*rpc_urls[first:], *rpc_urls[:first]], **options) as chain:
-            account = await chain.account(address)
-        if account is not None:
-            break
-        if look + 1 < _LOOKS:
-            await asyncio.sleep(_LOOK_PAUSE)
-    return account

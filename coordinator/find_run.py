@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import difflib
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -11,11 +12,12 @@ from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from coordinator.addresses import MAX_RUN_ID_BYTES, run_addresses
-from coordinator.chain import Chain, RpcError
+from coordinator.chain import Chain, ChainError, RpcError
 from coordinator.client import CoordinatorClient, RunNotFound
 from coordinator.deploy import LOADER
 from coordinator.layout import RUN_MARK, RUN_SIZE
-from coordinator.rpc import PATIENCE_SECONDS
+from coordinator.looks import look
+from coordinator.printable import printable
 from coordinator.state import MalformedAccount, Run, decode_run
 
 # The upgradeable loader marks a program's account, as opposed to its data or a buffer, with this 32-bit number.
@@ -25,6 +27,7 @@ _MAX_PROGRAMS: Final = 64
 _LIKE_A_NAME: Final = 0.6
 _LIKE_AN_ADDRESS: Final = 0.9
 _MOST_NEAR: Final = 3
+_HINT_SECONDS: Final = 3.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,21 +79,24 @@ async def open_run(
 
     Raises RunNotFound, and ChainUnavailable.
     """
-    async with Chain(rpc, patience=options.get("patience", PATIENCE_SECONDS)) as chain:
-        address = await find_run(chain, run, program, owner)
-        try:
-            return await CoordinatorClient.open(rpc, address, wallet, **options)
-        except RunNotFound as error:
-            raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
+    address = await find_run(rpc, run, program, owner, **options)
+    try:
+        return await CoordinatorClient.open(rpc, address, wallet, **options)
+    except RunNotFound as error:
+        raise RunNotFound(f"{error}{await _near_on(rpc, run, program, options)}") from None
 
 
-async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey | None) -> Pubkey:
+async def find_run(
+    rpc: Sequence[str], run: str, program: Pubkey | None, owner: Pubkey | None, **options: Any
+) -> Pubkey:
     """The address of a run's account.
 
     Args:
+        rpc: RPC endpoints in order of preference; each is asked before there is no such run.
         run: that address itself, or the run's name.
         program: where to look; without it every program on the chain is asked, which only a small chain allows.
         owner: to tell runs of one name apart.
+        options: those of Chain.
 
     Raises:
         RunNotFound: there is none, or several; the message lists those, or the ones that are called nearly so.
@@ -98,13 +104,18 @@ async def find_run(chain: Chain, run: str, program: Pubkey | None, owner: Pubkey
     try:
         address = _as_address(run)
     except ValueError as error:
-        raise RunNotFound(f"{error}{await _near_on(chain, run, program)}") from None
+        raise RunNotFound(f"{error}{await _near_on(rpc, run, program, options)}") from None
     if address is not None:
         return address
     if program is not None and owner is not None:
         return run_addresses(program, owner, run).run
-    everything = await all_runs(chain, program)
-    found = [one for one in everything if one.run.run_id == run and owner in (None, one.run.owner)]
+    everything: list[FoundRun] = []
+
+    async def called_so(chain: Chain) -> list[FoundRun]:
+        everything[:] = await all_runs(chain, program)
+        return [one for one in everything if one.run.run_id == run and owner in (None, one.run.owner)]
+
+    found = await look(rpc, options, called_so)
     if not found:
         whose = f" of owner {owner}" if owner is not None else ""
         near = _near(run, everything) or "; give the address of its account, or --program"
@@ -126,11 +137,13 @@ def _as_address(run: str) -> Pubkey | None:
     raise ValueError(f"{run!r} is neither an address nor a run's name (1 to {MAX_RUN_ID_BYTES} bytes)")
 
 
-async def _near_on(chain: Chain, run: str, program: Pubkey | None) -> str:
+async def _near_on(rpc: Sequence[str], run: str, program: Pubkey | None, options: Mapping[str, Any]) -> str:
+    """`_near` of what the chain lists soon: there is an error to be said already, which this must not replace."""
     try:
-        return _near(run, await all_runs(chain, program))
-    except RunNotFound:
-        return ""  # what the chain does not list cannot help
+        async with asyncio.timeout(_HINT_SECONDS), Chain(rpc, **options) as chain:
+            return _near(run, await all_runs(chain, program))
+    except (ChainError, TimeoutError):
+        return ""
 
 
 def _near(run: str, everything: Iterable[FoundRun]) -> str:
@@ -150,7 +163,9 @@ def _near(run: str, everything: Iterable[FoundRun]) -> str:
 
 
 def _listed(runs: Iterable[FoundRun]) -> str:
-    return "\n".join(f"  {one.run.run_id}  {one.address}  owner {one.run.owner}  program {one.program}" for one in runs)
+    return "\n".join(
+        f"  {printable(one.run.run_id)}  {one.address}  owner {one.run.owner}  program {one.program}" for one in runs
+    )
 
 
 async def _programs(chain: Chain) -> list[Pubkey]:

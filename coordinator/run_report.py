@@ -15,6 +15,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.addresses import RunAddresses
 from coordinator.base58 import peer_id
+from coordinator.printable import printable
 from coordinator.run_config import term_values
 from coordinator.snapshot import Snapshot
 from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Request, Round, Run
@@ -188,13 +189,14 @@ class RunReport:
         grid.add_row("data", f"{batch}  [dim](position {run.cursor:,}, {terms.samples:,} per pass{again})[/dim]")
         grid.add_row("update", f"{terms.update_bytes:,} bytes per member and round")
         if terms.model_source or terms.data_source:
-            grid.add_row("sources", Text(" · ".join(filter(None, (terms.model_source, terms.data_source)))))
+            sources = " · ".join(filter(None, (terms.model_source, terms.data_source)))
+            grid.add_row("sources", Text(printable(sources)))
         checkpoint = run.checkpoint_root.hex()
         grid.add_row("checkpoint", f"before round {run.checkpoint_round:,}  [dim]{checkpoint[:32]}…[/dim]")
         grid.add_row("address", str(self.addresses.run))
         grid.add_row("owner", str(run.owner))
         grid.add_row("program", str(self.program))
-        title = Text(f" {run.run_id} ", style="bold")
+        title = Text(f" {printable(run.run_id)} ", style="bold")
         subtitle = Text(f" slot {self.now.slot:,} ", style="dim")
         return Panel(grid, title=title, subtitle=subtitle, title_align="left", subtitle_align="right", padding=(1, 2))
 

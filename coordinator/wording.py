@@ -16,7 +16,7 @@ Location = tuple[int | str, ...]
 Sources = Sequence[tuple[str, Mapping[str, Any]]]
 """Names of where values are from, and the tables there; those that win come first."""
 
-_BRANCH: Final = re.compile(r"str|int|float|bool|constrained-str|.*\[.*\]|[A-Z]\w*")
+_BRANCH: Final = re.compile(r"str|int|float|bool|constrained-\w+|.*\[.*\]|[A-Z]\w*")
 """Parts of a location that name no key, but which kind of value pydantic tried."""
 _KINDS: Final = {
     "string": "a string",

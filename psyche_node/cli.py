@@ -40,7 +40,7 @@ def run(
     config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
     run_name: Annotated[str | None, typer.Option("--run", help="The run's name, or its account's address.")] = None,
     program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
-    owner: Annotated[str | None, typer.Option(help="Owner's wallet, where several have a run of that name.")] = None,
+    owner: Annotated[str | None, typer.Option(help="The owner's wallet, where --run is a name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
     commitment: Annotated[str | None, typer.Option(help="processed, confirmed or finalized.")] = None,
     priority_fee: Annotated[str | None, typer.Option(help="Micro-lamports per compute unit, or auto.")] = None,
@@ -137,7 +137,7 @@ def run(
         settings = load_config(config, overrides)
     except ConfigError as error:
         typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
+        raise typer.Exit(_last_line(exit_for(error))) from None
     try:
         code = asyncio.run(_run(settings))
     except KeyboardInterrupt:  # before the handler below was there
@@ -219,11 +219,19 @@ async def _run(settings: NodeConfig) -> int:
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
         code = exit_for(error)
-        level = logging.INFO if code in NOTHING_TO_DO else logging.ERROR
-        log.log(level, "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
-        log.log(level, "exit code %d, %s: %s", code, code.name, code.resolve)
-        return code
+        log.log(_level(code), "%s", in_words(error), exc_info=error if code is Exit.UNEXPECTED else None)
+        return _last_line(code)
     return Exit.OK
+
+
+def _last_line(code: Exit) -> Exit:
+    """Log what the code is called and what to do next."""
+    log.log(_level(code), "exit code %d, %s: %s", code, code.name, code.resolve)
+    return code
+
+
+def _level(code: Exit) -> int:
+    return logging.INFO if code in NOTHING_TO_DO else logging.ERROR
 
 
 def main() -> None:

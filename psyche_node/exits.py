@@ -6,8 +6,6 @@ Each code says what it means and how to resolve it; ``docs/reference/exit-codes.
 
 from __future__ import annotations
 
-import re
-
 from coordinator.exit_code import ExitCode
 
 RANGES = (
@@ -266,7 +264,14 @@ _EXITS: dict[str, Exit] = {
 }
 """By name, so that a command does not import torch to say how it ended."""
 _BY_NUMBER = {code.value: code for code in Exit}
-_REMOTE = re.compile(r"[\w -]+: \w+: (\w+: .*)", re.DOTALL)
+
+
+class Reported:
+    """Part of the errors that stand for one of another process. ``exit_code`` is what it means there, None if that is
+    not known; ``there`` are its class and message, where they have come apart."""
+
+    exit_code: int | None = None
+    there: tuple[str, str] | None = None
 
 
 def in_words(error: BaseException) -> str:
@@ -274,23 +279,22 @@ def in_words(error: BaseException) -> str:
     reported, what it was there. An error that has an exit code of its own says all in its message; of any other the
     class is part of it."""
     error = _first(error)
-    code, text = exit_for(error), _reported(error)
-    if text is None:
-        return str(error) if code is not Exit.UNEXPECTED else f"{type(error).__name__}: {error}"
-    return text.partition(": ")[2] if code is not Exit.CHILD_PROCESS else text
+    code, there = exit_for(error), error.there if isinstance(error, Reported) else None
+    kind, message = there or (type(error).__name__, str(error))
+    unforeseen = code is (Exit.UNEXPECTED if there is None else Exit.CHILD_PROCESS)
+    return f"{kind}: {message}" if unforeseen else message
 
 
 def exit_for(error: BaseException) -> Exit:
     """Return the code of what ended a command: that of its nearest known class, or UNEXPECTED.
 
-    Of a group, the first member's. What another process reported counts as what it was there: such errors bring their
-    ``exit_code`` along.
+    Of a group, the first member's. What another process reported counts as what it was there.
     """
     error = _first(error)
     if isinstance(error, KeyboardInterrupt):
         return Exit.INTERRUPTED
-    if (there := getattr(error, "exit_code", None)) is not None:
-        return _BY_NUMBER.get(there, Exit.CHILD_PROCESS)
+    if isinstance(error, Reported) and error.exit_code is not None:
+        return _BY_NUMBER.get(error.exit_code, Exit.CHILD_PROCESS)
     for one in type(error).__mro__:
         if (code := _EXITS.get(f"{one.__module__}.{one.__qualname__}")) is not None:
             return code
@@ -301,10 +305,3 @@ def _first(error: BaseException) -> BaseException:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _reported(error: BaseException) -> str | None:
-    """Return class and message of what another process reported, None for an error of this one."""
-    remote = any(one.__name__ == "RemoteFailure" for one in type(error).__mro__)
-    there = _REMOTE.match(str(error)) if remote else None
-    return None if there is None else there.group(1)

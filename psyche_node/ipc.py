@@ -20,24 +20,16 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from psyche_node.exits import Exit, exit_for
+from psyche_node.exits import Exit, Reported, exit_for
 
 log = logging.getLogger(__name__)
 MAX_FRAME = 16 * 1024 * 1024
-MAX_REASON = 4096
+MAX_MESSAGE = 4096
 _LENGTH = struct.Struct(">I")
 
 
 class IpcError(Exception):
     """The peer process broke the framing, sent an unknown message, or is gone."""
-
-
-class RemoteFailure(IpcError):
-    """The peer process answered a request with an error instead of a reply. ``exit_code``: what that means there."""
-
-    def __init__(self, reason: str, exit_code: int = Exit.CHILD_PROCESS) -> None:
-        super().__init__(reason)
-        self.exit_code = exit_code
 
 
 class Message(BaseModel):
@@ -60,18 +52,35 @@ class Ok(Message):
 
 
 class Failure(Message):
-    """The reply of a request that failed; ``reason`` says what, where and what to do, ``exit_code`` what a node ends
-    with that cannot go on without."""
+    """The reply of a request that failed: the request's kind, and the error's class and message, which says what, where
+    and what to do. ``exit_code``: what a node ends with that cannot go on without."""
 
-    reason: str
+    request: str
+    error: str
+    message: str
     exit_code: int = Exit.CHILD_PROCESS
 
     @classmethod
     def of(cls, request: str, error: BaseException) -> Failure:
         """What became of a request. The code is found here, where the error's class is known."""
         code = exit_for(error)
-        reason = f"{request}: {type(error).__name__}: {error}"[:MAX_REASON]
-        return cls(reason=reason, exit_code=Exit.CHILD_PROCESS if code is Exit.UNEXPECTED else code)
+        return cls(
+            request=request,
+            error=type(error).__name__,
+            message=str(error)[:MAX_MESSAGE],
+            exit_code=Exit.CHILD_PROCESS if code is Exit.UNEXPECTED else code,
+        )
+
+    def __str__(self) -> str:
+        return f"{self.request}: {self.error}: {self.message}"
+
+
+class RemoteFailure(Reported, IpcError):
+    """The process ``peer`` answered a request with an error instead of a reply."""
+
+    def __init__(self, peer: str, failure: Failure) -> None:
+        super().__init__(f"{peer}: {failure}")
+        self.exit_code, self.there = failure.exit_code, (failure.error, failure.message)
 
 
 M = TypeVar("M", bound=Message)
@@ -205,7 +214,7 @@ class Endpoint:
         finally:
             self._pending.pop(request_id, None)
         if isinstance(reply, Failure):
-            raise RemoteFailure(f"{self.name}: {reply.reason}", reply.exit_code)
+            raise RemoteFailure(self.name, reply)
         if not isinstance(reply, expect):
             raise IpcError(f"{self.name} answered {what} with {type(reply).__name__}")
         return reply

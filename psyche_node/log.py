@@ -10,6 +10,8 @@ from typing import TextIO
 from rich.console import Console
 from rich.logging import RichHandler
 
+from coordinator.printable import LINES, printable
+
 _NOISY = ("httpx", "httpcore", "websockets", "solanaweb3", "libp2p", "asyncio", "urllib3")
 
 
@@ -37,11 +39,7 @@ class Printable(logging.Formatter):
     """The message without control characters: peers choose part of it, and no escape sequence may reach a terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
-        text = super().format(record)
-        return "".join(
-            character if character.isprintable() or character in "\n\t" else "\N{REPLACEMENT CHARACTER}"
-            for character in text
-        )
+        return printable(super().format(record), LINES)
 
 
 def configure(node: str, level: str = "INFO", stream: TextIO | None = None) -> None:

@@ -43,9 +43,14 @@ class Change:
     def text(self, run: Run) -> list[str]:
         """A line per change."""
         lines = [f"{key}: {before} -> {after}, {_when(key, run)}" for key, (before, after) in self.to_json(run).items()]
-        if self.terms is not None and self.terms.model_root == run.checkpoint_root:
-            lines.append(f"the run goes on from its checkpoint of round {run.checkpoint_round}, now")
+        if (back := self.checkpoint(run)) is not None:
+            lines.append(f"the run goes on from its checkpoint of round {back}, now")
         return lines
+
+    def checkpoint(self, run: Run) -> int | None:
+        """The round of the checkpoint that the run goes on from, which no key of it need say; else None."""
+        goes_on = self.terms is not None and self.terms.model_root == run.checkpoint_root
+        return run.checkpoint_round if goes_on else None
 
     def caution(self, run: Run) -> str | None:
         """What cannot be undone: other data forgets which positions were trained, another model what was learned."""

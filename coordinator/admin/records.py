@@ -15,6 +15,7 @@ from coordinator.admin.output import show
 from coordinator.admin.record import InvalidRecord, Record, read_record, write_record
 from coordinator.admin.session import RunChoice, chain_at, go
 from coordinator.history import happenings, signatures_of
+from coordinator.printable import printable
 from coordinator.wallet import load_keypair
 
 app = typer.Typer()
@@ -91,7 +92,7 @@ def verify(
         }
         lines = [
             f"[green]✓[/green] signed by {record.signer}",
-            f"[green]✓[/green] consistent: run {escape(found.run_id)}, {found.rounds:,} final rounds, "
+            f"[green]✓[/green] consistent: run {escape(printable(found.run_id))}, {found.rounds:,} final rounds, "
             f"{found.tokens:,} tokens, {found.events:,} events",
         ]
         if not found.complete:

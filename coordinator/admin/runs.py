@@ -31,6 +31,7 @@ from coordinator.admin.sending import Manner, Step, carry_out, rehearse
 from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.client import CoordinatorClient, RunExists
 from coordinator.find_run import FoundRun, all_runs
+from coordinator.printable import printable
 from coordinator.recipes import load_recipe
 from coordinator.run_config import RECIPE, ConfigError, RunSettings, SettingsTable, settings_table
 from coordinator.run_report import PHASE_STYLES, RunReport
@@ -195,7 +196,7 @@ def _run_table(found: list[FoundRun]) -> Table:
     for one in found:
         run = one.run
         table.add_row(
-            f"[bold]{escape(run.run_id)}[/bold]\n{one.address}\n[dim]owner {run.owner}[/dim]",
+            f"[bold]{escape(printable(run.run_id))}[/bold]\n{one.address}\n[dim]owner {run.owner}[/dim]",
             f"[{PHASE_STYLES.get(run.phase, 'bold')}]{run.phase.name}",
             f"{run.round:,} of {run.limits.total_rounds:,}",
             f"{run.member_count:,}",

@@ -21,7 +21,8 @@ from coordinator.admin.failures import message_of, status_of
 from coordinator.admin.output import pubkey
 from coordinator.chain import Chain
 from coordinator.client import CoordinatorClient
-from coordinator.find_run import find_run, open_run
+from coordinator.find_run import open_run
+from coordinator.printable import LINES, printable
 
 # Seconds; somebody is waiting in front of it.
 PATIENCE = 10.0
@@ -43,7 +44,7 @@ def go(action: Coroutine[Any, Any, None]) -> None:
         status = status_of(error)
         if status is None:
             raise
-        print(f"psyche-admin: {message_of(error)}", file=sys.stderr)
+        print(f"psyche-admin: {printable(message_of(error), LINES)}", file=sys.stderr)
         raise typer.Exit(status) from None
 
 
@@ -62,11 +63,6 @@ class RunChoice:
     run: str
     program: str | None = None
     owner: str | None = None
-
-    async def find(self) -> Pubkey:
-        """Raises RunNotFound, ConfigError."""
-        async with chain_at(self.rpc) as chain:
-            return await find_run(chain, self.run, *self._told_apart())
 
     @contextlib.asynccontextmanager
     async def open(self, wallet: Keypair | None = None, priority_fee: int = 0) -> AsyncIterator[CoordinatorClient]:

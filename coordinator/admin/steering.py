@@ -30,6 +30,7 @@ from coordinator.chain import Chain
 from coordinator.client import RunNotFound
 from coordinator.funds import sol
 from coordinator.layout import GRANT, GRANT_MARK, RECEIPT, RECEIPT_MARK, RUN, RUN_MARK, RUN_SIZE
+from coordinator.printable import printable
 from coordinator.run_config import ConfigError
 from coordinator.state import Phase
 from coordinator.wallet import load_keypair
@@ -65,13 +66,13 @@ async def set_config(
         made.append(ix.set_model(*one.of_run, change.terms))
     if change.reward_rate is not None:
         made.append(ix.set_reward_rate(*one.of_run, change.reward_rate))
-    text = "\n".join(f"  {escape(line)}" for line in change.text(pulse.run))
+    text = "\n".join(f"  {escape(printable(line))}" for line in change.text(pulse.run))
     await one.send(
         "change " + ", ".join(change.keys),
         *made,
         done=f"changed:\n{text}\n",
         caution=change.caution(pulse.run),
-        result={"changed": change.to_json(pulse.run)},
+        result={"changed": change.to_json(pulse.run), "checkpoint_round": change.checkpoint(pulse.run)},
     )
 
 
@@ -179,7 +180,7 @@ async def close(one: Act) -> None:
     await one.send(
         "close the run",
         ix.close_run(*one.of_run),
-        done=f"run {escape(run_account.run_id)} is closed",
+        done=f"run {escape(printable(run_account.run_id))} is closed",
         caution=f"Run {run_account.run_id!r} is deleted: members, credit, checkpoints and all. "
         f"`run export` keeps a record.{lost}",
     )

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from coordinator.admin.watched import Watched
 from coordinator.funds import sol
+from coordinator.printable import printable
 from coordinator.run_report import PHASE_STYLES, STATUS_STYLES
 from coordinator.state import Member, MemberStatus, Phase, Request, Round
 
@@ -66,7 +67,7 @@ def _panel(inside: RenderableType, title: str) -> Panel:
 
 def _compact(watched: Watched) -> RenderableType:
     run, header = watched.now.run, watched.now.header
-    first = Text(f"{run.run_id} ", style="bold")
+    first = Text(f"{printable(run.run_id)} ", style="bold")
     first.append_text(_phase(watched)).append("  next step ", style="dim").append_text(_left(watched))
     second = Text.from_markup(
         f"round {run.round:,} of {run.limits.total_rounds:,} [dim]({_progress(watched)})[/dim]  "
@@ -126,7 +127,7 @@ def _state(watched: Watched) -> RenderableType:
     style = "yellow" if few else "dim"
     grid.add_row("members", f"{members}  [{style}]at least {run.limits.min_members:,}[/{style}]")
     grid.add_row("checkpoint", f"before round {run.checkpoint_round:,}  [dim]{run.checkpoint_root.hex()[:16]}…[/dim]")
-    title = Text(f" {run.run_id} ", style="bold")
+    title = Text(f" {printable(run.run_id)} ", style="bold")
     return Panel(grid, title=title, title_align="left", padding=(0, 1))
 
 

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.text import Text
 
+from coordinator.printable import LINES, printable
 from psyche_node.commands.ending import failures
 from psyche_node.generation import GenerationError, PromptError
 from psyche_node.generation.conversation import Conversation, Manner
@@ -161,8 +162,7 @@ def _answer_json(conversation: Conversation, question: str) -> None:
 
 def _printable(text: str, style: str = "") -> Text:
     """No escape sequence that a model was taught to write reaches a terminal."""
-    shown = (one if one.isprintable() or one in "\n\t" else "\N{REPLACEMENT CHARACTER}" for one in text)
-    return Text("".join(shown), style=style)
+    return Text(printable(text, LINES), style=style)
 
 
 def _note(text: str) -> None:

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 
 import typer
 
+from coordinator.printable import LINES, printable
 from psyche_node.exits import Exit, exit_for
 
 
@@ -17,7 +18,7 @@ def failures(*known: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        typer.secho(str(error), fg="red", err=True)
+        typer.secho(printable(str(error), LINES), fg="red", err=True)
         raise typer.Exit(exit_for(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(Exit.INTERRUPTED) from None

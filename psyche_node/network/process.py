@@ -56,7 +56,8 @@ def main() -> None:
     request_id, message = frame
     process = _Process(channel, request_id)
     if not isinstance(message, Configure):
-        process.refuse(Failure(reason=f"the first message must be Configure, not {type(message).__name__}"))
+        problem = IpcError(f"the first message must be Configure, not {type(message).__name__}")
+        process.refuse(Failure.of("Configure", problem))
     try:
         node = NetworkNode(message, process.emit)
         core.refused, core.probed = node.handshake_refused, node.probed
@@ -69,7 +70,6 @@ def main() -> None:
         if process.ready or refusal is None:
             log.critical("the network process failed", exc_info=True)
             sys.exit(1)
-        # As every reply that says no: the request and the error's class, from which the exit code comes.
         process.refuse(Failure.of("Configure", refusal))
 
 
@@ -100,7 +100,7 @@ class _Process:
 
     def refuse(self, failure: Failure) -> NoReturn:
         """Answer ``Configure`` with it and end."""
-        log.debug("%s", failure.reason)  # the supervisor says it, as its own error
+        log.debug("%s", failure)  # the supervisor says it, as its own error
         self._reply(self._configure_id, failure)
         sys.exit(2)
 

@@ -28,11 +28,12 @@ class NodeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     run: str = Field(min_length=1)
-    """The run's name, or the address of its account (`psyche-admin run create` prints both)."""
+    """The address of the run's account, or its name (`psyche-admin run create` prints both). Anybody can make a run of
+    any name: for good, set the address, or `program` and `owner` with the name."""
     program: str | None = None
-    """Address of the coordinator program, where `run` is a name and the chain has many programs."""
+    """Address of the coordinator program, where `run` is a name."""
     owner: str | None = None
-    """The owner's wallet, where several have a run of that name."""
+    """The owner's wallet, where `run` is a name. With `program`, nothing is searched for: no other run can be meant."""
     rpc: tuple[str, ...] = Field(min_length=1)
     """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
     commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
@@ -216,6 +217,15 @@ class NodeConfig(BaseModel):
     def training_ranks(self) -> int:
         """Training processes that this node starts."""
         return self.gpus or self.ranks
+
+    @property
+    def names_one_run(self) -> bool:
+        """Whether no other run can ever be meant: addresses are derived from program, owner and name."""
+        try:
+            Pubkey.from_string(self.run)
+        except ValueError:
+            return self.program is not None and self.owner is not None
+        return True
 
     @property
     def wallet_path(self) -> Path:

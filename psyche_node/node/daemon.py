@@ -154,6 +154,12 @@ class Node:
             )
             stack.push_async_callback(chain.close)
             run = (await chain.pulse()).run
+            if not config.names_one_run:
+                log.warning(
+                    "run %r was searched for by its name, which anybody may give to another run; this node would then "
+                    'not start again. For good, set run = "%s", or program = "%s" and owner = "%s" with the name',
+                    *(config.run, chain.addresses.run, chain.program_id, run.owner),
+                )
             if Fault.OUTSIDER not in self._faults:
                 check_in_time(run, config.model)  # before it asks for funds, or loads a large model, for nothing
             await check_funds(chain, run, self._wallet.pubkey(), config.priority_fee)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from psyche_node.exits import Reported
+
 
 class TrainingError(Exception):
     """The training process cannot do what it was asked to."""
@@ -19,7 +21,7 @@ class OutOfMemory(TrainingError):
     """A step needed more memory than there is. It was given up, and nothing has changed."""
 
 
-class RankFailed(TrainingError):
+class RankFailed(Reported, TrainingError):
     """A step failed on another of this node's ranks; the message names it. ``exit_code``: what it means there, if that
     is known."""
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
@@ -21,6 +21,7 @@ class Settings(BaseModel):
 
     kind: Literal["one", "two"] = "one"
     limit: int = Field(default=0, ge=0)
+    fee: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
     share: float = Field(default=0.5, gt=0, lt=1, allow_inf_nan=False)
     on: bool = False
     names: list[str] = Field(default=[], min_length=1, max_length=2)
@@ -43,6 +44,7 @@ class Settings(BaseModel):
     [
         ({"kind": "three"}, ("kind", "it is 'three'; it must be 'one' or 'two'")),
         ({"limit": -1}, ("limit", "it is -1; it must be at least 0")),
+        ({"fee": -1}, ("fee", "it is -1; it must be at least 0")),
         ({"limit": "many"}, ("limit", "it is 'many'; it must be a whole number")),
         ({"limit": None}, ("limit", "it is null; it must be a whole number")),
         ({"share": 1}, ("share", "it is 1; it must be less than 1.0")),

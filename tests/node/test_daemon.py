@@ -16,11 +16,15 @@ from psyche_node.node.config import NodeConfig
 from psyche_node.node.daemon import Node, _linger
 from psyche_node.node.membership import RunFinished
 
+KEY = "1" * 32
+
 
 class FinishedRun:
     """The client of a chain where the wallet is empty, and the run over."""
 
     rpc = SimpleNamespace(urls=("http://127.0.0.1:1",))
+    addresses = SimpleNamespace(run=Pubkey.from_bytes(bytes([7] * 32)))
+    program_id = Pubkey.from_bytes(bytes([8] * 32))
 
     async def pulse(self) -> Any:
         return pulse_of(Phase.FINISHED, 4, final_rounds=4)
@@ -32,14 +36,42 @@ class FinishedRun:
         pass
 
 
-def test_whoever_comes_after_the_end_is_not_asked_for_funds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def finished(monkeypatch: pytest.MonkeyPatch) -> None:
     async def opened(*arguments: Any, **named: Any) -> FinishedRun:
         return FinishedRun()
 
     monkeypatch.setattr("psyche_node.node.daemon.open_run", opened)
-    config = NodeConfig(run="1" * 32, rpc=("http://127.0.0.1:1",), folder=tmp_path, model=tmp_path, data=tmp_path)
+
+
+def take_part(folder: Path, run: str, **settings: Any) -> None:
+    rpc = ("http://127.0.0.1:1",)
+    asyncio.run(Node(NodeConfig(run=run, rpc=rpc, folder=folder, model=folder, data=folder, **settings)).run())
+
+
+def test_whoever_comes_after_the_end_is_not_asked_for_funds(tmp_path: Path, finished: None) -> None:
     with pytest.raises(RunFinished, match="finished after 4 rounds"):
-        asyncio.run(Node(config).run())
+        take_part(tmp_path, KEY)
+
+
+@pytest.mark.parametrize(
+    ("run", "settings", "warned"),
+    [
+        ("demo", {}, True),
+        ("demo", {"program": KEY}, True),
+        ("demo", {"owner": KEY}, True),
+        ("demo", {"program": KEY, "owner": KEY}, False),
+        (KEY, {}, False),
+    ],
+)
+def test_a_name_that_a_stranger_may_take_is_warned_of(
+    tmp_path: Path, finished: None, caplog: pytest.LogCaptureFixture, run: str, settings: dict[str, str], warned: bool
+) -> None:
+    with pytest.raises(RunFinished):
+        take_part(tmp_path, run, **settings)
+    said = [one.getMessage() for one in caplog.records if "by its name" in one.getMessage()]
+    assert len(said) == warned
+    assert all(f'run = "{FinishedRun.addresses.run}", or program = "{FinishedRun.program_id}"' in one for one in said)
 
 
 def test_whoever_is_done_is_not_interrupted_by_being_stopped() -> None:

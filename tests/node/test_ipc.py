@@ -251,6 +251,7 @@ def test_closing_fails_what_is_pending() -> None:
     ("error", "level", "words"),
     [
         (ModelError("empty has no config.json"), logging.DEBUG, "empty has no config.json"),
+        (ModelError("at /a: b: Load: is\nnone"), logging.DEBUG, "at /a: b: Load: is\nnone"),
         (ZeroDivisionError("by zero"), logging.ERROR, "ZeroDivisionError: by zero"),
     ],
 )

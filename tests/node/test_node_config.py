@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -108,6 +109,8 @@ def test_command_ends_with_the_exit_code_of_settings_and_names_them() -> None:
     assert done.exit_code == Exit.CONFIG
     assert "threads: " in done.output
     assert "model: " in done.output
+    last = json.loads(done.output.splitlines()[-1])
+    assert last["msg"] == f"exit code 10, CONFIG: {Exit.CONFIG.resolve}"
     assert "Traceback" not in done.output
 
 

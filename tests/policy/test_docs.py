@@ -9,6 +9,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import click
 import pytest
 
 from coordinator.errors import ERROR_TEXT, ErrorCode
@@ -16,6 +17,7 @@ from coordinator.rpc import RpcError
 from psyche_node import exits
 from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import Failure, RemoteFailure
+from psyche_node.network.ports import PortUnavailable
 from psyche_node.training.errors import ModelError, OutOfMemory, RankFailed
 
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
@@ -98,7 +100,7 @@ def test_exit_for() -> None:
     assert exit_for(KeyError("x")) is Exit.UNEXPECTED
     assert exit_for(KeyboardInterrupt()) is Exit.INTERRUPTED
     assert exit_for(ExceptionGroup("tasks", [ExceptionGroup("more", [PermissionError()])])) is Exit.FILES
-    assert exit_for(RemoteFailure("training: Load: KeyError: 'x'")) is Exit.CHILD_PROCESS
+    assert exit_for(click.UsageError("no such option")) is Exit.UNEXPECTED, "its exit_code is a number of its own"
     assert exit_for(RankFailed("rank 1 of 2: ValueError: x")) is Exit.TRAINING
     assert exit_for(RpcError("getHealth", -32601, "Method not found")) is Exit.RPC_REFUSED
 
@@ -111,11 +113,10 @@ def test_exit_for() -> None:
         (ModelError("no config.json"), Exit.MODEL),
         (OutOfMemory("too large"), Exit.TRAINING),
         (RankFailed("rank 1 of 2: FileNotFoundError: gone", Exit.FILES), Exit.FILES),
-        (RemoteFailure("network: Configure: PortUnavailable: x", Exit.NETWORK), Exit.NETWORK),
+        (RemoteFailure("network", Failure.of("Configure", PortUnavailable("x"))), Exit.NETWORK),
         (KeyError("x"), Exit.CHILD_PROCESS),
         (TimeoutError(), Exit.CHILD_PROCESS),
     ],
 )
 def test_what_another_process_reports_ends_with_the_code_that_it_has_there(error: Exception, code: Exit) -> None:
-    failure = Failure.of("Load", error)
-    assert exit_for(RemoteFailure(f"training: {failure.reason}", failure.exit_code)) is code
+    assert exit_for(RemoteFailure("training", Failure.of("Load", error))) is code

@@ -38,6 +38,7 @@ def test_other_optimizer_settings_keep_what_was_learned() -> None:
 def test_another_model_or_other_data_is_cautioned_against() -> None:
     back = change_of(TRAINED, [f"terms.model_root={TRAINED.terms.model_root.hex()}"])
     assert "another model than its checkpoint of round 500" in str(back.caution(TRAINED))
+    assert back.checkpoint(TRAINED) is None
     data = change_of(TRAINED, [f"terms.data_manifest={'ab' * 32}"])
     assert "positions begin at 0 again" in str(data.caution(TRAINED))
 
@@ -47,6 +48,7 @@ def test_a_run_whose_nodes_are_gone_is_taken_back_to_its_checkpoint() -> None:
     gone = replace(TRAINED, round=507, final_rounds=507, model_round=0)
     back = change_of(gone, [root])
     assert back.terms == replace(TRAINED.terms, model_root=TRAINED.checkpoint_root)
+    assert (back.to_json(gone), back.checkpoint(gone)) == ({}, 500)
     assert back.text(gone) == ["the run goes on from its checkpoint of round 500, now"]
     assert str(back.caution(gone)) == (
         "Its checkpoint lacks what it has learned since round 500 (7 rounds), and that is lost."

@@ -92,6 +92,7 @@ def test_an_owner_changes_and_ends_a_run(
     assert "max_members: 5 -> 6, now" in admin("run", "set", run, "max_members=6", *set_[-4:])
     admin("run", "set", run, "max_members=5", *set_[-4:])
     assert done["changed"]["batch"] == [8, 16]
+    assert done["checkpoint_round"] == 0, "the learning rate is changed at the checkpoint there is"
     assert done["changed"]["terms.peak_lr"] == [pytest.approx(1e-3), 0.5]
     shown = admin_json(*show)
     assert (shown["limits"]["batch"], shown["limits"]["max_members"]) == (16, 5)
