@@ -60,7 +60,7 @@ def test_two_processes_train_together(model_dir: Path, packed: Path, tmp_path: P
             assert (layout.digest.hex(), layout.update_bytes) == (loaded.layout_digest, loaded.update_bytes)
             assert loaded.model_root == other.model_root
             assert loaded.data_manifest == digest
-            assert any("documents are separated" in line for line in loaded.reasons)
+            assert any("packed documents do not see each other" in line for line in loaded.reasons)
             before = await a.call(m.Evaluate(), m.Evaluated)
             for process in (process_a, process_b):
                 for number in (signal.SIGINT, signal.SIGTERM):  # they are the supervisor's business

@@ -241,7 +241,7 @@ def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Prog
         async with (
             owned(ledger, program) as owner,
             endpoint(forwarding(ledger.rpc, change)) as front,
-            await CoordinatorClient.open([front], owner.addresses.run, patience=0.3) as client,
+            await CoordinatorClient.open([front], owner.addresses.run, patience=4.0) as client,
         ):
             pulses = client.watch()
             first = await anext(pulses)
