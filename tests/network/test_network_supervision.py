@@ -165,7 +165,7 @@ life = len(list(here.glob("life*")))
 how = (here / "how").read_text().split()[life]
 configure = hear()
 if how == "refuses" or (how == "wants-any-port" and configure["body"]["p2p_port"]):
-    say(configure, "Failure", reason="Is the port taken?")
+    say(configure, "Failure", request="Configure", error="NetworkError", message="Is the port taken?")
     sys.exit(2)
 node_id = "another" if how == "another-key" else "x"
 say(configure, "Ready", node_id=node_id, multiaddrs=[], grpc_address="", p2p_port=4001, grpc_port=4002,
@@ -178,7 +178,7 @@ while True:
         time.sleep(60)
     if how == "cannot-count":
         (here / "asked").open("a").write(".")
-        say(request, "Failure", reason="a frame is too long")
+        say(request, "Failure", request="GetStats", error="IpcError", message="a frame is too long")
         continue
     print(json.dumps(request), file=(here / f"told{life}").open("a"), flush=True)
     if request["kind"] != "GetStats" and how != "cannot-be-told":

