@@ -258,6 +258,12 @@ def test_watch_outlives_an_endpoint_that_goes_away(ledger: Ledger, program: Prog
     asyncio.run(asyncio.wait_for(run(), 300))
 
 
+def gone(request: dict[str, Any]) -> tuple[int, bytes, str]:
+    """The answer of an endpoint that is up to date and has neither of a run's accounts."""
+    slot = request["params"][1]["minContextSlot"]
+    return result(request, {"context": {"slot": slot}, "value": [None, None]})
+
+
 def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
     ledger: Ledger, program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -270,8 +276,7 @@ def test_watch_believes_that_a_run_is_gone_only_when_it_stays_away(
             nonlocal missing
             if request["method"] == "getMultipleAccounts" and missing:
                 missing -= 1
-                slot = request["params"][1]["minContextSlot"]
-                return result(request, {"context": {"slot": slot}, "value": [None, None]})
+                return gone(request)
             return None
 
         async with (
@@ -307,8 +312,7 @@ def test_watch_counts_only_answers_that_the_run_is_gone(
                 return None
             match trouble.pop(0):
                 case "gone":
-                    slot = request["params"][1]["minContextSlot"]
-                    return result(request, {"context": {"slot": slot}, "value": [None, None]})
+                    return gone(request)
                 case "refused":
                     return failure(request, -32000, "busy")
             return 503, b"", ""
