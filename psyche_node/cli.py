@@ -11,10 +11,12 @@ from typing import Annotated
 
 import typer
 
+from coordinator.pipes import end_with_reader
 from psyche_node import log as logs
 from psyche_node.commands import recipe
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
+from psyche_node.commands.ending import failures
 from psyche_node.commands.eval import evaluate
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
@@ -154,12 +156,9 @@ def show(
     from psyche_node.identity import IdentityError, load_or_create_node_key
 
     logs.configure("keys")
-    try:
+    with failures(IdentityError):
         folder.mkdir(parents=True, exist_ok=True)
         typer.echo(load_or_create_node_key(folder / "node.key").node_id)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
 
 
 @keys.command()
@@ -174,11 +173,8 @@ def rotate(
     if not folder.is_dir():
         typer.secho(f"{folder} is no folder: name the one that the node runs with", fg="red", err=True)
         raise typer.Exit(Exit.CONFIG)
-    try:
+    with failures(IdentityError):
         old, new = rotate_node_key(path)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     if old is not None:
         typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
     typer.echo(f"new node key  {new.node_id}  ({path})")
@@ -235,7 +231,7 @@ def _level(code: Exit) -> int:
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

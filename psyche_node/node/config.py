@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from solders.pubkey import Pubkey
 
 from coordinator.fees import DEFAULT_FEE_CAP
+from coordinator.rpc import check_url
 from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
@@ -35,7 +36,8 @@ class NodeConfig(BaseModel):
     owner: str | None = None
     """The owner's wallet, where `run` is a name. With `program`, nothing is searched for: no other run can be meant."""
     rpc: tuple[str, ...] = Field(min_length=1)
-    """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
+    """Solana RPC endpoints, the preferred one first; a single one may stand without brackets. The only setting that
+    differs between a laptop and the world."""
     commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
     """Level at which state is read and transactions count as done. `finalized` adds some 13 s to every transition."""
     priority_fee: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
@@ -116,6 +118,16 @@ class NodeConfig(BaseModel):
     """Seconds to look for an update that counts before giving up. Raise it on slow links."""
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
+
+    @field_validator("rpc", "bootstrap", "tasks", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("rpc")
+    @classmethod
+    def _endpoints(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_url(url) for url in urls)
 
     @field_validator("program", "owner")
     @classmethod

@@ -46,6 +46,8 @@ async def run(settings: SimSettings, started: float) -> Exit:
     except asyncio.CancelledError:
         console.print("psyche-sim: stopped; no process is left behind")
         return Exit.INTERRUPTED
+    except BrokenPipeError:
+        raise  # who reads has gone: nobody is there to be told
     except ProcessEnded as error:
         words = str(error) if world.worth_keeping else error.words
         console.print(f"[red]psyche-sim: {escape(words)}[/red]", soft_wrap=True)

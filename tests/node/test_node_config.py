@@ -36,6 +36,24 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
     assert config.rpc == ("http://127.0.0.1:8899",)
 
 
+def test_a_list_of_one_needs_no_brackets(tmp_path: Path) -> None:
+    bootstrap = f"/ip4/203.0.113.7/tcp/4001/p2p/{load_or_create_node_key(tmp_path / 'node.key').node_id}"
+    text = GOOD.replace('["http://127.0.0.1:8899"]', '"http://127.0.0.1:8899"')
+    config = load(tmp_path, text + f'bootstrap = "{bootstrap}"\ntasks = "sums.json"\n')
+    assert config.rpc == ("http://127.0.0.1:8899",)
+    assert (config.bootstrap, config.tasks) == ((bootstrap,), (Path("sums.json"),))
+
+
+def test_what_is_no_url_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rpc: 'localhost:8899' is not the URL of an RPC endpoint"):
+        load(tmp_path, GOOD, rpc=("localhost:8899",))
+
+
+def test_every_way_to_set_a_priority_fee_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="priority_fee: it is 'fast'; it must be a whole number or 'auto'"):
+        load(tmp_path, GOOD, priority_fee="fast")
+
+
 def test_a_gpu_each_is_a_rank_each(tmp_path: Path) -> None:
     assert load(tmp_path, GOOD).training_ranks == 1
     assert load(tmp_path, GOOD + "gpus = 8\ntensor_parallel = 4\n").training_ranks == 8
