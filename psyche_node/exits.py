@@ -73,8 +73,8 @@ class Exit(ExitCode):
     TRANSACTION_FAILED = (
         21,
         "The wallet has too little, or the cluster refused a transaction before the program saw it.",
-        "The message says which, and how much to send to the wallet. `psyche-admin keys show FILE --rpc URL` shows what "
-        "it has.",
+        "The message says which, and how much to send to the wallet. `psyche-admin keys show FILE --rpc URL` shows "
+        "what it has.",
     )
     PROGRAM_REFUSED = (
         22,
@@ -135,8 +135,8 @@ class Exit(ExitCode):
     DATA = (
         40,
         "Data or a task file cannot be read, or data cannot be prepared.",
-        "The message names the file and what is wrong there. `psyche-node data prepare --help` says which formats there "
-        "are, and where data may be.",
+        "The message names the file and what is wrong there. Formats: messages, ShareGPT `conversations`, "
+        "prompt/completion, text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,
