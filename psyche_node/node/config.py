@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -161,6 +162,13 @@ class NodeConfig(BaseModel):
                     f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts: {error}"
                 ) from error
         return addresses
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device to train on; use auto, cpu, cuda or cuda:1")
+        return device
 
     @field_validator("listen")
     @classmethod

@@ -109,6 +109,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path: Path, lines: str, why: str)
         ("bootstrap = 7", "bootstrap"),
         ('bootstrap = ["/ip4/203.0.113.7/tcp/4001"]', "bootstrap"),
         ('listen = "nowhere"', "listen"),
+        ('device = "tpu"', "device"),
         ('announce_grpc = "example.org:4002"', "announce_grpc"),
         ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
         ('announce_p2p = "203.0.113.7"', "announce_p2p"),
@@ -162,6 +163,12 @@ def test_metrics_are_served_on_an_ip_address_and_a_port(tmp_path: Path, address:
     else:
         with pytest.raises(ConfigError, match=r"write IP:port, for example 127\.0\.0\.1:9464"):
             load(tmp_path, text)
+
+
+def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = CliRunner().invoke(app, ["keys", "show", "--folder", str(tmp_path / "taken")])
+    assert (done.exit_code, done.output.replace("\n", "")) == (Exit.FILES, f"{tmp_path / 'taken'}: File exists")
 
 
 def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
