@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from psyche_node.training import ModelError, load_model
+from psyche_node.training.model import build_model
 from psyche_node.training.weights import load_into
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -182,6 +183,18 @@ def test_sizes_that_no_model_has_are_named_with_their_file(change: dict[str, Any
         load_model(tmp_path, torch.device("cpu"))
     assert said in str(raised.value)
     assert str(tmp_path) in str(raised.value)
+
+
+def test_sizes_by_layer_are_sizes(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {**SMALL, "intermediate_size": [48, 64], "num_kv_shared_layers": 0}
+    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text", **sizes, **layers}))
+    model, _ = build_model(tmp_path)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [48, 64]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text", **sizes, "intermediate_size": [0]}))
+    with pytest.raises(ModelError, match=r"intermediate_size is \[0\]; it must be a whole number"):
+        build_model(tmp_path)
 
 
 def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:
