@@ -16,6 +16,7 @@ from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
+from psyche_node.node.paths import missing
 from psyche_node.training.options import Options
 
 
@@ -52,7 +53,8 @@ class NodeConfig(BaseModel):
     data: Path
     """Prepared data set; the SHA-256 of its manifest must be the one on chain."""
     wallet: Path | None = None
-    """Solana keypair file that pays and signs. Default: `wallet.json` in the folder, made when missing."""
+    """Solana keypair file that pays and signs; one that is named must exist. Default: `wallet.json` in the folder, made
+    when missing."""
     bootstrap: tuple[str, ...] = ()
     """libp2p addresses of nodes that are already in the network. Empty: this node is the first."""
     listen: str = "127.0.0.1"
@@ -249,7 +251,10 @@ class NodeConfig(BaseModel):
 
 
 def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
-    """Merge a TOML file with flags (flags win). Raises ConfigError with every problem, one a line."""
+    """Merge a TOML file with flags (flags win), and look whether the paths are there.
+
+    Raises ConfigError with every problem, one a line.
+    """
     values: dict[str, object] = {}
     if file is not None:
         try:
@@ -259,9 +264,14 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
     values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
+    wrong = missing(values)
     try:
-        return NodeConfig.model_validate(values)
+        config = NodeConfig.model_validate(values)
     except ValidationError as error:
-        where = f"{file} and flags" if file else "flags"
-        lines = [f"  {key + ': ' if key else ''}{words}" for key, words in problems(error, NodeConfig)]
-        raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines)) from error
+        wrong = problems(error, NodeConfig) + wrong
+    else:
+        if not wrong:
+            return config
+    where = f"{file} and flags" if file else "flags"
+    lines = [f"  {key + ': ' if key else ''}{words}" for key, words in wrong]
+    raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines))
