@@ -185,6 +185,26 @@ def test_sizes_that_no_model_has_are_named_with_their_file(change: dict[str, Any
     assert str(tmp_path) in str(raised.value)
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_whole_numbers_are_no_weights(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = written(FAMILIES[kind], tmp_path, torch.float32, "1GB")
+    tensors = load_file(folder / "model.safetensors")
+    some = "experts." if kind == "mixtral" else "mlp.up_proj."
+    change(folder, **{name: tensor.to(dtype) for name, tensor in tensors.items() if some in name})
+    with pytest.raises(ModelError, match=rf"is {dtype}, whole numbers .*quantised weights cannot be trained"):
+        load_model(folder, torch.device("cpu"))
+
+
+def test_a_config_that_says_quantised_is_refused(tmp_path: Path) -> None:
+    folder = written(FAMILIES["qwen3"], tmp_path, torch.bfloat16, "1GB")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="holds quantised weights"):
+        load_model(folder, torch.device("cpu"))
+
+
 def test_sizes_by_layer_are_sizes(tmp_path: Path) -> None:
     sizes: dict[str, Any] = {**SMALL, "intermediate_size": [48, 64], "num_kv_shared_layers": 0}
     sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 8}
