@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from psyche_node.sim import units
+from psyche_node import units
 from psyche_node.sim.result import Level
 
 _STATUS = {

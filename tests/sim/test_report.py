@@ -14,7 +14,8 @@ import pytest
 from pydantic import ValidationError
 from report_data import synthetic_run
 
-from psyche_node.sim import charts, units
+from psyche_node import units
+from psyche_node.sim import charts
 from psyche_node.sim.report import headline, render_html, write_report
 from psyche_node.sim.result import (
     Event,
@@ -359,7 +360,8 @@ def test_units() -> None:
         "1.00 MB",
     ]
     assert units.memory_text(3_480_000_000) == "3.24 GiB"
-    assert [units.seconds_text(s) for s in (0.4, 12.34, 161, 3_900)] == ["0.40 s", "12.3 s", "2 min 41 s", "1 h 05 min"]
+    assert [units.seconds_text(s) for s in (0, 0.0035, 0.4, 12.34)] == ["0.00 s", "3.50 ms", "0.40 s", "12.3 s"]
+    assert [units.seconds_text(s) for s in (161, 3_900, 311_000)] == ["2 min 41 s", "1 h 05 min", "3.6 days"]
     assert [units.count_text(n) for n in (7, 1_455, 20_900, 2_134_528)] == ["7", "1,455", "20.9 k", "2.13 M"]
     assert units.sol_text(45_700_000) == "0.0457 SOL"
     assert units.short("12D3KooWabcdefghij") == "12D3Ko…ghij"

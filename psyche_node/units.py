@@ -49,7 +49,9 @@ def times_text(factor: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """0.45 s, 12.3 s, 2 min 41 s, 1 h 05 min."""
+    """0.35 ms, 0.45 s, 12.3 s, 2 min 41 s, 1 h 05 min, 3.6 days."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.{1 if seconds >= 0.00995 else 2}f} ms"
     if seconds < 9.995:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -57,7 +59,9 @@ def seconds_text(seconds: float) -> str:
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 172_800:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def clock_text(seconds: float) -> str:
