@@ -94,7 +94,10 @@ def test_a_run_is_found_by_its_name(
     direct = admin("run", "show", "from-a-file", "--owner", run["owner"], "--program", str(program[1]), *rpc)
     assert json.loads(direct)["address"] == run["address"]
     options = ("--payer", wallet, "--program", str(program[1]), "--config", config, "--rpc", ledger.rpc)
-    admin("run", "create", "only-one", *options)
+    said = admin("run", "create", "only-one", *options)
+    assert "batch 8" in said
+    assert "join_grace 1 (" in said, "in seconds, too"
+    assert "passes" in said
     assert json.loads(admin("run", "show", "only-one", *rpc))["run_id"] == "only-one"
     assert "already" in admin("run", "create", "only-one", *options, status=10)
     unknown = admin("run", "show", "zebra", *rpc, status=26)
