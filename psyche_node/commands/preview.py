@@ -29,8 +29,8 @@ def print_preview(preview: Preview, console: Console) -> None:
     console.print(legend if coloured else Text(f"{_MARKS[0]}trained{_MARKS[1]}  not trained"))
     for number, document in enumerate(preview.documents):
         name = "padding" if document.padding else f"document {number}"
-        tokens = counted(document.tokens, "token")
-        counts = tokens if document.padding else tokens_text(document.tokens, document.trained)
+        plain = counted(document.tokens, "token")
+        counts = plain if document.padding else tokens_text(document.tokens, document.trained)
         console.print(Rule(f"{name}: {counts}", align="left", characters="─"))
         if not document.padding:
             console.print(_coloured(document) if coloured else _marked(document), soft_wrap=not coloured)

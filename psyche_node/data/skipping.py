@@ -28,10 +28,11 @@ class Reason:
 
     def __str__(self) -> str:
         """How many, what, and where: the file of a place is named where it is not that of the one before."""
-        named, file = [], None
+        named, before = list[str](), ""
         for place in self.places:
-            before, (file, _, number) = file, place.rpartition(":")
+            file, _, number = place.rpartition(":")
             named.append(number if file == before else place)
+            before = file
         more = f" and {self.count - len(named):,} more" if self.count > len(named) else ""
         return f"{self.count:,}: {self.what} ({', '.join(named)}{more})"
 
