@@ -38,6 +38,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def tokens_text(tokens: int, trained: int) -> str:
+    """7,861 tokens, of which 1,919 (24.4%) are trained: without padding; those are trained that have a loss."""
+    return f"{counted(tokens, 'token')}, of which {trained:,} ({trained / max(tokens, 1):.1%}) are trained"
+
+
 def times_of(count: int) -> str:
     """never, once, 2 times."""
     return {0: "never", 1: "once"}.get(count, f"{count:,} times")

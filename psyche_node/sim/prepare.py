@@ -17,7 +17,7 @@ from psyche_node.data.rendering import TEMPLATE, find_template
 from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.data.template import ChatTemplate
-from psyche_node.exits import exit_for
+from psyche_node.exits import exit_for, in_words
 from psyche_node.folders import terms_of_data, terms_of_model
 from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.sizes import config_values
@@ -90,7 +90,7 @@ def main() -> int:
     try:
         prepared = prepare(settings, cache_folder())
     except (DataError, ModelError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(in_words(error), file=sys.stderr)
         return exit_for(error)
     print(prepared.model_dump_json())
     return 0

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -372,3 +373,17 @@ def test_printable_keeps_text_on_one_clean_line() -> None:
     assert units.printable("\x1b]0;title\x07\u202e") == "\ufffd]0;title\ufffd\ufffd"
     assert units.printable("größer ≥ 日本") == "größer ≥ 日本"
     assert len(units.printable("x" * 10_000)) == 500
+
+
+def test_few_rounds_have_their_numbers_over_their_columns() -> None:
+    row = charts.Row("node-0", dict.fromkeys(range(6), "included"), [], [], [], None)
+    few = charts.state_grid([row], rounds=6, width=600, row_height=22).svg
+    assert [f'x="{50 + 100 * number}.0"' in few for number in range(6)] == [True] * 6
+    many = charts.state_grid([replace(row, states={})], rounds=600, width=600, row_height=22).svg
+    assert 'class="tick start" x="0.0"' in many
+
+
+def test_a_chart_of_lines_scrolls_before_its_words_are_too_small() -> None:
+    page = render_html(synthetic_run())
+    assert page.count('<div class="scroll"><svg') == 5
+    assert 'style="min-width: 552px"' in page
