@@ -152,8 +152,9 @@ class Exit(ExitCode):
     )
     SEPARATION = (
         51,
-        "The start-up self-test found that packed documents see each other.",
-        "Use a version of transformers that the project pins; this would silently train the wrong thing.",
+        "The start-up self-test found that packed documents see each other, or tokens what comes after them.",
+        "Do what the message says, or use a version of transformers that the project pins; it would silently train the "
+        "wrong thing.",
     )
     TRAINING = (
         52,

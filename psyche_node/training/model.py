@@ -109,6 +109,11 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "vision_config"):
             raise ModelError(f"{folder} has a part for images, which text does not train. Save its text model alone")
+        if getattr(config, "quantization_config", None):
+            raise ModelError(
+                f"{folder} holds quantised weights (quantization_config in config.json), which cannot be trained. Use "
+                "the model in float32, bfloat16 or float16, without that key"
+            )
         reasons = without_dropout(config)
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
