@@ -5,22 +5,23 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from coordinator.pipes import end_with_reader
 from psyche_node import log as logs
 from psyche_node.commands import recipe
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
+from psyche_node.commands.ending import failures
 from psyche_node.commands.eval import evaluate
+from psyche_node.commands.interrupts import Interrupts
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
 from psyche_node.commands.terms import terms
-from psyche_node.exits import NOTHING_TO_DO, Exit, exit_for, in_words
-from psyche_node.node.config import ConfigError, NodeConfig, load_config
+from psyche_node.exits import NOTHING_TO_DO, SAID, Exit, exit_for, in_words
 
 app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
@@ -133,14 +134,12 @@ def run(
         "update_timeout": update_timeout,
         "faults": tuple(fault or ()),
     }
+    interrupts = Interrupts()
     try:
-        settings = load_config(config, overrides)
-    except ConfigError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(_last_line(exit_for(error))) from None
-    try:
-        code = asyncio.run(_run(settings))
-    except KeyboardInterrupt:  # before the handler below was there
+        with interrupts.heard():
+            code = _run(config, overrides, interrupts)
+    except KeyboardInterrupt:  # before there was a node
+        log.info("stopped by a signal")
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
 
@@ -154,12 +153,9 @@ def show(
     from psyche_node.identity import IdentityError, load_or_create_node_key
 
     logs.configure("keys")
-    try:
+    with failures(IdentityError):
         folder.mkdir(parents=True, exist_ok=True)
         typer.echo(load_or_create_node_key(folder / "node.key").node_id)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
 
 
 @keys.command()
@@ -174,11 +170,8 @@ def rotate(
     if not folder.is_dir():
         typer.secho(f"{folder} is no folder: name the one that the node runs with", fg="red", err=True)
         raise typer.Exit(Exit.CONFIG)
-    try:
+    with failures(IdentityError):
         old, new = rotate_node_key(path)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     if old is not None:
         typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
     typer.echo(f"new node key  {new.node_id}  ({path})")
@@ -188,33 +181,32 @@ def rotate(
     typer.echo("stopped cannot come back once the run has trained, in this version: do it before the first round.")
 
 
-async def _run(settings: NodeConfig) -> int:
+def _run(config: Path | None, overrides: dict[str, object], interrupts: Interrupts) -> Exit:
     """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
+    from psyche_node.node.config import ConfigError, load_config
+
+    try:
+        settings = load_config(config, overrides)
+    except ConfigError as error:
+        typer.secho(str(error), fg="red", err=True)
+        return _last_line(exit_for(error))
     from psyche_node.node.daemon import Node
     from psyche_node.node.folder import held
 
     async def live() -> None:
-        with held(settings.folder):
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        with interrupts.call(lambda: loop.call_soon_threadsafe(task.cancel)), held(settings.folder):
             await Node(settings).run()
 
-    loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
-    asked = False
-
-    def stop() -> None:
-        nonlocal asked
-        asked = True
-        task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
     try:
-        await task
+        asyncio.run(live())
     except asyncio.CancelledError:
         log.info("stopped by a signal")
         return Exit.INTERRUPTED
     except Exception as error:
-        if asked:
+        if interrupts.asked:
             # Its processes may have got the signal, too, and have been quicker.
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
@@ -225,8 +217,9 @@ async def _run(settings: NodeConfig) -> int:
 
 
 def _last_line(code: Exit) -> Exit:
-    """Log what the code is called and what to do next."""
-    log.log(_level(code), "exit code %d, %s: %s", code, code.name, code.resolve)
+    """Log what the code is called and, where the error's own words have not said it, what to do next."""
+    advice = "" if code in SAID else f": {code.resolve}"
+    log.log(_level(code), "exit code %d, %s%s", code, code.name, advice)
     return code
 
 
@@ -235,7 +228,7 @@ def _level(code: Exit) -> int:
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

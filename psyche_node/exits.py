@@ -40,7 +40,7 @@ class Exit(ExitCode):
     )
     CONFIG = (
         10,
-        "A setting is missing, unknown or wrong, or this node's model or data is not the run's.",
+        "A setting is missing, unknown or wrong, a path is not there, or this node's model or data is not the run's.",
         "The message names the setting and what to write. After a wrong model root or data manifest: get the run's own "
         "model and data, as its owner published them.",
     )
@@ -72,8 +72,9 @@ class Exit(ExitCode):
     )
     TRANSACTION_FAILED = (
         21,
-        "The cluster refused a transaction before the program saw it, most often because the wallet is empty.",
-        "Look at the wallet's balance with `psyche-admin keys show FILE`, fund it, and start again.",
+        "The wallet has too little, or the cluster refused a transaction before the program saw it.",
+        "The message says which, and how much to send to the wallet. `psyche-admin keys show FILE --rpc URL` shows "
+        "what it has.",
     )
     PROGRAM_REFUSED = (
         22,
@@ -84,7 +85,8 @@ class Exit(ExitCode):
     JOIN_REFUSED = (
         23,
         "The run does not take this node now.",
-        "Join before the run's first round is over. One wallet is one node: one with a new key ends the other.",
+        "The message says why. Too late: the next run, or this one when it gets a new model. Another host with this "
+        "wallet: one wallet is one node.",
     )
     STATE_UNREADABLE = (
         24,
@@ -132,9 +134,9 @@ class Exit(ExitCode):
     )
     DATA = (
         40,
-        "The data set cannot be read or prepared.",
-        "The message names the file and the record. Formats: messages, ShareGPT `conversations`, prompt/completion, "
-        "text, tokens. `psyche-node data prepare --help` says where data may be.",
+        "Data or a task file cannot be read, or data cannot be prepared.",
+        "The message names the file and what is wrong there. Formats: messages, ShareGPT `conversations`, "
+        "prompt/completion, text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,
@@ -214,6 +216,26 @@ class Exit(ExitCode):
 
 NOTHING_TO_DO = (Exit.OK, Exit.RUN_FINISHED, Exit.LEFT, Exit.INTERRUPTED)
 """Ends that are no fault: nobody need look."""
+
+SAID = (
+    Exit.CONFIG,
+    Exit.WALLET,
+    Exit.NODE_KEY,
+    Exit.FOLDER_IN_USE,
+    Exit.CHAIN_UNAVAILABLE,
+    Exit.TRANSACTION_FAILED,
+    Exit.JOIN_REFUSED,
+    Exit.EJECTED,
+    Exit.RUN_NOT_FOUND,
+    Exit.DROPPED,
+    Exit.RUN_FINISHED,
+    Exit.LEFT,
+    Exit.NETWORK,
+    Exit.DATA,
+    Exit.DATA_MISMATCH,
+    Exit.DESYNCED,
+)
+"""Ends whose errors say themselves what to do, for their own cause: what fits all of them would only be beside it."""
 
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,

@@ -185,6 +185,8 @@ class Endpoint:
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._next_id = 1
         self.closed = asyncio.Event()
+        self.heard = False
+        """Whether the process has ever said anything: before, it is still being started."""
         self._pump = asyncio.create_task(self._receive(), name=f"ipc-{name}")
 
     @classmethod
@@ -232,6 +234,7 @@ class Endpoint:
                 if length > MAX_FRAME:
                     raise IpcError(f"a frame of {length} bytes exceeds {MAX_FRAME}")
                 request_id, message = decode_frame(await self._reader.readexactly(length))
+                self.heard = True
                 if request_id == 0:
                     self._on_event(message)
                 elif (future := self._pending.get(request_id)) is not None and not future.done():

@@ -82,6 +82,8 @@ def lamports_of(text: str) -> int:
         whole = int(lamports)
     except (InvalidOperation, ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not an amount of SOL") from None
-    if whole != lamports or not 0 < whole < 2**64:
-        raise ConfigError(f"{text} SOL cannot be sent: it must be above 0 and have at most 9 decimals")
+    if whole <= 0:
+        raise ConfigError(f"{text} SOL cannot be sent: an amount must be above 0")
+    if whole != lamports or whole >= 2**64:
+        raise ConfigError(f"{text} SOL cannot be sent: an amount has at most 9 decimals, and less than 2^64 lamports")
     return whole

@@ -23,8 +23,9 @@ from coordinator.ledger.descriptors import Room, room_for_connections
 from coordinator.ledger.dispatch import Rpc
 from coordinator.ledger.faults import Chance, Faults
 from coordinator.ledger.http import HttpServer
-from coordinator.ledger.pubsub import PubSub, WhenDurable
+from coordinator.ledger.pubsub import PubSub
 from coordinator.ledger.reply import RESET, Deliver, Reply
+from coordinator.ledger.sockets import WhenDurable
 
 PORTS: Final = 2
 _PORT_ATTEMPTS: Final = 32

@@ -17,6 +17,8 @@ def failures(*known: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (OSError, *known)
     try:
         yield
+    except BrokenPipeError:
+        raise  # who reads has gone: nobody is there to be told
     except expected as error:
         typer.secho(printable(str(error), LINES), fg="red", err=True)
         raise typer.Exit(exit_for(error)) from None

@@ -188,7 +188,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path)
     assert (cut.train, cut.too_long, cut.cut, cut.untrained) == (3, 0, 2, 1), (
         "a prompt that leaves no answer trains nothing"
     )
-    with pytest.raises(DataError, match="none of the 4 samples can be trained on"):
+    with pytest.raises(DataError, match="no sample can be trained on: of 4, 4 with more than"):
         prepare(path, tokenizer, tmp_path / "n", 4)
     with pytest.raises(DataError, match="not in"):
         prepare(path, tokenizer, tmp_path / "n", 48, heldout=1.0)

@@ -99,7 +99,9 @@ def test_an_owner_changes_and_ends_a_run(
     assert shown["rewards"]["lamports_per_million_tokens"] == 1000
     assert shown["terms"]["peak_lr"] == 0.5
     for wrong, message in (
-        ("batsch=3", "limits.batsch: there is no such key"),
+        ("batsch=3", "batsch: there is no such key; did you mean limits.batch?"),
+        ("peka_lr=1e-4", "peka_lr: there is no such key; did you mean terms.peak_lr?"),
+        ("run_id=x", "run_id: a run keeps the name it has"),
         ("batch=1", "batch must be at least min_members"),
         ("terms.topk=0", "terms.topk"),
         ("reward_rate=-1", "reward_rate"),
