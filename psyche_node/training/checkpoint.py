@@ -19,6 +19,7 @@ from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 
 from psyche_node.training.model import copy_advice, copy_tokenizer
+from psyche_node.training.weight_names import Saved, saved_by
 from psyche_node.training.world import ONE_PROCESS, World
 
 FILE_BYTES = 5_000_000_000
@@ -67,14 +68,15 @@ def save_checkpoint(
         files = split_torch_state_dict_into_shards(
             described, filename_pattern="model{suffix}.safetensors", max_shard_size=FILE_BYTES
         )
+        saved = saved_by(model, described) if writer is not None else None
+        file_of: dict[str, str] = {}
         for file, names in files.filename_to_tensors.items():
             whole = {name: found for name in names if (found := world.whole(tensors[name])) is not None}
-            if writer is not None:
-                writer.add(partial(_write_tensors, file, whole))
+            if writer is not None and saved is not None:
+                writer.add(partial(_write_tensors, file, whole, saved, file_of))
         if writer is not None:
             if files.is_sharded:
-                index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-                writer.add(partial(_write_index, index))
+                writer.add(partial(_write_index, {"metadata": files.metadata, "weight_map": file_of}))
             writer.add(partial(_write_rest, model, source, provenance))
         world.together(writer.finish if writer is not None else lambda: None)
     finally:
@@ -123,8 +125,18 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _write_tensors(file: str, tensors: Mapping[str, torch.Tensor], place: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / file, metadata={"format": "pt"})
+def _write_tensors(
+    file: str, tensors: dict[str, torch.Tensor], saved: Saved, file_of: dict[str, str], place: Path
+) -> None:
+    """Write ``tensors``, which are used up, as ``saved`` has them, and note in ``file_of`` what is in ``file``."""
+    written: dict[str, torch.Tensor] = {}
+    for name in list(tensors):
+        parts = saved(name, tensors.pop(name))
+        # Parts of one tensor share its memory, which safetensors does not write.
+        alone = len(parts) == 1
+        written |= {part: (value if alone else value.clone()).contiguous() for part, value in parts.items()}
+    save_file(written, place / file, metadata={"format": "pt"})
+    file_of |= dict.fromkeys(written, file)
 
 
 def _write_index(index: Mapping[str, Any], place: Path) -> None:

@@ -11,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny import RandomData, terms
+import torch
+from safetensors.torch import load_file
+from tiny import TINY, VOCABULARY, RandomData, terms
 
 from psyche_node.generation import Engine
 from psyche_node.training import Session, make_demo_model
+from psyche_node.training import checkpoint as checkpoint_module
 
 LOAD = """
 import hashlib, json, sys
@@ -101,6 +104,31 @@ def test_what_a_folder_advises_about_generation_stays(
         found = json.loads((folder / "generation_config.json").read_text())
         assert found == advice if advice is not None else "temperature" not in found
         Engine.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("file_bytes", [checkpoint_module.FILE_BYTES, 20_000])
+def test_experts_are_saved_apart_as_their_family_does(
+    model_dir: Path, data: RandomData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    """Modules hold them in one tensor; checkpoints, and whatever else reads them, do not."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(checkpoint_module, "FILE_BYTES", file_bytes)
+    config = {**TINY, "model_type": "mixtral", "vocab_size": VOCABULARY, "num_local_experts": 3}
+    make_demo_model(config, model_dir, tmp_path / "model", seed=0)
+    one = Session(tmp_path / "model", data, terms(), device="cpu")
+    one.save(tmp_path / "saved")
+    theirs, ours = (
+        {name: tensor for file in (tmp_path / where).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for where in ("model", "saved")
+    )
+    assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in ours
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists() == (file_bytes == 20_000)
+    assert Session(tmp_path / "saved", data, terms(), device="cpu").model_root() == one.model_root()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert all(torch.equal(p, dict(loaded.named_parameters())[n]) for n, p in one.model.named_parameters())
 
 
 def test_saving_again_replaces_the_folder(checkpoint: tuple[Session, Path]) -> None:
