@@ -17,8 +17,8 @@ from psyche_node.exits import Exit
 # Module, and what is raised and caught by the process that it belongs to: no command ends with these.
 INSIDE = {
     "coordinator.jsonrpc": "AttemptFailed Unusable",
-    "coordinator.ledger.bank": "Refused",
     "coordinator.ledger.encoding": "UnsupportedEncoding",
+    "coordinator.ledger.sanitize": "Refused",
     "coordinator.ledger.params": "RpcError",
     "coordinator.ledger.snapshot": "Damaged",
     "optimizer.errors": "MalformedUpdate",
