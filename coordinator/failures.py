@@ -11,7 +11,7 @@ from solders.signature import Signature
 from solders.system_program import ID as SYSTEM_PROGRAM
 
 from coordinator.errors import ERROR_TEXT, ErrorCode
-from coordinator.rpc import ChainError, Json
+from coordinator.jsonrpc import ChainError, Json
 
 _MAX_LOG_LINES: Final = 200
 _MAX_LOG_CHARACTERS: Final = 1000

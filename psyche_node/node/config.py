@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from solders.pubkey import Pubkey
 
 from coordinator.fees import DEFAULT_FEE_CAP
-from coordinator.rpc import check_url
+from coordinator.urls import check_url
 from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError

@@ -13,7 +13,7 @@ from coordinator.admin.failures import status_of
 from coordinator.admin.session import go
 from coordinator.chain import ChainUnavailable, ProgramError
 from coordinator.client import RunNotFound
-from coordinator.rpc import BadUrl
+from coordinator.urls import BadUrl
 from psyche_node.exits import Exit, exit_for
 
 
