@@ -31,7 +31,7 @@ def go(action: Coroutine[Any, Any, None]) -> None:
     said = logging.StreamHandler()
     said.setFormatter(_AsMessages())
     # Retries are not news here: what they come to is said at the end.
-    logging.basicConfig(level=logging.ERROR, handlers=[said], force=True)
+    logging.basicConfig(level=logging.ERROR, handlers=[said])
     try:
         asyncio.run(action)
     except KeyboardInterrupt:
