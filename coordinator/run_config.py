@@ -40,7 +40,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class Settings(BaseModel):
     """A table of settings: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LimitSettings(Settings):

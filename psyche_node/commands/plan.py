@@ -29,7 +29,9 @@ def plan(
     rounds: Annotated[
         int | None, typer.Option(min=1, max=2**31 - 1, help="Rounds of the run. Default: the recipe's.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Says what flags do not.")] = "hermes-sft",
+    recipe: Annotated[
+        str, typer.Option(help="What says what flags do not: see psyche-node recipe list.")
+    ] = "hermes-sft",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that divide a matrix.")] = 1,
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a GPU.")] = 1,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights.")] = "fp32",
@@ -95,8 +97,8 @@ def plan(
         )
         made = make(shape, asked)
     given = _given(context)
-    values = made.to_json() | {"command": command(made, given)}
-    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(lines(made, given)))
+    values = made.to_json() | {"recipe": recipe, "command": command(made, given)}
+    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(lines(made, given, recipe)))
     if not made.fits:
         raise typer.Exit(Exit.NO_ROOM)
 

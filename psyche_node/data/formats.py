@@ -26,7 +26,7 @@ _SHAREGPT_ROLES = {
 }
 _ROLES = frozenset(["system", "developer", "user", "assistant", "tool"])
 _KNOWN = (
-    "a sample is an object with `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `text`, "
+    "A sample is an object with `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `text`, "
     "or `input_ids`"
 )
 
@@ -84,7 +84,7 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
         ]
     else:
         found = ", ".join(sorted(map(str, record))[:8]) or "nothing"
-        raise BadSample(where, f"no known format: the keys are {found}", f"Note that {_KNOWN}")
+        raise BadSample(where, f"no known format: the keys are {found}", _KNOWN)
     said = [message for message in messages if message["role"] == "assistant"]
     train = tuple(bool(message.pop("train", True)) for message in said)
     parts = {number: spans for number, message in enumerate(said) if (spans := message.pop("spans", None))}

@@ -28,7 +28,8 @@ TooLong = Literal["drop", "cut"]
 
 @dataclass(slots=True)
 class Progress:
-    """How far a preparation is: the file that is read (None: it packs and writes), samples and tokens so far."""
+    """How far a preparation is: the file that is read (None: it packs and writes), samples, and tokens for
+    training, so far."""
 
     file: Path | None = None
     samples: int = 0
@@ -111,11 +112,15 @@ def prepare(
         counts = Counts.total(Counts(**part) for _, part in read.sources)
         if not counts.train:
             names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-            raise DataError(
-                f"{names}: none of the {counts.samples} samples can be trained on ({counts.too_long} are longer than "
-                f"{sequence_length} tokens, {counts.untrained} have no trained token, {counts.bad} are bad). Use a "
-                "longer sequence, or cut"
+            reasons = (
+                (counts.heldout, "held out"),
+                (counts.too_long, f"with more than {sequence_length:,} tokens"),
+                (counts.untrained, "without a token that is trained"),
+                (counts.bad, "bad"),
             )
+            why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+            remedy = "Use longer sequences, or cut what is too long" if counts.too_long else "Add some that can"
+            raise DataError(f"{names}: no sample can be trained on: of {counts.samples:,}, {why}. {remedy}")
         progress(Progress(None, counts.samples, spill.tokens))
         return _write(out, spill, encoder, settings, read)
 

@@ -29,7 +29,7 @@ class DataFolders:
     """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest.
 
     ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
-    ``skipped``: the first bad samples that were passed over, as messages. ``notes``: what of a folder or
+    ``skipped``: the bad samples that were passed over, a line for each reason. ``notes``: what of a folder or
     data set was passed over, and the SHA-256 of what was fetched.
     """
 
@@ -87,7 +87,7 @@ def build_data(
     def build(out: Path) -> None:
         skips = Skips(skip_bad)
         prepare(files, folder, out, sequence_length, heldout, seed, template=template, skips=skips)
-        skipped = [f"{bad.where}: {bad.what}" for bad in skips.first]
+        skipped = [str(reason) for reason in skips.reasons]
         write_atomically(out / _SKIPPED, json.dumps(skipped).encode())
 
     packed = _once(cache, key, NAME, build)

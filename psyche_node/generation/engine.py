@@ -26,6 +26,7 @@ from psyche_node.generation.loading import Loaded, load
 from psyche_node.generation.prompts import Message, Prompts
 from psyche_node.generation.request import PLAIN, Advice, Completion, Request
 from psyche_node.generation.sampling import PerSequence
+from psyche_node.planning.context import context_window
 
 _CUDA_TOKENS, _CPU_TOKENS = 131_072, 16_384
 """Prompt and answer of all sequences of a batch: bounds the key-value cache."""
@@ -55,8 +56,7 @@ class Engine:
         # A copy: one thread may make a prompt while another decodes an answer.
         self.prompts = Prompts(copy.deepcopy(loaded.tokenizer), loaded.where)
         self.advice = Advice.of(loaded.generation)
-        text_config = loaded.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context: int | None = context_window(loaded.model.config.get_text_config().to_dict())
         self.vocabulary: int = loaded.model.get_input_embeddings().weight.shape[0]
         self.eos = _end_tokens(loaded)
         self._hidden = frozenset(loaded.hidden)

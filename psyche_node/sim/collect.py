@@ -93,7 +93,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         ledger=ledger,
         timeline=timeline,
         events=sorted(_events(world), key=lambda event: event.time),
-        settings=_flat(settings.model_dump(mode="json")),
+        settings=_flat(settings.model_dump(mode="json") | settings.written()),
     )
 
 

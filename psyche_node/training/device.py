@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from psyche_node.training.errors import TrainingError
+from psyche_node.units import counted
 
 # A forward pass of about this many tokens keeps a core's caches warm; larger ones were no faster.
 CPU_TOKENS = 2048
@@ -66,7 +67,7 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
         words = torch.cuda.get_device_name(device)
         reasons.append("bf16 compute: matrix units are fastest in bf16, and it has the range of fp32")
     else:
-        words = f"CPU, {torch.get_num_threads()} thread(s)"
+        words = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
         reasons.append("compute in the weights' own precision: few CPUs have matrix units for bf16")
     if micro_batch is None:
         micro_batch = 1

@@ -96,8 +96,8 @@ class OpenFile:
             raise ModelError(f"{name} cannot be read from {self._path}: {error}. Fetch the file again") from error
         if value.dtype not in _FLOATS and value.is_floating_point():
             raise ModelError(
-                f"{name} in {self._path} is {value.dtype}: quantised weights cannot be trained. Use a folder in "
-                "float32, bfloat16 or float16"
+                f"{name} in {self._path} is {value.dtype}: weights are read in float32, bfloat16 or float16, and "
+                "quantised weights cannot be trained. Use a folder in one of these types"
             )
         return value
 

@@ -115,11 +115,21 @@ class World:
 ONE_PROCESS = World()
 
 
+_NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",  # of the driver, such as for a context or a kernel's code
+    "Triton Error [CUDA]: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+"""How libraries say it that know no error of its own for it."""
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is how PyTorch, Python or another rank say that there is no memory."""
+    """Whether this is how PyTorch, Python, a library under them or another rank say that there is no memory."""
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
-    return isinstance(error, RuntimeError) and "DefaultCPUAllocator: can't allocate memory" in str(error)
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
 
 
 def mapped(path: Path) -> memoryview:
