@@ -9,7 +9,7 @@ import pytest
 
 from coordinator import layout
 from coordinator.errors import ERROR_TEXT, ErrorCode, describe
-from coordinator.instructions import MARKS
+from coordinator.instruction_data import MARKS
 from coordinator.toolchain.build import PROGRAM_FOLDER
 from coordinator.values import MemberStatus, Phase, Request
 
