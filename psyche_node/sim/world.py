@@ -15,9 +15,9 @@ from collections.abc import AsyncIterator, Callable
 
 from solders.system_program import TransferParams, transfer
 
+from coordinator.addresses import run_addresses
 from coordinator.client import ChainUnavailable, CoordinatorClient
 from coordinator.deploy import deploy
-from coordinator.instructions import run_addresses
 from coordinator.program import program_bytes
 from coordinator.state import Phase
 from coordinator.wallet import load_or_create_keypair

@@ -24,7 +24,6 @@ FORBIDDEN = {
 }
 WORDS = "coordinator.wording"
 """What validation found, put into words; it imports nothing of this project, and anybody may use it."""
-WHERE_THEY_MEET = ("psyche_node.network", "psyche_node.data", "psyche_node.training")
 IMPORT_NAMES = {
     "protobuf": "google",
     "grpcio": "grpc",
