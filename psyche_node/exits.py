@@ -6,6 +6,8 @@ Each code says what it means and how to resolve it; ``docs/reference/exit-codes.
 
 from __future__ import annotations
 
+import os
+
 from coordinator.exit_code import ExitCode
 
 RANGES = (
@@ -247,10 +249,10 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
-    "coordinator.rpc.BadUrl": Exit.CONFIG,
-    "coordinator.rpc.RpcError": Exit.RPC_REFUSED,
+    "coordinator.urls.BadUrl": Exit.CONFIG,
+    "coordinator.jsonrpc.RpcError": Exit.RPC_REFUSED,
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
-    "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
+    "coordinator.jsonrpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.standing.JoinRefused": Exit.JOIN_REFUSED,
     "psyche_node.node.standing.RunFinished": Exit.RUN_FINISHED,
@@ -303,9 +305,16 @@ def in_words(error: BaseException) -> str:
     class is part of it."""
     error = _first(error)
     code, there = exit_for(error), error.there if isinstance(error, Reported) else None
-    kind, message = there or (type(error).__name__, str(error))
+    kind, message = there or (type(error).__name__, message_of(error))
     unforeseen = code is (Exit.UNEXPECTED if there is None else Exit.CHILD_PROCESS)
     return f"{kind}: {message}" if unforeseen else message
+
+
+def message_of(error: BaseException) -> str:
+    """An error's message; of the system's, without its number and Python's quotes."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, (str, os.PathLike)):
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def exit_for(error: BaseException) -> Exit:

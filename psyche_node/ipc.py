@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from psyche_node.exits import Exit, Reported, exit_for
+from psyche_node.exits import Exit, Reported, exit_for, message_of
 
 log = logging.getLogger(__name__)
 MAX_FRAME = 16 * 1024 * 1024
@@ -67,7 +67,7 @@ class Failure(Message):
         return cls(
             request=request,
             error=type(error).__name__,
-            message=str(error)[:MAX_MESSAGE],
+            message=message_of(error)[:MAX_MESSAGE],
             exit_code=Exit.CHILD_PROCESS if code is Exit.UNEXPECTED else code,
         )
 

@@ -64,15 +64,18 @@ def pubkey(text: str, what: str) -> Pubkey:
     try:
         return Pubkey.from_string(text)
     except ValueError:
-        raise ConfigError(
-            f"{what} {text!r} is neither an address (32 bytes in base58) nor a file that exists"
-        ) from None
+        raise ConfigError(f"{what} {text!r} is not an address (32 bytes in base58)") from None
 
 
 def address_of(text: str, what: str) -> Pubkey:
     """An address, or that of a wallet file. Raises ConfigError, WalletError."""
     path = Path(text)
-    return load_keypair(path).pubkey() if path.is_file() else pubkey(text, what)
+    if path.is_file():
+        return load_keypair(path).pubkey()
+    try:
+        return pubkey(text, what)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, and not a wallet file that exists") from None
 
 
 def lamports_of(text: str) -> int:

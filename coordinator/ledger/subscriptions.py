@@ -116,7 +116,7 @@ class Subscriptions:
     def catch_up(self, subscription: Subscription) -> None:
         """Push what it asks for and is known already: a signature that landed before it was subscribed to."""
         kind, key = subscription.topic
-        if kind == "signature" and isinstance(key, Signature) and (record := self._bank.record(key)) is not None:
+        if kind == "signature" and isinstance(key, Signature) and (record := self._bank.history.get(key)) is not None:
             self._signature(record)
 
     def unsubscribe(self, client: Client, params: list[Any]) -> bool:

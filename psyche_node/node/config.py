@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from solders.pubkey import Pubkey
 
 from coordinator.fees import DEFAULT_FEE_CAP
-from coordinator.rpc import check_url
+from coordinator.urls import check_url
 from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
@@ -161,6 +162,13 @@ class NodeConfig(BaseModel):
                     f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts: {error}"
                 ) from error
         return addresses
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device to train on; use auto, cpu, cuda or cuda:1")
+        return device
 
     @field_validator("listen")
     @classmethod

@@ -109,6 +109,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path: Path, lines: str, why: str)
         ("bootstrap = 7", "bootstrap"),
         ('bootstrap = ["/ip4/203.0.113.7/tcp/4001"]', "bootstrap"),
         ('listen = "nowhere"', "listen"),
+        ('device = "tpu"', "device"),
         ('announce_grpc = "example.org:4002"', "announce_grpc"),
         ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
         ('announce_p2p = "203.0.113.7"', "announce_p2p"),
@@ -164,6 +165,12 @@ def test_metrics_are_served_on_an_ip_address_and_a_port(tmp_path: Path, address:
             load(tmp_path, text)
 
 
+def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = CliRunner().invoke(app, ["keys", "show", "--folder", str(tmp_path / "taken")])
+    assert (done.exit_code, done.output.replace("\n", "")) == (Exit.FILES, f"{tmp_path / 'taken'}: File exists")
+
+
 def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
     def rotate() -> tuple[int, str]:
         done = CliRunner().invoke(app, ["keys", "rotate", "--folder", str(tmp_path)])
@@ -189,7 +196,10 @@ def test_the_id_of_a_node_that_has_not_run_yet_is_shown(tmp_path: Path) -> None:
     """For the others' `bootstrap`: it is that of the key which the node will use, and the same each time."""
     folder = tmp_path / "new"
     said = [CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)]) for _ in range(2)]
-    assert [done.output for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    assert [done.stdout for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    first, second = (done.stderr for done in said)
+    assert first.startswith(f"made a new node key in {folder / 'node.key'}"), "the folder may be a slip"
+    assert second == ""
     (folder / "node.key").write_bytes(b"short")
     done = CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)])
     assert (done.exit_code, "is not a node key" in done.output) == (Exit.NODE_KEY, True)

@@ -150,9 +150,11 @@ def test_running_out_of_memory_halves_the_micro_batch_and_the_round_goes_on(
     [
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
         MemoryError(),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "cublas", "driver", "python"],
 )
 def test_no_memory_at_all_leaves_the_round_and_nothing_else(
     error: Exception, model_dir: Path, data: RandomData

@@ -206,12 +206,24 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     assert "growing from 24 until round 100" in admin("run", "show", created["address"], "--rpc", ledger.rpc)
 
 
+def test_what_a_folder_would_give_is_told_where_it_is_missing(wallet: Path) -> None:
+    told = admin("run", "create", "x", "--recipe", "demo", "--program", "1" * 32, "--payer", wallet, status=10)
+    assert "terms.samples: it is missing" in told
+    assert "--data FOLDER works out data_manifest, samples" in told
+    assert "--model FOLDER works out model_root, layout_digest, update_bytes" in told
+
+
 def test_folders_are_read_when_all_else_is_right(
     ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path, tmp_path: Path
 ) -> None:
     options = ["run", "create", "slow", "--config", config, "--rpc", ledger.rpc, "--program", program[1], "--payer"]
     folder = ["--model", tmp_path / "nowhere"]
-    assert "nowhere has no config.json" in admin(*options, wallet, *folder, status=10)
+    told = admin(*options, wallet, *folder, "--data", tmp_path, "--set", "batsch=3", status=10)
+    for said in ("batsch: there is no such key", "nowhere: there is no config.json in it", "there is no manifest.json"):
+        assert said in told, "what can be seen at once is seen first, all of it"
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "config.json").write_text("{}")
+    assert "nowhere" in admin(*options, wallet, *folder, status=10)
     admin(*options, wallet)
     admin("keys", "new", tmp_path / "poor.json")
     for words, said, status in (

@@ -12,11 +12,11 @@ from admin_harness import CONFIG
 
 from coordinator.admin.created import GROUPS, Created, slot_seconds
 from coordinator.chain import RpcError
-from coordinator.run_config import LimitSettings, TermSettings, load_settings
+from coordinator.run_config import LimitSettings, TermSettings, settings_table
 
 
 def created(*sets: str, slot: float = 0.4) -> Created:
-    return Created(load_settings(None, None, list(sets), tomllib.loads(CONFIG)), slot)
+    return Created(settings_table(None, None, sets, tomllib.loads(CONFIG)).checked(), slot)
 
 
 def test_every_setting_is_shown_once_and_times_in_seconds() -> None:

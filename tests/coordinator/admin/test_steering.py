@@ -142,7 +142,7 @@ def test_an_owner_changes_and_ends_a_run(
     assert "ALREADY_BANNED" in admin("run", "ban", run, members[1]["node_key"], *paid[1:], "--yes", status=22)
     admin("run", "ban", run, node, "--lift", *paid[1:])
     assert admin_json(*show)["banned"] == []
-    assert "neither an address" in admin("run", "ban", run, "12D3KooWxyz", *paid[1:], "--yes", status=10)
+    assert "is not an address" in admin("run", "ban", run, "12D3KooWxyz", *paid[1:], "--yes", status=10)
 
     # the end
     admin("run", "fund", run, "1.5", "--payer", stranger, "--rpc", ledger.rpc, "--yes")
@@ -224,6 +224,7 @@ def test_a_join_authority_lets_in_whom_it_wants(
     join(other, everybody["grant"])
     assert "NOT_CLOSED" in admin("run", "reclaim", run, "--program", program[1], *options, status=22)
     admin("auth", "revoke", run, "--anyone", *options)
+    assert "has granted anyone nothing" in admin("auth", "revoke", run, "--anyone", *options, status=10)
     assert "no grant or receipt" in admin("run", "reclaim", run, "--program", program[1], *options, status=10)
     admin("auth", "grant", run, *options, status=2)
     admin("run", "set", run, "join_authority=anyone", "--payer", wallet, *rpc)
