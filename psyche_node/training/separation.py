@@ -35,8 +35,8 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device, le
     """Return a line saying what was found. ``length``: tokens of the sequences that will be trained.
 
     Raises:
-        SeparationError: changing one document, or how far its places reach, moved the logits of another; or a
-            document's last tokens moved those before them.
+        SeparationError: changing one document, or how far its places reach, moved the logits of another; a document's
+            last tokens moved those before them; or they are moved by chance.
     """
     generator = torch.Generator().manual_seed(20)
     tokens = torch.randint(vocabulary, (2, sum(_LENGTHS)), generator=generator)
@@ -63,6 +63,12 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device, le
     control = moved(others(found(tokens, joined)), others(found(changed, joined)))
     reach = moved(others(whole), others(found(tokens, far)))
     ahead = moved(whole[:, -last:-_LAST], found(ending, separate)[:, -last:-_LAST])
+    if leak > _TOLERANCE and (chance := moved(whole, found(tokens, separate))) > _TOLERANCE:
+        raise SeparationError(
+            f"the same tokens have other logits each time, by {chance:.1e} of the largest one: this model draws lots "
+            "while it trains, so that nothing can be said of packed documents. Set what does it to 0 in config.json "
+            "(such as router_jitter_noise), or use another kind of model"
+        )
     if leak > _TOLERANCE:
         raise SeparationError(
             f"changing one document of a pack moved the logits of the others by {leak:.1e} of the largest one, so "

@@ -106,6 +106,16 @@ BEYOND = {
         {**LLAMA, "model_type": "phi3", "original_max_position_embeddings": 28, "rope_parameters": LONG},
         "longest document",
     ),
+    "chance": (
+        {
+            **LLAMA,
+            "model_type": "mixtral",
+            "num_local_experts": 3,
+            "router_jitter_noise": 0.3,
+            "initializer_range": 0.3,
+        },
+        "draws lots while it trains",
+    ),
     "bidirectional": (
         {**SEED_OSS, "model_type": "gemma3_text", "use_bidirectional_attention": True, "initializer_range": 0.3},
         "sees the tokens that it is to predict",
