@@ -18,7 +18,14 @@ def failures(*known: type[Exception]) -> Iterator[None]:
     try:
         yield
     except expected as error:
-        typer.secho(printable(str(error), LINES), fg="red", err=True)
+        typer.secho(printable(_words(error), LINES), fg="red", err=True)
         raise typer.Exit(exit_for(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(Exit.INTERRUPTED) from None
+
+
+def _words(error: Exception) -> str:
+    """The message; of the system's own errors without their number."""
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)
