@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,8 +17,10 @@ from rich.text import Text
 from coordinator.printable import LINES, printable
 from psyche_node.commands.ending import failures
 from psyche_node.generation import GenerationError, PromptError
-from psyche_node.generation.conversation import Conversation, Manner
 from psyche_node.units import counted
+
+if TYPE_CHECKING:
+    from psyche_node.generation.conversation import Conversation
 
 _HELP = (
     "/new forgets what was said, /thinking on|off switches reasoning; Ctrl-C ends an answer or drops a line, Ctrl-D "
@@ -59,6 +61,10 @@ def chat(
         question = _piped()
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty")
+    # Imported late: `--help` does not wait for torch, nor a wrong flag for the data package.
+    from psyche_node.generation import Engine
+    from psyche_node.generation.conversation import Conversation, Manner
+
     manner = Manner(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -66,9 +72,6 @@ def chat(
         system=system,
         thinking=None if thinking is None else thinking is Switch.ON,
     )
-    # Imported late: `--help` does not wait for torch.
-    from psyche_node.generation import Engine
-
     with failures(GenerationError):
         engine = Engine.load(folder, device)
         if thinking is not None and not engine.prompts.thinks:

@@ -116,6 +116,9 @@ def _check_dense(name: str, config: Mapping[str, Any]) -> None:
         raise PlanError(f"{name} cannot be planned: {why}. Plans are for dense decoders such as Llama, Qwen3, Seed-OSS")
     if (wrong := bad_size(config)) is not None:
         raise PlanError(f"{name}: {wrong}")
+    for key in (*needed, "num_key_value_heads"):
+        if isinstance(config.get(key), list):
+            raise PlanError(f"{name} cannot be planned: its layers differ in {key}. Plans are for layers of one kind")
 
 
 def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShape:

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from pydantic import ValidationError
 
+from coordinator.pipes import end_with_reader
 from coordinator.run_config import ConfigError
 from coordinator.wording import problems
 from psyche_node.commands.chat import chat
@@ -169,7 +170,7 @@ async def _simulate(settings: SimSettings, started: float) -> int:
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

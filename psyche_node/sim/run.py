@@ -19,6 +19,7 @@ from psyche_node import units
 from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.sim.baseline import BaselineRequest
 from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.node import SimNode
 from psyche_node.sim.out import LOGS, OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
@@ -26,7 +27,7 @@ from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
-from psyche_node.sim.world import SimNode, SimulationFailed, World
+from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms
 
 BASELINE_TIMEOUT = 3600.0
@@ -47,6 +48,8 @@ async def run(settings: SimSettings, started: float) -> Exit:
     except asyncio.CancelledError:
         console.print("psyche-sim: stopped; no process is left behind")
         return Exit.INTERRUPTED
+    except BrokenPipeError:
+        raise  # who reads has gone: nobody is there to be told
     except ProcessEnded as error:
         words = str(error) if world.worth_keeping else error.words
         console.print(f"[red]psyche-sim: {escape(words)}[/red]", soft_wrap=True)

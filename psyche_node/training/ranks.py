@@ -26,12 +26,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from psyche_node.exits import Exit, exit_for
+from psyche_node.mapping import mapped
 from psyche_node.training.control import Control
 from psyche_node.training.copies import Part, copy_files
 from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed, TrainingError
 from psyche_node.training.exchanges import EXCHANGES, CountedAllGather, CountedReduceScatter
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
-from psyche_node.training.world import Rows, World, is_out_of_memory, mapped
+from psyche_node.training.world import Rows, World, is_out_of_memory
 
 if TYPE_CHECKING:
     from psyche_node.training.forward import Root
@@ -137,13 +138,8 @@ class Ranks(World):
         return reasons
 
     def _shard_fully(self, model: Any, root: Root, device: torch.device) -> str:
-        # On a GPU weights travel in bf16, as they are multiplied; gradients are summed in fp32.
-        policy = MixedPrecisionPolicy(
-            param_dtype=torch.bfloat16 if device.type == "cuda" else None,
-            reduce_dtype=torch.float32,
-            cast_forward_inputs=False,
-        )
-        self._root, mesh = root, self._mesh["data"]
+        policy, mesh = _precision(device), self._mesh["data"]
+        self._root = root
         kinds = set(model._no_split_modules or ())
         layers = [module for module in model.modules() if type(module).__name__ in kinds]
         for module in [*layers, root]:
@@ -217,7 +213,10 @@ class Ranks(World):
     @torch.no_grad()
     def whole(self, tensor: Tensor) -> Tensor | None:
         full = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        return full.detach().cpu() if self.rank == 0 else None
+        if self.rank == 0:
+            return full.detach().cpu()
+        _wait_for(full)
+        return None
 
     def least(self, value: int) -> int:
         values = [value] * self.size
@@ -333,6 +332,22 @@ class Ranks(World):
 def _exit_code(failure: Exception) -> int | None:
     code = exit_for(failure)
     return None if code is Exit.UNEXPECTED else int(code)
+
+
+def _precision(device: torch.device) -> MixedPrecisionPolicy:
+    """On a GPU weights travel in bf16, as they are multiplied; gradients are summed in fp32."""
+    return MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if device.type == "cuda" else None,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,
+    )
+
+
+def _wait_for(gathered: Tensor) -> None:
+    """Until rank 0 has taken its part: it hashes and writes meanwhile, and NCCL ends a process whose exchange has been
+    waiting for more than its patience. So no rank may ask for the whole model at once."""
+    if gathered.is_cuda:
+        torch.cuda.synchronize(gathered.device)
 
 
 def _held(gradient: Tensor) -> Tensor:

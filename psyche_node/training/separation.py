@@ -1,7 +1,9 @@
-"""The start-up test that packed documents do not see each other, on the very model and device that will train.
+"""The start-up test that logits depend on what they may only, on the very model and device that will train.
 
-It changes one document of a pack and requires the logits of the others not to move. A test that cannot fail proves
-nothing, so it first runs the same change with the documents joined into one and requires that the logits *do* move.
+It changes one document of a pack and requires the logits of the others not to move; then only the places of that
+document, since some rotary frequencies follow the longest document of a micro-batch; then the last tokens of documents,
+which the logits before them must not see, or training would learn to read the answer. A test that cannot fail proves
+nothing, so the first change is also made with the documents joined into one, where the logits *must* move.
 
 Legend: B sequences (two, of which one is changed), L places, V vocabulary.
 """
@@ -24,31 +26,43 @@ _CHANGED = 0
 _TOLERANCE = 1e-5
 
 
+_LAST = 5
+"""Tokens at the end of documents that earlier ones must not see."""
+
+
 @torch.no_grad()
-def check_separation(forward: Forward, vocabulary: int, device: torch.device) -> str:
-    """Return a line saying what was found.
+def check_separation(forward: Forward, vocabulary: int, device: torch.device, length: int) -> str:
+    """Return a line saying what was found. ``length``: tokens of the sequences that will be trained.
 
     Raises:
-        SeparationError: changing one document moved the logits of another.
+        SeparationError: changing one document, or how far its places reach, moved the logits of another; or a
+            document's last tokens moved those before them.
     """
-    length = sum(_LENGTHS)
     generator = torch.Generator().manual_seed(20)
-    tokens = torch.randint(vocabulary, (2, length), generator=generator)
-    changed = tokens.clone()
-    first = _LENGTHS[_CHANGED]
-    changed[0, :first] = (tokens[0, :first] + 1 + torch.arange(first)) % vocabulary
-    separate = torch.cat([torch.arange(n) for n in _LENGTHS]).repeat(2, 1)
-    joined = torch.arange(length).repeat(2, 1)
+    tokens = torch.randint(vocabulary, (2, sum(_LENGTHS)), generator=generator)
+    first, last = _LENGTHS[_CHANGED], _LENGTHS[-1]
+    other = (tokens + 1 + torch.arange(sum(_LENGTHS))) % vocabulary
+    changed, ending, far = tokens.clone(), tokens.clone(), torch.cat([torch.arange(n) for n in _LENGTHS]).repeat(2, 1)
+    separate, joined = far.clone(), torch.arange(sum(_LENGTHS)).repeat(2, 1)
+    changed[0, :first] = other[0, :first]
+    ending[:, -_LAST:] = other[:, -_LAST:]
+    far[0, :first] += max(0, length - first)
 
-    def moved(places: Tensor) -> tuple[float, float]:
-        before, after = (forward(t.to(device), places.to(device)).float() for t in (tokens, changed))
+    def found(tokens: Tensor, places: Tensor) -> Tensor:
+        return forward(tokens.to(device), places.to(device)).float()
+
+    def others(logits: Tensor) -> Tensor:
         # Whether rows of a batch see each other is asked along with it.
-        before, after = (torch.cat([logits[0, first:], logits[1]]) for logits in (before, after))
-        scale = max(float(before.abs().max()), 1e-30)
-        return float((before - after).abs().max()) / scale, scale
+        return torch.cat([logits[0, first:], logits[1]])
 
-    control, _ = moved(joined)
-    leak, _ = moved(separate)
+    def moved(before: Tensor, after: Tensor) -> float:
+        return float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
+
+    whole = found(tokens, separate)
+    leak = moved(others(whole), others(found(changed, separate)))
+    control = moved(others(found(tokens, joined)), others(found(changed, joined)))
+    reach = moved(others(whole), others(found(tokens, far)))
+    ahead = moved(whole[:, -last:-_LAST], found(ending, separate)[:, -last:-_LAST])
     if leak > _TOLERANCE:
         raise SeparationError(
             f"changing one document of a pack moved the logits of the others by {leak:.1e} of the largest one, so "
@@ -56,6 +70,20 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device) ->
             "Models that remember otherwise than by attention over rotary positions (Mamba, RWKV, hybrids, ALiBi, "
             "learned positions in OPT and BERT) cannot be trained on packs; with any other, set attention to sdpa, or "
             "use another version of transformers"
+        )
+    if reach > _TOLERANCE:
+        raise SeparationError(
+            f"a document that reaches place {length - 1} moved the logits of the others by {reach:.1e} of the largest "
+            "one: the rotary frequencies of this model (rope type dynamic or longrope) follow the longest document of "
+            "a micro-batch. Prepare the data with a sequence length within what the model was made for "
+            "(original_max_position_embeddings, or max_position_embeddings, in config.json), or give it another rope "
+            "type there"
+        )
+    if ahead > _TOLERANCE:
+        raise SeparationError(
+            f"changing the last tokens of a document moved the logits before them by {ahead:.1e} of the largest one: "
+            "this model sees the tokens that it is to predict. Set is_decoder to true or use_bidirectional_attention "
+            "to false in config.json, whichever it has, or use a causal language model"
         )
     if control <= _TOLERANCE:
         return (

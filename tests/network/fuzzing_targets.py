@@ -158,7 +158,7 @@ class Targets:
         self.blobs = [self.store.put(bytes([number]) * size, 1) for number, size in enumerate((1, 5000, (2 << 20) + 7))]
         self.service = NodeService(
             self.node._announcements,
-            self.node._take_announcement,
+            self.node.intake.announcement,
             self.node._holdings,
             Traffic(),
             Faults(),
@@ -214,8 +214,8 @@ class Targets:
         """What a node does with statements from gossip and from calls, whoever passes them on."""
         sender = data.one([KEYS[0].public, KEYS[2].public, "a peer without a key"])
         if data.byte() & 1:
-            return self.node._take_announcement(announcement(data), sender).verdict is not Verdict.REFUSED
-        return self.node._take_record(record(data), sender)
+            return self.node.intake.announcement(announcement(data), sender).verdict is not Verdict.REFUSED
+        return self.node.intake.gossip_record(record(data), sender)
 
     def records(self, data: Input) -> bool:
         count = data.one([0, 1, 2, 2, 3, 40])

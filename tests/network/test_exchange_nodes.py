@@ -267,7 +267,7 @@ async def test_a_blob_is_here_when_it_has_its_name_and_not_when_its_last_piece_h
                 ended.set()
                 return False
 
-        monkeypatch.setattr("psyche_node.network.fetcher.Download", Late)
+        monkeypatch.setattr("psyche_node.network.attempts.Download", Late)
         monkeypatch.setattr("psyche_node.network.download.finish", last)
         digest = {node.put(data, 1, Kind.MODEL) for node in made[:2]}.pop()
         made[2].fetcher.want(1, 0, digest, len(data), Kind.MODEL)
@@ -328,8 +328,8 @@ async def test_a_source_that_gets_the_blob_by_and_by_is_no_failure(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It ends every stream after a piece or none, more often than it may have nothing in a row."""
-    monkeypatch.setattr("psyche_node.network.fetcher.MAX_EMPTY", 6)
-    monkeypatch.setattr("psyche_node.network.fetcher.EMPTY_SECONDS", 0.02)
+    monkeypatch.setattr("psyche_node.network.attempts.MAX_EMPTY", 6)
+    monkeypatch.setattr("psyche_node.network.attempts.EMPTY_SECONDS", 0.02)
     data = os.urandom(8 * PIECE_BYTES)
     async with nodes(tmp_path, 2) as made:
         # Over one way only, or how many calls come at a time would depend on when the other one is there.
@@ -540,7 +540,7 @@ def test_every_upload_waits_for_pieces_that_are_about_to_come(tmp_path: Path) ->
 async def test_updates_that_wait_for_a_slot_go_by_round(tmp_path: Path) -> None:
     """One slot: the oldest round has it, since it was wanted first."""
     async with nodes(tmp_path, 2) as made:
-        made[1].fetcher._slots._free = 1
+        made[1].fetcher._attempts._slots._free = 1
         made[1].announcements.reached(5)
         gate = Gate(made[0].holdings, 0)
         digests = {}
@@ -558,7 +558,7 @@ async def test_updates_that_wait_for_a_slot_go_by_round(tmp_path: Path) -> None:
 @in_trio
 async def test_an_update_does_not_wait_for_a_model(tmp_path: Path) -> None:
     async with nodes(tmp_path, 2) as made:
-        made[1].fetcher._slots._free = made[1].fetcher._other_slots._free = 1
+        made[1].fetcher._attempts._slots._free = made[1].fetcher._attempts._other_slots._free = 1
         gate = Gate(made[0].holdings, 1)
         model = made[0].put(os.urandom(2 * PIECE_BYTES), 1, Kind.MODEL)
         made[1].fetcher.want(1, 0, model, 2 * PIECE_BYTES, Kind.MODEL)

@@ -18,13 +18,15 @@ from coordinator.client import ChainUnavailable
 from coordinator.state import InclusionSet, Member, MemberStatus, Phase
 from psyche_node.faults import Fault
 from psyche_node.node.journal import Journal, JournalReader
+from psyche_node.sim.chain_record import ChainRecord
 from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.node import SimNode
 from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.result import LedgerResult, RunResult
 from psyche_node.sim.run import snapshot
 from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
-from psyche_node.sim.world import ChainRecord, SimNode, SimulationFailed, World
+from psyche_node.sim.world import SimulationFailed, World
 
 START = 1_700_000_000.0
 LEDGER = LedgerResult(program_id="p", run_address="r", transactions=3, lamports=5)

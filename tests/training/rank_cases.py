@@ -17,6 +17,8 @@ from torch.distributed.tensor import DTensor
 
 from optimizer.sharding import part_of
 from psyche_node.training import Session, load_model
+from psyche_node.training import ranks as training_ranks
+from psyche_node.training.device import Device
 from psyche_node.training.options import Options
 from psyche_node.training.preparing import compile_layers
 from psyche_node.training.weight_files import OpenFile
@@ -100,6 +102,44 @@ def bf16_layouts_stay_one_model() -> None:
             assert {values.dtype for name, values in found.items() if name.startswith("model.")} == {torch.float32}
             member.optimizer.zero_grad()
         assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
+    saved = Path(os.environ["MODEL"]).parent / f"bf16-{dist.get_world_size()}"
+    members[-1].save(saved)
+    dist.barrier()
+    # Begun anew from what one layout saved, all go on as one.
+    members = [session(ways, options=only_bf16, saved=saved) for ways in (None, *layouts())]
+    for round in range(3, 5):
+        blobs = [member.train(round, range(5), run=RUN, member=n).blob for n, member in enumerate(members)]
+        for member in members:
+            member.apply(round, blobs, True)
+        assert len({(member.fingerprint(), member.weights_sha256(), member.model_root()) for member in members}) == 1
+        assert {member.optimizer.report().lost for member in members} == {0.0}
+
+
+def weights_travel_in_bf16_as_on_gpus() -> None:
+    """What FSDP2 does on GPUs: gathered in bf16, summed in fp32, while masters and updates stay what they are."""
+    with pytest.MonkeyPatch.context() as patch:
+        on_gpus = training_ranks._precision(torch.device("cuda"))
+        patch.setattr(training_ranks, "_precision", lambda _: on_gpus)
+        patch.setattr(Device, "compute", lambda _: torch.autocast("cpu", dtype=torch.bfloat16))
+        for options in (Options(), Options(precision="bf16"), Options(activation_checkpointing="on")):
+            one = session(None, options=options)
+            many = [session(tensor_parallel, options=options) for tensor_parallel in layouts()]
+            expected = gradients(one)
+            for member in many:
+                found = gradients(member)
+                assert {p.dtype for p in member.model.parameters()} == {p.dtype for p in one.model.parameters()}
+                for name, gradient in expected.items():
+                    assert found[name].dtype == gradient.dtype, name
+                    error = float((found[name] - gradient).norm() / gradient.norm())
+                    assert error < 0.05, f"{name}: {error}"
+                member.optimizer.zero_grad()
+            one.optimizer.zero_grad()
+            for round in range(2):
+                made = enumerate((one, *many))
+                blobs = [member.train(round, range(8), run=RUN, member=n).blob for n, member in made]
+                for member in (one, *many):
+                    member.apply(round, blobs, True)
+                assert len({member.fingerprint() for member in (one, *many)}) == 1
 
 
 def one_gradient_makes_one_update() -> None:
@@ -168,6 +208,16 @@ def shares_need_not_fill_the_ranks() -> None:
         assert found.loss == pytest.approx(expected.loss, rel=1e-5)
         assert found.gradient_norm == pytest.approx(expected.gradient_norm, rel=1e-4)
         assert one.train(1, [], run=RUN, member=0).tokens == 0
+
+
+def ranks_keep_pace_with_what_rank_0_writes() -> None:
+    """One tensor after the other, however long rank 0 takes to hash it: NCCL would not wait for all of them."""
+    one, waited = session(1), list[tuple[int, ...]]()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training_ranks, "_wait_for", lambda tensor: waited.append(tuple(tensor.shape)))
+        one.model_root()
+    shapes = [tuple(p.shape) for _, p in sorted(one.model.named_parameters(), key=lambda pair: pair[0])]
+    assert waited == ([] if dist.get_rank() == 0 else shapes)
 
 
 def a_checkpoint_is_one_model_folder() -> None:

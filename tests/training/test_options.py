@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from tiny import TINY, VOCABULARY, RandomData, terms
+from tiny import LENGTH, TINY, VOCABULARY, RandomData, terms
 
 from optimizer.layout import Layout
 from psyche_node.training import ModelError, Session, TrainingError, fit, make_demo_model, preparing
@@ -150,9 +150,11 @@ def test_running_out_of_memory_halves_the_micro_batch_and_the_round_goes_on(
     [
         torch.OutOfMemoryError("CUDA out of memory."),
         RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        torch.AcceleratorError("CUDA error: out of memory", 2),
         MemoryError(),
     ],
-    ids=["cuda", "cpu", "python"],
+    ids=["cuda", "cpu", "cublas", "driver", "python"],
 )
 def test_no_memory_at_all_leaves_the_round_and_nothing_else(
     error: Exception, model_dir: Path, data: RandomData
@@ -319,7 +321,7 @@ def test_rows_that_see_each_other_are_found(model_dir: Path) -> None:
         return torch.stack([separate[0], found[0, length:]])
 
     with pytest.raises(SeparationError, match="see each other"):
-        check_separation(mixed, VOCABULARY, CPU)
+        check_separation(mixed, VOCABULARY, CPU, LENGTH)
 
 
 REFUSED = {

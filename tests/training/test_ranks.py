@@ -33,5 +33,13 @@ def test_two_ranks_and_torch_compile(ranks: Run) -> None:
     ranks(2, "compiled_layers_are_captured_once")
 
 
+def test_two_ranks_whose_weights_travel_in_bf16(ranks: Run) -> None:
+    ranks(2, "weights_travel_in_bf16_as_on_gpus")
+
+
+def test_two_ranks_keep_pace(ranks: Run) -> None:
+    ranks(2, "ranks_keep_pace_with_what_rank_0_writes")
+
+
 def test_four_ranks_and_two_heads(ranks: Run) -> None:
     ranks(4, "heads_that_cannot_be_divided_stay_whole")

@@ -21,8 +21,9 @@ from coordinator import transactions
 from coordinator.addresses import run_addresses
 from coordinator.chain import Chain, TransactionFailed
 from coordinator.fees import PriorityFees
+from coordinator.jsonrpc import Unusable
 from coordinator.pulses import Pulses
-from coordinator.rpc import Endpoints, Unusable
+from coordinator.rpc import Endpoints
 
 Request = dict[str, Any]
 Answer = tuple[int, bytes, str] | None
