@@ -61,10 +61,12 @@ def prepare(
     ] = 0,
     skip_bad: Annotated[
         str,
-        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted by reason; then stop."),
     ] = "0",
-    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    max_gb: Annotated[float, typer.Option(help="Largest file to download, in GB.")] = 1000.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept. Default: in ~/.cache/psyche-node.")
+    ] = None,
+    max_gb: Annotated[float, typer.Option(min=0.0, help="Largest file to download, in GB.")] = 1000.0,
     as_json: Json = False,
 ) -> None:
     """Tokenize, pack and write a folder that nodes train on. The same inputs give the same bytes on every host."""

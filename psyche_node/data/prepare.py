@@ -16,12 +16,13 @@ from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import Sample
-from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
-from psyche_node.data.rendering import CONFIG, TEMPLATE, own_source
+from psyche_node.data.manifest import MAX_LENGTH, NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
+from psyche_node.data.rendering import own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
+from psyche_node.folder_files import CONFIG, TEMPLATE
 
 TooLong = Literal["drop", "cut"]
 
@@ -94,6 +95,10 @@ def prepare(
     """
     if sequence_length < 2:
         raise DataError(f"a sequence length of {sequence_length} leaves nothing to predict. Use at least 2")
+    if sequence_length > MAX_LENGTH:
+        raise DataError(f"a sequence length of {sequence_length:,} is too long. Use at most {MAX_LENGTH:,}")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file. Name a new folder for the data")
     if not 0 <= heldout < 1:
         raise DataError(f"a held-out fraction of {heldout} is not in [0, 1). The default is 0.05")
     files = [sources] if isinstance(sources, Path) else list(sources)

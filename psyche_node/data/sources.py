@@ -18,10 +18,11 @@ from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
 from psyche_node.data.prepare import prepare
-from psyche_node.data.rendering import CONFIG, TEMPLATE, find_template
+from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
 from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
+from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +124,7 @@ def cache_folder() -> Path:
 
 
 _SKIPPED = "skipped.json"
-_TOKENIZER_FILES = ("tokenizer.json", CONFIG, TEMPLATE)
+_TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE)
 
 
 def _stdlib(cache: Path) -> Path:

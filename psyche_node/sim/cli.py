@@ -44,7 +44,7 @@ def simulate(
     ] = None,
     skip_bad: Annotated[
         str,
-        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted by reason; then stop."),
     ] = "0",
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,

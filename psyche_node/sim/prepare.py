@@ -13,11 +13,12 @@ from psyche_node import log
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import write_atomically
 from psyche_node.data.question import first_question
-from psyche_node.data.rendering import TEMPLATE, find_template
+from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.data.template import ChatTemplate
 from psyche_node.exits import exit_for, in_words
+from psyche_node.folder_files import TEMPLATE
 from psyche_node.folders import terms_of_data, terms_of_model
 from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.sizes import config_values

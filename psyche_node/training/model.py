@@ -11,15 +11,16 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
 from psyche_node.planning.sizes import NOT_A_MODEL, bad_size, config_values
 from psyche_node.training.errors import ModelError
 from psyche_node.training.weight_files import INDEX, SINGLE
 from psyche_node.training.weights import load_into
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    TOKENIZER,
+    CONFIG,
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
@@ -172,8 +173,8 @@ def copy_advice(source: Path, out: Path) -> bool:
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer's files and chat template of a folder. Raises ModelError if it has none."""
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if "tokenizer_config.json" not in present:
-        raise ModelError(f"{source} has no tokenizer_config.json. Name a folder with a tokenizer")
+    if CONFIG not in present:
+        raise ModelError(f"{source} has no {CONFIG}. Name a folder with a tokenizer")
     for name in present:
         _copy(source / name, out / name)
 
@@ -250,7 +251,7 @@ def _special_tokens(tokenizer: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    config = json.loads((tokenizer / CONFIG).read_bytes())
     found = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = config.get(name)

@@ -12,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from optimizer.layout import Layout
+from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.memory import Attention
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
@@ -120,10 +121,8 @@ def check_places(folder: Path, model: Any, length: int) -> list[str]:
                 f"{folder} has learned positions for {module.num_embeddings} tokens ({name}), and the data's sequences "
                 f"have {length}. Prepare the data with a sequence length of at most {module.num_embeddings}"
             )
-    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if not isinstance(most, int) or length <= most:
-        return []
-    return [f"sequences of {length} tokens: beyond the {most} of max_position_embeddings, where the model is untrained"]
+    unseen = beyond(context_window(model.config.get_text_config().to_dict()), length)
+    return [] if unseen is None else [unseen]
 
 
 _KEPT: Final[dict[str, Attention]] = {"sdpa": "mask", "eager": "scores"}

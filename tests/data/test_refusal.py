@@ -240,3 +240,20 @@ def test_tokens_are_the_same_wherever_they_are_told(tmp_path: Path, tokenizer: P
     shown = [json.loads(run("show", str(out), str(n), "--json")[1]) for n in range(manifest.sequences)]
     assert sum(one["tokens"] for one in shown) == manifest.tokens
     assert sum(one["trained"] for one in shown) == manifest.trained_tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{new}", "--sequence-length", "99999999999"],
+         Exit.DATA, "Use at most 16,777,216"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{chat}"], Exit.DATA, "is a file. Name a new"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "/proc/none"], Exit.FILES, "/proc/none: No such"),
+        (["show", "{tokenizer}", "--tokenizer", "{tokenizer}"], Exit.DATA, "is a folder. Name one of the files"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_prepared_or_shown_is_told(
+    words: list[str], code: int, said: str, chat: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    done, output = run(*(word.format(chat=chat, tokenizer=tokenizer, new=tmp_path / "new") for word in words))
+    assert (done, said in output, "Errno" in output) == (code, True, False), output

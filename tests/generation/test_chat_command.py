@@ -138,7 +138,7 @@ def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monk
 
 
 def test_on_a_terminal(taught_folder: Path) -> None:
-    """A pseudo-terminal on all three: reasoning apart from its answer, Ctrl-C twice, a command, Ctrl-D."""
+    """A pseudo-terminal on all three: reasoning apart, Ctrl-C in an answer and in a line, a command, Ctrl-D."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "psyche_node.cli", "chat", str(taught_folder), "--device", "cpu"]
     process = subprocess.Popen(
