@@ -2,7 +2,7 @@
 
     python -m benchmarks.optimizer                      # 10M, 50M and 150M parameters on one thread: about 4 minutes
     python -m benchmarks.optimizer --sizes 10M --threads 2
-    python -m benchmarks.optimizer --device cuda --sizes 150M 1B 8B
+    python -m benchmarks.optimizer --device cuda --sizes 150M 1B 8B --engine triton
 
 A step is encode + apply of the updates of `--members` members. Times are minima over `--repeats` interleaved rounds,
 after one that is not counted. The limit beside them is what the device's memory allows: the bytes that a step cannot
@@ -178,7 +178,7 @@ def measure(size: str, machine: Machine, args: argparse.Namespace, bandwidth: fl
     numel = sum(p.numel() for p in named.values())
     gradients = [torch.randn_like(p) for p in named.values()]
     adamw = torch.optim.AdamW(list(named.values()), lr=1e-3, fused=True)
-    ours = DisTrO(named.items(), lr=1e-3, topk=args.topk)
+    ours = DisTrO(named.items(), lr=1e-3, topk=args.topk, engine=args.engine)
     demo = DeMoStep(list(named.values()), lr=1e-3, topk=args.topk, members=args.members)
     blobs = random_updates(ours.layout, args.members)
 
@@ -190,32 +190,35 @@ def measure(size: str, machine: Machine, args: argparse.Namespace, bandwidth: fl
         give_gradients(named, gradients)
         demo.step()
 
-    def step_ours() -> None:
+    def encode() -> None:
         give_gradients(named, gradients)
-        ours.apply([ours.encode(round=0, member=0), *blobs[1:]])
+        blobs[0] = ours.encode(round=0, member=0)
+
+    def step_ours() -> None:
+        encode()
+        ours.apply(blobs)
 
     def look() -> None:
         with ours.lookahead():
             pass
 
-    times: dict[str, list[float]] = {"adamw": [], "demo": [], "ours": [], "lookahead": [], "fingerprint": []}
-    phases: dict[str, list[float]] = {"encode": [], "apply": [], "check": []}
+    times: dict[str, list[float]] = {name: [] for name in ("adamw", "demo", "lookahead", "fingerprint")}
+    phases: dict[str, list[float]] = {name: [] for name in ("ours", "encode", "apply", "check")}
     for repeat in range(args.repeats + 1):
         for name, work in (
             ("adamw", step_adamw),
             ("demo", step_demo),
-            ("ours", step_ours),
             ("lookahead", look),
             ("fingerprint", ours.fingerprint),
         ):
             taken = machine.seconds(work)
             if repeat:
                 times[name].append(taken)
-            if name == "ours":
-                seconds = ours.report().seconds
-                for phase, kept in phases.items():
-                    if repeat:
-                        kept.append(seconds[phase] + (seconds["gather"] + seconds["assemble"]) * (phase == "encode"))
+        encoded = machine.seconds(encode)
+        applied, checked = apply_seconds(ours, blobs, machine)
+        if repeat:
+            for name, taken in zip(phases, (encoded + applied + checked, encoded, applied, checked), strict=True):
+                phases[name].append(taken)
     ns = {name: min(taken) / numel * 1e9 for name, taken in (times | phases).items()}
     adamw.state.clear()
     row = Row(
@@ -230,16 +233,19 @@ def measure(size: str, machine: Machine, args: argparse.Namespace, bandwidth: fl
     return row, list(scale(ours, machine, args, numel))
 
 
+def apply_seconds(ours: DisTrO, blobs: list[bytes], machine: Machine) -> tuple[float, float]:
+    """Seconds to apply updates, without and of the check of their bytes, which ends when the device has answered."""
+    ours.report()
+    whole = machine.seconds(lambda: ours.apply(blobs))
+    checked = ours.report().seconds["check"]
+    return whole - checked, checked
+
+
 def scale(ours: DisTrO, machine: Machine, args: argparse.Namespace, numel: int) -> Iterator[Scaling]:
-    blobs = random_updates(ours.layout, max(args.scaling))
+    blobs = random_updates(ours.layout, max(args.scaling, default=0))
     for members in args.scaling:
-        taken = []
-        for _ in range(args.repeats):
-            ours.report()
-            ours.apply(blobs[:members])
-            machine.wait()
-            taken.append(ours.report().seconds)
-        yield Scaling(members, *(min(t[phase] for t in taken) / numel * 1e9 for phase in ("apply", "check")))
+        taken = [apply_seconds(ours, blobs[:members], machine) for _ in range(args.repeats)]
+        yield Scaling(members, *(min(ones) / numel * 1e9 for ones in zip(*taken, strict=True)))
 
 
 def decode_speed(machine: Machine, topk: int, repeats: int) -> float:
@@ -257,6 +263,7 @@ def main() -> None:
     parser.add_argument("--scaling", type=int, nargs="*", default=[4, 16, 64], help="numbers of members to apply")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--engine", default="auto", help="of DisTrO: auto, torch, compiled, or triton on a GPU")
     parser.add_argument("--repeats", type=int, default=4)
     parser.add_argument("--out", type=Path, default=Path("runs/optimizer.json"), help="JSON file to write")
     args = parser.parse_args()

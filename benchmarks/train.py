@@ -170,18 +170,19 @@ def model_folder(size: str, length: int, folder: Path) -> ModelShape:
 
 
 def peak_flops(device: torch.device) -> float:
-    """Of a GPU its data sheet's; of a CPU what a large product of matrices gets in this run."""
+    """Of a GPU its data sheet's; of other devices what a large product of matrices gets in this run."""
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).upper()
         known = [gpu for key, gpu in GPUS.items() if key.upper() in name.replace(" ", "")]
         if known:
             return max(known, key=lambda gpu: len(gpu.name)).flops
-    a, best = torch.randn(2048, 2048, device=device), float("inf")
+    dtype, size = (torch.bfloat16, 8192) if device.type == "cuda" else (torch.float32, 2048)
+    a, best = torch.randn(size, size, device=device, dtype=dtype), float("inf")
     for _ in range(5):
         started = time.perf_counter()
         float((a @ a)[0, 0])
         best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best
+    return 2 * size**3 / best
 
 
 class Exchange:
@@ -215,7 +216,8 @@ def measure(size: str, args: argparse.Namespace, folder: Path) -> Figures:
     clock, exchange = Clock(device), Exchange(folder, random_updates(session.optimizer.layout, args.members - 1))
     clock.watch(session.optimizer)
 
-    ready = prepare_model(folder, data, args.device, args.micro_batch, args.threads)
+    # As much at a time as ours, whatever memory ours has left.
+    ready = prepare_model(folder, data, args.device, session.device.micro_batch, args.threads)
     adamw = torch.optim.AdamW(
         ready.model.parameters(), lr=1e-4, betas=BETAS, eps=EPSILON, weight_decay=WEIGHT_DECAY, fused=True
     )

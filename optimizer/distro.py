@@ -265,13 +265,19 @@ class DisTrO(torch.optim.Optimizer):
         return tuple(header.member for header in left_out)
 
     @torch.no_grad()
-    def restore(self, blob: bytes | memoryview) -> None:
+    def restore(self, update: bytes | memoryview | Header) -> None:
         """My own update was not included: put it back into the momentum, as decayed as if never taken out.
 
-        Raises UnknownRound if it is not one of `travelling`.
+        Its header is enough, so that nobody has to keep its bytes. Raises UnknownRound if it is not one of
+        `travelling`.
         """
-        header, body = open_body(blob, self.layout)
-        if not self._is_own(header, body):
+        if isinstance(update, Header):
+            header, own = update, self._sent.get(update.round)
+            known = own is not None and own.header == header
+        else:
+            header, body = open_body(update, self.layout)
+            known = self._is_own(header, body)
+        if not known:
             kept = ", ".join(map(str, sorted(self._sent))) or "none"
             raise UnknownRound(
                 f"no own update of round {header.round} by member {header.member} is kept (rounds kept: {kept}); each "
@@ -384,7 +390,7 @@ class DisTrO(torch.optim.Optimizer):
     def _blob(self, sent: Sent) -> bytes:
         blob = np.empty(self.layout.update_bytes, np.uint8)
         blob[:HEADER_BYTES] = np.frombuffer(encode_header(sent.header, self.layout), np.uint8)
-        blob[HEADER_BYTES:] = self._site.assemble(sent.body).reshape(-1)
+        self._site.assemble(sent.body, blob[HEADER_BYTES:].reshape(self.layout.blocks, -1))
         return blob.tobytes()
 
     def _not_swapped(self, what: str) -> None:

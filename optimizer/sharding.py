@@ -51,8 +51,8 @@ class Site(Protocol):
         Returns (border blocks, 4096) fp32; None if no process has a border. A value -0 arrives as +0.
         """
 
-    def assemble(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        """The encoded blocks of this process, (local blocks, B), to those of the layout, (blocks, B), on all.
+    def assemble(self, rows: NDArray[np.uint8], body: NDArray[np.uint8]) -> None:
+        """Write the encoded blocks of all processes to `body`, (blocks, B); `rows`, (local blocks, B), are this one's.
 
         Raises OptimizerError on all processes if copies of a block were encoded differently.
         """
@@ -77,8 +77,8 @@ class Alone:
     def exchange(self, gradients: Sequence[Tensor | None]) -> None:
         return None
 
-    def assemble(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        return rows
+    def assemble(self, rows: NDArray[np.uint8], body: NDArray[np.uint8]) -> None:
+        body[:] = rows
 
     def all(self, good: bool) -> bool:
         return good
@@ -148,9 +148,8 @@ class Ranks:
             border_NC[low:high] = edges_NC[torch.from_numpy(self._border[low:high] - first).to(self._device)]
         return border_NC
 
-    def assemble(self, rows: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    def assemble(self, rows: NDArray[np.uint8], body: NDArray[np.uint8]) -> None:
         width, longest = rows.shape[1], max(len(owned) for owned in self._owned)
-        body = np.empty((self._blocks, width), np.uint8)
         most = max(1, self._scratch // (len(self._owned) * width))
         for first in range(0, longest, most):
             some = slice(first, min(first + most, longest))
@@ -164,7 +163,6 @@ class Ranks:
                 "processes with copies of the same tensors made different updates of them, so their gradients or their "
                 "weights differ: reduce gradients of plain tensors over the site, use deterministic kernels, reload"
             )
-        return body
 
     def all(self, good: bool) -> bool:
         flag = torch.tensor(int(good), device=self._device)

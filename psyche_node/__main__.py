@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
-from psyche_node.commands.interrupts import Interrupts
+import signal
+from types import FrameType
+from typing import NoReturn
+
+_STOPPED = 130  # Exit.INTERRUPTED, which is not imported yet
 
 
 def main() -> None:
+    """Run the command line. SIGTERM ends every command with the status of one that was stopped, as Ctrl-C does."""
+    signal.signal(signal.SIGTERM, _stop)
     try:
-        with Interrupts().heard():
-            from psyche_node.cli import main as run
+        from psyche_node.cli import main as run
     except KeyboardInterrupt:
-        raise SystemExit(130) from None
+        raise SystemExit(_STOPPED) from None
     run()
+
+
+def _stop(number: int, frame: FrameType | None) -> NoReturn:
+    raise SystemExit(_STOPPED)
 
 
 if __name__ == "__main__":

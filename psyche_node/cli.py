@@ -173,8 +173,13 @@ def show(
 
     logs.configure("keys")
     with failures(IdentityError):
+        path = folder / "node.key"
+        new = not path.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        typer.echo(load_or_create_node_key(folder / "node.key").node_id)
+        key = load_or_create_node_key(path)
+    if new:
+        typer.secho(f"made a new node key in {path}, for there was none", dim=True, err=True)
+    typer.echo(key.node_id)
 
 
 @keys.command()

@@ -158,6 +158,9 @@ _OF_CUDA: Mapping[str, Callable[..., Any]] = {
     "get_device_capability": lambda *_: (9, 0),
     "mem_get_info": lambda *_: (FREE, FREE),
     "memory_reserved": lambda *_: 0,
+    "memory_allocated": lambda *_: 0,
+    "max_memory_allocated": lambda *_: 0,
+    "reset_peak_memory_stats": lambda *_: None,
     "empty_cache": lambda: None,
     "synchronize": lambda *_: None,
 }

@@ -199,8 +199,8 @@ class Engine:
         left = self.context - len(request.prompt)
         if left < 1:
             raise PromptError(
-                f"the prompt has {len(request.prompt)} tokens, the model's context window {self.context}, prompt and "
-                "answer together. Shorten the conversation"
+                f"the prompt has {len(request.prompt):,} tokens, the model's context window {self.context:,}, prompt "
+                "and answer together. Shorten the conversation"
             )
         return min(left, request.max_new_tokens)
 
@@ -209,8 +209,8 @@ class Engine:
         only to count its tokens could take long."""
         if self.context is not None and characters > _CHARACTERS_PER_TOKEN * self.context:
             raise PromptError(
-                f"the prompt has {characters} characters, far more than the model's context window of {self.context} "
-                "tokens has room for. Shorten the conversation"
+                f"the prompt has {characters:,} characters, far more than the model's context window of "
+                f"{self.context:,} tokens has room for. Shorten the conversation"
             )
 
     def fits(self, requests: Sequence[Request]) -> bool:

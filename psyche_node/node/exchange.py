@@ -17,6 +17,7 @@ from optimizer.codec import Header, validate
 from optimizer.errors import MalformedUpdate
 from optimizer.layout import Layout
 from psyche_node.ipc import Caller, Message, Ok
+from psyche_node.mapping import mapped
 from psyche_node.network.messages import (
     Fetched,
     FetchFailed,
@@ -200,7 +201,7 @@ class UpdateExchange:
             return
         refusal: str | None = None
         try:
-            found = await asyncio.to_thread(lambda: validate(path.read_bytes(), self._layout))
+            found = await asyncio.to_thread(lambda: validate(mapped(path), self._layout))
         except MalformedUpdate as error:
             refusal = str(error)
         except OSError as error:

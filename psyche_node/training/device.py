@@ -43,9 +43,9 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     reasons = []
     if threads:
         torch.set_num_threads(threads)
-        reasons.append(f"{threads} CPU thread(s): as asked")
+        reasons.append(f"{counted(threads, 'CPU thread')}: as asked")
     else:
-        reasons.append(f"{torch.get_num_threads()} CPU thread(s): PyTorch's choice on {os.cpu_count()} cores")
+        reasons.append(f"{counted(torch.get_num_threads(), 'CPU thread')}: PyTorch's choice on {os.cpu_count()} cores")
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "cpu"
@@ -55,9 +55,9 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TrainingError(f"device {name!r} is unknown ({error}). Use auto, cpu, or cuda:0") from error
+        raise TrainingError(f"device {name!r} is unknown. Use auto, cpu, cuda or cuda:1") from error
     if device.type not in ("cpu", "cuda"):
-        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, or cuda:0")
+        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise TrainingError(
             f"device {name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices. "

@@ -140,7 +140,8 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
             raise ModelError(
                 f"{folder} needs code of its own, which is not run here. Use a model that transformers itself has"
             ) from error
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        why = str(error).partition("\nModel type should be one of")[0]  # a list of all that there are
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {why}") from error
     model.train()
     return model, reasons
 

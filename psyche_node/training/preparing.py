@@ -73,7 +73,7 @@ def prepare_model(
         else "weights in fp32: signed steps are too small for bf16"
     )
     check_vocabulary(folder, model, data.vocabulary)
-    check_places(folder, model, data.sequence_length)
+    reasons += check_places(folder, model, data.sequence_length)
     root = Root(model)
     choices = candidates(model, options.attention, chosen.torch)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
@@ -108,8 +108,11 @@ def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
         )
 
 
-def check_places(folder: Path, model: Any, length: int) -> None:
-    """Raises ModelError for a model whose table of learned positions ends before sequences of ``length`` tokens do."""
+def check_places(folder: Path, model: Any, length: int) -> list[str]:
+    """Return a line where sequences of ``length`` tokens reach beyond what the model was made for.
+
+    Raises ModelError for one whose table of learned positions ends before them.
+    """
     for name, module in model.named_modules():
         is_table = isinstance(module, torch.nn.Embedding) and re.search(r"wpe$|position", name.rpartition(".")[2])
         if is_table and module.num_embeddings < length:
@@ -117,6 +120,10 @@ def check_places(folder: Path, model: Any, length: int) -> None:
                 f"{folder} has learned positions for {module.num_embeddings} tokens ({name}), and the data's sequences "
                 f"have {length}. Prepare the data with a sequence length of at most {module.num_embeddings}"
             )
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not isinstance(most, int) or length <= most:
+        return []
+    return [f"sequences of {length} tokens: beyond the {most} of max_position_embeddings, where the model is untrained"]
 
 
 _KEPT: Final[dict[str, Attention]] = {"sdpa": "mask", "eager": "scores"}

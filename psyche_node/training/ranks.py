@@ -26,12 +26,13 @@ from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 
 from psyche_node.exits import Exit, exit_for
+from psyche_node.mapping import mapped
 from psyche_node.training.control import Control
 from psyche_node.training.copies import Part, copy_files
 from psyche_node.training.errors import OutOfMemory, OutOfStep, RankFailed, TrainingError
 from psyche_node.training.exchanges import EXCHANGES, CountedAllGather, CountedReduceScatter
 from psyche_node.training.tensor_parallel import TensorParallel, cut_model
-from psyche_node.training.world import Rows, World, is_out_of_memory, mapped
+from psyche_node.training.world import Rows, World, is_out_of_memory
 
 if TYPE_CHECKING:
     from psyche_node.training.forward import Root

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from optimizer import DisTrO
+from optimizer.codec import Header
 from optimizer.errors import UnknownRound
 from psyche_node.training.checkpoint import save_checkpoint
 from psyche_node.training.device import Device
@@ -107,7 +108,7 @@ class Session:
         )
         self.precision: Precision = "bf16" if ready.only_bf16 else "fp32"
         self._heldout: dict[int | None, PackedBatch] = {}
-        self._updates: dict[int, bytes] = {}  # own ones that were neither included nor left out yet
+        self._updates: dict[int, Header] = {}  # own ones that were neither included nor left out yet
 
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
@@ -149,7 +150,8 @@ class Session:
                 self._world.complete(self.model)
                 norm = self._world.clip(self.model, fp32(self.terms.clip_norm_bits))
         blob = self.optimizer.encode(run=run, round=round, member=member)
-        self._updates[round] = blob
+        # Not its bytes, which may be gigabytes on every rank.
+        self._updates[round] = Header(run, round, member)
         return TrainResult(blob, loss, tokens, time.perf_counter() - started, before, norm)
 
     def rate(self, round: int) -> float:
@@ -176,7 +178,7 @@ class Session:
         self.optimizer.restore(self._kept(round))
         del self._updates[round]
 
-    def _kept(self, round: int) -> bytes:
+    def _kept(self, round: int) -> Header:
         if round not in self._updates:
             raise UnknownRound(f"no own update of round {round} is kept; its fate is decided once")
         return self._updates[round]

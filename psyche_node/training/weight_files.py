@@ -28,11 +28,11 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         single, index = folder / SINGLE, folder / INDEX
-        if index.is_file():
-            self._file_of = self._indexed(index)
-        elif single.is_file():
+        if single.is_file():  # of a folder that has both, transformers takes this one
             with _opened(single) as file:
                 self._file_of = dict.fromkeys(file.keys(), single)
+        elif index.is_file():
+            self._file_of = self._indexed(index)
         else:
             other = next(iter(sorted(folder.glob("*.bin"))), None)
             raise ModelError(

@@ -8,7 +8,6 @@ them, in one order.
 from __future__ import annotations
 
 import contextlib
-import mmap
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -18,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from psyche_node.mapping import mapped
 from psyche_node.training.errors import OutOfMemory, TrainingError
 
 if TYPE_CHECKING:
@@ -130,11 +130,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError | OutOfMemory):
         return True
     return isinstance(error, RuntimeError) and any(words in str(error) for words in _NO_MEMORY)
-
-
-def mapped(path: Path) -> memoryview:
-    """The bytes of a file, which are read when they are looked at. Raises OSError."""
-    with path.open("rb") as file:
-        if path.stat().st_size == 0:
-            return memoryview(b"")  # which cannot be mapped
-        return memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator
+from mmap import mmap
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from node_stage import child, run_async, settle
 from node_values import commitment
 
-from optimizer.codec import Update, encode
+from optimizer.codec import Blob, Header, Update, encode, validate
 from optimizer.layout import HEADER_BYTES, Layout
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.messages import Fetched, FetchFailed, Forget, PeerDown, PeerUp, Publish, Rejected, Want
@@ -305,3 +306,21 @@ def test_a_failure_that_is_reported_late_does_not_undo_what_has_been_judged(tmp_
             assert len(await it.exchange.obtain(3, {1}, 5.0)) == 1
 
     run_async(test())
+
+
+def test_an_update_is_not_read_into_memory_to_be_validated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The updates of all members come at once, and each may have gigabytes."""
+    looked_at: list[Blob] = []
+
+    def looking(blob: Blob, layout: Layout) -> Header:
+        looked_at.append(blob)
+        return validate(blob, layout)
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            monkeypatch.setattr("psyche_node.node.exchange.validate", looking)
+            await it.arrives(update())
+            assert it.exchange.held(3) == {1}
+
+    run_async(test())
+    assert [type(blob.obj) for blob in looked_at if isinstance(blob, memoryview)] == [mmap]

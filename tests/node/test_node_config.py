@@ -196,7 +196,10 @@ def test_the_id_of_a_node_that_has_not_run_yet_is_shown(tmp_path: Path) -> None:
     """For the others' `bootstrap`: it is that of the key which the node will use, and the same each time."""
     folder = tmp_path / "new"
     said = [CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)]) for _ in range(2)]
-    assert [done.output for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    assert [done.stdout for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    first, second = (done.stderr for done in said)
+    assert first.startswith(f"made a new node key in {folder / 'node.key'}"), "the folder may be a slip"
+    assert second == ""
     (folder / "node.key").write_bytes(b"short")
     done = CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)])
     assert (done.exit_code, "is not a node key" in done.output) == (Exit.NODE_KEY, True)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from optimizer import DisTrO, MalformedUpdate, Update, decode, encode
+from optimizer.codec import Header
 from optimizer.errors import NonFiniteGradient, OptimizerError, UnknownRound
 from optimizer.rates import rate, rate_bits
 
@@ -336,6 +337,24 @@ def test_fates_are_decided_once(make: Make) -> None:
     optimizer.apply([blob])
     with pytest.raises(UnknownRound, match="kept: none"):
         optimizer.restore(blob)
+
+
+def test_a_header_names_an_update_to_restore(make: Make) -> None:
+    """Who keeps no copy of its update restores the same."""
+    after = []
+    for by_header in (False, True):
+        named = make()
+        optimizer = DisTrO(named, lr=0.01, topk=32)
+        give_gradients(named, 0)
+        blob, header = optimizer.encode(run=RUN, round=7, member=2), Header(RUN, 7, 2)
+        for other in (Header(RUN, 7, 1), Header(RUN, 6, 2), Header(bytes(32), 7, 2)):
+            with pytest.raises(UnknownRound):
+                optimizer.restore(other)
+        optimizer.restore(header if by_header else blob)
+        with pytest.raises(UnknownRound, match="kept: none"):
+            optimizer.restore(header)
+        after.append(optimizer.state_dict()["momentum"])
+    assert torch.equal(*after)
 
 
 def _votes(blob: bytes, optimizer: DisTrO) -> tuple[np.ndarray, np.ndarray]:

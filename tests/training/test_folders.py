@@ -160,6 +160,14 @@ def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
     assert "has 100 token embeddings; the data was prepared with" in done.output
 
 
+def test_positions_that_end_too_early_are_found_before_the_run_is_made(packed: Path, tmp_path: Path) -> None:
+    short = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 60}
+    (tmp_path / "config.json").write_text(json.dumps(short))
+    done = CliRunner().invoke(app, ["terms", "--model", str(tmp_path), "--data", str(packed), "--quick"])
+    assert done.exit_code == Exit.MODEL
+    assert "has learned positions for 60 tokens" in done.output
+
+
 @pytest.mark.parametrize(
     ("lines", "why"),
     [

@@ -5,6 +5,7 @@ Without one these run on a pretended device (tests/test_pretended_cuda.py).
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,8 @@ import pytest
 import torch
 from tiny import RandomData, bits, terms
 
+import benchmarks.optimizer
+import benchmarks.train
 from psyche_node.evaluation.likelihood import Pair, score_pairs
 from psyche_node.evaluation.steps import finish
 from psyche_node.generation import Engine
@@ -45,7 +48,7 @@ def test_a_session_trains_as_on_a_cpu(model_dir: Path, data: RandomData, tmp_pat
     assert rotary
     assert all(buffer.dtype == torch.float32 for buffer in rotary.values())
     assert here.fingerprint() == there.fingerprint()
-    for round in range(3):
+    for round in range(2):
         ours, theirs = (s.train(round, range(8), run=RUN, member=n) for n, s in enumerate((here, there)))
         assert theirs.loss == pytest.approx(ours.loss, rel=2e-3)
         assert theirs.gradient_norm == pytest.approx(ours.gradient_norm, rel=0.05)
@@ -93,6 +96,23 @@ def test_likelihoods_are_those_of_a_cpu(model_dir: Path) -> None:
     for ours, theirs in zip(*found, strict=True):
         assert theirs.logprob == pytest.approx(ours.logprob, abs=1e-3)
         assert theirs.tokens == ours.tokens
+
+
+def test_benchmarks_of_the_optimizer_and_the_trainer_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(benchmarks.optimizer.MODELS, "tiny", (64, 1, 128, 64))
+    monkeypatch.setitem(benchmarks.train.SIZES, "tiny", (256, 1, 512, 64))
+    monkeypatch.setattr(benchmarks.optimizer.Machine, "copy_bandwidth", lambda _: 1e12)
+    monkeypatch.setattr(benchmarks.optimizer, "decode_speed", lambda *_: 1e8)
+    common = ["--device", "cuda", "--topk", "8", "--members", "2", "--out", str(tmp_path / "figures.json")]
+    once = ["--sizes", "tiny", "--repeats", "1", "--scaling", "2", "--engine", "torch"]
+    for module, arguments in ((benchmarks.optimizer, once), (benchmarks.train, ["--size", "tiny", "--steps", "1"])):
+        if module is benchmarks.train:
+            arguments = [*arguments, "--tokens", "32", "--sequence", "16"]
+        monkeypatch.setattr("sys.argv", ["benchmark", *arguments, *common])
+        module.main()
+        figures = json.loads((tmp_path / "figures.json").read_text())
+        assert figures["machine"] == torch.cuda.get_device_name()
+    assert figures["peak"] > 0
 
 
 def test_tensors_of_two_devices_do_not_mix() -> None:

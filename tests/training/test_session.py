@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -216,3 +217,11 @@ def test_an_update_that_does_not_count_returns_to_the_momentum(model_dir: Path, 
 
     assert momentum(False) > momentum(True) * 1.01
     assert momentum(None) == momentum(True), "without a fate nothing is put back"
+
+
+def test_an_update_is_kept_by_who_sends_it_only(model_dir: Path, data: RandomData) -> None:
+    """It may have gigabytes, on each rank of a node, in each round whose fate is open."""
+    one = session(model_dir, data)
+    blob = one.train(0, range(4), run=RUN, member=0).blob
+    assert sys.getrefcount(blob) == 2, "that of this name and of this call"
+    one.take_back(0)

@@ -98,6 +98,20 @@ def test_it_loads_what_transformers_loads(kind: str, shard: str, tmp_path: Path)
         assert torch.equal(found.eval()(tokens).logits, expected.eval()(tokens).logits)
 
 
+def test_of_one_file_and_many_the_one_is_taken_as_by_transformers(tmp_path: Path) -> None:
+    """What is trained has to be what is talked to, and evaluated, which transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    many = written(FAMILIES["qwen3"], tmp_path / "many", torch.float32, "20KB")
+    one = written(FAMILIES["qwen3"], tmp_path / "one", torch.float32, "1GB")
+    change(one, **{"model.norm.weight": torch.full((32,), 7.0)})
+    (many / "model.safetensors").write_bytes((one / "model.safetensors").read_bytes())
+    assert (many / "model.safetensors.index.json").exists()
+    expected = AutoModelForCausalLM.from_pretrained(many, dtype=torch.float32)
+    found, _ = load_model(many, torch.device("cpu"))
+    assert torch.equal(found.model.norm.weight, expected.model.norm.weight)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_any_float_becomes_what_the_model_has(dtype: torch.dtype, tmp_path: Path) -> None:
     folder = written(FAMILIES["qwen3"], tmp_path, dtype, "1GB")
