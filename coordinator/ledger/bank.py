@@ -31,7 +31,7 @@ from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
-from coordinator.ledger.encoding import error_json
+from coordinator.ledger.encoding import Json, error_json
 from coordinator.ledger.history import History
 from coordinator.ledger.sanitize import Checked, Refused, accounts_of, sanitize
 from coordinator.ledger.state import MAX_BLOCKHASH_AGE, Block, Capture, Chain, Record, State
@@ -175,7 +175,7 @@ class Bank:
         before = tuple([balance(key) or 0 for key in keys])
         result = self._vm.send_transaction(parsed)
         after = tuple([balance(key) or 0 for key in keys])
-        failed = isinstance(result, FailedTransactionMetadata)
+        error: Json = None
         if isinstance(result, FailedTransactionMetadata):
             if after[0] == before[0]:
                 return result
@@ -183,7 +183,8 @@ class Bank:
                 # All that a failed transaction changes is its payer's account: it paid the fee.
                 self._vm.set_account(keys[0], payer)
                 return result
-            meta = result.meta()
+            # A failed transaction changes its fee payer and nothing else.
+            error, meta, writable = error_json(result.err()), result.meta(), keys[:1]
         else:
             meta = result
         record = Record(
@@ -193,27 +194,30 @@ class Bank:
             transaction=wire,
             keys=keys,
             loaded_from=loaded_from,
-            # A failed transaction changes its fee payer and nothing else.
-            writable=keys[:1] if failed else writable,
-            error=error_json(result.err()) if isinstance(result, FailedTransactionMetadata) else None,
+            writable=writable,
+            error=error,
             meta=meta,
             balances_before=before,
             balances_after=after,
         )
+        self._enter(record, message)
+        return record
+
+    def _enter(self, record: Record, message: Message | MessageV0) -> None:
+        """Make a transaction that was executed part of the chain and of what is remembered."""
         self.transaction_count += 1
-        self._airdrops += keys[0] == self._faucet_key
+        self._airdrops += record.keys[0] == self._faucet_key
         self._mixin = hashlib.sha256(self._mixin + bytes(record.signature)).digest()
         seen = self._seen.get(bytes(message.recent_blockhash))
         if seen is not None:
             seen.add(bytes(message.hash()))
         self._accounts.update(dict.fromkeys(record.writable))
-        if 0 in after:
-            for key, left in zip(keys, after, strict=True):
+        if 0 in record.balances_after:
+            for key, left in zip(record.keys, record.balances_after, strict=True):
                 if not left:
                     self._accounts.pop(key, None)
         self.history.add(record)
         self.history.forget(self.slot)
-        return record
 
     def _sync(self) -> None:
         """Bring the VM's clock and slot hashes up to the current slot: only when something will look at them."""

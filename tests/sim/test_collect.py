@@ -40,12 +40,12 @@ def wallet(index: int) -> Pubkey:
     return Pubkey.from_bytes(bytes([index + 1]) * 32)
 
 
-def member(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
+def member(slot: int) -> Member:
     return Member(
         slot=slot,
         wallet=wallet(slot),
         node_key=bytes([slot]) * 32,
-        status=status,
+        status=MemberStatus.ACTIVE,
         share=1000,
         next_share=1000,
         joined_round=0,
