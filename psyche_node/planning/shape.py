@@ -107,12 +107,16 @@ def config_of(source: str) -> ModelConfig:
     return ModelConfig(path.resolve().name if path.is_dir() else file.stem, file, config)
 
 
+def has_experts(config: Mapping[str, Any]) -> bool:
+    """Whether a model is a mixture of experts, by its config."""
+    return any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+
+
 def _check_dense(name: str, config: Mapping[str, Any]) -> None:
     needed = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size", "vocab_size")
     lacking = [key for key in needed if config.get(key) is None]
-    experts = any(config.get(key) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
-    if lacking or experts:
-        why = "it is a mixture of experts" if experts else f"its config has no {', '.join(lacking)}"
+    if lacking or has_experts(config):
+        why = "it is a mixture of experts" if has_experts(config) else f"its config has no {', '.join(lacking)}"
         raise PlanError(f"{name} cannot be planned: {why}. Plans are for dense decoders such as Llama, Qwen3, Seed-OSS")
     if (wrong := bad_size(config)) is not None:
         raise PlanError(f"{name}: {wrong}")

@@ -1,7 +1,8 @@
 """Files of rank 0's host, copied to the other hosts of a site piece by piece.
 
-Rank 0 reads, one rank of every other host writes, and the rest only listen. Whoever fails goes through the pieces all
-the same, so that nobody waits for it in vain, and says so in the end.
+Rank 0 reads, and one rank of every other host writes. The rest are not there: in a round of large updates each would be
+sent tens of gigabytes for nothing. Whoever fails goes through the pieces all the same, so that nobody waits for it in
+vain, and says so in the end.
 """
 
 from __future__ import annotations
@@ -17,17 +18,18 @@ import torch.distributed as dist
 PIECE = 16 << 20
 """Bytes of a file that are sent at a time."""
 
-Part = Literal["reads", "writes", "listens"]
+Part = Literal["reads", "writes"]
 _WORDS = {
     "reads": ("read the update", "Look at that disk"),
     "writes": ("keep a copy of an update in", "Make room there, or set TMPDIR to a folder that has it"),
 }
 
 
-def copy_files(part: Part, files: Sequence[tuple[Path, Path, int]], talk: dist.ProcessGroup) -> OSError | None:
+def copy_files(part: Part, files: Sequence[tuple[Path, Path, int]], hosts: dist.ProcessGroup) -> OSError | None:
     """Copy files from where rank 0 has them to a place on this host, each of so many bytes; (from, to, bytes).
 
-    All ranks of ``talk`` call it together. Returns what failed on this one, naming host and file.
+    All ranks of ``hosts`` call it together: one of each host, rank 0 among them. Returns what failed on this one,
+    naming host and file.
     """
     end = _End(part)
     for source, place, size in files:
@@ -36,7 +38,7 @@ def copy_files(part: Part, files: Sequence[tuple[Path, Path, int]], talk: dist.P
             piece = torch.zeros(min(PIECE, size - start), dtype=torch.uint8)
             if part == "reads":
                 end.read(piece.numpy().data)
-            dist.broadcast(piece, src=0, group=talk)
+            dist.broadcast(piece, src=0, group=hosts)
             if part == "writes":
                 end.write(piece.numpy().data)
         end.close()
@@ -54,7 +56,7 @@ class _End:
 
     def open(self, path: Path) -> None:
         self._path = path
-        if self._part != "listens" and self.failure is None:
+        if self.failure is None:
             self._do(lambda: setattr(self, "_file", path.open("rb" if self._part == "reads" else "wb")))
 
     def read(self, piece: memoryview) -> None:

@@ -14,6 +14,7 @@ import torch
 from optimizer.layout import Layout
 from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.memory import Attention
+from psyche_node.planning.shape import has_experts
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
 from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
@@ -160,13 +161,15 @@ def _with_attention(
     layers, so that an attention that does not work in the second layer of one rank would leave the others waiting.
     """
     reasons: list[str] = []
+    mixture = has_experts(model.config.get_text_config().to_dict())
     for number, (name, reason) in enumerate(choices):
         model.set_attn_implementation(NAMES[name])
 
         def tried() -> tuple[LossFunction, str]:
             with device.compute():
                 loss = LossFunction(model, z_loss, root)
-                return loss, check_separation(loss.logits, data.vocabulary, device.torch, data.sequence_length)
+                length = data.sequence_length
+                return loss, check_separation(loss.logits, data.vocabulary, device.torch, length, mixture)
 
         def uncompiled() -> tuple[LossFunction, str]:
             with torch.compiler.set_stance("force_eager"):

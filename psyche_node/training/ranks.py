@@ -101,10 +101,18 @@ class Ranks(World):
         self.on_host = int(os.environ.get("LOCAL_WORLD_SIZE", size))
         self._one_host = self.on_host == size
         self._talk = cast(dist.ProcessGroup, dist.new_group(backend="gloo"))
+        self._hosts = None if self._one_host else self._first_of_hosts()
         self._mesh: DeviceMesh
         self._cut = TensorParallel()
         self._copies: set[str] = set()
         self._root: Root | None = None  # what FSDP2 shards
+
+    def _first_of_hosts(self) -> dist.ProcessGroup:
+        """The group of each host's first rank; the others know of it, and are not in it."""
+        numbers = [0] * self.size
+        dist.all_gather_object(numbers, self._local, group=self._talk)
+        first = [rank for rank, number in enumerate(numbers) if number == 0]
+        return cast(dist.ProcessGroup, dist.new_group(first, backend="gloo"))
 
     def device(self, name: str) -> str:
         if name == "auto":
@@ -318,8 +326,10 @@ class Ranks(World):
         dist.all_gather_object(told, (host, str(folder)), group=self._talk)
         there = Path(next(place for first, place in told if first == host))
         places = list(paths) if host == 0 else [there / str(number) for number in range(len(paths))]
-        part: Part = "reads" if self.rank == 0 else "writes" if host and self._local == 0 else "listens"
-        failure = copy_files(part, list(zip(paths, places, sizes, strict=True)), self._talk)
+        failure: OSError | None = None
+        if self._local == 0 and self._hosts is not None:
+            part: Part = "reads" if self.rank == 0 else "writes"
+            failure = copy_files(part, list(zip(paths, places, sizes, strict=True)), self._hosts)
 
         def check() -> None:
             if failure is not None:

@@ -278,15 +278,23 @@ def an_update_that_cannot_be_written_is_taken_back() -> None:
 def files_reach_other_hosts() -> None:
     """Ranks of two hosts, which here share a disk but do not know it."""
     size, rank = dist.get_world_size(), dist.get_rank()
-    world = ranks()
-    world._one_host, world._local = False, rank % (size // 2)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_RANK", str(rank % (size // 2)))
+        patch.setenv("LOCAL_WORLD_SIZE", str(size // 2))
+        world = ranks()
     with tempfile.TemporaryDirectory() as own:
         folder = world.told(own)
         paths = [Path(folder) / name for name in ("a", "b", "empty")]
         if rank == 0:
             for number, path in enumerate(paths):
                 path.write_bytes(bytes(range(256)) * (300 * (1 - number // 2)))
-        found = world.files(paths)
+        with pytest.MonkeyPatch.context() as patch:
+            sent = list[tuple[int, ...]]()
+            plain = dist.broadcast
+            patch.setattr(dist, "broadcast", lambda t, **kwargs: (sent.append(tuple(t.shape)), plain(t, **kwargs)))
+            found = world.files(paths)
+        shapes = [(256 * 300,)] * 2 if rank % (size // 2) == 0 else []
+        assert [shape for shape in sent if shape == (256 * 300,)] == shapes, "one rank of each host has them"
         assert [bytes(view) for view in found] == [bytes(range(256)) * 300] * 2 + [b""]
         with pytest.raises((FileNotFoundError, RankFailed)) as missing:
             world.files([Path(folder) / "missing"])

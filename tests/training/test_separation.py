@@ -164,3 +164,32 @@ def test_learned_positions_reach_as_far_as_the_sequences(tokenizer: Path, data: 
 def test_a_blind_test_says_so() -> None:
     line = check_separation(lambda tokens, places: torch.ones(*tokens.shape, 5), 5, CPU, LENGTH)
     assert "blind" in line
+
+
+def test_how_a_mixture_of_experts_is_rounded_is_no_leak(model: Any) -> None:
+    """Its products are of as many rows as an expert has tokens, and on a GPU in bf16 they are rounded accordingly."""
+
+    def coarse(tokens: Tensor, places: Tensor) -> Tensor:
+        found = logits(model, tokens, places)
+        by_company = torch.Generator().manual_seed(int(tokens.sum()))
+        return found * (1 + 1e-3 * torch.randn(found.shape[1:], generator=by_company))
+
+    def leaking(tokens: Tensor, places: Tensor) -> Tensor:
+        return coarse(tokens, torch.arange(tokens.shape[1])[None])
+
+    with pytest.raises(SeparationError, match="see each other"):
+        check_separation(coarse, VOCABULARY, CPU, LENGTH)
+    assert "as rounding does in a mixture" in check_separation(coarse, VOCABULARY, CPU, LENGTH, mixture=True)
+    with pytest.raises(SeparationError, match="see each other"):
+        check_separation(leaking, VOCABULARY, CPU, LENGTH, mixture=True)
+
+
+def test_a_mixture_that_sees_across_a_batch_is_found(model: Any) -> None:
+    """What a sequence has of its company must not pass for rounding."""
+
+    def mingling(tokens: Tensor, places: Tensor) -> Tensor:
+        found = logits(model, tokens, places)
+        return found + 0.5 * found.mean(dim=0, keepdim=True)
+
+    with pytest.raises(SeparationError, match="see each other"):
+        check_separation(mingling, VOCABULARY, CPU, LENGTH, mixture=True)
