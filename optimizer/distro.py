@@ -51,6 +51,8 @@ from optimizer.transform import MOST_VOTES
 from optimizer.weights import Weights
 
 Rates = int | float | Sequence[int | float]
+SLAB_BLOCKS = {"cpu": 256, "cuda": 2048}
+"""A CPU's caches hold few blocks; a GPU is through with few sooner than the next kernel can be launched."""
 
 
 class DisTrO(torch.optim.Optimizer):
@@ -78,7 +80,7 @@ class DisTrO(torch.optim.Optimizer):
         robust: leave out members whose votes do not agree with most others' (`agreement`). All members need the same
             setting.
         slab_blocks: blocks worked on at a time; bounds scratch memory to about 0.1 MB per block (float16 gradients are
-            converted as a whole).
+            converted as a whole). None: as many as suit the device.
         engine: "auto" takes the compiled kernels on CPUs where they are built and plain torch operations elsewhere;
             "torch" forces these; "triton" asks for kernels on a CUDA device. The bits are the same.
         group: the process group of this site, if parameters are DTensors; by default all processes.
@@ -99,7 +101,7 @@ class DisTrO(torch.optim.Optimizer):
         clip_votes: bool = True,
         stochastic_rounding: bool = False,
         robust: bool = False,
-        slab_blocks: int = 256,
+        slab_blocks: int | None = None,
         engine: str = "auto",
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
@@ -118,9 +120,10 @@ class DisTrO(torch.optim.Optimizer):
         ordered = {placement.name: named[placement.name] for placement in self.layout.placements}
         self._group_of = [group_of[name] for name in ordered]
         self._site = site_of(self.layout, list(ordered.values()), group)
-        self._geometry = Geometry.build(self.layout, slab_blocks, self._site.parts, self._site.border)
         self._weights = Weights(ordered, masters=not stochastic_rounding)
         self._device = self._weights.held()[0].device
+        at_once = SLAB_BLOCKS.get(self._device.type, SLAB_BLOCKS["cpu"]) if slab_blocks is None else slab_blocks
+        self._geometry = Geometry.build(self.layout, at_once, self._site.parts, self._site.border)
         self._engine = choose_engine(self._geometry, self._device, engine)
         self._by_chance = stochastic_rounding
         # Whatever reads and writes weights: kernels know fp32 ones only.

@@ -17,8 +17,8 @@ CHUNK_LOGITS: Final = 1 << 22  # training.loss.CHUNK_LOGITS; a test compares, as
 BLOCK: Final = 4096
 GRADIENT: Final = 4
 """Bytes of a sum of gradients, which is in fp32 whatever the weights are in."""
-SCRATCH: Final = 256 * BLOCK * 32
-"""What the optimizer needs beside its state at most: it works on 256 blocks at a time."""
+SCRATCH: Final = 2048 * BLOCK * 32
+"""What the optimizer needs beside its state at most: on a GPU it works on 2,048 blocks at a time."""
 CONTEXT: Final = 1 << 30
 """CUDA context, cuBLAS workspaces and kernels: about 1 GiB on current drivers."""
 NCCL: Final = 1 << 30

@@ -174,6 +174,15 @@ def test_a_state_moves_between_devices(make: Make, engine: str) -> None:
     assert blobs[0] == blobs[1]
 
 
+def test_a_gpu_takes_more_blocks_at_once() -> None:
+    """Each costs some sixty launches of kernels and an answer."""
+    slabs = []
+    for device in (CPU, CUDA):
+        optimizer = DisTrO([("w", torch.nn.Parameter(torch.zeros(64 * 30, 64 * 20, device=device)))], lr=0.01)
+        slabs.append(len(optimizer._geometry.slabs))
+    assert slabs == [3, 1]
+
+
 @pytest.mark.parametrize("topk", [1, 8, 24, 200, 4096])
 def test_kernels_in_triton_pass_their_rehearsal(topk: int) -> None:
     pytest.importorskip("triton", reason="this build of PyTorch came without Triton")
