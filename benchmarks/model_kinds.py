@@ -127,7 +127,7 @@ def small(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config's values with known sizes made small, and lists by layer cut to a layer of each kind."""
     layers = next((values[key] for key in _LAYERS if isinstance(values.get(key), int)), 0)
     kinds = next((v for k, v in values.items() if k.endswith("layer_types") and v and len(v) == layers), None)
-    kept = sorted({kind: at for at, kind in reversed(list(enumerate(kinds)))}.values()) if kinds else []
+    kept = sorted({kind: at for at, kind in reversed(list(enumerate(kinds or ())))}.values())
     kept = kept if len(kept) > 1 else [0, 1]
     made: dict[str, Any] = {}
     for key, value in values.items():
