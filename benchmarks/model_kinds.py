@@ -71,7 +71,7 @@ _GLOBAL = {"per_layer_config": {1: {"head_dim": 16}}}
 _KINDS: Mapping[str, Mapping[str, Any]] = {
     **dict.fromkeys(("axk1", "axk2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm_moe_dsa"), _LATENT),
     **dict.fromkeys(("minicpm3", "youtu"), _LATENT),
-    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral", "nemotron"), _NARROW),
+    **dict.fromkeys(("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral"), _NARROW),
     **dict.fromkeys(("lfm2", "lfm2_moe"), _CONVOLVED),
     **dict.fromkeys(("gemma4_text", "gemma4_unified_text"), _GLOBAL),
     **dict.fromkeys(("codegen", "gptj"), _ROTARY),
@@ -81,6 +81,7 @@ _KINDS: Mapping[str, Mapping[str, Any]] = {
     "kimi_linear": {**_LATENT, "num_experts": 8, "num_experts_per_token": 2},
     "longcat_flash": {"num_key_value_heads": 4, "qk_head_dim": 16},
     "mamba2": {"num_heads": 4, "head_dim": 16, "n_groups": 1},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "roc_bert": {"shape_embed_dim": 16, "pronunciation_embed_dim": 16},
     "xlnet": {"d_head": 8},
 }
@@ -126,7 +127,7 @@ def small(values: Mapping[str, Any]) -> dict[str, Any]:
     """A config's values with known sizes made small, and lists by layer cut to a layer of each kind."""
     layers = next((values[key] for key in _LAYERS if isinstance(values.get(key), int)), 0)
     kinds = next((v for k, v in values.items() if k.endswith("layer_types") and v and len(v) == layers), None)
-    kept = sorted({kind: at for at, kind in reversed(list(enumerate(kinds)))}.values()) if kinds else []
+    kept = sorted({kind: at for at, kind in reversed(list(enumerate(kinds or ())))}.values())
     kept = kept if len(kept) > 1 else [0, 1]
     made: dict[str, Any] = {}
     for key, value in values.items():
