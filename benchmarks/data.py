@@ -92,7 +92,7 @@ def _row(name: str, lengths: I64, count: int, seconds: float) -> dict[str, Any]:
     return {"name": name, "sequences": count, "efficiency": efficiency, "seconds": seconds}
 
 
-def imbalance(costs: I64, shares: Callable[[int], Sequence[float]], members: int) -> tuple[float, float]:
+def imbalance(costs: I64, shares: Callable[[int], Sequence[float]]) -> tuple[float, float]:
     """The largest deviation of a member's cost per sequence from its round's: (median round, worst round)."""
     worst = []
     for number in range(len(costs) // BATCH):
@@ -118,8 +118,8 @@ def balance(costs: I64) -> list[dict[str, Any]]:
             "1 to 4": lambda number, drawn=drawn: drawn[number].tolist(),  # type: ignore[misc]
         }
         for kind, shares in kinds.items():
-            median, worst = imbalance(ours, shares, members)
-            base_median, base_worst = imbalance(plain, shares, members)
+            median, worst = imbalance(ours, shares)
+            base_median, base_worst = imbalance(plain, shares)
             rows.append(
                 {"members": members, "shares": kind, "median": median, "worst": worst}
                 | {"baseline_median": base_median, "baseline_worst": base_worst}

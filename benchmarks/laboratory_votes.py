@@ -8,8 +8,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-COMBINE = ("clip", "sum", "mean")
-ROBUST = ("none", "quorum", "agreement")
 ATTACKS = ("none", "flip", "random", "copy-flip", "collude", "lonely")
 
 

@@ -28,7 +28,6 @@ RTT_MS = 80
 LARGEST_COST = 0.05
 # The first rounds load what later ones have in memory, and with overlap the first one waits for nothing.
 SKIPPED = 2
-HEADS = {"tokens/s": 9, "training": 10, "waiting": 9, "round": 8, "busy": 7, "cost": 7, "at equal speed": 16}
 
 
 def simulate(folder: Path, name: str, options: argparse.Namespace, overlap: int, link: str | None) -> RunResult:

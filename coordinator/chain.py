@@ -15,17 +15,8 @@ from solders.signature import Signature
 
 from coordinator.failures import ProgramError, TransactionFailed
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee, PriorityFees
-from coordinator.rpc import (
-    NO_SHAPE,
-    PATIENCE_SECONDS,
-    ChainError,
-    ChainUnavailable,
-    Endpoints,
-    Json,
-    RpcError,
-    Unusable,
-    integer,
-)
+from coordinator.jsonrpc import NO_SHAPE, ChainError, Json, RpcError, Unusable, integer
+from coordinator.rpc import PATIENCE_SECONDS, ChainUnavailable, Endpoints
 from coordinator.subscriptions import Subscriptions
 from coordinator.transactions import COMPUTE_UNITS, Sender
 from coordinator.watch import Pace

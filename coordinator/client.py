@@ -16,10 +16,11 @@ from coordinator.addresses import RunAddresses, run_addresses
 from coordinator.chain import Chain, ChainError, ChainUnavailable, ProgramError, RpcError, TransactionFailed
 from coordinator.evaluations import record_instructions
 from coordinator.fees import DEFAULT_FEE_CAP, PriorityFee
+from coordinator.jsonrpc import Json, Unusable
 from coordinator.layout import MAX_MEMBERS, ROUND, round_offset
 from coordinator.looks import look
 from coordinator.pulses import Delay, Pulse, Pulses, RunNotFound
-from coordinator.rpc import PATIENCE_SECONDS, Json, Unusable
+from coordinator.rpc import PATIENCE_SECONDS
 from coordinator.state import (
     MEMBERS_SIZE,
     ROUND_SIZE,

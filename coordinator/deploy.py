@@ -193,7 +193,10 @@ async def present(chain: Chain, address: Pubkey) -> Deployed | None:
     if account is None:
         return None
     if account.owner != LOADER:
-        raise DeployError(f"address {address} is taken by an account of {account.owner}; use another program keypair")
+        raise DeployError(
+            f"what is at {address} is no program, but an account of {account.owner}. Check the address; to deploy, use "
+            "another program keypair"
+        )
     stored = await chain.account(program_data_address(address))
     if stored is None or len(stored.data) < _PROGRAM_DATA_HEADER:
         raise DeployError(f"program {address} was closed; its address cannot be used again, use another keypair")

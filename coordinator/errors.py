@@ -213,12 +213,3 @@ ERROR_TEXT: dict[ErrorCode, str] = {
         "change the setting"
     ),
 }
-
-
-def describe(code: int) -> str:
-    """One line for a custom error number: `6046 NOT_DUE: no transition ...`, or the bare number when unknown."""
-    try:
-        known = ErrorCode(code)
-    except ValueError:
-        return f"{code} (not an error of the coordinator program)"
-    return f"{code} {known.name}: {ERROR_TEXT[known]}"

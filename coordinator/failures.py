@@ -11,7 +11,7 @@ from solders.signature import Signature
 from solders.system_program import ID as SYSTEM_PROGRAM
 
 from coordinator.errors import ERROR_TEXT, ErrorCode
-from coordinator.rpc import ChainError, Json
+from coordinator.jsonrpc import ChainError, Json
 
 _MAX_LOG_LINES: Final = 200
 _MAX_LOG_CHARACTERS: Final = 1000
@@ -21,6 +21,7 @@ _ADVICE: Final = {
     "AccountInUse": "another transaction holds an account that it writes; send it again",
     "ComputationalBudgetExceeded": "it needs more compute units than this client allows; is the program a newer one?",
     "ProgramFailedToComplete": "the program was stopped by the machine; is it built for this cluster?",
+    "InvalidProgramForExecution": "what it calls is no program; check the program's address and the RPC endpoint",
     "UnsupportedProgramId": "what it calls is no program; check the program's address and the RPC endpoint",
     "InvalidAccountData": "an account is not of the kind that the program wants; check its address",
 }
@@ -72,6 +73,7 @@ def failure(
 ) -> TransactionFailed:
     """The exception for a transaction's error. `signature` is None where it was only simulated."""
     lines = [str(line)[:_MAX_LOG_CHARACTERS] for line in list(logs)[:_MAX_LOG_LINES]]
+    verb = "would fail" if signature is None else "failed"
     if error in ("AccountNotFound", "InsufficientFundsForFee"):
         text = f"wallet {payer} cannot pay the fee ({error}); send it some SOL"
         return TransactionFailed(text, error, lines, signature)
@@ -85,8 +87,9 @@ def failure(
         if isinstance(code, int) and program == program_id:
             return ProgramError(code, lines, error, signature)
         advice = _SYSTEM_ADVICE.get(code) if isinstance(code, int) and program == SYSTEM_PROGRAM else _advice(cause)
-        return TransactionFailed(f"program {program} failed: {cause}{_more(advice, lines)}", error, lines, signature)
-    return TransactionFailed(f"transaction failed: {error}{_more(_advice(error), lines)}", error, lines, signature)
+        text = f"program {program} {verb}: {cause}{_more(advice, lines)}"
+        return TransactionFailed(text, error, lines, signature)
+    return TransactionFailed(f"the transaction {verb}: {error}{_more(_advice(error), lines)}", error, lines, signature)
 
 
 def _instruction_error(error: Json) -> tuple[int | None, Json]:

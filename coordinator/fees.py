@@ -7,7 +7,8 @@ import logging
 from collections.abc import Sequence
 from typing import Final, Literal
 
-from coordinator.rpc import ChainError, Endpoints, Json, Unusable
+from coordinator.jsonrpc import ChainError, Json, Unusable
+from coordinator.rpc import Endpoints
 
 log = logging.getLogger(__name__)
 

@@ -27,6 +27,7 @@ _MAX_PROGRAMS: Final = 64
 _LIKE_A_NAME: Final = 0.6
 _LIKE_AN_ADDRESS: Final = 0.9
 _MOST_NEAR: Final = 3
+_MOST_THERE: Final = 5
 _HINT_SECONDS: Final = 3.0
 
 
@@ -118,7 +119,7 @@ async def find_run(
     found = await look(rpc, options, called_so)
     if not found:
         whose = f" of owner {owner}" if owner is not None else ""
-        near = _near(run, everything) or "; give the address of its account, or --program"
+        near = _near(run, everything) or _there(everything, owner)
         raise RunNotFound(f"no run{whose} is called {run!r} on this chain{near}")
     if len(found) > 1:
         raise RunNotFound(
@@ -160,6 +161,16 @@ def _near(run: str, everything: Iterable[FoundRun]) -> str:
         for one in known[key]
     ]
     return f"; did you mean one of these?\n{_listed(found)}" if found else ""
+
+
+def _there(everything: Sequence[FoundRun], owner: Pubkey | None) -> str:
+    """The newest runs that there are, as the end of a message."""
+    runs = [one for one in everything if owner in (None, one.run.owner)] or everything
+    newest = sorted(runs, key=lambda one: -one.run.created_slot)[:_MOST_THERE]
+    if not newest:
+        return "; there are no runs at all. Is it the right endpoint, and the right --program?"
+    more = f"\n  and {len(runs) - len(newest)} more: psyche-admin run list" if len(runs) > len(newest) else ""
+    return f"; there are:\n{_listed(newest)}{more}"
 
 
 def _listed(runs: Iterable[FoundRun]) -> str:

@@ -12,7 +12,7 @@ from solders.pubkey import Pubkey
 from solders.system_program import ID as SYSTEM_PROGRAM
 
 from coordinator.chain import Chain
-from coordinator.rpc import ChainError
+from coordinator.jsonrpc import ChainError
 from coordinator.run_costs import fee_of
 
 LAMPORTS_PER_SOL: Final = 1_000_000_000

@@ -12,7 +12,7 @@ from solders.transaction import VersionedTransaction
 
 from coordinator.chain import Chain, ChainError, ChainUnavailable
 from coordinator.events import Event, events_in
-from coordinator.rpc import Json
+from coordinator.jsonrpc import Json
 
 _PAGE: Final = 1000
 _MAX_PAGES: Final = 10_000

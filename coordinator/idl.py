@@ -20,7 +20,7 @@ from typing import Any, Final
 from coordinator import layout
 from coordinator.errors import ERROR_TEXT, ErrorCode
 from coordinator.events import EVENTS
-from coordinator.instructions import INSTRUCTIONS
+from coordinator.instruction_data import INSTRUCTIONS
 from coordinator.layout import Record, discriminator
 
 FOLDER: Final = Path(__file__).resolve().parent / "program" / "idl"

@@ -1,15 +1,12 @@
-"""The program's instructions, as solders `Instruction`s.
+"""The program's instructions, as solders `Instruction`s: their accounts, in order, and their data.
 
-Instruction data is an 8-byte Anchor mark followed by fixed-size little-endian fields. Which keys sign: `join` needs
-the wallet and the node key, `create_run_instructions` the owner (and the payer, if another), all others the owner,
-authority, grantee, wallet or payer named.
+Which keys sign: `join` needs the wallet and the node key, `create_run_instructions` the owner (and the payer, if
+another), all others the owner, authority, grantee, wallet or payer named.
 """
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Iterable
-from dataclasses import fields
 from typing import Final
 
 from solders.instruction import AccountMeta, Instruction
@@ -26,131 +23,11 @@ from solders.system_program import (
 )
 
 from coordinator.addresses import RunAddresses, grant_address, grant_seed, receipt_seed, run_addresses, run_seeds
-from coordinator.layout import (
-    COURSE,
-    GRANT_SIZE,
-    LIMITS,
-    MEMBERS_SIZE,
-    RECEIPT_SIZE,
-    ROUNDS_SIZE,
-    RUN_SIZE,
-    TERMS,
-    discriminator,
-)
+from coordinator.instruction_data import MARKS, fixed, pack, pack_course, pack_limits, pack_terms
+from coordinator.layout import GRANT_SIZE, MEMBERS_SIZE, RECEIPT_SIZE, ROUNDS_SIZE, RUN_SIZE
 from coordinator.state import Limits, Terms, bitmap_words
 
-__all__ = [
-    "RunAddresses",
-    "archive",
-    "attest",
-    "authorize",
-    "ban",
-    "checkpoint",
-    "claim",
-    "close_run",
-    "commit",
-    "create_run_instructions",
-    "delegate",
-    "finish",
-    "init_run",
-    "join",
-    "kick",
-    "leave",
-    "migrate",
-    "pause",
-    "ready",
-    "reclaim",
-    "restore",
-    "resume",
-    "revoke",
-    "run_addresses",
-    "set_config",
-    "set_model",
-    "set_reward_rate",
-    "set_share",
-    "tick",
-]
-
-INSTRUCTIONS: Final = (
-    "init_run",
-    "migrate",
-    "set_config",
-    "set_model",
-    "pause",
-    "resume",
-    "finish",
-    "close_run",
-    "kick",
-    "ban",
-    "set_reward_rate",
-    "authorize",
-    "revoke",
-    "delegate",
-    "join",
-    "ready",
-    "set_share",
-    "commit",
-    "attest",
-    "checkpoint",
-    "leave",
-    "archive",
-    "restore",
-    "reclaim",
-    "claim",
-    "tick",
-)
-MARKS: Final = {name: discriminator("global", name) for name in INSTRUCTIONS}
-MAX_SOURCE_BYTES: Final = 64
 DEFAULT_SHARE: Final = 1000
-
-
-def _fixed(value: bytes, size: int, what: str) -> bytes:
-    if len(value) != size:
-        raise ValueError(f"{what} has {len(value)} bytes, it must have {size}")
-    return value
-
-
-def _pack(layout: str, what: str, *values: int | bytes) -> bytes:
-    try:
-        return struct.pack("<" + layout, *values)
-    except struct.error as error:
-        raise ValueError(f"{what}: {error}") from error
-
-
-def _pack_limits(limits: Limits) -> bytes:
-    values = {field.name: getattr(limits, field.name) for field in fields(limits)}
-    for name, value in values.items():
-        if not 0 <= value < 2**32:
-            raise ValueError(f"limits.{name} = {value} is outside 0..2^32-1")
-    return LIMITS.pack(**values)
-
-
-def _pack_terms(terms: Terms) -> bytes:
-    values: dict[str, int | bytes] = {}
-    for name, code in TERMS.fields:
-        value = getattr(terms, name)
-        if isinstance(value, str):
-            encoded = value.encode("utf-8")
-            if len(encoded) > MAX_SOURCE_BYTES or b"\0" in encoded:
-                raise ValueError(f"terms.{name} has {len(encoded)} bytes; it may have {MAX_SOURCE_BYTES}, without NUL")
-            values[name] = encoded
-        elif isinstance(value, bytes):
-            values[name] = _fixed(value, struct.calcsize(code), f"terms.{name}")
-        else:
-            if not 0 <= int(value) < 2 ** (8 * struct.calcsize(code)):
-                raise ValueError(f"terms.{name} = {value} does not fit its {8 * struct.calcsize(code)}-bit field")
-            values[name] = int(value)
-    return TERMS.pack(**values)
-
-
-def _pack_course(terms: Terms) -> bytes:
-    """The terms that the program keeps apart from the others."""
-    names = [name for name, _ in COURSE.fields if name != "reserved"]
-    values = {name: int(getattr(terms, name)) for name in names}
-    for name, value in values.items():
-        if not 0 <= value < 2**32:
-            raise ValueError(f"terms.{name} = {value} does not fit its 32-bit field")
-    return COURSE.pack(**values)
 
 
 def _metas(addresses: RunAddresses, *signers: Pubkey, written: str, paid: bool = False) -> list[AccountMeta]:
@@ -174,8 +51,8 @@ def init_run(
     `join_authority` None: anyone may join."""
     addresses = run_addresses(program_id, owner, run_id)
     name = run_id.encode("utf-8")
-    data = MARKS["init_run"] + name.ljust(32, b"\0") + _pack("B7x", "run id", len(name))
-    data += _pack_limits(limits) + _pack_terms(terms) + bytes(join_authority or Pubkey.default()) + _pack_course(terms)
+    data = MARKS["init_run"] + name.ljust(32, b"\0") + pack("B7x", "run id", len(name))
+    data += pack_limits(limits) + pack_terms(terms) + bytes(join_authority or Pubkey.default()) + pack_course(terms)
     return Instruction(program_id, data, _metas(addresses, owner, written="run members rounds"))
 
 
@@ -200,20 +77,7 @@ def create_run_instructions(
         (addresses.members, seeds.members, MEMBERS_SIZE),
         (addresses.rounds, seeds.rounds, ROUNDS_SIZE),
     )
-    created = [
-        create_account_with_seed(
-            CreateAccountWithSeedParams(
-                from_pubkey=payer or owner,
-                to_pubkey=address,
-                base=owner,
-                seed=seed,
-                lamports=rent(size),
-                space=size,
-                owner=program_id,
-            )
-        )
-        for address, seed, size in accounts
-    ]
+    created = [_create(program_id, payer or owner, owner, *account, rent) for account in accounts]
     return [*created, init_run(program_id, owner, run_id, limits, terms, join_authority)]
 
 
@@ -227,17 +91,17 @@ def join(
 ) -> Instruction:
     """Become a member, in any phase but Finished, or go on under another node key. Signed by the wallet and by the node
     key (Ed25519, 32 bytes). `grant` is needed where the run has a join authority."""
-    key = node_key if isinstance(node_key, Pubkey) else Pubkey.from_bytes(_fixed(node_key, 32, "node key"))
+    key = node_key if isinstance(node_key, Pubkey) else Pubkey.from_bytes(fixed(node_key, 32, "node key"))
     metas = _metas(addresses, wallet, key, written="members rounds")
     if grant is not None:
         metas.append(AccountMeta(grant, is_signer=False, is_writable=False))
-    return Instruction(program_id, MARKS["join"] + _pack("I4x", "share", share), metas)
+    return Instruction(program_id, MARKS["join"] + pack("I4x", "share", share), metas)
 
 
 def ready(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, model_root: bytes) -> Instruction:
     """Report the model loaded: in Warmup, or, to join or after a desync, in any phase of training. The root is
     `run.checkpoint_root`."""
-    data = MARKS["ready"] + _fixed(model_root, 32, "model root")
+    data = MARKS["ready"] + fixed(model_root, 32, "model root")
     return Instruction(program_id, data, _metas(addresses, wallet, written="members rounds"))
 
 
@@ -253,7 +117,7 @@ def commit(
 ) -> Instruction:
     """Commit to the update of `round`: its digest (32 bytes) and length in bytes, tokens trained, 64-bit fingerprint
     of the weights trained on."""
-    body = _pack("I4x32sQQQ", "commit", round, _fixed(digest, 32, "digest"), length, tokens, fingerprint)
+    body = pack("I4x32sQQQ", "commit", round, fixed(digest, 32, "digest"), length, tokens, fingerprint)
     return Instruction(program_id, MARKS["commit"] + body, _metas(addresses, wallet, written="rounds"))
 
 
@@ -262,7 +126,7 @@ def attest(
 ) -> Instruction:
     """As an elected witness of the closed `round`: the members (slots) whose committed updates it holds and has
     validated."""
-    body = _pack("I4x4Q", "attest", round, *bitmap_words(members))
+    body = pack("I4x4Q", "attest", round, *bitmap_words(members))
     return Instruction(program_id, MARKS["attest"] + body, _metas(addresses, wallet, written="rounds"))
 
 
@@ -273,7 +137,7 @@ def tick(addresses: RunAddresses, program_id: Pubkey, payer: Pubkey) -> Instruct
 
 def checkpoint(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, round: int, root: bytes) -> Instruction:
     """In Cooldown: the model root of the weights before `round`, which must be `run.final_rounds`."""
-    body = _pack("I4x32s", "checkpoint", round, _fixed(root, 32, "model root"))
+    body = pack("I4x32s", "checkpoint", round, fixed(root, 32, "model root"))
     return Instruction(program_id, MARKS["checkpoint"] + body, _metas(addresses, wallet, written="rounds"))
 
 
@@ -284,7 +148,7 @@ def leave(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey) -> Instru
 
 def set_share(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, share: int) -> Instruction:
     """Ask for another share of the batch, from the next round on."""
-    data = MARKS["set_share"] + _pack("I4x", "share", share)
+    data = MARKS["set_share"] + pack("I4x", "share", share)
     return Instruction(program_id, data, _metas(addresses, wallet, written="members"))
 
 
@@ -295,13 +159,13 @@ def set_config(
     addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, limits: Limits, join_authority: Pubkey | None
 ) -> Instruction:
     """New limits from the next round on (at once while no round is open), and the join authority at once."""
-    data = MARKS["set_config"] + _pack_limits(limits) + bytes(join_authority or Pubkey.default())
+    data = MARKS["set_config"] + pack_limits(limits) + bytes(join_authority or Pubkey.default())
     return Instruction(program_id, data, _metas(addresses, owner, written="run rounds"))
 
 
 def set_model(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, terms: Terms) -> Instruction:
     """In WaitingForMembers or Paused: another model, other data or optimizer settings. All members warm up again."""
-    data = MARKS["set_model"] + _pack_terms(terms) + _pack_course(terms)
+    data = MARKS["set_model"] + pack_terms(terms) + pack_course(terms)
     return Instruction(program_id, data, _metas(addresses, owner, written="run members rounds"))
 
 
@@ -335,12 +199,12 @@ def kick(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, wallet: Pub
 def ban(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, key: Pubkey, *, lift: bool = False) -> Instruction:
     """Keep a wallet, node key or grantee out of the run, and put a member that has it out at once; or `lift` that."""
     metas = _metas(addresses, owner, written="run members rounds")
-    return Instruction(program_id, MARKS["ban"] + bytes(key) + _pack("I4x", "lift", lift), metas)
+    return Instruction(program_id, MARKS["ban"] + bytes(key) + pack("I4x", "lift", lift), metas)
 
 
 def set_reward_rate(addresses: RunAddresses, program_id: Pubkey, owner: Pubkey, rate: int) -> Instruction:
     """Lamports per million tokens of credit earned from now on."""
-    data = MARKS["set_reward_rate"] + _pack("Q", "reward rate", rate)
+    data = MARKS["set_reward_rate"] + pack("Q", "reward rate", rate)
     return Instruction(program_id, data, _metas(addresses, owner, written="run rounds"))
 
 
@@ -366,7 +230,7 @@ def authorize(
     key = grantee or Pubkey.default()
     address = grant_address(program_id, authority, addresses.run, key)
     seed = grant_seed(addresses.run, key)
-    created = [_create(program_id, authority, address, seed, GRANT_SIZE, rent)]
+    created = [_create(program_id, authority, authority, address, seed, GRANT_SIZE, rent)]
     if held:
         created = _allocate(program_id, authority, address, seed, GRANT_SIZE, rent(GRANT_SIZE) - held)
     metas = [*_metas(addresses, authority, written=""), AccountMeta(address, is_signer=False, is_writable=True)]
@@ -379,7 +243,7 @@ def revoke(
     """Take a grant back; its lamports go to the authority. `eject`: members that joined under it are put out, too."""
     metas = _metas(addresses, authority, written="run members rounds", paid=True)
     metas.append(AccountMeta(grant, is_signer=False, is_writable=True))
-    return Instruction(program_id, MARKS["revoke"] + _pack("I4x", "eject", eject), metas)
+    return Instruction(program_id, MARKS["revoke"] + pack("I4x", "eject", eject), metas)
 
 
 def delegate(
@@ -393,7 +257,7 @@ def delegate(
 ) -> Instruction:
     """Let another key of the grantee's join under its grant, or `remove` it. Signed by the grantee."""
     metas = [*_metas(addresses, grantee, written=""), AccountMeta(grant, is_signer=False, is_writable=True)]
-    return Instruction(program_id, MARKS["delegate"] + bytes(key) + _pack("I4x", "remove", remove), metas)
+    return Instruction(program_id, MARKS["delegate"] + bytes(key) + pack("I4x", "remove", remove), metas)
 
 
 # ---------------------------------------------------------------------- credit
@@ -412,9 +276,9 @@ def archive(
     receipt's address is new for every `chain_slot`."""
     seed = receipt_seed(addresses.run, wallet, chain_slot)
     address = Pubkey.create_with_seed(payer, seed, program_id)
-    created = _create(program_id, payer, address, seed, RECEIPT_SIZE, rent)
+    created = _create(program_id, payer, payer, address, seed, RECEIPT_SIZE, rent)
     metas = [*_metas(addresses, payer, written="members"), AccountMeta(address, is_signer=False, is_writable=True)]
-    return [created, Instruction(program_id, MARKS["archive"] + _pack("I4x", "slot", slot), metas)]
+    return [created, Instruction(program_id, MARKS["archive"] + pack("I4x", "slot", slot), metas)]
 
 
 def restore(addresses: RunAddresses, program_id: Pubkey, wallet: Pubkey, receipt: Pubkey, payer: Pubkey) -> Instruction:
@@ -459,13 +323,14 @@ def _allocate(
 
 
 def _create(
-    program_id: Pubkey, payer: Pubkey, address: Pubkey, seed: str, size: int, rent: Callable[[int], int]
+    program_id: Pubkey, payer: Pubkey, base: Pubkey, address: Pubkey, seed: str, size: int, rent: Callable[[int], int]
 ) -> Instruction:
+    """Create an account of the program's at the address that `base` and `seed` give. Signed by both keys."""
     return create_account_with_seed(
         CreateAccountWithSeedParams(
             from_pubkey=payer,
             to_pubkey=address,
-            base=payer,
+            base=base,
             seed=seed,
             lamports=rent(size),
             space=size,

@@ -14,8 +14,8 @@ from typing import Final
 
 from coordinator.addresses import RunAddresses
 from coordinator.chain import Account, Chain, ChainError, ChainUnavailable, RpcError
+from coordinator.jsonrpc import Json, Unusable, integer
 from coordinator.layout import HEADER, RUN
-from coordinator.rpc import Json, Unusable, integer
 from coordinator.state import (
     HEADER_SIZE,
     RUN_SIZE,

@@ -40,7 +40,7 @@ _Model = TypeVar("_Model", bound=BaseModel)
 class Settings(BaseModel):
     """A table of settings: unknown keys are errors."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    model_config = ConfigDict(extra="forbid", frozen=True)
 
 
 class LimitSettings(Settings):
@@ -253,22 +253,13 @@ class SettingsTable:
         return validated(RunSettings, self.values, "", self.sources)
 
 
-def load_settings(
-    run_id: str | None, file: Path | None, overrides: list[str], recipe: Mapping[str, Any] | None = None
-) -> RunSettings:
-    """Settings from a recipe, over that a TOML file, over that KEY=VALUE such as `batch=64`; unknown keys are
-    refused.
-
-    Raises:
-        ConfigError: with one line per key that is missing, unknown or out of range.
-    """
-    return settings_table(run_id, file, overrides, recipe).checked()
-
-
 def settings_table(
     run_id: str | None, file: Path | None, overrides: Sequence[str], recipe: Mapping[str, Any] | None = None
 ) -> SettingsTable:
-    """As `load_settings`, before anything is looked at. Raises ConfigError for what is not TOML, or no KEY=VALUE."""
+    """A recipe, over that a TOML file, over that KEY=VALUE such as `limits.batch=64`; `checked` makes settings of it.
+
+    Raises ConfigError for what is not TOML, or no KEY=VALUE.
+    """
     written = {} if file is None else read_toml(file)
     table = _over(recipe or {}, written)
     if run_id is not None:

@@ -50,11 +50,6 @@ def fee_of(signatures: int, priority_fee: int) -> int:
     return LAMPORTS_PER_SIGNATURE * signatures + -(-priority_fee * COMPUTE_UNITS // 1_000_000)
 
 
-def member_fees(rounds: int, priority_fee: int = 0) -> int:
-    """Lamports of one member that joins and trains so many rounds, checkpoints and its turns at the ticks left out."""
-    return (_SIGNATURES_TO_JOIN + 2 * rounds) * fee_of(1, priority_fee)
-
-
 def run_fees(members: int, rounds: int, rounds_per_epoch: int, witnesses: int = 0, priority_fee: int = 0) -> RunFees:
     """Fees of a run whose members all stay to the end."""
     one, per_round = fee_of(1, priority_fee), signatures_per_round(members, witnesses)
@@ -68,3 +63,11 @@ def run_fees(members: int, rounds: int, rounds_per_epoch: int, witnesses: int = 
         transactions_per_round=per_round,
         deposit=sum((size + _ACCOUNT_OVERHEAD) * _RENT_PER_BYTE for size in sizes),
     )
+
+
+def member_fees(members: int, rounds: int, rounds_per_epoch: int, witnesses: int = 0, priority_fee: int = 0) -> int:
+    """Lamports that one of so many members pays in fees, from joining to the last round: an even part of `run_fees`.
+
+    A little more where it is elected as a witness or comes first with a tick more often than others.
+    """
+    return -(-run_fees(members, rounds, rounds_per_epoch, witnesses, priority_fee).whole_run // members)

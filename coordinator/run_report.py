@@ -18,7 +18,7 @@ from coordinator.base58 import peer_id
 from coordinator.printable import printable
 from coordinator.run_config import term_values
 from coordinator.snapshot import Snapshot
-from coordinator.state import UNKNOWN_SLOT, Member, MemberStatus, Phase, Request, Round, Run
+from coordinator.state import UNKNOWN_SLOT, Header, Member, MemberStatus, Phase, Request, Round, Run
 
 _ROWS: Final = 16
 PHASE_STYLES: Final = {
@@ -167,8 +167,9 @@ class RunReport:
             state.append(f", next step {f'in {wait:,} slots' if wait > 0 else 'due'}", style="dim")
         grid.add_row("state", state)
         done = f"{run.final_rounds:,} of {limits.total_rounds:,} final"
-        grid.add_row("round", f"{run.round:,}  [dim]({done}, epoch {run.epoch:,})[/dim]")
-        counts = f"{header.members:,} of {limits.max_members:,}, {header.active:,} active"
+        void = f"  [yellow]{words}[/yellow]" if (words := void_words(run)) else ""
+        grid.add_row("round", f"{run.round:,}  [dim]({done}, epoch {run.epoch:,})[/dim]{void}")
+        counts = f"{header.members:,} of {limits.max_members:,}, {active_words(run, header)}"
         grid.add_row("members", f"{counts}  [dim](at least {limits.min_members:,})[/dim]")
         credit = self.now.credit
         balanced = "" if credit == run.tokens else f"  [red]but the run counts {run.tokens:,}[/red]"
@@ -274,6 +275,17 @@ class RunReport:
             )
             table.add_row(f"{kept.round:,}", f"{len(kept.members):,}", which)
         return Padding(table, (1, 0, 0, 0))
+
+
+def active_words(run: Run, header: Header) -> str:
+    """How many members train, or trained last."""
+    return f"{header.active:,} active{' at the end' if run.phase is Phase.FINISHED else ''}"
+
+
+def void_words(run: Run) -> str:
+    """How many of the rounds that are remembered brought the run no further; empty for none."""
+    void = sum(kept.void for kept in run.inclusion)
+    return f"{void} of the last {len(run.inclusion)} void: nothing was applied in them" if void else ""
 
 
 def _table(title: str) -> Table:

@@ -21,7 +21,8 @@ from typing import Any, Final
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import InvalidURI, WebSocketException
 
-from coordinator.rpc import Json, shown_url, websocket_url
+from coordinator.jsonrpc import Json
+from coordinator.urls import shown_url, websocket_url
 
 log = logging.getLogger(__name__)
 

@@ -28,7 +28,8 @@ from solders.transaction import Transaction
 
 from coordinator.failures import TransactionFailed, failure, refused
 from coordinator.fees import PriorityFees
-from coordinator.rpc import ChainError, ChainUnavailable, Endpoints, Json, RpcError, Unusable, integer
+from coordinator.jsonrpc import ChainError, Json, RpcError, Unusable, integer
+from coordinator.rpc import ChainUnavailable, Endpoints
 from coordinator.subscriptions import Subscriptions
 
 log = logging.getLogger(__name__)

@@ -57,11 +57,19 @@ def problems(
         section: where the model's keys stand in what the user wrote.
         sources: with them, a value comes with the name of the place that it is from.
     """
-    found: dict[str, str] = {}
+    found: dict[str, list[Mapping[str, Any]]] = {}
     for one in error.errors(include_url=False):
         where = ".".join(filter(None, (section, place(one["loc"], one["type"]))))
-        found.setdefault(where, in_words(one, model, sources))
-    return list(found.items())
+        found.setdefault(where, []).append(one)
+    return [(where, _together(errors, model, sources)) for where, errors in found.items()]
+
+
+def _together(errors: Sequence[Mapping[str, Any]], model: type[BaseModel] | None, sources: Sources) -> str:
+    """What is wrong at one place. Where a value may be of several kinds, it has an error for each: all are named."""
+    words = in_words(errors[0], model, sources)
+    rules = [_rule(one["type"], one.get("ctx", {})) for one in errors]
+    others = [rule.removeprefix("be ") for rule in dict.fromkeys(rules[1:]) if rule not in (None, rules[0])]
+    return " or ".join((words, *others)) if rules[0] is not None else words
 
 
 def place(location: Location, kind: str = "") -> str:
@@ -79,7 +87,7 @@ def in_words(error: Mapping[str, Any], model: type[BaseModel] | None = None, sou
     if kind == "missing":
         return "it is missing"
     if kind == "extra_forbidden":
-        return f"there is no such key{origin}{_known(error['loc'], model)}"
+        return no_such_key(error["loc"], model, origin)
     if kind == "json_invalid":
         return f"it is not JSON: {limits['error']}"
     if kind == "value_error":
@@ -105,16 +113,24 @@ def _rule(kind: str, limits: Mapping[str, Any]) -> str | None:
     return None if wanted is None else f"be {wanted}"
 
 
-def _known(location: Location, model: Any) -> str:
-    """The keys that there are beside an unknown one, or the nearest of them."""
+def no_such_key(location: Location, model: Any, origin: str = "") -> str:
+    """What is wrong with an unknown key: which are known beside it, or the nearest of them and of those in a section
+    there."""
+    said = f"there is no such key{origin}"
     for part in location[:-1]:
-        field = getattr(model, "model_fields", {}).get(part)
-        model = None if field is None else field.annotation
-    known = list(getattr(model, "model_fields", {}))
+        model = _fields(model).get(str(part))
+    known = _fields(model)
     if not known:
-        return ""
-    near = difflib.get_close_matches(str(location[-1]), known, 1)
-    return f"; did you mean {near[0]}?" if near else f"; known are {', '.join(known)}"
+        return said
+    places = {name: f"{section}.{name}" for section, inner in known.items() for name in _fields(inner)}
+    places |= {name: name for name in known}
+    near = difflib.get_close_matches(str(location[-1]), places, 1)
+    return said + (f"; did you mean {places[near[0]]}?" if near else f"; known are {', '.join(known)}")
+
+
+def _fields(model: Any) -> dict[str, Any]:
+    """The keys of a section, and what each holds; empty for what is none."""
+    return {name: field.annotation for name, field in getattr(model, "model_fields", {}).items()}
 
 
 def has(table: Any, location: Sequence[int | str]) -> bool:

@@ -18,6 +18,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from pydantic import BaseModel
+from pydantic_core import PydanticUndefined
 
 from coordinator.admin import exits as admin_exits
 from coordinator.admin import record
@@ -197,7 +198,7 @@ def _documented(model: type[BaseModel]) -> dict[str, str]:
 
 
 def _default(value: object) -> str:
-    if isinstance(value, BaseModel):
+    if isinstance(value, BaseModel) or value is PydanticUndefined:  # a table of its own, or made when it is read
         return "see below"
     if value in ((), None, ""):
         return "none"

@@ -133,7 +133,7 @@ class DisTrO(torch.optim.Optimizer):
         self._sent: dict[int, Sent] = {}
         self._next = 0
         self._swapped = False
-        self._watch = Watch(self._geometry, self._device)
+        self._watch = Watch(self._geometry, self._device, stochastic_rounding)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Only while the optimizer is made: the layout is part of what members agree on."""

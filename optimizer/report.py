@@ -18,6 +18,7 @@ from optimizer.blocks import gather, in_blocks
 from optimizer.engine import Bodies, Energy
 from optimizer.geometry import Geometry, Region, Slab
 from optimizer.layout import BLOCK, SIDE
+from optimizer.rounding import DRAWS, round_by_chance
 from optimizer.votes import on_device, sum_votes, unpack
 
 _SAMPLE = 64
@@ -37,8 +38,8 @@ class Report:
         flips: share of the weights that moved in both of the last two steps and turned round in between. Near 0.5: the
             rate is too high, steps only undo each other.
         ties: share of weights that did not move, the votes for and against being equal.
-        lost: share of weights whose step is below the resolution of fp32, in which it is made, at their magnitude. 0 in
-            healthy training; rounding to bf16 by chance loses nothing on average.
+        lost: share of weights whose step is below the resolution of what holds them, at their magnitude: of fp32, or
+            where they are rounded by chance, that no chance could have moved. 0 in healthy training.
         sampled: blocks that `agreement`, `flips`, `ties` and `lost` were taken of.
         seconds: by phase, since the last report. On CUDA devices what it took to issue the work.
     """
@@ -59,6 +60,7 @@ class Watch:
 
     geometry: Geometry
     device: torch.device
+    by_chance: bool = False
     energy: Energy = field(default_factory=lambda: Energy(0.0, 0.0))
     _seconds: dict[str, float] = field(default_factory=dict)
     _votes: list[NDArray[np.uint8]] = field(default_factory=list)  # of every member, (S, B)
@@ -106,9 +108,17 @@ class Watch:
             held_SC = gather(self._sample, weights, self.device)
             agreement = self._agreement(self._votes)
             ties = _mean((last == 0)[filled_SC])
-            lost = _mean(((last != 0) & (held_SC - last * rates_SC == held_SC))[filled_SC])
+            lost = _mean(((last != 0) & self._stays(held_SC, held_SC - last * rates_SC))[filled_SC])
             flips = _mean((last == -before)[filled_SC & (last != 0) & (before != 0)])
         return Report(sqrt(total), sent, agreement, flips, ties, lost, len(self._numbers), seconds)
+
+    def _stays(self, held_SC: Tensor, moved_SC: Tensor) -> Tensor:
+        """Where rounding takes back what moved. Every chance lies between the least and the greatest draw."""
+        if not self.by_chance:
+            return moved_SC == held_SC
+        draws = (torch.full_like(moved_SC, draw, dtype=torch.int32) for draw in (0, DRAWS - 1))
+        least_SC, greatest_SC = (round_by_chance(moved_SC, draws_SC).float() for draws_SC in draws)
+        return (least_SC == held_SC) & (greatest_SC == held_SC)
 
     def _grid(self, rates: Sequence[float]) -> tuple[Tensor, Tensor]:
         """Where the sampled blocks hold a weight (bool), and the rate of each weight."""

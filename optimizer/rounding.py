@@ -22,6 +22,8 @@ _MULTIPLIERS = 0xD2511F53, 0xCD9E8D57
 _INCREMENTS = 0x9E3779B9, 0xBB67AE85
 _EACH = 8
 """Weights that four words make draws of 16 bits for."""
+DRAWS = 1 << 16
+"""A draw is one of so many numbers, from 0."""
 
 STEP, LOOKAHEAD = 0, 1
 """Streams: weights that stay, and weights that only a gradient is taken at."""

@@ -5,52 +5,61 @@ from __future__ import annotations
 import asyncio
 import logging
 import os
-import signal
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from coordinator.pipes import end_with_reader
 from psyche_node import log as logs
 from psyche_node.commands import recipe
 from psyche_node.commands.chat import chat
 from psyche_node.commands.data import app as data_commands
+from psyche_node.commands.ending import failures
 from psyche_node.commands.eval import evaluate
+from psyche_node.commands.interrupts import Interrupts
 from psyche_node.commands.plan import plan
 from psyche_node.commands.serve import serve
 from psyche_node.commands.terms import terms
-from psyche_node.exits import NOTHING_TO_DO, Exit, exit_for, in_words
-from psyche_node.node.config import ConfigError, NodeConfig, load_config
+from psyche_node.exits import NOTHING_TO_DO, SAID, Exit, exit_for, in_words
 
-app = typer.Typer(add_completion=False, no_args_is_help=True, help="Take part in a run: train, exchange, apply.")
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    help="Take part in a run: train, exchange, apply. And what belongs to it: plans, data, models.",
+)
 keys = typer.Typer(no_args_is_help=True, help="The node's identity in the network.")
-app.add_typer(keys, name="keys")
-app.add_typer(data_commands, name="data")
-app.command()(chat)
-app.command()(serve)
-app.command("eval")(evaluate)
-app.add_typer(recipe.app, name="recipe")
-app.command()(plan)
-app.command()(terms)
 log = logging.getLogger(__name__)
 
 
 @app.command()
 def run(
-    config: Annotated[Path | None, typer.Option(help="TOML file with the settings below; flags win.")] = None,
+    config: Annotated[
+        Path | None, typer.Option(help="TOML file with these settings (p2p_port for --p2p-port); flags win.")
+    ] = None,
     run_name: Annotated[str | None, typer.Option("--run", help="The run's name, or its account's address.")] = None,
-    program: Annotated[str | None, typer.Option(help="The coordinator program, where --run is a name.")] = None,
-    owner: Annotated[str | None, typer.Option(help="The owner's wallet, where --run is a name.")] = None,
+    program: Annotated[
+        str | None, typer.Option(help="Address of the coordinator program, where --run is a name.")
+    ] = None,
+    owner: Annotated[str | None, typer.Option(help="Address of the owner's wallet, where --run is a name.")] = None,
     rpc: Annotated[list[str] | None, typer.Option(help="Solana RPC endpoint; repeat for fail-over.")] = None,
-    commitment: Annotated[str | None, typer.Option(help="processed, confirmed or finalized.")] = None,
+    commitment: Annotated[
+        str | None, typer.Option(help="Level to read the chain at: processed, confirmed or finalized.")
+    ] = None,
     priority_fee: Annotated[str | None, typer.Option(help="Micro-lamports per compute unit, or auto.")] = None,
-    priority_fee_cap: Annotated[int | None, typer.Option(help="What auto never goes above.")] = None,
+    priority_fee_cap: Annotated[
+        int | None, typer.Option(help="Micro-lamports that --priority-fee auto never goes above.")
+    ] = None,
     folder: Annotated[Path | None, typer.Option(help="Keys, updates, logs and checkpoints of this node.")] = None,
     model: Annotated[Path | None, typer.Option(help="Hugging Face folder of the model the run starts from.")] = None,
-    data: Annotated[Path | None, typer.Option(help="Folder of the prepared data set.")] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the run's prepared data.")] = None,
     wallet: Annotated[Path | None, typer.Option(help="Solana keypair file. Default: FOLDER/wallet.json.")] = None,
-    bootstrap: Annotated[list[str] | None, typer.Option(help="libp2p address of a node in the network.")] = None,
-    listen: Annotated[str | None, typer.Option(help="Address to listen on (0.0.0.0 for the world).")] = None,
+    bootstrap: Annotated[
+        list[str] | None, typer.Option(help="/ip4/IP/tcp/PORT/p2p/ID of a node in the network; repeat.")
+    ] = None,
+    listen: Annotated[
+        str | None, typer.Option(help="IP address to listen on: 127.0.0.1 by default, 0.0.0.0 for the world.")
+    ] = None,
     p2p_port: Annotated[int | None, typer.Option(help="TCP port of libp2p; 0 picks one.")] = None,
     grpc_port: Annotated[int | None, typer.Option(help="TCP port that updates are fetched from; 0 picks one.")] = None,
     mdns: Annotated[bool | None, typer.Option(help="Find members on the local network.")] = None,
@@ -59,20 +68,24 @@ def run(
     bulk_port: Annotated[int | None, typer.Option(help="TCP port for updates in bulk; 0 picks one.")] = None,
     announce_bulk: Annotated[str | None, typer.Option(help="IP:PORT that is forwarded to the bulk port.")] = None,
     announce_grpc: Annotated[str | None, typer.Option(help="IP:PORT that is forwarded to the gRPC port.")] = None,
-    reachable: Annotated[str | None, typer.Option(help="Can others connect to it? auto, yes or no.")] = None,
+    reachable: Annotated[str | None, typer.Option(help="Whether others can connect to it: auto, yes or no.")] = None,
     device: Annotated[str | None, typer.Option(help="auto, cpu, cuda or cuda:1.")] = None,
     gpus: Annotated[int | None, typer.Option(help="GPUs of this host to train on, one process each.")] = None,
     ranks: Annotated[int | None, typer.Option(help="Training processes on the CPU, as if they were GPUs.")] = None,
-    tensor_parallel: Annotated[int | None, typer.Option(help="So many of them divide each matrix.")] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(help="Training processes that divide each matrix; 1: none do.")
+    ] = None,
     threads: Annotated[int | None, typer.Option(help="CPU threads of a training process; 0: PyTorch's choice.")] = None,
     micro_batch: Annotated[int | None, typer.Option(help="Sequences per forward pass; 0 chooses.")] = None,
     precision: Annotated[str | None, typer.Option(help="Of the weights: auto (the run's), fp32 or bf16.")] = None,
     activation_checkpointing: Annotated[
-        str | None, typer.Option(help="Compute activations again: auto, on or off.")
+        str | None, typer.Option(help="Compute activations again going backward: auto, on or off.")
     ] = None,
-    attention: Annotated[str | None, typer.Option(help="auto, sdpa, eager, flex or flash.")] = None,
-    compile: Annotated[bool | None, typer.Option(help="Compile the decoder's layers.")] = None,
-    share: Annotated[int | None, typer.Option(help="Share of the batch; 0: the measured speed.")] = None,
+    attention: Annotated[str | None, typer.Option(help="Implementation: auto, sdpa, eager, flex or flash.")] = None,
+    compile: Annotated[bool | None, typer.Option(help="Compile the decoder's layers with torch.compile.")] = None,
+    share: Annotated[
+        int | None, typer.Option(help="Share of the batch, compared with the others'; 0: the measured speed.")
+    ] = None,
     evaluate_every: Annotated[
         int | None, typer.Option(help="Rounds between held-out evaluations; 0: at the end.")
     ] = None,
@@ -80,11 +93,16 @@ def run(
         list[Path] | None, typer.Option("--tasks", help="Task file to evaluate while the node waits; repeat.")
     ] = None,
     check_every: Annotated[int | None, typer.Option(help="Rounds between weight digests; 0: at the end.")] = None,
-    update_timeout: Annotated[float | None, typer.Option(help="Seconds to look for an update that counts.")] = None,
+    update_timeout: Annotated[
+        float | None, typer.Option(help="Seconds to look for an update that counts before giving up.")
+    ] = None,
     fault: Annotated[list[str] | None, typer.Option(help="Misbehave on purpose (tests).", hidden=True)] = None,
     name: Annotated[str, typer.Option(help="Name of this node in its log.")] = "node",
 ) -> None:
     """Join a run and train until it is finished. SIGTERM or Ctrl-C ends the node and its processes.
+
+    It needs --run, --rpc, --folder, --model and --data, as flags or in the file of --config. What the others are if
+    they are left out: docs/reference/settings.md.
 
     Several hosts: started by torchrun on each, rank 0 is the node, and the others train along with it.
     """
@@ -133,14 +151,12 @@ def run(
         "update_timeout": update_timeout,
         "faults": tuple(fault or ()),
     }
+    interrupts = Interrupts()
     try:
-        settings = load_config(config, overrides)
-    except ConfigError as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(_last_line(exit_for(error))) from None
-    try:
-        code = asyncio.run(_run(settings))
-    except KeyboardInterrupt:  # before the handler below was there
+        with interrupts.heard():
+            code = _run(config, overrides, interrupts)
+    except KeyboardInterrupt:  # before there was a node
+        log.info("stopped by a signal")
         code = Exit.INTERRUPTED
     raise typer.Exit(code)
 
@@ -149,17 +165,21 @@ def run(
 def show(
     folder: Annotated[Path, typer.Option(help="The node's folder; made if it is missing.")],
 ) -> None:
-    """Print the id of the node key, which is made if there is none: others need it before this node runs, to name it
-    as `/ip4/ADDRESS/tcp/PORT/p2p/ID` in their `bootstrap`."""
+    """Print the id of the node key, which is made if there is none.
+
+    Others need it before this node runs, to name it as /ip4/IP/tcp/PORT/p2p/ID in their --bootstrap.
+    """
     from psyche_node.identity import IdentityError, load_or_create_node_key
 
     logs.configure("keys")
-    try:
+    with failures(IdentityError):
+        path = folder / "node.key"
+        new = not path.exists()
         folder.mkdir(parents=True, exist_ok=True)
-        typer.echo(load_or_create_node_key(folder / "node.key").node_id)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
+        key = load_or_create_node_key(path)
+    if new:
+        typer.secho(f"made a new node key in {path}, for there was none", dim=True, err=True)
+    typer.echo(key.node_id)
 
 
 @keys.command()
@@ -174,11 +194,8 @@ def rotate(
     if not folder.is_dir():
         typer.secho(f"{folder} is no folder: name the one that the node runs with", fg="red", err=True)
         raise typer.Exit(Exit.CONFIG)
-    try:
+    with failures(IdentityError):
         old, new = rotate_node_key(path)
-    except (IdentityError, OSError) as error:
-        typer.secho(str(error), fg="red", err=True)
-        raise typer.Exit(exit_for(error)) from None
     if old is not None:
         typer.echo(f"old node key  {old.node_id}  (kept in {path}.old; remove it when the node runs)")
     typer.echo(f"new node key  {new.node_id}  ({path})")
@@ -188,33 +205,32 @@ def rotate(
     typer.echo("stopped cannot come back once the run has trained, in this version: do it before the first round.")
 
 
-async def _run(settings: NodeConfig) -> int:
+def _run(config: Path | None, overrides: dict[str, object], interrupts: Interrupts) -> Exit:
     """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
+    from psyche_node.node.config import ConfigError, load_config
+
+    try:
+        settings = load_config(config, overrides)
+    except ConfigError as error:
+        typer.secho(str(error), fg="red", err=True)
+        return _last_line(exit_for(error))
     from psyche_node.node.daemon import Node
     from psyche_node.node.folder import held
 
     async def live() -> None:
-        with held(settings.folder):
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        with interrupts.call(lambda: loop.call_soon_threadsafe(task.cancel)), held(settings.folder):
             await Node(settings).run()
 
-    loop, task = asyncio.get_running_loop(), asyncio.create_task(live())
-    asked = False
-
-    def stop() -> None:
-        nonlocal asked
-        asked = True
-        task.cancel()
-
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, stop)
     try:
-        await task
+        asyncio.run(live())
     except asyncio.CancelledError:
         log.info("stopped by a signal")
         return Exit.INTERRUPTED
     except Exception as error:
-        if asked:
+        if interrupts.asked:
             # Its processes may have got the signal, too, and have been quicker.
             log.info("stopped by a signal; on the way: %s", in_words(error))
             return Exit.INTERRUPTED
@@ -225,8 +241,9 @@ async def _run(settings: NodeConfig) -> int:
 
 
 def _last_line(code: Exit) -> Exit:
-    """Log what the code is called and what to do next."""
-    log.log(_level(code), "exit code %d, %s: %s", code, code.name, code.resolve)
+    """Log what the code is called and, where the error's own words have not said it, what to do next."""
+    advice = "" if code in SAID else f": {code.resolve}"
+    log.log(_level(code), "exit code %d, %s%s", code, code.name, advice)
     return code
 
 
@@ -234,8 +251,19 @@ def _level(code: Exit) -> int:
     return logging.INFO if code in NOTHING_TO_DO else logging.ERROR
 
 
+# Those that take part in a run come first in --help: `run`, above, and these.
+app.command()(plan)
+app.command()(terms)
+app.command("eval")(evaluate)
+app.command()(chat)
+app.command()(serve)
+app.add_typer(keys, name="keys")
+app.add_typer(data_commands, name="data")
+app.add_typer(recipe.app, name="recipe")
+
+
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ Each code says what it means and how to resolve it; ``docs/reference/exit-codes.
 
 from __future__ import annotations
 
+import os
+
 from coordinator.exit_code import ExitCode
 
 RANGES = (
@@ -40,7 +42,7 @@ class Exit(ExitCode):
     )
     CONFIG = (
         10,
-        "A setting is missing, unknown or wrong, or this node's model or data is not the run's.",
+        "A setting is missing, unknown or wrong, a path is not there, or this node's model or data is not the run's.",
         "The message names the setting and what to write. After a wrong model root or data manifest: get the run's own "
         "model and data, as its owner published them.",
     )
@@ -72,8 +74,9 @@ class Exit(ExitCode):
     )
     TRANSACTION_FAILED = (
         21,
-        "The cluster refused a transaction before the program saw it, most often because the wallet is empty.",
-        "Look at the wallet's balance with `psyche-admin keys show FILE`, fund it, and start again.",
+        "The wallet has too little, or the cluster refused a transaction before the program saw it.",
+        "The message says which, and how much to send to the wallet. `psyche-admin keys show FILE --rpc URL` shows "
+        "what it has.",
     )
     PROGRAM_REFUSED = (
         22,
@@ -84,7 +87,8 @@ class Exit(ExitCode):
     JOIN_REFUSED = (
         23,
         "The run does not take this node now.",
-        "Join before the run's first round is over. One wallet is one node: one with a new key ends the other.",
+        "The message says why. Too late: the next run, or this one when it gets a new model. Another host with this "
+        "wallet: one wallet is one node.",
     )
     STATE_UNREADABLE = (
         24,
@@ -132,9 +136,9 @@ class Exit(ExitCode):
     )
     DATA = (
         40,
-        "The data set cannot be read or prepared.",
-        "The message names the file and the record. Formats: messages, ShareGPT `conversations`, prompt/completion, "
-        "text, tokens. `psyche-node data prepare --help` says where data may be.",
+        "Data or a task file cannot be read, or data cannot be prepared.",
+        "The message names the file and what is wrong there. Formats: messages, ShareGPT `conversations`, "
+        "prompt/completion, text, tokens. `psyche-node data prepare --help` says where data may be.",
     )
     DATA_MISMATCH = (
         41,
@@ -148,8 +152,9 @@ class Exit(ExitCode):
     )
     SEPARATION = (
         51,
-        "The start-up self-test found that packed documents see each other.",
-        "Use a version of transformers that the project pins; this would silently train the wrong thing.",
+        "The start-up self-test found that packed documents see each other, or tokens what comes after them.",
+        "Do what the message says, or use a version of transformers that the project pins; it would silently train the "
+        "wrong thing.",
     )
     TRAINING = (
         52,
@@ -214,6 +219,26 @@ class Exit(ExitCode):
 NOTHING_TO_DO = (Exit.OK, Exit.RUN_FINISHED, Exit.LEFT, Exit.INTERRUPTED)
 """Ends that are no fault: nobody need look."""
 
+SAID = (
+    Exit.CONFIG,
+    Exit.WALLET,
+    Exit.NODE_KEY,
+    Exit.FOLDER_IN_USE,
+    Exit.CHAIN_UNAVAILABLE,
+    Exit.TRANSACTION_FAILED,
+    Exit.JOIN_REFUSED,
+    Exit.EJECTED,
+    Exit.RUN_NOT_FOUND,
+    Exit.DROPPED,
+    Exit.RUN_FINISHED,
+    Exit.LEFT,
+    Exit.NETWORK,
+    Exit.DATA,
+    Exit.DATA_MISMATCH,
+    Exit.DESYNCED,
+)
+"""Ends whose errors say themselves what to do, for their own cause: what fits all of them would only be beside it."""
+
 _EXITS: dict[str, Exit] = {
     "psyche_node.node.config.ConfigError": Exit.CONFIG,
     "coordinator.run_config.ConfigError": Exit.CONFIG,
@@ -224,10 +249,10 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.identity.IdentityError": Exit.NODE_KEY,
     "coordinator.rpc.ChainUnavailable": Exit.CHAIN_UNAVAILABLE,
     "coordinator.failures.ProgramError": Exit.PROGRAM_REFUSED,
-    "coordinator.rpc.BadUrl": Exit.CONFIG,
-    "coordinator.rpc.RpcError": Exit.RPC_REFUSED,
+    "coordinator.urls.BadUrl": Exit.CONFIG,
+    "coordinator.jsonrpc.RpcError": Exit.RPC_REFUSED,
     "coordinator.pulses.RunNotFound": Exit.RUN_NOT_FOUND,
-    "coordinator.rpc.ChainError": Exit.TRANSACTION_FAILED,
+    "coordinator.jsonrpc.ChainError": Exit.TRANSACTION_FAILED,
     "coordinator.state.MalformedAccount": Exit.STATE_UNREADABLE,
     "psyche_node.node.standing.JoinRefused": Exit.JOIN_REFUSED,
     "psyche_node.node.standing.RunFinished": Exit.RUN_FINISHED,
@@ -280,9 +305,16 @@ def in_words(error: BaseException) -> str:
     class is part of it."""
     error = _first(error)
     code, there = exit_for(error), error.there if isinstance(error, Reported) else None
-    kind, message = there or (type(error).__name__, str(error))
+    kind, message = there or (type(error).__name__, message_of(error))
     unforeseen = code is (Exit.UNEXPECTED if there is None else Exit.CHILD_PROCESS)
     return f"{kind}: {message}" if unforeseen else message
+
+
+def message_of(error: BaseException) -> str:
+    """An error's message; of the system's, without its number and Python's quotes."""
+    if isinstance(error, OSError) and error.strerror and isinstance(error.filename, (str, os.PathLike)):
+        return f"{os.fspath(error.filename)}: {error.strerror}"
+    return str(error)
 
 
 def exit_for(error: BaseException) -> Exit:

@@ -12,7 +12,7 @@ from optimizer.layout import Layout
 from psyche_node.data.manifest import Manifest
 from psyche_node.training.hashing import model_root
 from psyche_node.training.model import build_model
-from psyche_node.training.preparing import check_vocabulary
+from psyche_node.training.preparing import check_places, check_vocabulary
 from psyche_node.training.weights import load_into
 
 
@@ -34,13 +34,15 @@ class BuiltModel:
     layout: Layout
 
     @classmethod
-    def build(cls, folder: Path, topk: int, only_bf16: bool, vocabulary: int = 0) -> Self:
+    def build(cls, folder: Path, topk: int, only_bf16: bool, data: Manifest | None = None) -> Self:
         """``only_bf16``: weights are kept in bf16, without fp32 masters.
 
-        Raises ModelError: there is no such model, or its vocabulary is smaller than the ``vocabulary`` of the data.
+        Raises ModelError: there is no such model, or its vocabulary or its positions are too few for the ``data``.
         """
         model, _ = build_model(folder, torch.bfloat16 if only_bf16 else torch.float32)
-        check_vocabulary(folder, model, vocabulary)
+        if data is not None:
+            check_vocabulary(folder, model, data.vocabulary)
+            check_places(folder, model, data.sequence_length)
         shapes = [(name, tuple(p.shape)) for name, p in model.named_parameters() if p.requires_grad]
         return cls(folder, model, Layout.build(shapes, topk, only_bf16))
 

@@ -20,7 +20,7 @@ from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from psyche_node.exits import Exit, Reported, exit_for
+from psyche_node.exits import Exit, Reported, exit_for, message_of
 
 log = logging.getLogger(__name__)
 MAX_FRAME = 16 * 1024 * 1024
@@ -67,7 +67,7 @@ class Failure(Message):
         return cls(
             request=request,
             error=type(error).__name__,
-            message=str(error)[:MAX_MESSAGE],
+            message=message_of(error)[:MAX_MESSAGE],
             exit_code=Exit.CHILD_PROCESS if code is Exit.UNEXPECTED else code,
         )
 
@@ -185,6 +185,8 @@ class Endpoint:
         self._pending: dict[int, asyncio.Future[Message]] = {}
         self._next_id = 1
         self.closed = asyncio.Event()
+        self.heard = False
+        """Whether the process has ever said anything: before, it is still being started."""
         self._pump = asyncio.create_task(self._receive(), name=f"ipc-{name}")
 
     @classmethod
@@ -232,6 +234,7 @@ class Endpoint:
                 if length > MAX_FRAME:
                     raise IpcError(f"a frame of {length} bytes exceeds {MAX_FRAME}")
                 request_id, message = decode_frame(await self._reader.readexactly(length))
+                self.heard = True
                 if request_id == 0:
                     self._on_event(message)
                 elif (future := self._pending.get(request_id)) is not None and not future.done():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import typer
 
 from coordinator.admin import auth, evaluations, keys, ledgers, members, programs, records, runs, steering, watching
+from coordinator.pipes import end_with_reader
 
 app = typer.Typer(
     name="psyche-admin",
@@ -26,4 +27,4 @@ app.add_typer(members.app, name="member")
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)

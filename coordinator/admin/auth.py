@@ -69,6 +69,12 @@ async def revoke(
     """Take a grant back; its deposit returns. Members that joined under it stay, unless --eject puts them out."""
     key = _grantee(grantee, anyone)
     address = grant_address(one.client.program_id, one.me, one.client.addresses.run, key or Pubkey.default())
+    there = await one.client.account(address, (0, 0))
+    if there is None or there.owner != one.client.program_id:
+        raise ConfigError(
+            f"{one.me} has granted {key or 'anyone'} nothing in this run; who may join by which grant: psyche-admin "
+            "auth list RUN"
+        )
     out = [member for member in await one.client.members() if member.live and member.grant == address]
     caution = f"{len(out)} members are put out, and their work in open rounds is lost." if eject else None
     await one.send(

@@ -9,11 +9,21 @@ from typing import Any, Final
 from solders.pubkey import Pubkey
 
 from coordinator.admin.output import address_of
-from coordinator.run_config import ConfigError, LimitSettings, TermSettings, parse_overrides, validated
+from coordinator.run_config import ConfigError, LimitSettings, Settings, TermSettings, parse_overrides, validated
 from coordinator.state import Limits, Phase, Run, Terms
+from coordinator.wording import no_such_key
 
 _ANYONE: Final = "anyone"
 _LAMPORTS_MOST: Final = 10_000_000_000
+
+
+class _Changeable(Settings):
+    """What may follow `run set RUN`."""
+
+    limits: LimitSettings
+    terms: TermSettings
+    join_authority: str
+    reward_rate: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,7 +93,9 @@ def change_of(run: Run, texts: Sequence[str]) -> Change:
     limits: dict[str, Any] = _section(table, "limits") or {}
     terms = _section(table, "terms")
     authority, rate = table.pop("join_authority", None), table.pop("reward_rate", None)
-    limits |= table  # limits may be named without their section
+    for key in table:
+        why = "a run keeps the name it has" if key == "run_id" else no_such_key((key,), _Changeable)
+        raise ConfigError(f"{key}: {why}")
     keys = tuple(text.partition("=")[0].strip() for text in texts)
     new_limits = validated(LimitSettings, {**asdict(_limits_of(run)), **limits}, "limits") if limits else None
     new_terms = None

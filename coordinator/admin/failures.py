@@ -9,9 +9,9 @@ from coordinator.chain import ChainError, ChainUnavailable, ProgramError, RpcErr
 from coordinator.client import RunExists, RunNotFound
 from coordinator.deploy import DeployError
 from coordinator.history import HistoryIncomplete
-from coordinator.rpc import BadUrl
 from coordinator.run_config import ConfigError
 from coordinator.state import MalformedAccount
+from coordinator.urls import BadUrl
 from coordinator.wallet import WalletError
 
 

@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -52,14 +52,36 @@ class Folders:
         return self.model is not None or self.data is not None
 
     def draft(self, table: SettingsTable) -> RunSettings:
-        """The settings before the folders are looked at, with something standing in for what they will give.
+        """The settings before the folders are read, with something standing in for what they will give.
 
         Raises:
-            ConfigError: a key is missing, unknown or out of range.
+            ConfigError: a key is missing, unknown or out of range, or a folder is not there; with all that is wrong.
         """
         given = table.terms()
-        wanted = [key for key, flag in TERMS_OF_FOLDERS.items() if self._named(flag) and key not in given]
-        return table.with_terms({key: _STANDING_IN[key] for key in wanted}).checked()
+        lacking = [key for key in TERMS_OF_FOLDERS if key not in given]
+        standing_in = {key: _STANDING_IN[key] for key in lacking if self._named(TERMS_OF_FOLDERS[key])}
+        wrong = list(self._unusable())
+        try:
+            settings = table.with_terms(standing_in).checked()
+        except ConfigError as error:
+            wrong.insert(0, str(error))
+            for flag in sorted({TERMS_OF_FOLDERS[key] for key in lacking if key not in standing_in}):
+                keys = ", ".join(key for key in lacking if TERMS_OF_FOLDERS[key] == flag)
+                wrong.append(f"  {flag} FOLDER works out {keys}")
+        else:
+            if not wrong:
+                return settings
+            wrong.insert(0, "the folders cannot be used:")
+        raise ConfigError("\n".join(wrong))
+
+    def _unusable(self) -> Iterator[str]:
+        """What can be seen at once of folders that are not what they should be."""
+        for folder, flag, file, what in (
+            (self.model, "--model", "config.json", "a Hugging Face model folder"),
+            (self.data, "--data", "manifest.json", "a folder that `psyche-node data prepare` has made"),
+        ):
+            if folder is not None and not (folder / file).is_file():
+                yield f"  {flag} {folder}: there is no {file} in it; name {what}"
 
     def terms(self, table: SettingsTable, topk: int) -> dict[str, Any]:
         """The keys of `terms` that follow from the folders. Reads both of them whole.

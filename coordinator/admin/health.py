@@ -10,7 +10,8 @@ from typing import Any, Final
 from rich.markup import escape
 
 from coordinator.chain import ChainError
-from coordinator.rpc import Endpoints, shown_url
+from coordinator.rpc import Endpoints
+from coordinator.urls import shown_url
 
 # An endpoint further behind than this is not one to act on.
 LAGGING_SLOTS: Final = 150

@@ -10,6 +10,7 @@ import typer
 from coordinator.admin.health import probe
 from coordinator.admin.options import RPC_DEFAULT, AsJson, Rpc
 from coordinator.admin.output import address_of, lamports_of, show
+from coordinator.admin.registering import TakesNumbers
 from coordinator.admin.session import PATIENCE, chain_at, go
 from coordinator.chain import ChainUnavailable
 from coordinator.funds import sol
@@ -24,7 +25,7 @@ For a chain of your own, in another terminal:
     psyche-admin program deploy --payer owner.json"""
 
 
-@app.command("airdrop")
+@app.command("airdrop", cls=TakesNumbers)
 def airdrop(
     to: Annotated[str, typer.Argument(help="Address, or a wallet file.")],
     amount: Annotated[str, typer.Argument(help="SOL, up to 9 decimals.")] = "10",

@@ -64,15 +64,18 @@ def pubkey(text: str, what: str) -> Pubkey:
     try:
         return Pubkey.from_string(text)
     except ValueError:
-        raise ConfigError(
-            f"{what} {text!r} is neither an address (32 bytes in base58) nor a file that exists"
-        ) from None
+        raise ConfigError(f"{what} {text!r} is not an address (32 bytes in base58)") from None
 
 
 def address_of(text: str, what: str) -> Pubkey:
     """An address, or that of a wallet file. Raises ConfigError, WalletError."""
     path = Path(text)
-    return load_keypair(path).pubkey() if path.is_file() else pubkey(text, what)
+    if path.is_file():
+        return load_keypair(path).pubkey()
+    try:
+        return pubkey(text, what)
+    except ConfigError as error:
+        raise ConfigError(f"{error}, and not a wallet file that exists") from None
 
 
 def lamports_of(text: str) -> int:
@@ -82,6 +85,8 @@ def lamports_of(text: str) -> int:
         whole = int(lamports)
     except (InvalidOperation, ValueError, OverflowError):
         raise ConfigError(f"{text!r} is not an amount of SOL") from None
-    if whole != lamports or not 0 < whole < 2**64:
-        raise ConfigError(f"{text} SOL cannot be sent: it must be above 0 and have at most 9 decimals")
+    if whole <= 0:
+        raise ConfigError(f"{text} SOL cannot be sent: an amount must be above 0")
+    if whole != lamports or whole >= 2**64:
+        raise ConfigError(f"{text} SOL cannot be sent: an amount has at most 9 decimals, and less than 2^64 lamports")
     return whole

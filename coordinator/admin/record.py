@@ -50,7 +50,8 @@ class Line:
     def __getitem__(self, key: str) -> Any:
         """Raises InvalidRecord for a key that is missing."""
         if key not in self.value:
-            raise InvalidRecord(f"line {self.number}: {self.value.get('kind')} has no {key!r}")
+            what = self.value.get("kind", "what is no line of a record")
+            raise InvalidRecord(f"line {self.number}: {what} has no {key!r}")
         return self.value[key]
 
     def integer(self, key: str) -> int:

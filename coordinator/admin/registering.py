@@ -3,15 +3,26 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any
+from typing import Any, Final
 
 import typer
+from typer.core import TyperCommand
 
 from coordinator.admin.session import go
 
+_NEGATIVE: Final = re.compile(r"-\.?\d.*")
 Command = Callable[..., Coroutine[Any, Any, None]]
 Parameters = Mapping[str, inspect.Parameter]
+
+
+class TakesNumbers(TyperCommand):
+    """A command line on which -5 is a number that cannot be used, and not an option that there is none of."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        ctx.ignore_unknown_options = any(_NEGATIVE.fullmatch(one) for one in args)
+        return super().parse_args(ctx, args)
 
 
 def parameters(function: Callable[..., Any]) -> Parameters:
@@ -45,5 +56,5 @@ def register(
     )
     run_command.__annotations__ = {one.name: one.annotation for one in both}
     run_command.__doc__ = command.__doc__
-    app.command(name)(run_command)
+    app.command(name, cls=TakesNumbers)(run_command)
     return command

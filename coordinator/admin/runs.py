@@ -16,6 +16,7 @@ from solders.pubkey import Pubkey
 
 from coordinator import instructions
 from coordinator.addresses import run_addresses
+from coordinator.admin.created import Created, slot_seconds
 from coordinator.admin.folders import Folders
 from coordinator.admin.options import (
     RPC_DEFAULT,
@@ -110,11 +111,17 @@ def create(
                 for line in folder_lines(table, computed):
                     print(line, file=sys.stderr)
                 settings = table.with_terms(computed).checked()
+            created = Created(settings, await slot_seconds(client))
+            for line in () if as_json else created.lines():
+                print(line)
+            for caution in created.cautions():
+                print(f"warning: {caution}", file=sys.stderr)
+            about = {"run_id": settings.run_id, "address": str(run), "owner": str(owner), "computed": computed}
             await carry_out(
                 client,
                 manner,
                 step(settings),
-                {"run_id": settings.run_id, "address": str(run), "owner": str(owner), "computed": computed},
+                about | created.to_json(),
                 f"run [bold]{escape(settings.run_id)}[/bold] created at {run}",
             )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from rich.markup import escape
 from solders.compute_budget import set_compute_unit_limit, set_compute_unit_price
@@ -17,12 +17,11 @@ from solders.pubkey import Pubkey
 from solders.transaction import Transaction
 
 from coordinator.admin.output import confirm, show
-from coordinator.chain import Chain, ChainUnavailable, ProgramError, TransactionFailed
+from coordinator.chain import Chain, ChainUnavailable, TransactionFailed
+from coordinator.failures import failure
 from coordinator.funds import lamports_needed, require_funds, sol
 from coordinator.run_costs import fee_of
 from coordinator.transactions import COMPUTE_UNITS, MAX_TRANSACTION_BYTES
-
-_UNPAID: Final = ("AccountNotFound", "InsufficientFundsForFee")
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +123,15 @@ async def simulate(chain: Chain, manner: Manner, step: Step) -> Simulated:
     if not isinstance(value, dict):
         raise ChainUnavailable("simulateTransaction: the endpoint's answer does not have Solana's shape")
     if value.get("err") is not None:
-        raise _failure(value, everything, manner)
+        logs = value.get("logs")
+        raise failure(
+            value["err"],
+            logs if isinstance(logs, list) else [],
+            payer=payer,
+            instructions=everything,
+            program_id=manner.program,
+            signature=None,
+        )
     signatures = message.header.num_required_signatures
     units = value.get("unitsConsumed")
     fee = fee_of(signatures, manner.priority_fee)
@@ -202,21 +209,3 @@ def _lamports_after(value: dict[str, Any]) -> int | None:
     except (TypeError, KeyError, IndexError):
         return None
     return lamports if isinstance(lamports, int) else None
-
-
-def _failure(value: dict[str, Any], instructions: Sequence[Instruction], manner: Manner) -> TransactionFailed:
-    error, logs = value["err"], value.get("logs")
-    lines = [str(line)[:1000] for line in logs[:200]] if isinstance(logs, list) else []
-    if error in _UNPAID:
-        text = f"wallet {manner.payer.pubkey()} cannot pay the fee ({error}); send it some SOL"
-        return TransactionFailed(text, error, lines, None)
-    if isinstance(error, dict) and isinstance(error.get("InstructionError"), list):
-        index, cause = (*error["InstructionError"], None, None)[:2]
-        if isinstance(index, int) and 0 <= index < len(instructions):
-            code = cause.get("Custom") if isinstance(cause, dict) else None
-            if isinstance(code, int) and instructions[index].program_id == manner.program:
-                return ProgramError(code, lines, error)
-            last = f" (last log line: {lines[-1]})" if lines else ""
-            text = f"program {instructions[index].program_id} would fail: {cause}{last}"
-            return TransactionFailed(text, error, lines, None)
-    return TransactionFailed(f"the transaction would fail: {error}", error, lines, None)

@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import typer
-from rich.console import Console
-from rich.logging import RichHandler
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
@@ -30,12 +28,10 @@ PATIENCE = 10.0
 
 def go(action: Coroutine[Any, Any, None]) -> None:
     """Run a command to its end. Raises typer.Exit for one that fails in a way that its user can resolve."""
-    logging.basicConfig(
-        # Retries are not news here: what they come to is said at the end.
-        level=logging.ERROR,
-        format="%(message)s",
-        handlers=[RichHandler(console=Console(stderr=True), show_time=False, show_path=False)],
-    )
+    said = logging.StreamHandler()
+    said.setFormatter(_AsMessages())
+    # Retries are not news here: what they come to is said at the end.
+    logging.basicConfig(level=logging.ERROR, handlers=[said])
     try:
         asyncio.run(action)
     except KeyboardInterrupt:
@@ -44,8 +40,19 @@ def go(action: Coroutine[Any, Any, None]) -> None:
         status = status_of(error)
         if status is None:
             raise
-        print(f"psyche-admin: {printable(message_of(error), LINES)}", file=sys.stderr)
+        print(_message(message_of(error)), file=sys.stderr)
         raise typer.Exit(status) from None
+
+
+class _AsMessages(logging.Formatter):
+    """A line of the log in the form of this command's other messages."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return _message(super().format(record))
+
+
+def _message(text: str) -> str:
+    return f"psyche-admin: {printable(text, LINES)}"
 
 
 def chain_at(

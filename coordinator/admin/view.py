@@ -14,7 +14,7 @@ from rich.text import Text
 from coordinator.admin.watched import Watched
 from coordinator.funds import sol
 from coordinator.printable import printable
-from coordinator.run_report import PHASE_STYLES, STATUS_STYLES
+from coordinator.run_report import PHASE_STYLES, STATUS_STYLES, active_words, void_words
 from coordinator.state import Member, MemberStatus, Phase, Request, Round
 
 _WIDE: Final = 110
@@ -71,7 +71,7 @@ def _compact(watched: Watched) -> RenderableType:
     first.append_text(_phase(watched)).append("  next step ", style="dim").append_text(_left(watched))
     second = Text.from_markup(
         f"round {run.round:,} of {run.limits.total_rounds:,} [dim]({_progress(watched)})[/dim]  "
-        f"{header.active:,} active  {run.tokens:,} tokens  [dim]{watched.waits_for}[/dim]"
+        f"{active_words(run, header)}  {run.tokens:,} tokens  [dim]{watched.waits_for}[/dim]"
     )
     healthy = sum(one.healthy for one in watched.endpoints)
     worst = "green" if healthy == len(watched.endpoints) else "yellow" if healthy else "red"
@@ -119,10 +119,12 @@ def _state(watched: Watched) -> RenderableType:
     bar.add_column(no_wrap=True)
     bar.add_row(ProgressBar(total=100, completed=100 * watched.share_done), _progress(watched))
     grid.add_row("progress", bar)
+    if void := void_words(run):
+        grid.add_row("", Text(void, style="yellow"))
     pace = watched.tokens_per_second
     speed = f"  [dim]{pace:,.0f} per second[/dim]" if pace else ""
     grid.add_row("tokens", f"{run.tokens:,}{speed}")
-    members = f"{header.members:,} of {run.limits.max_members:,}, {header.active:,} active"
+    members = f"{header.members:,} of {run.limits.max_members:,}, {active_words(run, header)}"
     few = header.active < run.limits.min_members and run.phase not in (Phase.WAITING_FOR_MEMBERS, Phase.WARMUP)
     style = "yellow" if few else "dim"
     grid.add_row("members", f"{members}  [{style}]at least {run.limits.min_members:,}[/{style}]")

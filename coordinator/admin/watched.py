@@ -8,6 +8,7 @@ from typing import Any, Final
 
 from coordinator.admin.costs import Costs, estimate
 from coordinator.admin.health import EndpointHealth
+from coordinator.run_report import active_words
 from coordinator.snapshot import Snapshot
 from coordinator.state import UNKNOWN_SLOT, Phase, Round
 
@@ -157,5 +158,5 @@ class Watched:
         left = "" if self.left is None else f", next step in {self.left:.1f} s" if self.left else ", next step due"
         return (
             f"slot {self.now.slot} {run.phase.name} round {run.round}/{run.limits.total_rounds} epoch {run.epoch}: "
-            f"{self.waits_for}{left}; {header.active} active, {run.tokens} tokens"
+            f"{self.waits_for}{left}; {active_words(run, header)}, {run.tokens} tokens"
         )

@@ -1,8 +1,8 @@
 """The ledger's state: a Solana VM, a chain of slots, and everything a cluster enforces around them.
 
 LiteSVM executes transactions; it has no blocks, one blockhash, no size limit and no notion of time. This module adds
-those: slots with entry hashes and bank hashes (the SlotHashes sysvar), a window of valid blockhashes, refusal of
-duplicates, the 1,232-byte limit, signature checks and a bounded history.
+slots with entry hashes and bank hashes (the SlotHashes sysvar), a window of valid blockhashes and refusal of
+duplicates. `sanitize` adds what is checked of a transaction by itself, `history` what is remembered of it.
 
 Every change of state is one of the values in `Change` and passes through `Bank.apply`, nowhere else: a log of changes
 replayed into a new bank with the same genesis gives the same state.
@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from typing import Final
 
 from solders.account import Account
-from solders.address_lookup_table_account import AddressLookupTable
 from solders.clock import Clock
 from solders.compute_budget import set_compute_unit_limit
 from solders.hash import Hash
@@ -32,37 +31,20 @@ from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
-from coordinator.ledger.encoding import error_json
-from coordinator.ledger.state import Block, Capture, Chain, Record, State
+from coordinator.ledger.encoding import Json, error_json
+from coordinator.ledger.history import History
+from coordinator.ledger.sanitize import Checked, Refused, accounts_of, sanitize
+from coordinator.ledger.state import MAX_BLOCKHASH_AGE, Block, Capture, Chain, Record, State
 
-MAX_TRANSACTION_BYTES: Final = 1232
-MAX_BLOCKHASH_AGE: Final = 150
 MAX_SLOT_HASHES: Final = 512
 SLOTS_PER_EPOCH: Final = 432_000
 LAMPORTS_PER_SIGNATURE: Final = 5000
-# History serves getTransaction and getSignaturesForAddress; duplicates are refused independently of it.
-HISTORY_TRANSACTIONS: Final = 20_000
-# A client asks for its transaction's status until the blockhash is too old, and signs again if there is none: no flood
-# of others may push it out before that. Twice a blockhash's age, in slots.
-HISTORY_SLOTS: Final = 2 * MAX_BLOCKHASH_AGE
 HISTORY_BLOCKS: Final = 8_192
 FAUCET_LAMPORTS: Final = 500_000_000 * 10**9
 SYSTEM_PROGRAM: Final = Pubkey.default()
 _SYSVAR_OWNER: Final = Pubkey.from_string("Sysvar1111111111111111111111111111111111111")
 _TIME_SYSVARS: Final = frozenset({CLOCK, SLOT_HASHES})
 _SLOT_HASHES_BYTES: Final = 8 + 40 * MAX_SLOT_HASHES
-
-
-class Refused(Exception):
-    """A transaction that never enters the ledger; no state changed and no fee was taken.
-
-    `error` is Solana's name for it (as in a TransactionError), `text` says what and why.
-    """
-
-    def __init__(self, error: str, text: str) -> None:
-        super().__init__(text)
-        self.error = error
-        self.text = text
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +63,6 @@ class Execute:
 
 
 Change = AdvanceSlot | Execute
-
-
-@dataclass(frozen=True, slots=True)
-class Checked:
-    """A transaction that passed every check short of execution."""
-
-    wire: bytes
-    parsed: VersionedTransaction
-    message_hash: bytes
-    blockhash: bytes
-
-    @property
-    def signature(self) -> Signature:
-        return self.parsed.signatures[0]
 
 
 class Bank:
@@ -124,8 +92,7 @@ class Bank:
         self.blocks: deque[Block] = deque(maxlen=HISTORY_BLOCKS)
         self._blockhashes: OrderedDict[bytes, int] = OrderedDict({self._entry: 0})
         self._seen: dict[bytes, set[bytes]] = {self._entry: set()}
-        self._history: OrderedDict[Signature, Record] = OrderedDict()
-        self._by_address: dict[Pubkey, deque[Record]] = {}
+        self.history = History()
         # Every account that a transaction may have changed: with what `LiteSVM()` starts with, the VM's whole state.
         self._accounts: dict[Pubkey, None] = {self._faucet.pubkey(): None}
         self._capture: Capture | None = None
@@ -200,7 +167,7 @@ class Bank:
         message = parsed.message
         if not isinstance(message, Message | MessageV0):
             raise ValueError("a change must be a transaction that passed `check`")
-        keys, writable, loaded_from = self._accounts_of(message)
+        keys, writable, loaded_from = accounts_of(message, self._vm.get_account)
         if self._capture is not None:
             self._capture.keep(writable)
         balance = self._vm.get_balance
@@ -208,7 +175,7 @@ class Bank:
         before = tuple([balance(key) or 0 for key in keys])
         result = self._vm.send_transaction(parsed)
         after = tuple([balance(key) or 0 for key in keys])
-        failed = isinstance(result, FailedTransactionMetadata)
+        error: Json = None
         if isinstance(result, FailedTransactionMetadata):
             if after[0] == before[0]:
                 return result
@@ -216,7 +183,8 @@ class Bank:
                 # All that a failed transaction changes is its payer's account: it paid the fee.
                 self._vm.set_account(keys[0], payer)
                 return result
-            meta = result.meta()
+            # A failed transaction changes its fee payer and nothing else.
+            error, meta, writable = error_json(result.err()), result.meta(), keys[:1]
         else:
             meta = result
         record = Record(
@@ -226,46 +194,30 @@ class Bank:
             transaction=wire,
             keys=keys,
             loaded_from=loaded_from,
-            # A failed transaction changes its fee payer and nothing else.
-            writable=keys[:1] if failed else writable,
-            error=error_json(result.err()) if isinstance(result, FailedTransactionMetadata) else None,
+            writable=writable,
+            error=error,
             meta=meta,
             balances_before=before,
             balances_after=after,
         )
+        self._enter(record, message)
+        return record
+
+    def _enter(self, record: Record, message: Message | MessageV0) -> None:
+        """Make a transaction that was executed part of the chain and of what is remembered."""
         self.transaction_count += 1
-        self._airdrops += keys[0] == self._faucet_key
+        self._airdrops += record.keys[0] == self._faucet_key
         self._mixin = hashlib.sha256(self._mixin + bytes(record.signature)).digest()
         seen = self._seen.get(bytes(message.recent_blockhash))
         if seen is not None:
             seen.add(bytes(message.hash()))
         self._accounts.update(dict.fromkeys(record.writable))
-        if 0 in after:
-            for key, left in zip(keys, after, strict=True):
+        if 0 in record.balances_after:
+            for key, left in zip(record.keys, record.balances_after, strict=True):
                 if not left:
                     self._accounts.pop(key, None)
-        self._remember(record)
-        self._forget()
-        return record
-
-    def _remember(self, record: Record) -> None:
-        self._history[record.signature] = record
-        for key in record.keys:
-            self._by_address.setdefault(key, deque()).append(record)
-
-    def _forget(self) -> None:
-        """Drop the oldest records that are too many, and old enough."""
-        while len(self._history) > HISTORY_TRANSACTIONS:
-            signature, old = next(iter(self._history.items()))
-            if old.slot + HISTORY_SLOTS >= self.slot:
-                return
-            del self._history[signature]
-            for key in old.keys:
-                # Records are appended in the order of the history, so the oldest is always the first.
-                records = self._by_address[key]
-                records.popleft()
-                if not records:
-                    del self._by_address[key]
+        self.history.add(record)
+        self.history.forget(self.slot)
 
     def _sync(self) -> None:
         """Bring the VM's clock and slot hashes up to the current slot: only when something will look at them."""
@@ -296,8 +248,7 @@ class Bank:
             blocks=tuple(self.blocks),
             blockhashes=tuple((h, height, self._seen[h].copy()) for h, height in self._blockhashes.items()),
         )
-        records = tuple(self._history.values())
-        self._capture = Capture(chain, records, dict(self._accounts), self._vm.get_account)
+        self._capture = Capture(chain, self.history.all(), dict(self._accounts), self._vm.get_account)
         return self._capture
 
     def end_capture(self) -> None:
@@ -332,7 +283,7 @@ class Bank:
             self._vm.set_account(key, account)
         # All of them: the bank that they were taken from forgets with its next transaction, and so does this one.
         for record in state.records:
-            self._remember(record)
+            self.history.add(record)
 
     # ------------------------------------------------------------------ transactions
 
@@ -342,23 +293,7 @@ class Bank:
         Raises:
             Refused: too large, malformed, badly signed, expired or a duplicate.
         """
-        if len(wire) > MAX_TRANSACTION_BYTES:
-            raise Refused("TooLarge", f"transaction is {len(wire)} bytes; the limit is {MAX_TRANSACTION_BYTES}")
-        try:
-            parsed = VersionedTransaction.from_bytes(wire)
-            parsed.sanitize()
-        except Exception as error:  # solders has no one base class for what its parsers raise
-            raise Refused("SanitizeFailure", f"transaction cannot be decoded: {error}") from error
-        message = parsed.message
-        if not isinstance(message, Message | MessageV0):
-            raise Refused("UnsupportedVersion", "transaction version is not supported; use legacy or 0")
-        if bytes(parsed) != wire:
-            raise Refused("SanitizeFailure", "transaction has bytes after its end, or is not in its shortest form")
-        if len(parsed.signatures) != message.header.num_required_signatures or not parsed.signatures:
-            raise Refused("SanitizeFailure", "transaction does not carry one signature per signer")
-        if signatures and not all(parsed.verify_with_results()):
-            raise Refused("SignatureFailure", "Transaction signature verification failure")
-        checked = Checked(wire, parsed, bytes(message.hash()), bytes(message.recent_blockhash))
+        checked = sanitize(wire, signatures=signatures)
         if blockhash:
             if checked.blockhash not in self._blockhashes:
                 raise Refused("BlockhashNotFound", "Blockhash not found")
@@ -389,29 +324,6 @@ class Bank:
         message = Message.new_with_blockhash([distinct, pay], self._faucet.pubkey(), blockhash)
         return bytes(Transaction([self._faucet], message, blockhash))
 
-    def _accounts_of(self, message: Message | MessageV0) -> tuple[tuple[Pubkey, ...], tuple[Pubkey, ...], int]:
-        """All keys of a message (tables resolved), those it may write, and the index of the first key from a table."""
-        keys = message.account_keys
-        header = message.header
-        signers = header.num_required_signatures
-        writable_signers = signers - header.num_readonly_signed_accounts
-        writable_others = len(keys) - header.num_readonly_unsigned_accounts
-        writable = keys[:writable_signers] + keys[signers:writable_others]
-        if isinstance(message, Message) or not message.address_table_lookups:
-            return tuple(keys), tuple(writable), len(keys)
-        loaded: tuple[list[Pubkey], list[Pubkey]] = ([], [])
-        for lookup in message.address_table_lookups:
-            account = self._vm.get_account(lookup.account_key)
-            if account is None:
-                continue  # the VM refuses the transaction
-            try:
-                table = AddressLookupTable.deserialize(account.data).addresses
-            except Exception:  # not a table: the VM refuses the transaction
-                continue
-            for found, indexes in zip(loaded, (lookup.writable_indexes, lookup.readonly_indexes), strict=True):
-                found.extend(table[i] for i in indexes if i < len(table))
-        return (*keys, *loaded[0], *loaded[1]), (*writable, *loaded[0]), len(keys)
-
     # ------------------------------------------------------------------ reading
 
     @property
@@ -422,10 +334,6 @@ class Bank:
     def parent(self) -> int:
         """The slot before the current one."""
         return self.blocks[-1].slot if self.blocks else 0
-
-    def records_in(self, slot: int) -> list[Record]:
-        """What the history still has of a slot, in the order of execution."""
-        return [record for record in self._history.values() if record.slot == slot]
 
     def last_valid_block_height(self, blockhash: bytes) -> int | None:
         """The last block height at which a transaction with this blockhash is accepted; None if it is not known."""
@@ -447,10 +355,3 @@ class Bank:
 
     def rent_exempt_minimum(self, size: int) -> int:
         return self._vm.minimum_balance_for_rent_exemption(size)
-
-    def record(self, signature: Signature) -> Record | None:
-        return self._history.get(signature)
-
-    def records_of(self, key: Pubkey) -> deque[Record]:
-        """Records that name this account, oldest first. Do not change it."""
-        return self._by_address.get(key, deque())

@@ -56,7 +56,7 @@ def get_block(rpc: Rpc, params: list[Any]) -> Json:
         shape["rewards"] = []
     if details == "none":
         return shape
-    records = rpc.bank.records_in(block.slot)
+    records = rpc.bank.history.in_slot(block.slot)
     if details == "signatures":
         shape["signatures"] = [str(record.signature) for record in records]
         return shape

@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from solders.transaction_metadata import FailedTransactionMetadata
 
-from coordinator.ledger.bank import Bank, Checked, Execute, Refused
+from coordinator.ledger.bank import Bank, Execute
 from coordinator.ledger.encoding import Json, UnsupportedEncoding
 from coordinator.ledger.params import (
     INTERNAL_ERROR,
@@ -22,6 +22,7 @@ from coordinator.ledger.params import (
     invalid,
     number,
 )
+from coordinator.ledger.sanitize import Checked, Refused
 
 log = logging.getLogger(__name__)
 

@@ -18,13 +18,15 @@ from coordinator.ledger import blocks as _blocks  # noqa: F401
 from coordinator.ledger import methods as _methods  # noqa: F401
 from coordinator.ledger import tokens as _tokens  # noqa: F401
 from coordinator.ledger import transactions as _transactions  # noqa: F401
-from coordinator.ledger.bank import Bank, Checked
+from coordinator.ledger.bank import Bank
 from coordinator.ledger.descriptors import Room, room_for_connections
 from coordinator.ledger.dispatch import Rpc
 from coordinator.ledger.faults import Chance, Faults
 from coordinator.ledger.http import HttpServer
-from coordinator.ledger.pubsub import PubSub, WhenDurable
+from coordinator.ledger.pubsub import PubSub
 from coordinator.ledger.reply import RESET, Deliver, Reply
+from coordinator.ledger.sanitize import Checked
+from coordinator.ledger.sockets import WhenDurable
 
 PORTS: Final = 2
 _PORT_ATTEMPTS: Final = 32

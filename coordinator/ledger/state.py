@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from solders.account import Account
 from solders.pubkey import Pubkey
@@ -12,6 +12,9 @@ from solders.signature import Signature
 from solders.transaction_metadata import TransactionMetadata
 
 from coordinator.ledger.encoding import Json
+
+MAX_BLOCKHASH_AGE: Final = 150
+"""Slots for which a transaction that names a blockhash is accepted, as on a cluster."""
 
 
 @dataclass(slots=True)

@@ -10,7 +10,6 @@ from solders.pubkey import Pubkey
 from solders.transaction_metadata import FailedTransactionMetadata, SimulatedTransactionInfo
 
 from coordinator.ledger.accounts import AccountsOfAnswer
-from coordinator.ledger.bank import Checked, Refused
 from coordinator.ledger.dispatch import Rpc, method
 from coordinator.ledger.encoding import (
     Json,
@@ -37,6 +36,7 @@ from coordinator.ledger.params import (
     pubkey_at,
     text_at,
 )
+from coordinator.ledger.sanitize import Checked, Refused
 from coordinator.ledger.state import Record
 
 MAX_STATUSES: Final = 256
@@ -154,7 +154,7 @@ def get_signature_statuses(rpc: Rpc, params: list[Any]) -> Json:
     signatures = [parse_signature(value) for value in list_at(params, 0, "signatures", MAX_STATUSES)]
     statuses: list[Json] = []
     for signature in signatures:
-        record = rpc.bank.record(signature)
+        record = rpc.bank.history.get(signature)
         statuses.append(
             record
             and {
@@ -178,7 +178,7 @@ def get_signatures_for_address(rpc: Rpc, params: list[Any]) -> Json:
     until = parse_signature(options["until"]) if options.get("until") else None
     found: list[Json] = []
     started = before is None
-    for record in reversed(rpc.bank.records_of(address)):
+    for record in reversed(rpc.bank.history.of_account(address)):
         if record.signature == until or len(found) >= limit:
             break
         if started:
@@ -200,7 +200,7 @@ def get_signatures_for_address(rpc: Rpc, params: list[Any]) -> Json:
 def get_transaction(rpc: Rpc, params: list[Any]) -> Json:
     signature = parse_signature(text_at(params, 0, "a signature"))
     options = {"encoding": params[1]} if len(params) > 1 and isinstance(params[1], str) else options_at(params, 1)
-    record = rpc.bank.record(signature)
+    record = rpc.bank.history.get(signature)
     if record is None:
         return None
     return versioned_record_json(record, encoding_of(options, "json"), options)

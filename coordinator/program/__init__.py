@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from importlib.resources import files
 
-from coordinator.rpc import ChainError
+from coordinator.jsonrpc import ChainError
 
 
 class DamagedProgram(ChainError):

@@ -8,7 +8,7 @@ import sys
 from contextlib import closing
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
@@ -17,10 +17,14 @@ from rich.text import Text
 from coordinator.printable import LINES, printable
 from psyche_node.commands.ending import failures
 from psyche_node.generation import GenerationError, PromptError
-from psyche_node.generation.conversation import Conversation, Manner
+from psyche_node.units import counted
+
+if TYPE_CHECKING:
+    from psyche_node.generation.conversation import Conversation
 
 _HELP = (
-    "/new forgets what was said, /thinking on|off switches reasoning; Ctrl-C ends an answer, Ctrl-D the conversation."
+    "/new forgets what was said, /thinking on|off switches reasoning; Ctrl-C ends an answer or drops a line, Ctrl-D "
+    "ends the conversation."
 )
 
 
@@ -57,6 +61,10 @@ def chat(
         question = _piped()
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty")
+    # Imported late: `--help` does not wait for torch, nor a wrong flag for the data package.
+    from psyche_node.generation import Engine
+    from psyche_node.generation.conversation import Conversation, Manner
+
     manner = Manner(
         max_tokens=max_tokens,
         temperature=temperature,
@@ -64,9 +72,6 @@ def chat(
         system=system,
         thinking=None if thinking is None else thinking is Switch.ON,
     )
-    # Imported late: `--help` does not wait for torch.
-    from psyche_node.generation import Engine
-
     with failures(GenerationError):
         engine = Engine.load(folder, device)
         if thinking is not None and not engine.prompts.thinks:
@@ -103,6 +108,9 @@ def _talk(conversation: Conversation, folder: Path) -> None:
         except EOFError:
             console.print()
             return
+        except KeyboardInterrupt:
+            console.print()  # the line is dropped, not the conversation
+            continue
         except UnicodeDecodeError:
             console.print(Text("this line is not UTF-8; type it again", style="red"))
             continue
@@ -141,7 +149,8 @@ def _answer(conversation: Conversation, question: str, console: Console) -> None
     completion = conversation.last
     if completion.finish_reason == "length":
         where = "in the middle of its reasoning" if reasoned and not said else "before its end"
-        _note(f"cut off after {len(completion.token_ids)} tokens, {where}; --max-tokens allows more")
+        more = "the context window is full" if conversation.full else "--max-tokens allows more"
+        _note(f"cut off after {counted(len(completion.token_ids), 'token')}, {where}; {more}")
 
 
 def _answer_json(conversation: Conversation, question: str) -> None:

@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -14,6 +15,7 @@ import typer
 
 from psyche_node import log as logs
 from psyche_node.commands.ending import failures
+from psyche_node.units import count_text, counted, tokens_text
 
 if TYPE_CHECKING:
     from psyche_node.data.manifest import Manifest
@@ -59,10 +61,12 @@ def prepare(
     ] = 0,
     skip_bad: Annotated[
         str,
-        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted by reason; then stop."),
     ] = "0",
-    cache: Annotated[Path | None, typer.Option(help="Where downloads are kept.")] = None,
-    max_gb: Annotated[float, typer.Option(help="Largest file to download, in GB.")] = 1000.0,
+    cache: Annotated[
+        Path | None, typer.Option(help="Where downloads are kept. Default: in ~/.cache/psyche-node.")
+    ] = None,
+    max_gb: Annotated[float, typer.Option(min=0.0, help="Largest file to download, in GB.")] = 1000.0,
     as_json: Json = False,
 ) -> None:
     """Tokenize, pack and write a folder that nodes train on. The same inputs give the same bytes on every host."""
@@ -165,11 +169,13 @@ def check(
         with _line() as say:
             manifest = verify(folder, against, lambda done, files: say(f"verified {done} of {files} files"))
         values = {"manifest": manifest.digest.hex(), "files": len(manifest.train) + len(manifest.heldout)}
+        values |= _figures(manifest)
         if as_json:
             typer.echo(json.dumps({"folder": str(folder), "ok": True, **values}))
         else:
             typer.echo(f"{folder}: all {values['files']} files are what the manifest says")
-            typer.echo(f"manifest  {values['manifest']}")
+            for line in (*_packed(manifest), f"manifest   {values['manifest']}"):
+                typer.echo(line)
 
 
 @contextmanager
@@ -212,9 +218,9 @@ def _progress() -> Iterator[Callable[[Progress], None]]:
 
     def show(so_far: Progress) -> None:
         doing = "packing and writing" if so_far.file is None else f"reading {so_far.file.name}"
-        rate = so_far.tokens / max(time.monotonic() - started, 1e-9) / 1e6
+        rate = count_text(so_far.tokens / max(time.monotonic() - started, 1e-9))
         say(
-            f"{doing}: {so_far.samples:,} samples, {so_far.tokens:,} tokens, {rate:.1f} M tokens/s",
+            f"{doing}: {counted(so_far.samples, 'sample')}, {so_far.tokens:,} tokens for training, {rate} tokens/s",
             at_once=so_far.file is None,
         )
 
@@ -241,7 +247,13 @@ def _values(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> d
             {"file": str(path), **source.model_dump()} for path, source in zip(files, manifest.sources, strict=True)
         ],
         "counts": manifest.counts.model_dump(),
-        "bad": [{"where": one.where, "what": one.what} for one in skips.first],
+        "bad": [asdict(reason) for reason in skips.reasons],
+        **_figures(manifest),
+    }
+
+
+def _figures(manifest: Manifest) -> dict[str, Any]:
+    return {
         "sequences": manifest.sequences,
         "heldout_sequences": manifest.heldout_sequences,
         "sequence_length": manifest.sequence_length,
@@ -250,6 +262,17 @@ def _values(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> d
         "heldout_trained_tokens": manifest.heldout_trained_tokens,
         "efficiency": manifest.efficiency,
     }
+
+
+def _packed(manifest: Manifest) -> Iterator[str]:
+    """What `prepare` and `check` say of the sequences of a folder."""
+    yield f"training   {tokens_text(manifest.tokens, manifest.trained_tokens)}"
+    yield (
+        f"packed     {counted(manifest.sequences, 'sequence')} of {manifest.sequence_length:,} tokens, "
+        f"{manifest.efficiency:.2%} full"
+    )
+    held = counted(manifest.heldout_sequences, "sequence")
+    yield f"held out   {held} with {manifest.heldout_trained_tokens:,} tokens that a model is judged by"
 
 
 def _summary(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> None:
@@ -270,16 +293,10 @@ def _summary(out: Path, files: list[Path], manifest: Manifest, skips: Skips) -> 
     console.print(table)
     long = "cut to fit" if manifest.too_long == "cut" else "dropped"
     console.print(f"too long   more than {manifest.sequence_length:,} tokens: {long}; untrained: no token has a loss")
-    for number, bad in enumerate(skips.first):
-        console.print(f"{'' if number else 'bad':<10} {bad.where}: {bad.what}", markup=False)
-    if skips.count > len(skips.first):
-        console.print(f"{'':<10} and {skips.count - len(skips.first):,} more")
-    share = manifest.trained_tokens / max(manifest.tokens, 1)
-    console.print(f"tokens     {manifest.tokens:,}, of which {manifest.trained_tokens:,} ({share:.1%}) are trained")
-    console.print(
-        f"packed     {manifest.sequences:,} sequences of {manifest.sequence_length:,} tokens, "
-        f"{manifest.efficiency:.2%} full; held out {manifest.heldout_sequences:,}"
-    )
+    for number, reason in enumerate(skips.reasons):
+        console.print(f"{'' if number else 'bad':<10} {reason}", markup=False)
+    for line in _packed(manifest):
+        console.print(line)
     if manifest.length_control:
         console.print(
             f"closed     {manifest.counts.closed:,} samples: reasoning ended after {manifest.length_control:,} tokens"

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import typer
 
 from coordinator.printable import LINES, printable
-from psyche_node.exits import Exit, exit_for
+from psyche_node.exits import Exit, exit_for, in_words
 
 
 @contextmanager
@@ -17,8 +17,10 @@ def failures(*known: type[Exception]) -> Iterator[None]:
     expected: tuple[type[Exception], ...] = (OSError, *known)
     try:
         yield
+    except BrokenPipeError:
+        raise  # who reads has gone: nobody is there to be told
     except expected as error:
-        typer.secho(printable(str(error), LINES), fg="red", err=True)
+        typer.secho(printable(in_words(error), LINES), fg="red", err=True)
         raise typer.Exit(exit_for(error)) from None
     except KeyboardInterrupt:
         raise typer.Exit(Exit.INTERRUPTED) from None

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from psyche_node.commands.ending import failures
+from psyche_node.units import counted
 
 if TYPE_CHECKING:
     from coordinator.admin.session import RunChoice
@@ -68,8 +69,9 @@ def evaluate(
         dataset = None if data is None else PackedDataset(data)
         length = 2048 if dataset is None else dataset.sequence_length
         subject = Subject.load(folder, device, dtype, length)
-        with Console(stderr=True).status("evaluating"):
-            results = finish(run_suite(subject, opened, data=dataset, sequences=limit or None))
+        with Console(stderr=True).status("evaluating") as status:
+            steps = run_suite(subject, opened, data=dataset, sequences=limit or None)
+            results = finish(steps, lambda done: status.update(f"evaluating: {counted(done, 'step')} done"))
         for one in results.tasks:
             if one.unswitched:
                 as_it_is = "with it, because its prompts begin inside" if one.thinking else "without"
@@ -101,7 +103,7 @@ def _show(results: Results) -> None:
             table.add_row(*head, name, *_figure(measure), samples)
     console = Console(highlight=False)
     console.print(table)
-    console.print(f"SHA-256 of the results: {results.digest.hex()}")
+    console.print(f"SHA-256 of the results: {results.digest.hex()}", soft_wrap=True)  # to be copied
 
 
 def _figure(measure: Measure) -> tuple[str, str]:

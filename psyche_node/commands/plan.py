@@ -25,19 +25,29 @@ def plan(
     batch: Annotated[
         int | None, typer.Option(min=1, max=2**24, help="Sequences per round. Default: the recipe's.")
     ] = None,
-    topk: Annotated[int | None, typer.Option(min=1, max=4096, help="Default: the recipe's.")] = None,
+    topk: Annotated[
+        int | None, typer.Option(min=1, max=4096, help="Components sent per block of 4,096. Default: the recipe's.")
+    ] = None,
     rounds: Annotated[
         int | None, typer.Option(min=1, max=2**31 - 1, help="Rounds of the run. Default: the recipe's.")
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Says what flags do not.")] = "hermes-sft",
+    recipe: Annotated[
+        str, typer.Option(help="Recipe whose terms hold where no flag says otherwise: psyche-node recipe list.")
+    ] = "hermes-sft",
     tensor_parallel: Annotated[int, typer.Option(min=1, help="GPUs that divide a matrix.")] = 1,
     micro_batch: Annotated[int, typer.Option(min=1, help="Sequences per forward pass of a GPU.")] = 1,
     precision: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights.")] = "fp32",
     checkpointing: Annotated[
-        bool | None, typer.Option("--checkpointing/--no-checkpointing", help="Default: where nothing fits without.")
+        bool | None,
+        typer.Option(
+            "--checkpointing/--no-checkpointing",
+            help="Compute activations again instead of keeping them. Default: only to make it fit.",
+        ),
     ] = None,
     document: Annotated[int, typer.Option(min=0, help="Mean tokens of a document; 0: as long as a sequence.")] = 0,
-    mfu: Annotated[float | None, typer.Option(min=0.01, max=1.0, help="Share of the peak that a step gets.")] = None,
+    mfu: Annotated[
+        float | None, typer.Option(min=0.01, max=1.0, help="Share of a GPU's peak that a step gets. Default: 0.35.")
+    ] = None,
     priority_fee: Annotated[int, typer.Option(min=0, help="Micro-lamports per compute unit.")] = 0,
     slot_ms: Annotated[float, typer.Option(min=1, help="Slot of the chain; 400: mainnet and devnet.")] = 400,
     joining: Annotated[bool, typer.Option("--joining", help="The run exists: its terms stay as they are.")] = False,
@@ -95,8 +105,8 @@ def plan(
         )
         made = make(shape, asked)
     given = _given(context)
-    values = made.to_json() | {"command": command(made, given)}
-    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(lines(made, given)))
+    values = made.to_json() | {"recipe": recipe, "command": command(made, given)}
+    typer.echo(json.dumps(values, indent=2) if as_json else "\n".join(lines(made, given, recipe)))
     if not made.fits:
         raise typer.Exit(Exit.NO_ROOM)
 

@@ -11,6 +11,7 @@ from rich.rule import Rule
 from rich.text import Text
 
 from psyche_node.data.preview import Document, Preview, Run
+from psyche_node.units import counted, tokens_text
 
 _TRAINED, _MASKED, _CONTROL = "bold green", "bright_black", "underline"
 _MARKS = ("⟦", "⟧")
@@ -27,17 +28,17 @@ def print_preview(preview: Preview, console: Console) -> None:
     legend = Text.assemble(("trained", _TRAINED), "  ", ("not trained", _MASKED), "  ", ("control token", _CONTROL))
     console.print(legend if coloured else Text(f"{_MARKS[0]}trained{_MARKS[1]}  not trained"))
     for number, document in enumerate(preview.documents):
-        share = document.trained / document.tokens
         name = "padding" if document.padding else f"document {number}"
-        counts = f"{document.tokens:,} tokens" + ("" if document.padding else f", {share:.1%} trained")
+        plain = counted(document.tokens, "token")
+        counts = plain if document.padding else tokens_text(document.tokens, document.trained)
         console.print(Rule(f"{name}: {counts}", align="left", characters="─"))
         if not document.padding:
             console.print(_coloured(document) if coloured else _marked(document), soft_wrap=not coloured)
     console.print(Rule(characters="─"))
     tokens, trained, padding, documents = _sums(preview)
     console.print(
-        f"{documents:,} {'document' if documents == 1 else 'documents'}, {tokens:,} tokens, {trained:,} trained "
-        f"({trained / max(tokens, 1):.1%}), {padding:,} of padding"
+        f"{counted(documents, 'document')}: {tokens_text(tokens, trained)}"
+        + (f"; {padding:,} of padding" if padding else "")
     )
 
 

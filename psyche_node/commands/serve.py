@@ -25,6 +25,10 @@ def serve(
     api_key_file: Annotated[
         Path | None, typer.Option(help="File of mode 0600 with a key that clients must send.")
     ] = None,
+    grace: Annotated[
+        float,
+        typer.Option(min=0, max=3600, help="Seconds for answers under way when it is stopped; then they are cut."),
+    ] = 10.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
@@ -42,4 +46,4 @@ def serve(
             engine = Engine.load(folder, device, dtype)
             for reason in engine.reasons:
                 log.info("%s", reason)
-            run(engine, taken, Terms(name or folder.resolve().name, max_tokens, waiting, key))
+            run(engine, taken, Terms(name or folder.resolve().name, max_tokens, waiting, key, grace))

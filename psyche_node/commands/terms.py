@@ -42,8 +42,7 @@ def terms(
     with failures(DataError, TrainingError):
         # What takes seconds comes first: a mistake is not told after minutes of reading.
         manifest = None if data is None else Manifest.read(data)
-        vocabulary = 0 if manifest is None else manifest.vocabulary
-        built = None if model is None else BuiltModel.build(model, topk, precision == "bf16", vocabulary)
+        built = None if model is None else BuiltModel.build(model, topk, precision == "bf16", manifest)
         found = {} if built is None else built.terms | {"topk": topk}
         found |= {} if manifest is None else terms_of_data(manifest)
         warning = None

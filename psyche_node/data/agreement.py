@@ -13,8 +13,9 @@ from typing import NamedTuple
 from psyche_node.data.errors import DataError
 from psyche_node.data.manifest import Manifest
 from psyche_node.data.prepare import tokenizer_digest
-from psyche_node.data.rendering import SHIPPED, TEMPLATE, find_template, own_source
+from psyche_node.data.rendering import SHIPPED, find_template, own_source
 from psyche_node.data.template import ChatTemplate
+from psyche_node.folder_files import TEMPLATE
 
 
 class Rendering(NamedTuple):

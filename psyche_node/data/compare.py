@@ -41,7 +41,7 @@ def verify(
     for done, shard in enumerate(shards):
         progress(done, len(shards))
         check_size(folder / shard.file, shard.sequences, mine.form)
-        check_bytes(folder / shard.file)
+        check_bytes(folder / shard.file, shard.sequences, mine.form)
     if against is None:
         return mine
     if re.fullmatch(r"[0-9a-fA-F]{64}", against):

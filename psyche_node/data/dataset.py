@@ -19,7 +19,7 @@ from psyche_node.data.compare import difference
 from psyche_node.data.errors import DataError, DataMismatch
 from psyche_node.data.manifest import Form, Manifest, Shard
 from psyche_node.data.order import balanced_order
-from psyche_node.data.shards import FIRST, TRAINED, ShardRows, check_bytes, check_size
+from psyche_node.data.shards import FIRST, TRAINED, U32, ShardRows, check_bytes, check_size
 
 _OPEN_MAPS = 256  # a kernel gives a process 65,530 of them
 
@@ -47,29 +47,41 @@ class _Split:
     def __init__(self, folder: Path, shards: tuple[Shard, ...], form: Form) -> None:
         self._folder, self._shards, self._form = folder, shards, form
         self._starts = np.cumsum([0, *(shard.sequences for shard in shards)], dtype=np.int64)
+        self._checksums: dict[int, U32] = {}
         self._rows = lru_cache(maxsize=_OPEN_MAPS)(self._open)
 
     def __len__(self) -> int:
         return int(self._starts[-1])
+
+    def check(self, *, verify: bool) -> None:
+        """Make sure that all files are there and, to ``verify``, that they hold what they should, now and later.
+
+        Raises DataMismatch, naming the first that is or does not.
+        """
+        for number, shard in enumerate(self._shards):
+            path = self._folder / shard.file
+            check_size(path, shard.sequences, self._form)
+            if verify:
+                self._checksums[number] = check_bytes(path, shard.sequences, self._form)
 
     def fill(self, numbers: Many[int], tokens: npt.NDArray[np.int64], flags: npt.NDArray[np.uint8]) -> None:
         """Copy the sequences ``numbers`` into the rows of ``tokens`` and ``flags``, both (B, L)."""
         shards = np.searchsorted(self._starts, numbers, side="right") - 1
         for at, (shard, number) in enumerate(zip(shards.tolist(), numbers, strict=True)):
             rows, row = self._rows(shard), number - int(self._starts[shard])
-            tokens[at], flags[at] = rows.tokens[row], rows.flags[row]
+            tokens[at], flags[at] = rows.read(row)
 
     def _open(self, number: int) -> ShardRows:
         shard = self._shards[number]
-        return ShardRows(self._folder / shard.file, shard.sequences, self._form)
+        return ShardRows(self._folder / shard.file, shard.sequences, self._form, self._checksums.get(number))
 
 
 class PackedDataset:
-    """A prepared folder, verified when opened and read through memory maps.
+    """A prepared folder, verified when opened, and again by sequence when read through memory maps.
 
-    Memory does not grow with the data, but for 8 bytes per shard of 64 MiB and the manifest. ``expect`` is the manifest
-    that the run names; ``published`` is where the run says that its data is: from a URL the owner's manifest is
-    fetched, so that what differs can be named.
+    Memory does not grow with the data, but for 4 bytes per sequence, 8 bytes per shard of 64 MiB and the manifest.
+    ``expect`` is the manifest that the run names; ``published`` is where the run says that its data is: from a URL the
+    owner's manifest is fetched, so that what differs can be named. Without ``verify``, sizes alone are looked at.
 
     Raises:
         DataError: there is no manifest.
@@ -86,10 +98,8 @@ class PackedDataset:
         form = self._form = self.manifest.form
         self._train = _Split(folder, self.manifest.train, form)
         self._heldout = _Split(folder, self.manifest.heldout, form)
-        for shard in (*self.manifest.train, *self.manifest.heldout):
-            check_size(folder / shard.file, shard.sequences, form)
-            if verify:
-                check_bytes(folder / shard.file)
+        for split in (self._train, self._heldout):
+            split.check(verify=verify)
         if not len(self._train):
             raise DataError(f"{folder} holds no sequence to train on. Prepare the data again")
 

@@ -26,7 +26,7 @@ _SHAREGPT_ROLES = {
 }
 _ROLES = frozenset(["system", "developer", "user", "assistant", "tool"])
 _KNOWN = (
-    "a sample is an object with `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `text`, "
+    "A sample is an object with `messages`, `conversations` (ShareGPT), `prompt` and `completion`, `text`, "
     "or `input_ids`"
 )
 
@@ -84,7 +84,7 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
         ]
     else:
         found = ", ".join(sorted(map(str, record))[:8]) or "nothing"
-        raise BadSample(where, f"no known format: the keys are {found}", f"Note that {_KNOWN}")
+        raise BadSample(where, f"no known format: the keys are {found}", _KNOWN)
     said = [message for message in messages if message["role"] == "assistant"]
     train = tuple(bool(message.pop("train", True)) for message in said)
     parts = {number: spans for number, message in enumerate(said) if (spans := message.pop("spans", None))}
@@ -96,10 +96,10 @@ def parse_record(record: dict[str, Any], where: str) -> Sample:
         )
     tools = record.get("tools")
     if tools is not None and not isinstance(tools, list):
-        raise BadSample(where, f"`tools` is {_kind(tools)}", "Make it a list of tool descriptions")
+        raise BadSample(where, f"`tools` is {kind_of(tools)}", "Make it a list of tool descriptions")
     group = record.get("group")
     if group is not None and not isinstance(group, str):
-        raise BadSample(where, f"`group` is {_kind(group)}", "Make it a string; samples of one group stay together")
+        raise BadSample(where, f"`group` is {kind_of(group)}", "Make it a string; samples of one group stay together")
     key = group if group is not None else json.dumps(messages, sort_keys=True, ensure_ascii=False)
     tools = None if tools is None else tuple(tools)
     check_encodable(key, where)
@@ -113,7 +113,7 @@ def _messages(value: Any, where: str, field: str) -> list[dict[str, Any]]:
     for index, message in enumerate(value):
         at = f"`{field}[{index}]`"
         if not isinstance(message, dict):
-            raise BadSample(where, f"{at} is {_kind(message)}", "Make it an object with `role` and `content`")
+            raise BadSample(where, f"{at} is {kind_of(message)}", "Make it an object with `role` and `content`")
         role = message.get("role")
         if not isinstance(role, str) or role not in _ROLES:
             raise BadSample(where, f"{at} has the role {role!r}", f"Use one of {', '.join(sorted(_ROLES))}")
@@ -136,7 +136,7 @@ def _spans(value: Any, content: str, role: str, at: str, where: str) -> tuple[Pa
     if role != "assistant":
         raise BadSample(where, f"{at} has spans, and is from the {role}", "Only what the assistant says is trained")
     if not isinstance(value, list):
-        raise BadSample(where, f"`spans` of {at} is {_kind(value)}", remedy)
+        raise BadSample(where, f"`spans` of {at} is {kind_of(value)}", remedy)
     parts: list[Part] = []
     for span in value:
         known = isinstance(span, dict) and {"start", "end"} <= span.keys() <= {"start", "end", "train"}
@@ -156,10 +156,10 @@ def _options(record: dict[str, Any], where: str) -> dict[str, Any]:
     """What a record says to the template: its switch for reasoning, by the names that templates have for it."""
     options = record.get("chat_template_kwargs")
     if options is not None and not isinstance(options, dict):
-        raise BadSample(where, f"`chat_template_kwargs` is {_kind(options)}", "Make it an object")
+        raise BadSample(where, f"`chat_template_kwargs` is {kind_of(options)}", "Make it an object")
     switch = record.get(_SWITCH)
     if switch is not None and not isinstance(switch, bool):
-        raise BadSample(where, f"`{_SWITCH}` is {_kind(switch)}", "Make it true or false")
+        raise BadSample(where, f"`{_SWITCH}` is {kind_of(switch)}", "Make it true or false")
     result: dict[str, Any] = {} if switch is None else {_SWITCH: switch, "enable_thinking": switch}
     if switch is False:
         result["thinking_budget"] = 0  # Seed-OSS
@@ -173,7 +173,7 @@ def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:
     for index, turn in enumerate(value):
         at = f"`conversations[{index}]`"
         if not isinstance(turn, dict):
-            raise BadSample(where, f"{at} is {_kind(turn)}", "Make it an object with `from` and `value`")
+            raise BadSample(where, f"{at} is {kind_of(turn)}", "Make it an object with `from` and `value`")
         # Some exports put OpenAI-style messages under this name.
         speaker, text = turn.get("from", turn.get("role")), turn.get("value", turn.get("content"))
         role = _SHAREGPT_ROLES.get(speaker) if isinstance(speaker, str) else None
@@ -199,16 +199,22 @@ def _prompt_part(value: Any, role: str, where: str, field: str) -> list[dict[str
 def _content(value: Any, at: str, where: str, *, optional: bool = False) -> str:
     if value is None and optional:
         return ""
-    if isinstance(value, list) and all(
-        isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str) for part in value
-    ):
-        value = "".join(part["text"] for part in value)
+    if isinstance(value, list):
+        value = "".join(_part(part, f"`[{index}]` of the content of {at}", where) for index, part in enumerate(value))
     if not isinstance(value, str):
         raise BadSample(
             where, f"the content of {at} is {_described(value)}", "Make it a string, or a list of text parts"
         )
     check_encodable(value, where, f"the content of {at}")
     return value
+
+
+def _part(part: Any, at: str, where: str) -> str:
+    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+        return str(part["text"])
+    found = f"of the type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind_of(part)
+    remedy = 'Only text is trained: {"type": "text", "text": "..."}'
+    raise BadSample(where, f"{at} is {found}" + (", without a text" if "'text'" in found else ""), remedy)
 
 
 def check_encodable(text: str, where: str, what: str = "it") -> None:
@@ -225,9 +231,10 @@ def _check_train(message: dict[str, Any], at: str, where: str) -> None:
 
 
 def _described(value: Any) -> str:
-    return "missing or null" if value is None else "empty" if value == [] else _kind(value)
+    return "missing or null" if value is None else "empty" if value == [] else kind_of(value)
 
 
-def _kind(value: Any) -> str:
+def kind_of(value: Any) -> str:
+    """What JSON calls the type of a value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")

@@ -23,6 +23,8 @@ from psyche_node.data.errors import DataError, DataMismatch
 NAME = "manifest.json"
 FORMAT = 4
 MAX_BYTES = 64 * 1024 * 1024
+MAX_LENGTH = 1 << 24
+"""Tokens of the longest sequence."""
 SHARD_NAME = re.compile(r"^[0-9a-f]{64}\.bin$")
 
 
@@ -97,7 +99,7 @@ class Manifest(BaseModel):
     vocabulary: int = Field(gt=0, le=1 << 32)
     pad: int = Field(ge=0)
     """The token that fills the ends of sequences. It is never trained."""
-    sequence_length: int = Field(ge=2, le=1 << 24)
+    sequence_length: int = Field(ge=2, le=MAX_LENGTH)
     token_bytes: int
     """2 or 4: the width of a token in the shards, little-endian."""
     seed: int

@@ -16,19 +16,21 @@ from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import Sample
-from psyche_node.data.manifest import NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
-from psyche_node.data.rendering import CONFIG, TEMPLATE, own_source
+from psyche_node.data.manifest import MAX_LENGTH, NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
+from psyche_node.data.rendering import own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
+from psyche_node.folder_files import CONFIG, TEMPLATE
 
 TooLong = Literal["drop", "cut"]
 
 
 @dataclass(slots=True)
 class Progress:
-    """How far a preparation is: the file that is read (None: it packs and writes), samples and tokens so far."""
+    """How far a preparation is: the file that is read (None: it packs and writes), samples, and tokens for
+    training, so far."""
 
     file: Path | None = None
     samples: int = 0
@@ -93,6 +95,10 @@ def prepare(
     """
     if sequence_length < 2:
         raise DataError(f"a sequence length of {sequence_length} leaves nothing to predict. Use at least 2")
+    if sequence_length > MAX_LENGTH:
+        raise DataError(f"a sequence length of {sequence_length:,} is too long. Use at most {MAX_LENGTH:,}")
+    if out.exists() and not out.is_dir():
+        raise DataError(f"{out} is a file. Name a new folder for the data")
     if not 0 <= heldout < 1:
         raise DataError(f"a held-out fraction of {heldout} is not in [0, 1). The default is 0.05")
     files = [sources] if isinstance(sources, Path) else list(sources)
@@ -111,11 +117,15 @@ def prepare(
         counts = Counts.total(Counts(**part) for _, part in read.sources)
         if not counts.train:
             names = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-            raise DataError(
-                f"{names}: none of the {counts.samples} samples can be trained on ({counts.too_long} are longer than "
-                f"{sequence_length} tokens, {counts.untrained} have no trained token, {counts.bad} are bad). Use a "
-                "longer sequence, or cut"
+            reasons = (
+                (counts.heldout, "held out"),
+                (counts.too_long, f"with more than {sequence_length:,} tokens"),
+                (counts.untrained, "without a token that is trained"),
+                (counts.bad, "bad"),
             )
+            why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
+            remedy = "Use longer sequences, or cut what is too long" if counts.too_long else "Add some that can"
+            raise DataError(f"{names}: no sample can be trained on: of {counts.samples:,}, {why}. {remedy}")
         progress(Progress(None, counts.samples, spill.tokens))
         return _write(out, spill, encoder, settings, read)
 

@@ -41,11 +41,13 @@ def read_records(path: Path, bad: Bad = refuse) -> Iterator[tuple[str, Record]]:
         DataError: the file cannot be read, or nothing here reads its kind.
     """
     suffix = suffix_of(path.name)
+    if path.is_dir():
+        raise DataError(f"{path} is a folder. Name one of the files in it")
     if suffix is None:
         raise DataError(f"{path}: no known kind of file. Known are {', '.join(SUFFIXES)}")
     try:
         if suffix == ".txt":
-            yield f"{path}:1", {"text": path.read_text(encoding="utf-8")}
+            yield f"{path}:1", {"text": path.read_text(encoding="utf-8-sig")}
         elif suffix in _TABLES:
             yield from _table(path, suffix)
         else:
@@ -91,16 +93,24 @@ def decode(line: bytes, where: str) -> Record:
     if len(line) > MAX_LINE:
         raise BadSample(where, f"the line has more than {MAX_LINE} bytes", "Split it into several samples")
     try:
-        record = json.loads(line.rstrip())  # a line that ends too early is wrong at its end, not in a second line
+        text = line.decode("utf-8-sig")  # of bytes, the parser would guess the encoding
+        record = json.loads(text.rstrip())  # a line that ends too early is wrong at its end, not in a second line
     except (ValueError, RecursionError) as error:
-        remedy = "Write one JSON object per line, in UTF-8"
-        if line.lstrip()[:1] == b"[":
-            remedy += ": `jq -c '.[]' FILE` makes lines of one array"
-        raise BadSample(where, f"this is not JSON{_place(error)}", remedy) from error
+        raise BadSample(where, f"this is not JSON{_place(error)}", _remedy(line)) from error
     if not isinstance(record, dict):
-        what = "an array" if isinstance(record, list) else f"{record!r:.40}"
-        raise BadSample(where, f"this is {what}, not an object", "Write one JSON object per line")
+        what = "an array" if isinstance(record, list) else f"{json.dumps(record, ensure_ascii=False):.40}"
+        raise BadSample(where, f"this is {what}, not an object", _remedy(line))
     return record
+
+
+def _remedy(line: bytes) -> str:
+    """What makes lines of what people have instead."""
+    if b"\0" in line:
+        return "Write one JSON object per line, in UTF-8: `iconv -f UTF-16 -t UTF-8 FILE` makes UTF-8 of UTF-16"
+    ways = {b"[": "`jq -c '.[]' FILE` makes lines of one array", b"{": "`jq -c . FILE` makes lines of indented objects"}
+    start = line.strip()
+    way = ways.get(start[:1]) if start[:1] == b"[" or start == b"{" else None
+    return "Write one JSON object per line, in UTF-8" + (f": {way}" if way else "")
 
 
 def _place(error: Exception) -> str:

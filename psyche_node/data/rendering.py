@@ -16,13 +16,10 @@ import jinja2.sandbox
 
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import read_object
+from psyche_node.folder_files import CONFIG, TEMPLATE
 
 SHIPPED = ("hermes-llama3", "chatml")
 """Templates that come with this package."""
-TEMPLATE = "chat_template.jinja"
-"""The file of a folder's own template."""
-CONFIG = "tokenizer_config.json"
-"""The file of a tokenizer's folder that names its special tokens, and may hold the template."""
 SAVE = "Save the tokenizer with transformers"
 """What to do about a damaged one."""
 _FOLDER = Path(__file__).parent / "templates"

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from psyche_node.data.errors import BadSample, DataError
-from psyche_node.data.formats import Sample, parse_record
+from psyche_node.data.formats import Sample, kind_of, parse_record
 from psyche_node.data.readers import read_records
 from psyche_node.data.skipping import Bad, refuse
 from psyche_node.data.tokenized import Tokens, documents_of, is_tokenized
@@ -122,7 +122,8 @@ def _only(record: dict[str, Any], form: SampleFormat, where: str) -> dict[str, A
 def _text(record: dict[str, Any], where: str) -> Text:
     text = record["text"]
     if not isinstance(text, str) or not text:
-        raise BadSample(where, f"`text` is {'empty' if text == '' else type(text).__name__}", "Make it a string")
+        what = "empty" if text == "" else kind_of(text)
+        raise BadSample(where, f"`text` is {what}", "Make it a string with at least one character")
     try:
         raw = text.encode()
     except UnicodeEncodeError as error:

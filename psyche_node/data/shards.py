@@ -7,6 +7,7 @@ A shard of n sequences of length L is n*L tokens (little-endian, 2 or 4 bytes), 
 from __future__ import annotations
 
 import hashlib
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from psyche_node.data.errors import DataMismatch
-from psyche_node.data.files import sha256_file, write_atomically
+from psyche_node.data.files import write_atomically
 from psyche_node.data.manifest import Form, Shard
 from psyche_node.data.packing import attention_costs, pack
 from psyche_node.data.spill import SpillReader
@@ -25,6 +26,7 @@ SHARD_BYTES = 64 * 1024 * 1024
 _COUNTED = 1 << 20  # tokens counted at once, which takes 8 bytes for each
 
 I64 = npt.NDArray[np.int64]
+U32 = npt.NDArray[np.uint32]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,15 +97,34 @@ def _batches(rows: Iterator[I64], size: int) -> Iterator[list[I64]]:
 
 
 class ShardRows:
-    """The sequences of one shard, through a memory map: ``tokens`` and ``flags``, both (n, L)."""
+    """The sequences of one shard, through a memory map.
 
-    def __init__(self, path: Path, sequences: int, form: Form) -> None:
+    ``checksums`` (n,) are those of ``check_bytes``, with which each sequence is compared when it is read; None: it is
+    not.
+    """
+
+    def __init__(self, path: Path, sequences: int, form: Form, checksums: U32 | None = None) -> None:
         check_size(path, sequences, form)
+        self._path, self._sequences, self._form, self._checksums = path, sequences, form, checksums
         data = np.memmap(path, dtype=np.uint8, mode="r")
         shape = (sequences, form.length)
         cut = sequences * form.length * form.width
-        self.tokens = data[:cut].view(f"<u{form.width}").reshape(shape)
-        self.flags = data[cut:].reshape(shape)
+        self._tokens = data[:cut].view(f"<u{form.width}").reshape(shape)
+        self._flags = data[cut:].reshape(shape)
+
+    def read(self, row: int) -> tuple[npt.NDArray[np.uint16 | np.uint32], npt.NDArray[np.uint8]]:
+        """Return copies of the tokens and flags of a sequence, both (L,).
+
+        Raises DataMismatch if the file is not as it was when it was verified.
+        """
+        check_size(self._path, self._sequences, self._form)  # reading what a file no longer has would end the process
+        tokens, flags = self._tokens[row].copy(), self._flags[row].copy()
+        if self._checksums is not None and zlib.crc32(flags.data, zlib.crc32(tokens.data)) != self._checksums[row]:
+            raise DataMismatch(
+                f"{self._path} has changed since this process verified it: its sequence {row} is another one. If "
+                "nobody has written there, disk or memory is failing. Fetch or prepare the data again, and start anew"
+            )
+        return tokens, flags
 
 
 def check_size(path: Path, sequences: int, form: Form) -> None:
@@ -117,11 +138,22 @@ def check_size(path: Path, sequences: int, form: Form) -> None:
         raise DataMismatch(f"{path} has {actual} bytes, not {expected}. Fetch or prepare the data again")
 
 
-def check_bytes(path: Path) -> None:
-    """Raises DataMismatch if a shard's bytes are not what its name says. They are read as a stream."""
+def check_bytes(path: Path, sequences: int, form: Form) -> U32:
+    """Return the CRC-32 of each sequence, (n,). Raises DataMismatch if the bytes are not what the file's name says.
+
+    They are read as a stream; the file has the size that it should have.
+    """
+    state, checksums = hashlib.sha256(), np.zeros(sequences, dtype=np.uint32)
     try:
-        digest = sha256_file(path)
+        with path.open("rb") as file:
+            for size in (form.length * form.width, form.length):
+                for row in range(sequences):
+                    part = file.read(size)
+                    state.update(part)
+                    checksums[row] = zlib.crc32(part, int(checksums[row]))
+            state.update(file.read())
     except OSError as error:
         raise DataMismatch(f"{path} cannot be read: {error.strerror}. Fetch or prepare the data again") from error
-    if f"{digest}.bin" != path.name:
+    if f"{state.hexdigest()}.bin" != path.name:
         raise DataMismatch(f"{path} does not hold the bytes that its name says. Fetch or prepare the data again")
+    return checksums

@@ -2,13 +2,39 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 from psyche_node.data.errors import BadSample
 
 Bad = Callable[[BadSample], None]
 """Hears of a bad sample: raises it, or returns to go on with the next one."""
-_LISTED = 20
+_REASONS = 20
+_PLACES = 3
+_NUMBER = re.compile(r"\d+")
+
+
+@dataclass(slots=True)
+class Reason:
+    """Bad samples alike: ``what`` is wrong with the first, how many there are, and where the first of them are.
+
+    Alike are those whose messages differ in numbers only, such as that of a column.
+    """
+
+    what: str
+    count: int = 0
+    places: list[str] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        """How many, what, and where: the file of a place is named where it is not that of the one before."""
+        named, before = list[str](), ""
+        for place in self.places:
+            file, _, number = place.rpartition(":")
+            named.append(number if file == before else place)
+            before = file
+        more = f" and {self.count - len(named):,} more" if self.count > len(named) else ""
+        return f"{self.count:,}: {self.what} ({', '.join(named)}{more})"
 
 
 def refuse(error: BadSample) -> None:
@@ -28,13 +54,17 @@ class Skips:
 
     Attributes:
         count: how many there were.
-        first: the first of them, 20 at most.
+        reasons: what was wrong with them, in the order of finding; beyond 20 reasons they are "other".
     """
 
     def __init__(self, limit: int | None = 0) -> None:
         self._limit = limit
         self.count = 0
-        self.first: list[BadSample] = []
+        self._reasons: dict[str, Reason] = {}
+
+    @property
+    def reasons(self) -> list[Reason]:
+        return list(self._reasons.values())
 
     def __call__(self, error: BadSample) -> None:
         """Raises BadSample if this is one too many."""
@@ -42,9 +72,14 @@ class Skips:
             more = (
                 f"{self._limit} bad samples before it were passed over; `--skip-bad all` passes over all of them"
                 if self._limit
-                else "Or let `--skip-bad N` pass over N bad samples, which are counted and listed"
+                else "Or let `--skip-bad N` pass over N bad samples, which are counted and listed by reason"
             )
             raise BadSample(error.where, error.what, f"{error.remedy}. {more}") from error
         self.count += 1
-        if len(self.first) < _LISTED:
-            self.first.append(error)
+        alike = _NUMBER.sub("#", error.what)
+        full = alike not in self._reasons and len(self._reasons) >= _REASONS
+        key, what = ("", "other reasons") if full else (alike, error.what)
+        reason = self._reasons.setdefault(key, Reason(what))
+        reason.count += 1
+        if len(reason.places) < _PLACES:
+            reason.places.append(error.where)

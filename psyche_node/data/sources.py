@@ -18,10 +18,11 @@ from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
 from psyche_node.data.manifest import NAME, Manifest
 from psyche_node.data.prepare import prepare
-from psyche_node.data.rendering import CONFIG, TEMPLATE, find_template
+from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
 from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
+from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class DataFolders:
     """Where a run's data is: the files of samples (none if prepared), tokenizer, packed folder and its manifest.
 
     ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
-    ``skipped``: the first bad samples that were passed over, as messages. ``notes``: what of a folder or
+    ``skipped``: the bad samples that were passed over, a line for each reason. ``notes``: what of a folder or
     data set was passed over, and the SHA-256 of what was fetched.
     """
 
@@ -87,7 +88,7 @@ def build_data(
     def build(out: Path) -> None:
         skips = Skips(skip_bad)
         prepare(files, folder, out, sequence_length, heldout, seed, template=template, skips=skips)
-        skipped = [f"{bad.where}: {bad.what}" for bad in skips.first]
+        skipped = [str(reason) for reason in skips.reasons]
         write_atomically(out / _SKIPPED, json.dumps(skipped).encode())
 
     packed = _once(cache, key, NAME, build)
@@ -123,7 +124,7 @@ def cache_folder() -> Path:
 
 
 _SKIPPED = "skipped.json"
-_TOKENIZER_FILES = ("tokenizer.json", CONFIG, TEMPLATE)
+_TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE)
 
 
 def _stdlib(cache: Path) -> Path:

@@ -21,7 +21,7 @@ Document = tuple[npt.NDArray[np.uint32], npt.NDArray[np.bool_]]
 class Spill:
     """Documents in the order of appending, in a file without a name: it is gone when the process is.
 
-    ``tokens`` is how many it holds.
+    ``tokens`` is how many the documents for training have, which is what the manifest counts.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -46,10 +46,11 @@ class Spill:
         self._file.write(np.where(trained, ids | _TRAINED, ids).astype("<u4").tobytes())
         self._lengths.append(len(ids))
         self._held.append(heldout)
-        self.tokens += len(ids)
+        self.tokens += 0 if heldout else len(ids)
 
     def hold_out(self, document: int) -> None:
         """Put a document on the other side of the split."""
+        self.tokens -= 0 if self._held[document] else self._lengths[document]
         self._held[document] = True
 
     def numbers(self, *, heldout: bool) -> npt.NDArray[np.int64]:

@@ -24,9 +24,10 @@ from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
 from psyche_node.data.formats import Sample, check_encodable
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
-from psyche_node.data.rendering import CONFIG, SAVE, TEMPLATE, Span, Template, find_template, own_source
+from psyche_node.data.rendering import SAVE, Span, Template, find_template, own_source
 from psyche_node.data.textcoding import Coded, TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
+from psyche_node.folder_files import CONFIG, TEMPLATE
 
 _SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 _ENDS = ("</think>", "</seed:think>")

@@ -15,9 +15,9 @@ from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, train
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import write_atomically
 from psyche_node.data.formats import Sample
-from psyche_node.data.rendering import TEMPLATE
 from psyche_node.data.samples import Text, read_any
 from psyche_node.data.skipping import Bad, refuse
+from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
 
 BOS, EOS, PAD = "<|begin_of_text|>", "<|eot_id|>", "<|finetune_right_pad_id|>"
 SPECIAL = (BOS, EOS, PAD, "<|start_header_id|>", "<|end_header_id|>", "<think>", "</think>")
@@ -87,8 +87,8 @@ def train_tokenizer(files: Path | Sequence[Path], vocabulary: int, folder: Path,
         "clean_up_tokenization_spaces": False,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    write_atomically(folder / "tokenizer.json", tokenizer.to_str(pretty=False).encode())
-    write_atomically(folder / "tokenizer_config.json", (json.dumps(config, indent=2) + "\n").encode())
+    write_atomically(folder / TOKENIZER, tokenizer.to_str(pretty=False).encode())
+    write_atomically(folder / CONFIG, (json.dumps(config, indent=2) + "\n").encode())
     write_atomically(folder / TEMPLATE, CHAT_TEMPLATE.encode())
     return int(tokenizer.get_vocab_size())
 

@@ -13,7 +13,9 @@ from typing import Annotated, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
-_NUMBER = re.compile(r"[-+]?\d[\d,]*(?:\.\d+)?|[-+]?\.\d+")
+# A sign is none after a word or a number (3-5, 2026-11-28); a comma divides thousands, or two numbers.
+_NUMBER = re.compile(r"(?:(?<![\w.)\]])[-+\u2212])?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|\.\d+)")
+_MINUS = "\u2212"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
@@ -52,9 +54,11 @@ def matches(answer: str | None, accepted: Sequence[str], how: Literal["exact", "
         return False
     if how == "exact":
         return answer.strip() in {one.strip() for one in accepted}
-    if how == "normalised":
-        return normalised(answer) in set(map(normalised, accepted))
     value = _value(answer)
+    if how == "normalised":
+        # Without its punctuation -3.5 would be 35.
+        alike = [one for one in accepted if normalised(one) == normalised(answer)]
+        return any(None in (value, _value(one)) or value == _value(one) for one in alike)
     return value is not None and any(value == _value(one) for one in accepted)
 
 
@@ -74,7 +78,7 @@ def _first_line(text: str) -> str | None:
 
 def _last_number(text: str) -> str | None:
     found = _NUMBER.findall(text)
-    return found[-1].replace(",", "") if found else None
+    return found[-1].replace(",", "").replace(_MINUS, "-") if found else None
 
 
 def _boxed(text: str) -> str | None:
@@ -101,7 +105,7 @@ def _by_pattern(extractor: Regex, text: str) -> str | None:
 
 def _value(text: str) -> Decimal | None:
     try:
-        value = Decimal(text.strip().replace(",", "").rstrip("."))
+        value = Decimal(text.strip().replace(",", "").replace(_MINUS, "-").rstrip("."))
     except InvalidOperation:
         return None
     return value if value.is_finite() else None

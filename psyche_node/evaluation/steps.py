@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from itertools import count
 from typing import TypeVar
 
 T = TypeVar("T")
@@ -10,11 +11,13 @@ T = TypeVar("T")
 Steps = Generator[None, None, T]
 
 
-def finish(steps: Steps[T]) -> T:
-    """Do all the steps and return the result."""
-    while True:
+def finish(steps: Steps[T], progress: Callable[[int], None] = lambda done: None) -> T:
+    """Do all the steps and return the result. ``progress`` hears how many are done."""
+    for done in count(1):
         try:
             next(steps)
+            progress(done)
         except StopIteration as end:
             result: T = end.value
             return result
+    raise AssertionError("counting has no end")

@@ -41,6 +41,12 @@ class Conversation:
         self.manner = manner
         self._said: list[Message] = []
 
+    @property
+    def full(self) -> bool:
+        """Whether the last answer ended at the end of the context window."""
+        context = self._engine.context
+        return context is not None and self.last.prompt_tokens + len(self.last.token_ids) >= context
+
     def think(self, thinking: bool) -> None:
         """Turn reasoning on or off from the next answer on."""
         self.manner = replace(self.manner, thinking=thinking)

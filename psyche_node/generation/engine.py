@@ -26,6 +26,7 @@ from psyche_node.generation.loading import Loaded, load
 from psyche_node.generation.prompts import Message, Prompts
 from psyche_node.generation.request import PLAIN, Advice, Completion, Request
 from psyche_node.generation.sampling import PerSequence
+from psyche_node.planning.context import context_window
 
 _CUDA_TOKENS, _CPU_TOKENS = 131_072, 16_384
 """Prompt and answer of all sequences of a batch: bounds the key-value cache."""
@@ -55,8 +56,7 @@ class Engine:
         # A copy: one thread may make a prompt while another decodes an answer.
         self.prompts = Prompts(copy.deepcopy(loaded.tokenizer), loaded.where)
         self.advice = Advice.of(loaded.generation)
-        text_config = loaded.model.config.get_text_config()
-        self.context: int | None = getattr(text_config, "max_position_embeddings", None)
+        self.context: int | None = context_window(loaded.model.config.get_text_config().to_dict())
         self.vocabulary: int = loaded.model.get_input_embeddings().weight.shape[0]
         self.eos = _end_tokens(loaded)
         self._hidden = frozenset(loaded.hidden)
@@ -199,8 +199,8 @@ class Engine:
         left = self.context - len(request.prompt)
         if left < 1:
             raise PromptError(
-                f"the prompt has {len(request.prompt)} tokens, the model's context window {self.context}, prompt and "
-                "answer together. Shorten the conversation"
+                f"the prompt has {len(request.prompt):,} tokens, the model's context window {self.context:,}, prompt "
+                "and answer together. Shorten the conversation"
             )
         return min(left, request.max_new_tokens)
 
@@ -209,8 +209,8 @@ class Engine:
         only to count its tokens could take long."""
         if self.context is not None and characters > _CHARACTERS_PER_TOKEN * self.context:
             raise PromptError(
-                f"the prompt has {characters} characters, far more than the model's context window of {self.context} "
-                "tokens has room for. Shorten the conversation"
+                f"the prompt has {characters:,} characters, far more than the model's context window of "
+                f"{self.context:,} tokens has room for. Shorten the conversation"
             )
 
     def fits(self, requests: Sequence[Request]) -> bool:

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 from psyche_node.data.marked import QUOTE, holds_mark, mark_spellings, spells, strip_marks
 from psyche_node.data.textcoding import TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
+from psyche_node.folder_files import TEMPLATE
 from psyche_node.generation.errors import GenerationError, PromptError
 
 Message = dict[str, Any]
@@ -72,7 +73,7 @@ class Prompts:
                 theirs.
         """
         if not self.has_template:
-            raise GenerationError(f"{self._where} has no chat template. Put one into chat_template.jinja")
+            raise GenerationError(f"{self._where} has no chat template. Put one into {TEMPLATE}")
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
         if thinking is not None:
             options |= {"thinking": thinking, "enable_thinking": thinking}

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -17,18 +15,17 @@ from psyche_node.identity import NodeKey, load_or_create_node_key, node_id
 from psyche_node.ipc import Message, Ok
 from psyche_node.network.acquaintances import Acquaintances
 from psyche_node.network.addresses import Addresses, NetworkError, announced_host, parse_run
-from psyche_node.network.announcements import Announcements, Outcome, Verdict
+from psyche_node.network.announcements import Announcements
 from psyche_node.network.bulk.lanes import Lanes
 from psyche_node.network.bulk.server import BulkServer
-from psyche_node.network.certificates import LIFETIME_SECONDS, Leaf, issue
 from psyche_node.network.directory import Directory
 from psyche_node.network.fetcher import Fetcher
 from psyche_node.network.guard import Guard
 from psyche_node.network.holdings import Holdings
+from psyche_node.network.intake import Intake
 from psyche_node.network.lan import look_around
 from psyche_node.network.links import Links, probe
 from psyche_node.network.messages import (
-    Announced,
     Configure,
     Forget,
     GetStats,
@@ -42,13 +39,13 @@ from psyche_node.network.messages import (
     SetMembers,
     Stats,
     Want,
-    Why,
 )
 from psyche_node.network.nat.dialback import DialBack
 from psyche_node.network.nat.paths import SERVER_SOCKET, Paths
 from psyche_node.network.nat.puncher import Puncher
 from psyche_node.network.nat.reachability import Reachability
 from psyche_node.network.nat.sockets import SocketFolder
+from psyche_node.network.own_record import OwnRecord
 from psyche_node.network.ports import check_ports
 from psyche_node.network.push import PushReceiver
 from psyche_node.network.pusher import Pusher
@@ -60,8 +57,6 @@ from psyche_node.network.service import NodeService
 from psyche_node.network.spread import Spreader
 from psyche_node.network.statements import (
     Announcement,
-    Malformed,
-    NodeRecord,
     join_multiaddr,
     parse_bootstrap,
     split_address,
@@ -69,10 +64,8 @@ from psyche_node.network.statements import (
 from psyche_node.network.store import BlobStore
 from psyche_node.network.swarm import Swarm
 from psyche_node.network.threads import in_thread
-from psyche_node.network.throttle import Throttle
 
 log = logging.getLogger(__name__)
-RENEW_EVERY = 3600.0
 PORTS = ("p2p_port", "grpc_port", "bulk_port")
 
 
@@ -88,14 +81,13 @@ class NetworkNode:
         self._host = announced_host(configure.listen_host, self._bootstrap)
         for forwarded in filter(None, (configure.announce_grpc, configure.announce_p2p, configure.announce_bulk)):
             split_address(forwarded)
-        self._leaf: Leaf = issue(self._key)
         self._directory = Directory(self._key.public)
+        self._own = OwnRecord(self._key, self._run, self._directory)
         self._reporter = Reporter(emit, self._directory.slot)
         self._traffic = Traffic(self._vouches)
         self._sockets = SocketFolder(Path(configure.folder) / "sockets")
         self._paths = Paths(self._sockets)
         self._directory.on_paths(self._paths.has)
-        self._throttle = Throttle()
         path = Path(configure.folder) / "peers"
         self._acquaintances = Acquaintances(path, self._run, self._directory, self._bootstrap)
         self._bootstrap = self._acquaintances.bootstrap
@@ -106,8 +98,19 @@ class NetworkNode:
         self._holdings = Holdings(self._reader)
         self._quality = Quality()
         self._announcements = Announcements(self._run, self._directory)
-        self._links = Links(lambda: self._leaf, self._directory, self._reporter, self._traffic, self._paths)
-        self._lanes = Lanes(self._links, lambda: self._leaf, self._directory, self._reporter, self._traffic)
+        self.intake = Intake(
+            self._run,
+            self._directory,
+            self._announcements,
+            self._reporter,
+            self._traffic,
+            vouches=self._vouches,
+            announced=self._announced,
+            sources_changed=self._sources_changed,
+            connections_changed=self._report_connections,
+        )
+        self._links = Links(self._own.leaf, self._directory, self._reporter, self._traffic, self._paths)
+        self._lanes = Lanes(self._links, self._own.leaf, self._directory, self._reporter, self._traffic)
         self._fetcher = Fetcher(
             self._store,
             self._reader,
@@ -118,10 +121,10 @@ class NetworkNode:
             self._announcements,
             self._quality,
             self._reporter,
-            self._take_asked,
+            self.intake.asked_announcement,
         )
         self._faults = Faults.parse(configure.faults)
-        self._dialback = DialBack(lambda address, seconds: probe(address, seconds, self._leaf))
+        self._dialback = DialBack(lambda address, seconds: probe(address, seconds, self._own.leaf()))
         self._receiver = PushReceiver(
             self._store,
             self._reader,
@@ -142,10 +145,8 @@ class NetworkNode:
             self._standing_changed,
         )
         self._pusher = Pusher(self._links, self._fetcher.spread_to, self._reader, lambda: self._reachability.private)
-        self._puncher = Puncher(
-            self._paths, self._links, self._directory, lambda: self._leaf, lambda peer: self._fetcher.reachable(peer)
-        )
-        self._swarm = Swarm(self._key, self._run, self._directory, self, self._bootstrap)
+        self._puncher = Puncher(self._paths, self._links, self._directory, self._own.leaf, self._fetcher.reachable)
+        self._swarm = Swarm(self._key, self._run, self._directory, self.intake, self._bootstrap)
         self._spreader = Spreader(self._directory, self._links, self._swarm)
         self._up: set[int] = set()
         self._token: trio.lowlevel.TrioToken | None = None
@@ -161,17 +162,17 @@ class NetworkNode:
         guard = Guard(self._directory, self._reporter)
         service = NodeService(
             self._announcements,
-            self._take_from_thread,
+            self._announced_from_thread,
             self._holdings,
             self._traffic,
             self._faults,
-            self._take_offer,
+            self._offered_from_thread,
             self._quality.heard,
         )
         server = Server(
             configure.listen_host,
             configure.grpc_port,
-            lambda: self._leaf,
+            self._own.leaf,
             guard,
             service,
             more=[self._dialback.handlers(), self._receiver.handlers()],
@@ -182,14 +183,14 @@ class NetworkNode:
             bulk = BulkServer(
                 configure.listen_host,
                 configure.bulk_port,
-                lambda: self._leaf,
+                self._own.leaf,
                 guard,
                 service.pieces,
                 self._reporter,
             )
             async with self._swarm.running(configure.listen_host, configure.p2p_port) as nursery:
                 self._nursery = nursery
-                self._addresses = Addresses(
+                addresses = Addresses(
                     self._host,
                     self._swarm.port,
                     server.port,
@@ -198,22 +199,11 @@ class NetworkNode:
                     bulk.port,
                     configure.announce_bulk,
                 )
-                await self._renew_record()
-                nursery.start_soon(self._fetcher.run)
-                nursery.start_soon(self._keep_leaf)
-                nursery.start_soon(self._acquaintances.keep)
-                nursery.start_soon(self._spreader.meet)
-                if configure.mdns:
-                    address, listen = join_multiaddr(self._host, self._swarm.port), configure.listen_host
-                    nursery.start_soon(look_around, self._run, self._key.node_id, address, listen, self._swarm.hint)
-                nursery.start_soon(self._paths.run)
-                nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
-                nursery.start_soon(self._pusher.run)
-                nursery.start_soon(self._reachability.run, split_address(self._addresses.grpc())[1])
+                await self._begin(nursery, addresses)
                 yield Ready(
                     node_id=self._key.node_id,
-                    multiaddrs=[f"{address}/p2p/{self._key.node_id}" for address in self._addresses.p2p()],
-                    grpc_address=self._addresses.grpc(),
+                    multiaddrs=[f"{address}/p2p/{self._key.node_id}" for address in addresses.p2p()],
+                    grpc_address=addresses.grpc(),
                     p2p_port=self._swarm.port,
                     grpc_port=server.port,
                     bulk_port=bulk.port,
@@ -226,6 +216,21 @@ class NetworkNode:
                 bulk.stop()
             server.stop()
             self._sockets.close()
+
+    async def _begin(self, nursery: trio.Nursery, addresses: Addresses) -> None:
+        """Say where this node is, and start what goes on until it is stopped."""
+        await self._own.begin(addresses, self._reachability, self._swarm.gossip.record)
+        nursery.start_soon(self._fetcher.run)
+        nursery.start_soon(self._own.keep)
+        nursery.start_soon(self._acquaintances.keep)
+        nursery.start_soon(self._spreader.meet)
+        if self._configure.mdns:
+            address, listen = join_multiaddr(self._host, self._swarm.port), self._configure.listen_host
+            nursery.start_soon(look_around, self._run, self._key.node_id, address, listen, self._swarm.hint)
+        nursery.start_soon(self._paths.run)
+        nursery.start_soon(self._puncher.run, self._swarm.host, self._dialback)
+        nursery.start_soon(self._pusher.run)
+        nursery.start_soon(self._reachability.run, split_address(addresses.grpc())[1])
 
     async def handle(self, message: Message) -> Message:
         """Do what the supervisor asks and return the reply. Raises NetworkError, which reaches it as a Failure."""
@@ -269,8 +274,7 @@ class NetworkNode:
         self._paths.retain(set(members.values()))
         self._traffic.retain()
         self._report_connections()
-        self._fetcher.sources_changed()
-        self._swarm.wake()
+        self._sources_changed()
 
     async def _publish(self, message: Publish) -> None:
         digest = bytes.fromhex(message.digest)
@@ -322,101 +326,22 @@ class NetworkNode:
 
     # What comes in ---------------------------------------------------------------------------------------------------
 
-    def _take_from_thread(self, raw: bytes, sender: bytes) -> None:
-        assert self._token is not None
-        if not self.allows(sender):
-            return
-        # The caller waits, so that a peer cannot queue more than it has calls open.
-        trio.from_thread.run_sync(self._take_announcement, raw, sender, trio_token=self._token)
-
-    def _pushed_from_thread(self, digest: bytes, sender: bytes) -> None:
-        assert self._token is not None
-        with contextlib.suppress(trio.RunFinishedError):
-            self._token.run_sync_soon(self._fetcher.arrived, digest, sender)
-
-    def _take_asked(self, raw: bytes, sender: bytes) -> None:
-        if self.allows(sender):
-            self._take_announcement(raw, sender)
-
-    def allows(self, peer: bytes | str) -> bool:
-        allowed = self._throttle.allows(peer)
-        if not allowed:
-            reason = "it sends more statements than are looked at; the rest is dropped"
-            self._reporter.rejected("flood", peer, reason, Why.TOO_MANY)
-        return allowed
-
-    def _take_offer(self, digest: bytes, holder: bytes) -> None:
-        assert self._token is not None
-        trio.from_thread.run_sync(self._fetcher.invited, digest, holder, trio_token=self._token)
-
-    def _take_announcement(self, raw: bytes, sender: bytes | str) -> Outcome:
-        outcome = self._announcements.offer(raw)
-        said = outcome.announcement
-        if outcome.verdict is Verdict.REFUSED:
-            blamed = sender if said is None else said.node_key
-            # An honest forwarder has not seen the other one of two. A stranger's key is free: its bucket is no price.
-            self._throttle.refused(sender if outcome.slot is None else blamed)
-            where = "" if said is None else f" (round {said.round}, digest {said.digest.hex()[:16]})"
-            self._reporter.rejected("announcement", blamed, f"{outcome.reason}{where}", outcome.why)
-        elif outcome.verdict is Verdict.NEW and said is not None and outcome.slot is not None:
-            self._reporter.emit(
-                Announced(round=said.round, member=outcome.slot, digest=said.digest.hex(), length=said.length)
-            )
-            self._fetcher.announced(said.digest, said.node_key)
-        return outcome
-
-    def gossip_announcement(self, raw: bytes, forwarder: bytes | str) -> bool:
-        return self._take_announcement(raw, forwarder).verdict in (Verdict.NEW, Verdict.KNOWN)
-
-    def gossip_record(self, raw: bytes, forwarder: bytes | str) -> bool:
-        return self._take_record(raw, forwarder)
-
-    def records_received(self, raw: list[bytes], sender: bytes) -> list[bytes]:
-        fresh = [one for one in raw if not self._directory.holds(one)]
-        return [one for one in fresh if self.allows(sender) and self._take_record(one, sender)]
-
-    def _take_record(self, raw: bytes, sender: bytes | str) -> bool:
-        if self._directory.holds(raw):
-            return False
-        try:
-            record = NodeRecord.parse(raw, self._run)
-        except Malformed as error:
-            self._throttle.refused(sender)
-            self._reporter.rejected("record", sender, str(error), Why.MALFORMED)
-            return False
-        # A stranger introduces itself and nobody else, or it could fill the directory with made-up nodes.
-        if sender != record.node_key and not self._vouches(sender) and not self._vouches(record.node_key):
-            return False
-        if record.node_key == self._key.public or not self._directory.add(record, raw):
-            return False
-        log.debug("%s is at %s, %s", record.node_id, record.grpc_address, ", ".join(record.p2p_addresses))
-        self._fetcher.sources_changed()
-        self._swarm.wake()
-        return True
-
     def _vouches(self, peer: bytes | str) -> bool:
         return isinstance(peer, bytes) and (
             self._directory.slot(peer) is not None or any(peer == key for key, _ in self._bootstrap)
         )
 
-    def connection_changed(self, peer: bytes, up: bool) -> None:
-        log.debug("%s %s", node_id(peer), "connected" if up else "disconnected")
-        self._report_connections()
+    def _announced(self, said: Announcement) -> None:
+        self._fetcher.announced(said.digest, said.node_key)
 
-    def gossip_bytes(self, peer: bytes, sent: int, received: int) -> None:
-        self._traffic.sent(peer, sent)
-        self._traffic.received(peer, received)
+    def _sources_changed(self) -> None:
+        self._fetcher.sources_changed()
+        self._swarm.wake()
 
-    def refused(self, what: str, peer: bytes | str, reason: str, why: Why) -> None:
-        self._reporter.rejected(what, peer, reason, why)
-
-    def probed(self) -> None:
-        """Somebody looked whether this node is there, or at its certificate, and showed none. Any thread."""
-        self._reporter.count("probe", Why.OTHER)
-
-    def handshake_refused(self, reason: str, why: Why) -> None:
-        """A TLS handshake with the gRPC server failed; who it was, gRPC does not tell. Any thread."""
-        self._reporter.rejected("handshake", "at the gRPC port", reason, why)
+    async def _standing_changed(self) -> None:
+        await self._own.renew()
+        self._pusher.wake()
+        self._sources_changed()
 
     def _report_connections(self) -> None:
         connected = self._swarm.connected()
@@ -427,40 +352,20 @@ class NetworkNode:
             self._reporter.emit(PeerDown(slot=slot))
         self._up = up
 
-    # This node's own record ------------------------------------------------------------------------------------------
+    # From the threads of gRPC ----------------------------------------------------------------------------------------
 
-    async def _keep_leaf(self) -> None:
-        while True:
-            await trio.sleep(RENEW_EVERY)
-            if self._leaf.expires - time.time() < LIFETIME_SECONDS / 2:
-                self._leaf = issue(self._key)
-                await self._renew_record()
-
-    async def _standing_changed(self) -> None:
-        await self._renew_record()
-        self._pusher.wake()
-        self._fetcher.sources_changed()
-        self._swarm.wake()
-
-    async def _renew_record(self) -> None:
-        standing = self._reachability.standing
-        # A public node behind a NAT that forwards its ports is reached where others see it.
-        outside = "" if standing.private else standing.ip
-        record = NodeRecord(
-            self._run,
-            self._key.public,
-            int(time.time() * 1000),  # larger than those of earlier lives of this node
-            self._addresses.p2p(outside),
-            self._addresses.grpc(outside),
-            self._leaf.der_hash,
-            self._leaf.expires,
-            self._reachability.private,
-            standing.ip if standing.private else "",
-            "" if self._reachability.private else self._addresses.bulk(outside),
-        )
-        known = self._directory.record(self._key.public)
-        if known is not None and replace(known, seq=record.seq) == record:
+    def _announced_from_thread(self, raw: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        if not self.intake.allows(sender):
             return
-        raw = record.sign(self._key)
-        self._directory.add(record, raw)
-        await self._swarm.gossip.record(raw)
+        # The caller waits, so that a peer cannot queue more than it has calls open.
+        trio.from_thread.run_sync(self.intake.announcement, raw, sender, trio_token=self._token)
+
+    def _offered_from_thread(self, digest: bytes, holder: bytes) -> None:
+        assert self._token is not None
+        trio.from_thread.run_sync(self._fetcher.invited, digest, holder, trio_token=self._token)
+
+    def _pushed_from_thread(self, digest: bytes, sender: bytes) -> None:
+        assert self._token is not None
+        with contextlib.suppress(trio.RunFinishedError):
+            self._token.run_sync_soon(self._fetcher.arrived, digest, sender)

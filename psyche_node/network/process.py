@@ -60,7 +60,7 @@ def main() -> None:
         process.refuse(Failure.of("Configure", problem))
     try:
         node = NetworkNode(message, process.emit)
-        core.refused, core.probed = node.handshake_refused, node.probed
+        core.refused, core.probed = node.intake.handshake_refused, node.intake.probed
         trio.run(process.run, node)
     except (Exception, BaseExceptionGroup) as error:
         if (died := _find(error, PartDied)) is not None:

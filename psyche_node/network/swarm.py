@@ -26,6 +26,7 @@ from psyche_node.network.host import Handlers, Notifee, dial, key_of, listening,
 from psyche_node.network.kademlia import Kademlia
 from psyche_node.network.messages import Why
 from psyche_node.network.records import RecordExchange
+from psyche_node.network.unreached import why_unreached
 
 log = logging.getLogger(__name__)
 # Connections of nodes that are not members (yet): they may ask for records, and not crowd out the members.
@@ -189,26 +190,31 @@ class Swarm:
 
     async def _dial(self, key: bytes, addresses: list[str], attempt: _Dial) -> None:
         async with self._dialling if attempt.failures < 2 else self._dialling_again:
-            reached = await self._dial_one_of(key, addresses, DIAL_SECONDS * min(3, 1 + attempt.failures))
+            unreached = await self._dial_one_of(key, addresses, DIAL_SECONDS * min(3, 1 + attempt.failures))
         attempt.running = False
-        if reached:
+        if not unreached:
             self._dials.pop(key, None)
             return
         attempt.failed()
         if attempt.failures in (3, 10) or attempt.failures % 60 == 0:
-            log.warning("%s does not answer at %s (%d attempts)", peer_of(key), ", ".join(addresses), attempt.failures)
+            named = "bootstrap node " if any(key == known for known, _ in self._bootstrap) else ""
+            where = ", ".join(f"{address} ({why})" for address, why in unreached.items())
+            log.warning("%s%s is not reached at %s; %d attempts", named, peer_of(key), where, attempt.failures)
 
-    async def _dial_one_of(self, key: bytes, addresses: list[str], seconds: float) -> bool:
+    async def _dial_one_of(self, key: bytes, addresses: list[str], seconds: float) -> dict[str, str]:
+        """Return why each address did not do; nothing when there is a connection."""
+        unreached: dict[str, str] = {}
         for address in addresses:
             if key in self.connected():
-                return True
+                return {}
             try:
                 await dial(self._host, key, address, seconds)
             except Exception as error:
+                unreached[address] = why_unreached(error)
                 log.debug("dialling %s at %s failed: %r", peer_of(key), address, error)
             else:
-                return True
-        return False
+                return {}
+        return unreached
 
     async def _close(self, peer: ID) -> None:
         with trio.move_on_after(2.0):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -11,10 +12,12 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from solders.pubkey import Pubkey
 
 from coordinator.fees import DEFAULT_FEE_CAP
+from coordinator.urls import check_url
 from coordinator.wording import problems
 from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
+from psyche_node.node.paths import missing
 from psyche_node.training.options import Options
 
 
@@ -35,7 +38,8 @@ class NodeConfig(BaseModel):
     owner: str | None = None
     """The owner's wallet, where `run` is a name. With `program`, nothing is searched for: no other run can be meant."""
     rpc: tuple[str, ...] = Field(min_length=1)
-    """Solana RPC endpoints, the preferred one first. The only setting that differs between a laptop and the world."""
+    """Solana RPC endpoints, the preferred one first; a single one may stand without brackets. The only setting that
+    differs between a laptop and the world."""
     commitment: Literal["processed", "confirmed", "finalized"] = "confirmed"
     """Level at which state is read and transactions count as done. `finalized` adds some 13 s to every transition."""
     priority_fee: Annotated[int, Field(ge=0)] | Literal["auto"] = 0
@@ -50,7 +54,8 @@ class NodeConfig(BaseModel):
     data: Path
     """Prepared data set; the SHA-256 of its manifest must be the one on chain."""
     wallet: Path | None = None
-    """Solana keypair file that pays and signs. Default: `wallet.json` in the folder, made when missing."""
+    """Solana keypair file that pays and signs; one that is named must exist. Default: `wallet.json` in the folder, made
+    when missing."""
     bootstrap: tuple[str, ...] = ()
     """libp2p addresses of nodes that are already in the network. Empty: this node is the first."""
     listen: str = "127.0.0.1"
@@ -117,6 +122,16 @@ class NodeConfig(BaseModel):
     faults: tuple[str, ...] = ()
     """Misbehave on purpose: see psyche_node.faults. For tests and `psyche-sim --adversary`."""
 
+    @field_validator("rpc", "bootstrap", "tasks", mode="before")
+    @classmethod
+    def _one_is_a_list(cls, value: object) -> object:
+        return (value,) if isinstance(value, str) else value
+
+    @field_validator("rpc")
+    @classmethod
+    def _endpoints(cls, urls: tuple[str, ...]) -> tuple[str, ...]:
+        return tuple(check_url(url) for url in urls)
+
     @field_validator("program", "owner")
     @classmethod
     def _address(cls, address: str | None) -> str | None:
@@ -147,6 +162,13 @@ class NodeConfig(BaseModel):
                     f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts: {error}"
                 ) from error
         return addresses
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+            raise ValueError(f"{device!r} is no device to train on; use auto, cpu, cuda or cuda:1")
+        return device
 
     @field_validator("listen")
     @classmethod
@@ -237,7 +259,10 @@ class NodeConfig(BaseModel):
 
 
 def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
-    """Merge a TOML file with flags (flags win). Raises ConfigError with every problem, one a line."""
+    """Merge a TOML file with flags (flags win), and look whether the paths are there.
+
+    Raises ConfigError with every problem, one a line.
+    """
     values: dict[str, object] = {}
     if file is not None:
         try:
@@ -247,9 +272,14 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
             raise ConfigError(f"{file} is not TOML: {error}") from error
     values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
+    wrong = missing(values)
     try:
-        return NodeConfig.model_validate(values)
+        config = NodeConfig.model_validate(values)
     except ValidationError as error:
-        where = f"{file} and flags" if file else "flags"
-        lines = [f"  {key + ': ' if key else ''}{words}" for key, words in problems(error, NodeConfig)]
-        raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines)) from error
+        wrong = problems(error, NodeConfig) + wrong
+    else:
+        if not wrong:
+            return config
+    where = f"{file} and flags" if file else "flags"
+    lines = [f"  {key + ': ' if key else ''}{words}" for key, words in wrong]
+    raise ConfigError(f"the node's settings ({where}) are not valid:\n" + "\n".join(lines))

@@ -8,18 +8,15 @@ import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
 
-from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient, Pulse
 from coordinator.find_run import open_run
 from coordinator.state import Run
 from coordinator.ticking import tick_delay
-from coordinator.wallet import load_or_create_keypair
 from optimizer.layout import Layout
 from psyche_node.evaluation import Results
 from psyche_node.faults import Fault, Faults
-from psyche_node.identity import NodeKey, load_or_create_node_key
 from psyche_node.ipc import IpcError, Message
 from psyche_node.metrics import ASK_SECONDS, NodeMetrics
 from psyche_node.network.messages import (
@@ -34,6 +31,7 @@ from psyche_node.node.folder import CHECKPOINT, keep_for_run
 from psyche_node.node.funds import check_funds
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
+from psyche_node.node.keys import own_keys
 from psyche_node.node.membership import Membership
 from psyche_node.node.networking import Network
 from psyche_node.node.outsider import intrude
@@ -77,8 +75,7 @@ class Node:
     def __init__(self, config: NodeConfig) -> None:
         self._config = config
         self._faults = Faults.parse(config.faults)
-        self._wallet: Keypair = load_or_create_keypair(config.wallet_path)
-        self._node_key: NodeKey = load_or_create_node_key(config.node_key_path)
+        self._wallet, self._node_key = own_keys(config)
         self._roster: Roster | None = None
         self._membership: Membership | None = None
         self._exchange: UpdateExchange | None = None
@@ -165,9 +162,8 @@ class Node:
             await check_funds(chain, run, self._wallet.pubkey(), config.priority_fee)
             keep_for_run(config.folder, str(chain.addresses.run))
             trainer = await Trainer.start(config.training_ranks, config.folder / "logs", self._on_event)
-            stack.push_async_callback(trainer.stop)
             network = Network(self._on_event)
-            stack.push_async_callback(network.stop)
+            stack.push_async_callback(_end, trainer, network)
             self._network = network
             if config.metrics is not None:
                 self._serve_metrics(config.metrics, stack)
@@ -324,6 +320,11 @@ class Node:
     def _tick_delay(self, pulse: Pulse) -> int:
         place = None if self._roster is None else self._roster.place
         return tick_delay(place, pulse.run.round, pulse.header.members)
+
+
+async def _end(*parts: Trainer | Network) -> None:
+    """End the processes, all at once: whoever asks a second time cancels all that is still waited for."""
+    await asyncio.gather(*(part.stop() for part in parts))
 
 
 async def _linger() -> None:

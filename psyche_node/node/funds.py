@@ -20,18 +20,27 @@ async def check_funds(chain: CoordinatorClient, run: Run, wallet: Pubkey, priori
 
     An automatic priority fee is not known before, and not counted.
     """
-    priority = 0 if priority_fee == "auto" else priority_fee
+    limits, priority = run.limits, 0 if priority_fee == "auto" else priority_fee
+    members, left = max(run.member_count, limits.init_min_members), max(limits.total_rounds - run.round, 1)
+
+    def fees(rounds: int) -> int:
+        return member_fees(members, rounds, limits.rounds_per_epoch, limits.witnesses, priority)
+
     await chain.load_rent()
     deposit = chain.rent_exempt(0)  # what a wallet has to keep, unless it is emptied to the last lamport
-    purpose = f"joining a run (of which {sol(deposit)} SOL stay in the wallet: the deposit that an account needs)"
-    await require_funds(chain, wallet, member_fees(1, priority) + deposit, purpose)
-    left = max(run.limits.total_rounds - run.round, 1)
-    there, whole = await chain.balance(wallet), member_fees(left, priority) + deposit
-    if there < whole:
+    there, whole = await chain.balance(wallet), fees(left) + deposit
+    beside = ", beside priority fees" if priority_fee == "auto" else ""
+    parts = (
+        f"about {sol(fees(left))} SOL in fees{beside}, and {sol(deposit)} SOL stay in the wallet, as the chain wants"
+    )
+    if there < fees(1) + deposit:
+        await require_funds(chain, wallet, whole, f"being a member for the {left:,} rounds of this run ({parts})")
+    elif there < whole:
         log.warning(
-            "wallet %s has %s SOL, and %d rounds take about %s SOL with its deposit: send it more before it is empty",
+            "wallet %s has %s SOL, and the %s rounds that are left take %s SOL (%s): send it more before it is empty",
             wallet,
             sol(there),
-            left,
+            f"{left:,}",
             sol(whole),
+            parts,
         )

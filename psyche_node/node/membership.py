@@ -88,7 +88,9 @@ class Membership:
             await self._chain.join(self._node_key.keypair, self._share or DEFAULT_SHARE)
             mine = await self._roster.read()
             if mine is None:
-                raise JoinRefused("the join was confirmed, yet the member table does not list this wallet")
+                raise JoinRefused(
+                    "the join was confirmed, yet the member table does not list this wallet: start the node again"
+                )
         elif mine.node_key != self._node_key.public:
             mine = await self._go_on_under_new_key(mine)
         self._roster.see(mine)

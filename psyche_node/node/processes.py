@@ -58,11 +58,13 @@ class Child:
             raise
 
     async def stop(self) -> None:
-        """Close the endpoint and wait; kill what has not ended by then, or at once when this is cancelled."""
+        """Close the endpoint and wait; kill what has not ended by then, or at once when this is cancelled. One that is
+        still being started, or loads its first model, has nothing to put in order, and is not waited for."""
         died = self.endpoint.closed.is_set()
         try:
             await self.endpoint.close()
-            await asyncio.to_thread(self.process.wait, _GRACE_SECONDS)
+            if self.endpoint.heard or died:
+                await asyncio.to_thread(self.process.wait, _GRACE_SECONDS)
         except subprocess.TimeoutExpired:
             log.warning("the %s process did not end within %.0f s; killing it", self.name, _GRACE_SECONDS)
         finally:

@@ -109,8 +109,9 @@ class Trainer:
             await asyncio.gather(self._watch, return_exceptions=True)
         try:
             await self._head.stop()
-            async with asyncio.timeout(_GRACE_SECONDS):
-                await asyncio.gather(*(process.wait() for process in self._followers.values()))
+            if self._head.endpoint.heard:  # otherwise they are still being started, as it is
+                async with asyncio.timeout(_GRACE_SECONDS):
+                    await asyncio.gather(*(process.wait() for process in self._followers.values()))
         except TimeoutError:
             log.warning("ranks of the training process did not end within %.0f s; killing them", _GRACE_SECONDS)
         finally:

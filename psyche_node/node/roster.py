@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Sequence
 
 from solders.pubkey import Pubkey
@@ -17,6 +18,7 @@ from psyche_node.node.roundloop import Desynced
 from psyche_node.node.standing import LATER, LIVE, Dropped, Ejected, JoinRefused, Left, admitted
 from psyche_node.node.view import ChainView
 
+log = logging.getLogger(__name__)
 # The member table is read again when a peer is refused that is not in it, but not sooner than after this pause; and
 # after this time anyway.
 MEMBERS_PAUSE_SECONDS = 2.0
@@ -36,6 +38,7 @@ class Roster:
         self._table: Sequence[Member] = ()
         self._mine: Member | None = None
         self._hint = asyncio.Event()
+        self._waits = False
         self.changes = Changes()
         self.before: MemberStatus | None = None
         """What this member's status was before the present one."""
@@ -93,6 +96,7 @@ class Roster:
         known: list[MemberEntry] | None = None
         while True:
             seen = self._view.pulse
+            self._tell_of_waiting(seen)
             self._hint.clear()
             table = self._table = await self._view.read(self._chain.members)
             mine = next((m for m in table if m.slot == self.slot and m.wallet == self._wallet), None)
@@ -108,6 +112,25 @@ class Roster:
                 await self._network.call(SetMembers(members=members), Ok)
                 known = members
             await self._may_have_changed(_membership(seen))
+
+    def _tell_of_waiting(self, seen: Pulse) -> None:
+        """Say once that a run which has begun to train has too few members left, and once that it goes on."""
+        run, here = seen.run, seen.header.members
+        needed = run.limits.init_min_members
+        stopped = run.phase is Phase.WAITING_FOR_MEMBERS and run.round > run.model_round
+        if stopped and here < needed and not self._waits:
+            self._waits = True
+            log.warning(
+                "round %d: the run has stopped, for too few members are left: it has %d, and needs %d to go on. One "
+                "that was dropped and still runs joins again by itself; a node that starts anew cannot catch up. If no "
+                "more come, the run's owner can go on from a checkpoint",
+                run.round,
+                here,
+                needed,
+            )
+        elif self._waits and run.phase is not Phase.WAITING_FOR_MEMBERS:
+            self._waits = False
+            log.info("round %d: the run goes on, with %d members", run.round, here)
 
     def _check_place(self, mine: Member, number: int) -> None:
         """Raise what ends this node."""

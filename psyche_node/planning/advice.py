@@ -29,7 +29,8 @@ class Try:
     owners: bool
 
 
-_Change = tuple[str, Value]
+_Change = tuple[str, Any]
+"""A field of `Asked`, and its new value."""
 _Changes = Callable[[ModelShape, Asked, Load], Iterator[_Change]]
 
 
@@ -81,16 +82,21 @@ def _needed(shape: ModelShape, asked: Asked, made: list[_Change]) -> list[_Chang
 
 
 def _changed(asked: Asked, changes: Sequence[_Change]) -> Asked:
-    return replace(asked, **dict(_FIELDS[flag](value) for flag, value in changes))
+    return replace(asked, **dict(changes))
 
 
 def _tried(shape: ModelShape, asked: Asked, changes: Sequence[_Change]) -> tuple[Try, ...]:
     tries = []
-    for at, (flag, value) in enumerate(changes, start=1):
+    for at, (field, value) in enumerate(changes, start=1):
         loaded = load(shape, _changed(asked, changes[:at]))
-        shown = f"{value}x{asked.gpu.name}" if flag == "gpus" else value
-        tries.append(Try(flag, shown, loaded.memory.total, loaded.fits, flag in _COMMON))
+        tries.append(Try(*_flag(asked, field, value), loaded.memory.total, loaded.fits, field in _COMMON))
     return tuple(tries)
+
+
+def _flag(asked: Asked, field: str, value: Any) -> tuple[str, Value]:
+    """What a field of what is asked is on the command line."""
+    special = {"gpus": ("gpus", f"{value}x{asked.gpu.name}"), "bf16": ("precision", "bf16"), "sequence": ("seq", value)}
+    return special.get(field, (field.replace("_", "-"), value))
 
 
 def _checkpointing(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
@@ -100,37 +106,28 @@ def _checkpointing(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_C
 
 def _one_at_a_time(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     if loaded.work.micro_batch > 1:
-        yield "micro-batch", 1
+        yield "micro_batch", 1
 
 
 def _more_tensor_parallel(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     for tensor in range(asked.tensor_parallel + 1, shape.kv_heads + 1):
         if not any(whole % tensor for whole in (asked.gpus, shape.heads, shape.kv_heads)):
-            yield "tensor-parallel", tensor
+            yield "tensor_parallel", tensor
 
 
 def _bf16(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     if not asked.bf16:
-        yield "precision", "bf16"
+        yield "bf16", True
 
 
 def _shorter(shape: ModelShape, asked: Asked, loaded: Load) -> Iterator[_Change]:
     length = asked.sequence // 2
     while length >= SHORTEST:
-        yield "seq", length
+        yield "sequence", length
         length //= 2
 
 
 # In the order of what they cost: speed, then accuracy, then context.
 _MEMBERS: Final[tuple[_Changes, ...]] = (_checkpointing, _one_at_a_time, _more_tensor_parallel)
 _OWNERS: Final[tuple[_Changes, ...]] = (_bf16, _shorter)
-_COMMON: Final = frozenset({"precision", "seq"})
-_FIELDS: Final[dict[str, Callable[[Value], tuple[str, Any]]]] = {
-    "gpus": lambda value: ("gpus", value),
-    "checkpointing": lambda value: ("checkpointing", value),
-    "micro-batch": lambda value: ("micro_batch", value),
-    "tensor-parallel": lambda value: ("tensor_parallel", value),
-    "precision": lambda value: ("bf16", value == "bf16"),
-    "seq": lambda value: ("sequence", value),
-}
-"""What a flag is of what is asked."""
+_COMMON: Final = frozenset({"bf16", "sequence"})

@@ -9,11 +9,13 @@ from typing import Any
 from coordinator.run_costs import RunFees, run_fees
 from psyche_node.planning.advice import Try, advice
 from psyche_node.planning.asked import Asked, load, usable
+from psyche_node.planning.context import beyond
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.exchange import CHAIN_SLOTS, Exchange
 from psyche_node.planning.memory import Memory, Work
 from psyche_node.planning.shape import ModelShape
 from psyche_node.planning.times import exchange_of, warnings
+from psyche_node.units import seconds_text
 
 _OF_A_RUN = frozenset(
     {
@@ -28,14 +30,28 @@ _OF_A_RUN = frozenset(
 
 
 @dataclass(frozen=True, slots=True)
+class Terms:
+    """Of a run: ``batch`` sequences of ``sequence`` tokens a round, of all ``members`` together."""
+
+    members: int
+    rounds: int
+    batch: int
+    sequence: int
+    topk: int
+    overlap: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Plan:
     """Bytes, seconds, tokens per second; ``usable`` is what the GPU has without what fragmentation may take. ``tries``:
-    changes that make it fit, if it does not; none if nothing does."""
+    changes that make it fit, if it does not; none if nothing does. ``terms``: what all members of the run have in
+    common."""
 
     model: str
     parameters: int
     gpus: int
     gpu: str
+    terms: Terms
     work: Work
     memory: Memory
     usable: int
@@ -82,11 +98,14 @@ def plan(shape: ModelShape, asked: Asked) -> Plan:
     if fits and full > 1.25:
         notes.append(f"{asked.batch} sequences over {ranks} data-parallel ranks leave some idle; raise the batch")
     slow = tuple(warnings(shape, asked, compute)) if fits else ()
+    unseen = beyond(shape.context, asked.sequence)
     sent, chain = exchange_of(asked), CHAIN_SLOTS * asked.slot_seconds
     waiting = sent.seconds + chain
     seconds = max(compute, waiting) if asked.overlap else compute + waiting
     if fits and chain > compute:
-        notes.append(f"the chain takes {chain:.1f} s a round, which is more than training: a larger batch would help")
+        notes.append(
+            f"the chain takes {seconds_text(chain)} a round, which is more than training: a larger batch would help"
+        )
     elif fits and not slow and waiting > compute:
         notes.append(
             "the exchange takes longer than training: a smaller topk, a larger batch or a faster line would help"
@@ -98,6 +117,7 @@ def plan(shape: ModelShape, asked: Asked) -> Plan:
         parameters=shape.parameters,
         gpus=asked.gpus,
         gpu=asked.gpu.name,
+        terms=Terms(asked.members, asked.rounds, asked.batch, asked.sequence, asked.topk, asked.overlap),
         work=work,
         memory=loaded.memory,
         usable=usable(asked.gpu),
@@ -111,6 +131,6 @@ def plan(shape: ModelShape, asked: Asked) -> Plan:
         round_seconds=seconds,
         run_days=seconds * asked.rounds / 86_400,
         fees=run_fees(asked.members, asked.rounds, asked.rounds_per_epoch, asked.witnesses, asked.priority_fee),
-        warnings=slow,
+        warnings=slow if unseen is None else (unseen, *slow),
         notes=tuple(notes),
     )

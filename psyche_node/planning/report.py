@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterator, Mapping
 
 from psyche_node.planning.advice import Try, Value
-from psyche_node.planning.plan import Plan
+from psyche_node.planning.plan import Plan, Terms
+from psyche_node.units import bytes_text, memory_text, seconds_text
 
 _PARTS = {
     "weights": "weights",
@@ -22,20 +23,24 @@ _PARTS = {
 _SOL = 1_000_000_000
 
 
-def lines(plan: Plan, given: Mapping[str, Value]) -> Iterator[str]:
-    """The plan, a line at a time. ``given``: flags of the command, without their dashes."""
+def lines(plan: Plan, given: Mapping[str, Value], recipe: str) -> Iterator[str]:
+    """The plan, a line at a time. ``given``: flags of the command, without their dashes. ``recipe``: what says what
+    they do not."""
     work = plan.work
     yield f"{plan.model}: {plan.parameters:,} parameters, on {plan.gpus} x {plan.gpu}"
+    yield f"  run: {_terms(plan.terms)}"
+    flags = [f"--{flag}" for flag in ("members", "rounds", "batch", "seq", "topk") if flag in given]
+    yield f"  these are of the recipe {recipe}" + (f", but for {', '.join(flags)}" if flags else "")
     yield (
         f"  FSDP over {work.data_parallel}, tensor parallel over {work.tensor_parallel}; {work.micro_batch} x "
         f"{work.sequence:,} tokens at a time, {work.micro_batches} times; activation checkpointing "
         f"{'on' if work.checkpointing else 'off'}"
     )
-    yield "memory of a GPU at the peak of a step, GiB"
+    yield "memory of a GPU at the peak of a step"
     for name, part in plan.memory.parts().items():
         if part:
-            yield f"  {_PARTS[name]:48} {part / 2**30:8.1f}"
-    yield f"  {'all':48} {plan.memory.total / 2**30:8.1f} of {plan.usable / 2**30:.1f}"
+            yield f"  {_PARTS[name]:48} {_memory(part):>9}"
+    yield f"  {'all':48} {_memory(plan.memory.total):>9} of {_memory(plan.usable)}"
     if plan.fits:
         yield "  it fits"
         yield from _round(plan)
@@ -45,6 +50,17 @@ def lines(plan: Plan, given: Mapping[str, Value]) -> Iterator[str]:
         yield f"note: {note}"
     if not plan.fits:
         yield from _advice(plan, given)
+
+
+def _terms(terms: Terms) -> str:
+    sizes = f"{terms.rounds:,} rounds of {terms.batch:,} x {terms.sequence:,} tokens, topk {terms.topk}"
+    members = f"{terms.members:,} member{'' if terms.members == 1 else 's'}"
+    return f"{members}, {sizes}, {'with' if terms.overlap else 'without'} overlap"
+
+
+def _memory(count: int) -> str:
+    """Whether it fits may depend on a tenth of a GiB."""
+    return f"{count / 2**30:.1f} GiB" if count >= 1 << 30 else memory_text(count)
 
 
 def command(plan: Plan, given: Mapping[str, Value]) -> str | None:
@@ -68,7 +84,7 @@ def _advice(plan: Plan, given: Mapping[str, Value]) -> Iterator[str]:
         return
     yield "  it does not fit. What helps, one on top of the other:"
     for step in plan.tries:
-        yield f"    {_tried(step):46} {step.total / 2**30:8.1f}{'  fits' if step.fits else ''}"
+        yield f"    {_tried(step):46} {_memory(step.total):>9}{'  fits' if step.fits else ''}"
     if any(step.owners for step in plan.tries):
         yield "    all members have it in common: the owner sets it before the run. A member plans with --joining"
     yield f"  this fits: {command(plan, given)}"
@@ -81,12 +97,14 @@ def _tried(step: Try) -> str:
 def _round(plan: Plan) -> Iterator[str]:
     sent = plan.exchange
     yield "round"
-    yield f"  {'update':32} {sent.update_bytes:,} bytes"
-    yield f"  {'received, and sent, by a member':32} {sent.received / 1e9:.2f} GB in {sent.seconds:.1f} s"
-    yield f"  {'training':32} {plan.compute_seconds:.1f} s at {plan.member_tokens_per_second:,.0f} tokens/s a member"
-    yield f"  {'chain':32} {plan.chain_seconds:.1f} s until commitments and attestations are final"
-    yield f"  {'whole round':32} {plan.round_seconds:.1f} s, {plan.tokens_per_second:,.0f} tokens/s of all members"
-    yield f"  {'whole run':32} {plan.run_days:.1f} days"
+    yield f"  {'update':32} {bytes_text(sent.update_bytes)} ({sent.update_bytes:,} bytes)"
+    yield f"  {'received, and sent, by a member':32} {bytes_text(sent.received)} in {seconds_text(sent.seconds)}"
+    speed = f"{plan.member_tokens_per_second:,.0f} tokens/s a member"
+    yield f"  {'training':32} {seconds_text(plan.compute_seconds)} at {speed}"
+    yield f"  {'chain':32} {seconds_text(plan.chain_seconds)} until commitments and attestations are final"
+    speed = f"{plan.tokens_per_second:,.0f} tokens/s of all members"
+    yield f"  {'whole round':32} {seconds_text(plan.round_seconds)}, {speed}"
+    yield f"  {'whole run':32} {seconds_text(plan.run_days * 86_400)}"
     fees = plan.fees
     yield "chain, all members together"
     yield f"  {'a round':32} {fees.transactions_per_round} transactions, {fees.per_round / _SOL:.6f} SOL"

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from psyche_node.planning.context import context_window
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.sizes import bad_size, config_values
 
@@ -32,7 +33,8 @@ class ModelShape:
     ``tensors`` are the trained parameters, tied ones once. ``head_norms``: queries and keys are normalized per head.
     ``assumed``: its kind is not one whose activations were checked; they are counted as Llama's. ``norms``: of a layer.
     ``exact_norms``: they multiply by their weights in fp32. ``capped_scores``: attention's logits go through a tanh.
-    ``masks``: kinds of attention, such as full and sliding, each of which has a mask.
+    ``masks``: kinds of attention, such as full and sliding, each of which has a mask. ``context``: tokens of a document
+    that it is made for, None if its config does not say.
     """
 
     name: str
@@ -53,6 +55,7 @@ class ModelShape:
     exact_norms: bool = False
     capped_scores: bool = False
     masks: int = 1
+    context: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -117,6 +120,9 @@ def _check_dense(name: str, config: Mapping[str, Any]) -> None:
         raise PlanError(f"{name} cannot be planned: {why}. Plans are for dense decoders such as Llama, Qwen3, Seed-OSS")
     if (wrong := bad_size(config)) is not None:
         raise PlanError(f"{name}: {wrong}")
+    for key in (*needed, "num_key_value_heads"):
+        if isinstance(config.get(key), list):
+            raise PlanError(f"{name} cannot be planned: its layers differ in {key}. Plans are for layers of one kind")
 
 
 def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShape:
@@ -146,6 +152,7 @@ def shape_of(name: str, config: Mapping[str, Any], tensors: Shapes) -> ModelShap
         exact_norms=kind in _EXACT_NORMS,
         capped_scores=bool(config.get("attn_logit_softcapping")),
         masks=len(set(config.get("layer_types") or ("full_attention",))),
+        context=context_window(config),
     )
 
 

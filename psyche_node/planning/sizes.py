@@ -31,6 +31,7 @@ _SIZES: Final = (
     "head_dim",
     "max_position_embeddings",
 )
+_BY_LAYER: Final = frozenset({"intermediate_size", "num_attention_heads", "num_key_value_heads"})
 
 
 def config_values(file: Path) -> dict[str, Any]:
@@ -48,12 +49,18 @@ def config_values(file: Path) -> dict[str, Any]:
 
 def bad_size(config: Mapping[str, Any]) -> str | None:
     """What is wrong with the sizes that a config names, as a sentence with key, value and what it must be; None if
-    nothing is. What it leaves out, or sets to null, is not looked at."""
+    nothing is. What it leaves out, or sets to null, is not looked at. Some kinds of model have a list, of a size for
+    each layer."""
     for key in _SIZES:
         value, most = config.get(key), _MOST_OF.get(key, _MOST)
-        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= most):
+        sizes = value if isinstance(value, list) and value and key in _BY_LAYER else [value]
+        if value is not None and not all(_is_size(size, most) for size in sizes):
             return f"{key} is {json.dumps(value, default=repr)}; it must be a whole number from 1 to {most:,}"
     heads, pairs = config.get("num_attention_heads"), config.get("num_key_value_heads")
-    if heads is not None and pairs is not None and heads % pairs:
+    if isinstance(heads, int) and isinstance(pairs, int) and heads % pairs:
         return f"num_attention_heads is {heads}; it must be a multiple of num_key_value_heads, which is {pairs}"
     return None
+
+
+def _is_size(value: object, most: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and 1 <= value <= most

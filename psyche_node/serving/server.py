@@ -12,6 +12,7 @@ import socket
 import stat
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from math import ceil
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 _SHORTEST_KEY = 16
-_GRACE_SECONDS = 10
-"""For answers that are being written when the server is told to stop."""
+_LAST_SECONDS = 15
+"""For answers that were cut off to reach their clients: they end at the next token, which a large model takes a while
+for."""
 _SPARE_CONNECTIONS = 64
 """Beside those that are answered or wait: health checks, and clients that are being refused."""
 
@@ -45,12 +47,29 @@ class Terms:
         longest: tokens of the longest answer.
         waiting: requests that may wait for their turn.
         key: clients must have it; None serves everyone who can connect.
+        grace: seconds that answers under way have when the server is told to stop.
     """
 
     name: str
     longest: int
     waiting: int
     key: str | None = None
+    grace: float = 10.0
+
+
+class _Server(uvicorn.Server):
+    """Cuts off the answers that are not finished ``grace`` seconds after it was told to stop.
+
+    uvicorn alone would cancel their handlers: a stream would break, and a whole answer would be an error of the server.
+    """
+
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
+        super().__init__(config)
+        self._scheduler, self._grace = scheduler, grace
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        asyncio.get_running_loop().call_later(self._grace, self._scheduler.stop)
+        await super().shutdown(sockets)
 
 
 def bind(host: str, port: int) -> socket.socket:
@@ -119,10 +138,10 @@ async def _serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
         http=Connection,
         ws="none",
         limit_concurrency=terms.waiting + LARGEST_BATCH + _SPARE_CONNECTIONS,
-        timeout_graceful_shutdown=_GRACE_SECONDS,
+        timeout_graceful_shutdown=ceil(terms.grace) + _LAST_SECONDS,
     )
     host, port = taken.getsockname()[:2]
     if terms.key is None and not ipaddress.ip_address(host).is_loopback:
         log.warning("everyone who can reach %s port %d can use this model; --api-key-file asks for a key", host, port)
     log.info("%s at http://%s:%d/v1", terms.name, f"[{host}]" if ":" in host else host, port)
-    await uvicorn.Server(config).serve(sockets=[taken])
+    await _Server(config, scheduler, terms.grace).serve(sockets=[taken])

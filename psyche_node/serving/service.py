@@ -72,7 +72,7 @@ class Service:
                 code="unsupported_parameter",
             )
         self._check_size(1, len(prompt.text), "messages")
-        work = self._submit(asked, [await _in_thread(prompts.encode, prompt)], asked.length)
+        work = self._submit(asked, [await _in_thread(prompts.encode, prompt)], asked.length, "messages")
         reply, envelope = ChatReply(reasons, bool(tools)), Envelope("chat", self.name)
         if asked.stream:
             return _stream(self._chat_chunks(http, work, reply, envelope, asked.usage_asked))
@@ -98,7 +98,8 @@ class Service:
         self._check_model(asked.model)
         self._check_size(len(asked.prompts), max(map(len, asked.prompts)), "prompt")
         encoded = [await self._tokens(one) for one in asked.prompts]
-        work = self._submit(asked, encoded, asked.max_tokens if asked.max_tokens is not None else _TEXT_TOKENS)
+        length = asked.max_tokens if asked.max_tokens is not None else _TEXT_TOKENS
+        work = self._submit(asked, encoded, length, "prompt")
         envelope = Envelope("text", self.name)
         if asked.stream:
             return _stream(self._text_chunks(http, work, envelope, asked.usage_asked))
@@ -149,11 +150,11 @@ class Service:
         self._note(work, usage, envelope)
         yield DONE
 
-    def _submit(self, asked: Sampled, prompts: Sequence[tuple[int, ...]], length: int | None) -> Work:
+    def _submit(self, asked: Sampled, prompts: Sequence[tuple[int, ...]], length: int | None, param: str) -> Work:
         """Queue prompts (token ids). Raises ApiError if one does not fit the context window, or the queue is full."""
         advice = self.engine.advice
         if not all(prompts):
-            raise ApiError(400, "the prompt has no tokens", param="prompt")
+            raise ApiError(400, "the prompt has no tokens", param=param)
         first = secrets.randbits(62) if asked.seed is None else asked.seed
         requests = [
             Request(
@@ -171,7 +172,7 @@ class Service:
             for request in requests:
                 self.engine.room(request)
         except PromptError as error:
-            raise ApiError(400, str(error), param="messages", code="context_length_exceeded") from None
+            raise ApiError(400, str(error), param=param, code="context_length_exceeded") from None
         return self.scheduler.submit(requests)
 
     async def _tokens(self, prompt: str | list[int]) -> tuple[int, ...]:

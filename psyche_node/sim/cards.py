@@ -5,7 +5,8 @@ from __future__ import annotations
 from statistics import median
 from typing import Any
 
-from psyche_node.sim import charts, units
+from psyche_node import units
+from psyche_node.sim import charts
 from psyche_node.sim.result import RunResult
 
 

@@ -18,6 +18,9 @@ Point = tuple[float, float]
 TOP = 20
 """Pixels above the first row of the members' charts, for the rounds' numbers."""
 
+_SMALLEST = 0.8
+"""Of the size that a chart of lines is drawn for: at this, its words of 11.5 pixels are still read."""
+
 _LETTER = {"included": "i", "committed": "c", "trained": "t", "missed": "m", "void": "v"}
 
 
@@ -220,7 +223,9 @@ def line_chart(
             for one in series if one.hover
         ],
     }  # fmt: skip
-    return Chart(canvas.svg(frame.width, frame.height, label, data_chart=name, class_="chart"), data)
+    # Narrower, its words would be too small: the page scrolls it then.
+    least = f"min-width: {round(frame.width * _SMALLEST)}px"
+    return Chart(canvas.svg(frame.width, frame.height, label, data_chart=name, class_="chart", style=least), data)
 
 
 def _strokes(spans: Sequence[tuple[float, float]], y: float) -> str:
@@ -268,13 +273,14 @@ def state_grid(rows: Sequence[Row], *, rounds: int, width: int, row_height: int)
     x = Scale(0, max(rounds, 1), 0, width)
     cell = width / max(rounds, 1)
     hair = 1.0 if cell > 5 else 0.0
+    centred = cell > 16  # else the first number would begin outside
     bottom = TOP + len(rows) * row_height
     for tick in whole_ticks(rounds - 1, 12):
         canvas.add(
             "text",
             f"{tick:,}",
-            class_="tick mid" if tick else "tick start",
-            x=x(tick) + (cell / 2 if tick else 0),
+            class_="tick mid" if tick or centred else "tick start",
+            x=x(tick) + (cell / 2 if tick or centred else 0),
             y=11,
         )
     for index, row in enumerate(rows):

@@ -11,6 +11,7 @@ from typing import Annotated, Any, cast
 import typer
 from pydantic import ValidationError
 
+from coordinator.pipes import end_with_reader
 from coordinator.run_config import ConfigError
 from coordinator.wording import problems
 from psyche_node.commands.chat import chat
@@ -43,7 +44,7 @@ def simulate(
     ] = None,
     skip_bad: Annotated[
         str,
-        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted and listed; then stop."),
+        typer.Option(metavar="N|all", help="Pass over so many bad samples at most, counted by reason; then stop."),
     ] = "0",
     model: Annotated[str | None, typer.Option(help="Hugging Face folder, or JSON file with a model config.")] = None,
     adversary: Annotated[list[Fault] | None, typer.Option(help="Add a dishonest node; repeat for more.")] = None,
@@ -169,7 +170,7 @@ async def _simulate(settings: SimSettings, started: float) -> int:
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

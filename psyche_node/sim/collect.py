@@ -17,6 +17,7 @@ from coordinator.client import ChainUnavailable
 from coordinator.deploy import program_data_address
 from coordinator.state import Member, MemberStatus
 from psyche_node.exits import Exit
+from psyche_node.sim.node import SimNode
 from psyche_node.sim.result import (
     Baseline,
     CurvePoint,
@@ -37,7 +38,7 @@ from psyche_node.sim.result import (
     mean_loss,
     replicas,
 )
-from psyche_node.sim.world import SimNode, World
+from psyche_node.sim.world import World
 
 
 def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Baseline | None = None) -> RunResult:
@@ -92,7 +93,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         ledger=ledger,
         timeline=timeline,
         events=sorted(_events(world), key=lambda event: event.time),
-        settings=_flat(settings.model_dump(mode="json")),
+        settings=_flat(settings.model_dump(mode="json") | settings.written()),
     )
 
 

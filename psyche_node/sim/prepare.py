@@ -13,12 +13,15 @@ from psyche_node import log
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import write_atomically
 from psyche_node.data.question import first_question
-from psyche_node.data.rendering import TEMPLATE, find_template
+from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.data.template import ChatTemplate
-from psyche_node.exits import exit_for
+from psyche_node.exits import exit_for, in_words
+from psyche_node.folder_files import TEMPLATE
 from psyche_node.folders import terms_of_data, terms_of_model
+from psyche_node.planning.context import beyond, context_window
+from psyche_node.planning.sizes import config_values
 from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.training.errors import ModelError
@@ -52,6 +55,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         # Whoever talks to the checkpoint renders with the folder's own template: it is to be that of the data.
         write_atomically(folder / TEMPLATE, find_template(settings.template).source.encode())
     manifest = data.manifest
+    unseen = beyond(context_window(config_values(folder / "config.json")), manifest.sequence_length)
     return Prepared(
         model=folder,
         data=data.packed,
@@ -64,7 +68,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         ),
         question=shortened(first_question(data.packed, ChatTemplate(data.tokenizer, data.rendering.template))),
         notes=data.notes,
-        warnings=() if data.rendering.warning is None else (data.rendering.warning,),
+        warnings=tuple(warning for warning in (data.rendering.warning, unseen) if warning is not None),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),
     )
@@ -87,7 +91,7 @@ def main() -> int:
     try:
         prepared = prepare(settings, cache_folder())
     except (DataError, ModelError, OSError) as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        print(in_words(error), file=sys.stderr)
         return exit_for(error)
     print(prepared.model_dump_json())
     return 0

@@ -32,14 +32,15 @@ class ProcessEnded(Exception):
 
     Attributes:
         code: its exit status; None if it was ended for its silence.
-        words: the message without the path of its log, for where that is not kept.
+        words: the message without the path of its log, for where that is not kept; of one that knew what was wrong, its
+            last words alone.
     """
 
     def __init__(self, name: str, code: int | None, log: Path, last_words: str, silence: str = "") -> None:
         how = silence or how_it_ended(code)
         super().__init__(f"{last_words}\n({name}: {how}, log {log})")
-        self.words = f"{last_words}\n({name}: {how})"
         self.code = code
+        self.words = last_words if self.explained else f"{last_words}\n({name}: {how})"
 
     @property
     def explained(self) -> bool:

@@ -22,7 +22,7 @@ from rich.spinner import Spinner
 from rich.table import Table
 from rich.text import Text
 
-from psyche_node.sim import units
+from psyche_node import units
 from psyche_node.sim.result import Level
 
 _STATUS = {
@@ -81,14 +81,16 @@ class Progress:
     """Training loss of the last complete round."""
     heldout: float | None = None
     """Last held-out loss."""
+    heldout_round: int = 0
+    """Rounds that were complete when it was measured."""
     entropy: float | None = None
     """Entropy of single tokens, what the held-out loss has to beat."""
     tokens_per_second: float = 0.0
     bytes_sent: int = 0
     """By all nodes so far."""
     bytes_received: int = 0
-    dense_bytes: int = 0
-    """What dense all-reduces would have sent so far."""
+    reduction: float | None = None
+    """How many times fewer bytes a node's update is, sent to every other node, than its part of a dense all-reduce."""
     memory_bytes: int = 0
     """Resident memory of all processes together."""
     members: tuple[MemberProgress, ...] = ()
@@ -184,7 +186,7 @@ class ProgressDisplay:
         if progress.loss is not None:
             parts.append(f"loss {progress.loss:.3f}")
         if progress.heldout is not None:
-            parts.append(f"held-out {progress.heldout:.3f}")
+            parts.append(f"held-out {progress.heldout:.3f} (round {progress.heldout_round})")
         parts.append(f"{units.count_text(progress.tokens_per_second)} tok/s")
         parts.append(_traffic(progress))
         alive = sum(member.status not in ("killed", "dropped", "failed") for member in progress.members)
@@ -243,6 +245,8 @@ class ProgressDisplay:
         loss.append(f"   {sparkline(list(self._losses), 40)}", style="bright_blue")
         table.add_row("  training loss", loss)
         heldout = Text("-" if now.heldout is None else f"{now.heldout:.3f}", style="bold")
+        if now.heldout is not None:
+            heldout.append(f"   after round {now.heldout_round}", style="dim")
         if now.entropy is not None:
             heldout.append(f"   single tokens {now.entropy:.3f}", style="dim")
         table.add_row("  held-out loss", heldout)
@@ -260,8 +264,8 @@ class ProgressDisplay:
 
 def _traffic(now: Progress) -> str:
     text = f"{units.bytes_text(now.bytes_sent)} up, {units.bytes_text(now.bytes_received)} down"
-    if now.dense_bytes and now.bytes_sent:
-        text += f" ({units.times_text(now.dense_bytes / now.bytes_sent)} less than dense)"
+    if now.reduction is not None:
+        text += f" (updates {units.times_text(now.reduction)} less than dense)"
     return text
 
 

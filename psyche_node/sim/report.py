@@ -18,7 +18,8 @@ from typing import Any
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
 
-from psyche_node.sim import charts, units
+from psyche_node import units
+from psyche_node.sim import charts
 from psyche_node.sim.cards import cards
 from psyche_node.sim.result import Event, NodeResult, RunResult
 from psyche_node.sim.tasks import tasks_view

@@ -15,9 +15,11 @@ from rich.markup import escape
 
 from coordinator.client import ChainError
 from coordinator.state import Member, MemberStatus, Phase
-from psyche_node.exits import Exit, exit_for
+from psyche_node import units
+from psyche_node.exits import Exit, exit_for, in_words
 from psyche_node.sim.baseline import BaselineRequest
 from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.node import SimNode
 from psyche_node.sim.out import LOGS, OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
@@ -25,7 +27,7 @@ from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
-from psyche_node.sim.world import SimNode, SimulationFailed, World
+from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms
 
 BASELINE_TIMEOUT = 3600.0
@@ -46,12 +48,14 @@ async def run(settings: SimSettings, started: float) -> Exit:
     except asyncio.CancelledError:
         console.print("psyche-sim: stopped; no process is left behind")
         return Exit.INTERRUPTED
+    except BrokenPipeError:
+        raise  # who reads has gone: nobody is there to be told
     except ProcessEnded as error:
         words = str(error) if world.worth_keeping else error.words
         console.print(f"[red]psyche-sim: {escape(words)}[/red]", soft_wrap=True)
         return _exit_of(error)
     except Exception as error:
-        console.print(f"[red]psyche-sim: {escape(f'{type(error).__name__}: {error}')}[/red]", soft_wrap=True)
+        console.print(f"[red]psyche-sim: {escape(in_words(error))}[/red]", soft_wrap=True)
         if world.worth_keeping:
             console.print(f"Logs: {settings.out / LOGS}", soft_wrap=True)
         return exit_for(error)
@@ -143,6 +147,8 @@ def _tell_prepared(prepared: Prepared, display: ProgressDisplay) -> None:
         display.log(dropped, "warning" if counts.alarming else "info")
     for line in counts.skipped[:_LISTED]:
         display.log(f"bad: {line}", "warning")
+    if (more := len(counts.skipped) - _LISTED) > 0:
+        display.log(f"bad: {units.counted(more, 'reason')} more, in the report", "warning")
     for warning in prepared.warnings:
         display.log(warning, "warning")
 
@@ -162,25 +168,35 @@ def snapshot(world: World, stage: str = "") -> Progress:
     tokens = sum(int(line["tokens"]) for line in trained)
     since = min((line["started"] for line in trained), default=0.0)
     until = max((line["started"] + line["seconds"] for line in trained), default=0.0)
-    evaluated = [line for node in world.nodes for line in node.all("evaluated")]
+    evaluated = max((line for node in world.nodes for line in node.all("evaluated")), key=_time, default=None)
     sent = [node.last("finished") or node.last("trained") or {} for node in world.nodes]
-    honest = settings.nodes
-    rounds_done = newest + 1
     return Progress(
         stage=stage or ("training" if trained else "starting the nodes"),
         round=0 if pulse is None else pulse.run.final_rounds if pulse.run.phase is Phase.FINISHED else pulse.run.round,
         rounds=settings.rounds,
         phase="" if pulse is None else "".join(word.capitalize() for word in pulse.run.phase.name.split("_")),
         loss=_weighted(last),
-        heldout=max(evaluated, key=lambda line: line["time"])["heldout_loss"] if evaluated else None,
+        heldout=None if evaluated is None else evaluated["heldout_loss"],
+        heldout_round=0 if evaluated is None else int(evaluated["round"]) + 1,
         entropy=prepared.unigram_entropy,
         tokens_per_second=tokens / (until - since) if until > since else 0.0,
         bytes_sent=sum(int(line.get("bytes_sent", 0)) for line in sent),
         bytes_received=sum(int(line.get("bytes_received", 0)) for line in sent),
-        dense_bytes=rounds_done * honest * dense_allreduce_bytes(prepared.parameters, honest),
+        reduction=_reduction(prepared, settings.nodes),
         memory_bytes=world.memory.now,
         members=tuple(_member_progress(node, members.get(node.wallet)) for node in world.nodes),
     )
+
+
+def _time(line: dict[str, Any]) -> float:
+    return float(line["time"])
+
+
+def _reduction(prepared: Prepared, nodes: int) -> float | None:
+    """A node's part of a dense all-reduce over its update to every other node; None where there is no other. Unlike
+    what was sent so far, it does not depend on how much of a round is over."""
+    sent = (nodes - 1) * prepared.update_bytes
+    return dense_allreduce_bytes(prepared.parameters, nodes) / sent if sent else None
 
 
 def _weighted(lines: list[dict[str, Any]]) -> float | None:

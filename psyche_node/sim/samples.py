@@ -27,7 +27,7 @@ class SampleCounts(Record):
     sequence_length: Count
     """Tokens of a packed sequence."""
     skipped: tuple[str, ...] = ()
-    """The first of the bad records: where, and what is wrong with them. Empty where the data came prepared."""
+    """Of the bad records, by reason: how many, what is wrong, where. Empty where the data came prepared."""
 
     @property
     def dropped(self) -> int:

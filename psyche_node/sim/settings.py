@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -34,6 +34,9 @@ class Kill(BaseModel):
             raise ValueError(f"{text!r} is not NODE@ROUND, such as 2@30 (node 2 in round 30)")
         return cls(node=int(node), round=int(number))
 
+    def __str__(self) -> str:
+        return f"{self.node}@{self.round}"
+
 
 class Ranks(BaseModel):
     """The training processes of a node."""
@@ -55,6 +58,9 @@ class Ranks(BaseModel):
         if found.ranks % found.tensor_parallel:
             raise ValueError(f"{text!r}: {found.ranks} ranks cannot be divided by {found.tensor_parallel}")
         return found
+
+    def __str__(self) -> str:
+        return f"{self.ranks}/{self.tensor_parallel}" if self.tensor_parallel > 1 else str(self.ranks)
 
 
 class Prepared(BaseModel):
@@ -235,6 +241,10 @@ class SimSettings(BaseModel):
         """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""
         fair = max(1, (os.cpu_count() or 1) // self.nodes)
         return fair + 1 if index == 2 and not self.same_hosts else fair
+
+    def written(self) -> dict[str, Any]:
+        """The settings that are objects, as the command line has them."""
+        return {"kills": [str(kill) for kill in self.kills], "ranks": [str(ranks) for ranks in self.ranks]}
 
     def ranks_of(self, index: int) -> Ranks:
         """Training processes of node ``index``."""

@@ -7,7 +7,7 @@ from collections import Counter
 from rich.console import Console
 from rich.text import Text
 
-from psyche_node.sim import units
+from psyche_node import units
 from psyche_node.sim.report import chat_command
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.tasks import task_lines

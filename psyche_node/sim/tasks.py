@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from psyche_node.sim import units
+from psyche_node import units
 from psyche_node.sim.result import RunResult, TaskEvaluation, TaskFigure
 
 _COLUMNS = 6

@@ -10,28 +10,24 @@ import asyncio
 import contextlib
 import json
 import shutil
-import socket
 import time
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass, field
-from typing import Any
 
-from solders.instruction import Instruction
-from solders.pubkey import Pubkey
-from solders.system_program import TransferParams
-from solders.system_program import transfer as system_transfer
+from solders.system_program import TransferParams, transfer
 
-from coordinator.client import ChainUnavailable, CoordinatorClient, Pulse
+from coordinator.addresses import run_addresses
+from coordinator.client import ChainUnavailable, CoordinatorClient
 from coordinator.deploy import deploy
-from coordinator.instructions import DEFAULT_SHARE, run_addresses
 from coordinator.program import program_bytes
-from coordinator.state import Member, Phase, Round
+from coordinator.state import Phase
 from coordinator.wallet import load_or_create_keypair
 from psyche_node.endings import how_it_ended
 from psyche_node.exits import Exit
 from psyche_node.faults import Fault
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.node.journal import JournalReader
+from psyche_node.sim.chain_record import ChainRecord
+from psyche_node.sim.node import HOST, PORTS, Place, SimNode, fault_of, node_flags, reserve_port
 from psyche_node.sim.out import LOGS
 from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.settings import Prepared, SimSettings
@@ -42,9 +38,6 @@ OWNER_FUNDS = 100 * LAMPORTS_PER_SOL
 OWNER_NEEDS = 2 * LAMPORTS_PER_SOL
 LEDGER_TIMEOUT = 30.0
 RELAY_TIMEOUT = 30.0
-HOST = "127.0.0.1"
-# Of a node: libp2p, gRPC, bulk.
-PORTS = 3
 PREPARE_TIMEOUT = 600.0
 POLL_SECONDS = 0.25
 FINISH_SECONDS = 300.0
@@ -52,75 +45,6 @@ FINISH_SECONDS = 300.0
 
 class SimulationFailed(Exception):
     """The network could not be started or did not finish; the message says which part and where its log is."""
-
-
-@dataclass(frozen=True, slots=True)
-class Place:
-    """The ports of a node, and those that the others reach them by; 0 is its own choice."""
-
-    p2p: int = 0
-    grpc: int = 0
-    bulk: int = 0
-    announced_p2p: int = 0
-    announced_grpc: int = 0
-    announced_bulk: int = 0
-
-
-@dataclass(slots=True)
-class SimNode:
-    """One node of the simulation and what its journal has said so far."""
-
-    name: str
-    index: int
-    wallet: str
-    node_id: str
-    process: Managed
-    journal: JournalReader
-    fault: Fault | None = None
-    killed: bool = False
-    ended_at: float | None = None
-    lines: list[dict[str, Any]] = field(default_factory=list)
-
-    def all(self, kind: str) -> list[dict[str, Any]]:
-        return [line for line in self.lines if line["kind"] == kind]
-
-    def last(self, kind: str) -> dict[str, Any] | None:
-        return next((line for line in reversed(self.lines) if line["kind"] == kind), None)
-
-    @property
-    def done(self) -> bool:
-        """Whether nothing more is to be expected of it."""
-        return self.fault is Fault.OUTSIDER or not self.process.running or self.last("finished") is not None
-
-
-@dataclass(slots=True)
-class ChainRecord:
-    """What the simulation saw on chain."""
-
-    rounds_started: dict[int, float] = field(default_factory=dict)
-    included: dict[int, frozenset[int] | None] = field(default_factory=dict)
-    committed: dict[int, frozenset[int]] = field(default_factory=dict)
-    active: dict[int, frozenset[int]] = field(default_factory=dict)
-    positions: dict[int, list[int]] = field(default_factory=dict)
-    finished_at: float | None = None
-    pulse: Pulse | None = None
-    members: tuple[Member, ...] = ()
-
-    def see(self, pulse: Pulse, rounds: tuple[Round, ...], members: tuple[Member, ...]) -> None:
-        now = time.time()
-        self.pulse, self.members = pulse, members
-        if pulse.run.phase is Phase.FINISHED and self.finished_at is None:
-            self.finished_at = now
-        for inclusion in pulse.run.inclusion:
-            self.included[inclusion.round] = None if inclusion.void else inclusion.members
-        for record in rounds:
-            # A round that began and ended between two looks is known from here.
-            self.rounds_started.setdefault(record.round, now)
-            self.positions[record.round] = [
-                position for start, count in record.ranges for position in range(start, start + count)
-            ]
-            self.committed[record.round] = frozenset(record.commitments)
-            self.active[record.round] = record.active
 
 
 class World:
@@ -229,10 +153,10 @@ class World:
         count = self.settings.nodes + len(self.settings.adversaries)
         if self.settings.link is None:
             # The others know the first one's address beforehand; all choose their other ports themselves.
-            first = _reserve(stack)
+            first = reserve_port(stack)
             self.places = [Place(first, announced_p2p=first), *(Place() for _ in range(1, count))]
             return
-        ports = [tuple(_reserve(stack) for _ in range(PORTS)) for _ in range(count)]
+        ports = [tuple(reserve_port(stack) for _ in range(PORTS)) for _ in range(count)]
         arguments = ["--link", self.settings.link]
         for own in ports:
             arguments += ["--to", ",".join(f"{HOST}:{port}" for port in own)]
@@ -247,54 +171,27 @@ class World:
         settings, prepared = self.settings, self.prepared
         await self.chain.create_run(self.run_id, settings.limits(), settings.terms(prepared))
 
-    async def _start_node(self, index: int) -> SimNode:
+    async def _start_node(self, index: int) -> None:
         settings, prepared = self.settings, self.prepared
-        honest = index < settings.nodes
-        fault = None if honest else settings.adversaries[index - settings.nodes]
+        fault = fault_of(settings, index)
         name = f"node-{index}" if fault is None else f"{fault}-{index}"
         folder = settings.out / "nodes" / name
         shutil.copytree(prepared.model, folder / "model")
         shutil.copytree(prepared.data, folder / "data")
         wallet = load_or_create_keypair(folder / "wallet.json")
         key = load_or_create_node_key(folder / "node.key")
-        await self.chain.send(transfer(self.owner.pubkey(), wallet.pubkey(), NODE_FUNDS))
+        owner = self.owner.pubkey()
+        funds = TransferParams(from_pubkey=owner, to_pubkey=wallet.pubkey(), lamports=NODE_FUNDS)
+        await self.chain.send(transfer(funds))
         place = self.places[index]
         if index == 0:
             self.bootstrap = f"/ip4/{HOST}/tcp/{place.announced_p2p}/p2p/{key.node_id}"
-        arguments = {
-            "--name": name,
-            "--run": str(self.addresses.run),
-            "--folder": str(folder),
-            "--model": str(folder / "model"),
-            "--data": str(folder / "data"),
-            "--p2p-port": str(place.p2p),
-            "--grpc-port": str(place.grpc),
-            "--bulk-port": str(place.bulk),
-            "--device": settings.device,
-            "--ranks": str(settings.ranks_of(index).ranks),
-            "--tensor-parallel": str(settings.ranks_of(index).tensor_parallel),
-            "--threads": str(settings.threads_of(index)),
-            "--micro-batch": str(settings.micro_batch_of(index)),
-            # The nodes share this machine's cores: who happens to run alone would measure itself to be fast.
-            "--share": str(DEFAULT_SHARE),
-            "--check-every": str(settings.check_every),
-            "--evaluate-every": str(settings.evaluate_every if index == 0 else 0),
-        }
-        if place.announced_grpc:
-            arguments["--announce-p2p"] = f"{HOST}:{place.announced_p2p}"
-            arguments["--announce-grpc"] = f"{HOST}:{place.announced_grpc}"
-            arguments["--announce-bulk"] = f"{HOST}:{place.announced_bulk}"
-        if settings.nodes - settings.private <= index < settings.nodes:
-            arguments["--reachable"] = "no"
+        flags = node_flags(settings, index, name, folder, place)
+        flags += ["--run", str(self.addresses.run)]
         if index > 0:
-            arguments["--bootstrap"] = self.bootstrap
-        if fault is not None:
-            arguments["--fault"] = str(fault)
-        flags = [part for pair in arguments.items() for part in pair]
+            flags += ["--bootstrap", self.bootstrap]
         for rpc in self.node_rpc:
             flags += ["--rpc", rpc]
-        for task in settings.tasks if index == 0 else ():
-            flags += ["--tasks", str(task)]
         process = Managed(name, "psyche_node.cli", ["run", *flags], settings.out / LOGS / f"{name}.log")
         self.memory.watch(name, process.process.pid)
         node = SimNode(
@@ -307,7 +204,6 @@ class World:
             fault=fault,
         )
         self.nodes.append(node)
-        return node
 
     async def follow(self, on_change: Callable[[], None]) -> None:
         """Return when the run is finished and every node that still runs has said so, or has had time to.
@@ -390,15 +286,3 @@ class World:
 def _last_words(process: Managed) -> str:
     how = how_it_ended(process.process.returncode, {code.value: code.meaning for code in Exit})
     return f"{process.name}: {how}. Its log, {process.log}, ends with\n{process.tail()}"
-
-
-def transfer(source: Pubkey, to: Pubkey, lamports: int) -> Instruction:
-    return system_transfer(TransferParams(from_pubkey=source, to_pubkey=to, lamports=lamports))
-
-
-def _reserve(stack: contextlib.AsyncExitStack) -> int:
-    """Return a free port that nobody else is given: it stays bound here, and a node can listen on it all the same."""
-    sock = stack.enter_context(socket.socket())
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    sock.bind((HOST, 0))
-    return int(sock.getsockname()[1])

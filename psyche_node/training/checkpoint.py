@@ -16,11 +16,10 @@ from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
-from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from psyche_node.training.errors import ModelError
-from psyche_node.training.model import copy_tokenizer
+from psyche_node.training.model import copy_advice, copy_tokenizer
+from psyche_node.training.weight_names import Saved, saved_by
 from psyche_node.training.world import ONE_PROCESS, World
 
 FILE_BYTES = 5_000_000_000
@@ -51,9 +50,11 @@ model, tokenizer = AutoModelForCausalLM.from_pretrained("."), AutoTokenizer.from
 
 
 def save_checkpoint(
-    model: Any, tokenizer: Path, folder: Path, provenance: Mapping[str, str], world: World = ONE_PROCESS
+    model: Any, source: Path, folder: Path, provenance: Mapping[str, str], world: World = ONE_PROCESS
 ) -> None:
     """Write ``folder`` anew: weights as safetensors, config, generation config, tokenizer, chat template, README.
+
+    ``source`` is the folder that the model came from; tokenizer and advice on generation stay what they are there.
 
     A reader sees the old folder or the new one, never half of one. All ranks of ``world`` take part, and rank 0 writes;
     if the disk does not take it, raises OSError there and RankFailed on the others, when all have done their part.
@@ -67,15 +68,16 @@ def save_checkpoint(
         files = split_torch_state_dict_into_shards(
             described, filename_pattern="model{suffix}.safetensors", max_shard_size=FILE_BYTES
         )
+        saved = saved_by(model, described) if writer is not None else None
+        file_of: dict[str, str] = {}
         for file, names in files.filename_to_tensors.items():
             whole = {name: found for name in names if (found := world.whole(tensors[name])) is not None}
-            if writer is not None:
-                writer.add(partial(_write_tensors, file, whole))
+            if writer is not None and saved is not None:
+                writer.add(partial(_write_tensors, file, whole, saved, file_of))
         if writer is not None:
             if files.is_sharded:
-                index = {"metadata": files.metadata, "weight_map": files.tensor_to_filename}
-                writer.add(partial(_write_index, index))
-            writer.add(partial(_write_rest, model, tokenizer, provenance))
+                writer.add(partial(_write_index, {"metadata": files.metadata, "weight_map": file_of}))
+            writer.add(partial(_write_rest, model, source, provenance))
         world.together(writer.finish if writer is not None else lambda: None)
     finally:
         if writer is not None:
@@ -95,7 +97,7 @@ class _Writer:
         if self._failure is None:
             try:
                 write(self._place())
-            except (OSError, SafetensorError, ModelError) as error:
+            except Exception as error:
                 self._failure = error
 
     def finish(self) -> None:
@@ -123,8 +125,18 @@ def _tensors(model: Any) -> dict[str, torch.Tensor]:
     return {**dict(model.named_parameters()), **buffers}
 
 
-def _write_tensors(file: str, tensors: Mapping[str, torch.Tensor], place: Path) -> None:
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, place / file, metadata={"format": "pt"})
+def _write_tensors(
+    file: str, tensors: dict[str, torch.Tensor], saved: Saved, file_of: dict[str, str], place: Path
+) -> None:
+    """Write ``tensors``, which are used up, as ``saved`` has them, and note in ``file_of`` what is in ``file``."""
+    written: dict[str, torch.Tensor] = {}
+    for name in list(tensors):
+        parts = saved(name, tensors.pop(name))
+        # Parts of one tensor share its memory, which safetensors does not write.
+        alone = len(parts) == 1
+        written |= {part: (value if alone else value.clone()).contiguous() for part, value in parts.items()}
+    save_file(written, place / file, metadata={"format": "pt"})
+    file_of |= dict.fromkeys(written, file)
 
 
 def _write_index(index: Mapping[str, Any], place: Path) -> None:
@@ -132,15 +144,16 @@ def _write_index(index: Mapping[str, Any], place: Path) -> None:
     (place / "model.safetensors.index.json").write_text(text, encoding="utf-8")
 
 
-def _write_rest(model: Any, tokenizer: Path, provenance: Mapping[str, str], place: Path) -> None:
+def _write_rest(model: Any, source: Path, provenance: Mapping[str, str], place: Path) -> None:
     kind = type(model).__name__
     model.config.architectures = [kind]
     model.config.dtype = str(next(model.parameters()).dtype).removeprefix("torch.")
-    if not model.generation_config.do_sample:  # what a folder advises about sampling stays, nothing else is added
-        model.generation_config.do_sample = False
     model.config.save_pretrained(place)
-    model.generation_config.save_pretrained(place)
-    copy_tokenizer(tokenizer, place)
+    if not copy_advice(source, place):
+        if not model.generation_config.do_sample:  # nothing is added to what the config says about sampling
+            model.generation_config.do_sample = False
+        model.generation_config.save_pretrained(place)
+    copy_tokenizer(source, place)
     rows = "\n".join(f"| {_cell(name)} | `{_cell(value)}` |" for name, value in provenance.items())
     (place / "README.md").write_text(_README.format(title=f"{kind}, post-trained", rows=rows), encoding="utf-8")
 

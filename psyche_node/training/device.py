@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import torch
 
 from psyche_node.training.errors import TrainingError
+from psyche_node.units import counted
 
 # A forward pass of about this many tokens keeps a core's caches warm; larger ones were no faster.
 CPU_TOKENS = 2048
@@ -42,9 +43,9 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     reasons = []
     if threads:
         torch.set_num_threads(threads)
-        reasons.append(f"{threads} CPU thread(s): as asked")
+        reasons.append(f"{counted(threads, 'CPU thread')}: as asked")
     else:
-        reasons.append(f"{torch.get_num_threads()} CPU thread(s): PyTorch's choice on {os.cpu_count()} cores")
+        reasons.append(f"{counted(torch.get_num_threads(), 'CPU thread')}: PyTorch's choice on {os.cpu_count()} cores")
     cuda = torch.cuda.is_available()
     if name == "auto":
         name = "cuda" if cuda else "cpu"
@@ -54,9 +55,9 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TrainingError(f"device {name!r} is unknown ({error}). Use auto, cpu, or cuda:0") from error
+        raise TrainingError(f"device {name!r} is unknown. Use auto, cpu, cuda or cuda:1") from error
     if device.type not in ("cpu", "cuda"):
-        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, or cuda:0")
+        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
         raise TrainingError(
             f"device {name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices. "
@@ -66,7 +67,7 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
         words = torch.cuda.get_device_name(device)
         reasons.append("bf16 compute: matrix units are fastest in bf16, and it has the range of fp32")
     else:
-        words = f"CPU, {torch.get_num_threads()} thread(s)"
+        words = f"CPU, {counted(torch.get_num_threads(), 'thread')}"
         reasons.append("compute in the weights' own precision: few CPUs have matrix units for bf16")
     if micro_batch is None:
         micro_batch = 1

@@ -14,7 +14,7 @@ class ModelError(TrainingError):
 
 
 class SeparationError(TrainingError):
-    """Packed documents see each other: training would learn from unrelated text."""
+    """Logits depend on tokens that they must not: on other documents of a pack, or on what comes after them."""
 
 
 class OutOfMemory(TrainingError):

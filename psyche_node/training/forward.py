@@ -131,8 +131,8 @@ def _logits_are_one_product(model: nn.Module) -> bool:
         short = head(hidden_states(model, tokens_BL, places_BL))
     except AttributeError as error:
         raise ModelError(
-            f"{type(model).__name__} has no decoder that returns hidden states ({error}). Use a causal language model "
-            "of transformers"
+            f"transformers' {type(model).__name__} does not say which part of it is the decoder that returns hidden "
+            f"states ({error}). Use another kind of model"
         ) from error
     whole = logits(model, tokens_BL, places_BL)
     return short.shape == whole.shape and torch.allclose(short, whole, rtol=1e-4, atol=1e-5)

@@ -98,9 +98,9 @@ class Applied(Message):
     weights_sha256: str | None = None
     seconds: float = 0.0
     updates_lost: float | None = None
+    """Share of the weights whose step was lost to rounding, of a sample; None if there was no step. 0 is healthy."""
     rate: float = 1.0
     """The round's learning rate as a share of the peak: near the end of a schedule it may be too small for anything."""
-    """Share of the weights whose step was lost to rounding, of a sample; None if there was no step. 0 is healthy."""
 
 
 class Evaluate(Message):

@@ -11,21 +11,27 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
 from psyche_node.planning.sizes import NOT_A_MODEL, bad_size, config_values
 from psyche_node.training.errors import ModelError
 from psyche_node.training.weight_files import INDEX, SINGLE
 from psyche_node.training.weights import load_into
 
 TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "chat_template.jinja",
+    TOKENIZER,
+    CONFIG,
+    TEMPLATE,
     "special_tokens_map.json",
     "added_tokens.json",
     "tokenizer.model",
     "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+    "sentencepiece.bpe.model",
     "merges.txt",
 )
+
+_ADVICE = "generation_config.json"
 
 DEMO_MODEL: Mapping[str, Any] = {
     "model_type": "seed_oss",
@@ -46,7 +52,12 @@ steps, against 6.33.
 """
 
 
-_SMALL_MODELS_NEED: Mapping[str, Any] = {"repetition_penalty": 1.1, "no_repeat_ngram_size": 12, "min_new_tokens": 8}
+_SMALL_MODELS_NEED: Mapping[str, Any] = {
+    "do_sample": False,
+    "repetition_penalty": 1.1,
+    "no_repeat_ngram_size": 12,
+    "min_new_tokens": 8,
+}
 """Generation settings of a model that starts from nothing: it would repeat itself, or end at once. Runs of 12 tokens
 come once: that ends loops, and still lets a signature appear in question and answer."""
 
@@ -66,8 +77,12 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
 
     _no_bars()
 
-    if isinstance(source, Path) and source.is_dir() and any((source / name).is_file() for name in (SINGLE, INDEX)):
-        model, _ = load_model(source, torch.device("cpu"))
+    weights = (
+        source if isinstance(source, Path) and any((source / name).is_file() for name in (SINGLE, INDEX)) else None
+    )
+    if weights is not None:
+        model, _ = load_model(weights, torch.device("cpu"))
+        model.generation_config = type(model.generation_config)()  # what the folder has is copied
     else:
         config = _config(source, tokenizer)
         with torch.random.fork_rng(devices=[]):
@@ -80,6 +95,8 @@ def make_demo_model(source: Mapping[str, Any] | Path, tokenizer: Path, out: Path
     _check_vocabulary(model, tokenizer)
     out.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(out)
+    if weights is not None:
+        copy_advice(weights, out)
     copy_tokenizer(tokenizer, out)
     return parameter_count(model)
 
@@ -109,17 +126,23 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "vision_config"):
             raise ModelError(f"{folder} has a part for images, which text does not train. Save its text model alone")
+        if getattr(config, "quantization_config", None):
+            raise ModelError(
+                f"{folder} holds quantised weights (quantization_config in config.json), which cannot be trained. Use "
+                "the model in float32, bfloat16 or float16, without that key"
+            )
         reasons = without_dropout(config)
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
-        if model.can_generate() and (folder / "generation_config.json").is_file():
+        if model.can_generate() and (folder / _ADVICE).is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder)
     except (OSError, *NOT_A_MODEL) as error:
         if "trust_remote_code" in str(error):
             raise ModelError(
                 f"{folder} needs code of its own, which is not run here. Use a model that transformers itself has"
             ) from error
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+        why = str(error).partition("\nModel type should be one of")[0]  # a list of all that there are
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {why}") from error
     model.train()
     return model, reasons
 
@@ -137,14 +160,28 @@ def without_dropout(config: Any) -> list[str]:
     return reasons
 
 
+def copy_advice(source: Path, out: Path) -> bool:
+    """Copy what a folder advises about generation, if it does; return whether it does.
+
+    As it is: transformers loads some advice that it refuses to write, such as a temperature without do_sample.
+    """
+    if found := (source / _ADVICE).is_file():
+        _copy(source / _ADVICE, out / _ADVICE)
+    return found
+
+
 def copy_tokenizer(source: Path, out: Path) -> None:
     """Copy the tokenizer's files and chat template of a folder. Raises ModelError if it has none."""
     present = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if "tokenizer_config.json" not in present:
-        raise ModelError(f"{source} has no tokenizer_config.json. Name a folder with a tokenizer")
+    if CONFIG not in present:
+        raise ModelError(f"{source} has no {CONFIG}. Name a folder with a tokenizer")
     for name in present:
-        if (source / name).resolve() != (out / name).resolve():
-            shutil.copyfile(source / name, out / name)
+        _copy(source / name, out / name)
+
+
+def _copy(file: Path, out: Path) -> None:
+    if file.resolve() != out.resolve():
+        shutil.copyfile(file, out)
 
 
 def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
@@ -214,7 +251,7 @@ def _special_tokens(tokenizer: Path) -> dict[str, int]:
     from tokenizers import Tokenizer
 
     loaded = Tokenizer.from_file(str(tokenizer / "tokenizer.json"))
-    config = json.loads((tokenizer / "tokenizer_config.json").read_bytes())
+    config = json.loads((tokenizer / CONFIG).read_bytes())
     found = {}
     for name in ("bos_token", "eos_token", "pad_token"):
         value = config.get(name)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any, Final
 import torch
 
 from optimizer.layout import Layout
+from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.memory import Attention
 from psyche_node.planning.shape import has_experts
 from psyche_node.training.attention import NAMES, candidates
@@ -59,7 +61,7 @@ def prepare_model(
 
     Raises:
         ModelError: the folder cannot be loaded, or the model's vocabulary is too small for the data.
-        SeparationError: packed documents see each other.
+        SeparationError: packed documents see each other, or tokens what comes after them.
         TrainingError: there is no such device, or the ranks cannot be divided by ``tensor_parallel``.
     """
     chosen = world.together(lambda: choose_device(world.device(device), data.sequence_length, None, threads))
@@ -73,13 +75,14 @@ def prepare_model(
         else "weights in fp32: signed steps are too small for bf16"
     )
     check_vocabulary(folder, model, data.vocabulary)
+    reasons += check_places(folder, model, data.sequence_length)
     root = Root(model)
     choices = candidates(model, options.attention, chosen.torch)
     reasons += world.shard(model, root, chosen.torch, tensor_parallel)
     world.together(lambda: load_into(model, folder, chosen.torch))
     if options.compile:
         reasons.append(compile_layers(model))
-    loss, found = _with_attention(model, root, choices, data.vocabulary, chosen, z_loss, world, options.compile)
+    loss, found = _with_attention(model, root, choices, data, chosen, z_loss, world, options.compile)
     site = Site(
         world.data_parallel,
         tensor_parallel,
@@ -107,6 +110,22 @@ def check_vocabulary(folder: Path, model: Any, tokens: int) -> None:
         )
 
 
+def check_places(folder: Path, model: Any, length: int) -> list[str]:
+    """Return a line where sequences of ``length`` tokens reach beyond what the model was made for.
+
+    Raises ModelError for one whose table of learned positions ends before them.
+    """
+    for name, module in model.named_modules():
+        is_table = isinstance(module, torch.nn.Embedding) and re.search(r"wpe$|position", name.rpartition(".")[2])
+        if is_table and module.num_embeddings < length:
+            raise ModelError(
+                f"{folder} has learned positions for {module.num_embeddings} tokens ({name}), and the data's sequences "
+                f"have {length}. Prepare the data with a sequence length of at most {module.num_embeddings}"
+            )
+    unseen = beyond(context_window(model.config.get_text_config().to_dict()), length)
+    return [] if unseen is None else [unseen]
+
+
 _KEPT: Final[dict[str, Attention]] = {"sdpa": "mask", "eager": "scores"}
 
 
@@ -130,7 +149,7 @@ def _with_attention(
     model: Any,
     root: Root,
     choices: Sequence[tuple[str, str]],
-    vocabulary: int,
+    data: DataReader,
     device: Device,
     z_loss: float,
     world: World,
@@ -149,7 +168,8 @@ def _with_attention(
         def tried() -> tuple[LossFunction, str]:
             with device.compute():
                 loss = LossFunction(model, z_loss, root)
-                return loss, check_separation(loss.logits, vocabulary, device.torch, mixture)
+                length = data.sequence_length
+                return loss, check_separation(loss.logits, data.vocabulary, device.torch, length, mixture)
 
         def uncompiled() -> tuple[LossFunction, str]:
             with torch.compiler.set_stance("force_eager"):

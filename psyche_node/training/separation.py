@@ -1,7 +1,9 @@
-"""The start-up test that packed documents do not see each other, on the very model and device that will train.
+"""The start-up test that logits depend on what they may only, on the very model and device that will train.
 
-It changes one document of a pack and requires the logits of the others not to move. A test that cannot fail proves
-nothing, so it first runs the same change with the documents joined into one and requires that the logits *do* move.
+It changes one document of a pack and requires the logits of the others not to move; then only the places of that
+document, since some rotary frequencies follow the longest document of a micro-batch; then the last tokens of documents,
+which the logits before them must not see, or training would learn to read the answer. A test that cannot fail proves
+nothing, so the first change is also made with the documents joined into one, where the logits *must* move.
 
 Legend: B sequences (two, of which one is changed), L places, V vocabulary.
 """
@@ -24,47 +26,60 @@ _CHANGED = 0
 _TOLERANCE = 1e-5
 # How much more than rounding does, and how little of what seeing each other does, rounding may account for.
 _ROUNDING, _SEEN = 4.0, 0.05
+# Tokens at the end of documents that earlier ones must not see.
+_LAST = 5
 
 
 @torch.no_grad()
-def check_separation(forward: Forward, vocabulary: int, device: torch.device, mixture: bool = False) -> str:
+def check_separation(
+    forward: Forward, vocabulary: int, device: torch.device, length: int, mixture: bool = False
+) -> str:
     """Return a line saying what was found.
 
-    ``mixture``: of experts. How many tokens an expert gets decides by which kernel they are multiplied, and so how they
-    are rounded: a token's logits depend on its company without anybody seeing anybody. How much is measured on a
-    sequence alone and beside another.
+    Args:
+        length: tokens of the sequences that will be trained.
+        mixture: of experts. How many tokens an expert gets decides by which kernel they are multiplied, and so how they
+            are rounded: a token's logits depend on its company without anybody seeing anybody. How much is measured on
+            a sequence alone and beside another.
 
     Raises:
-        SeparationError: changing one document moved the logits of another.
+        SeparationError: changing one document, or how far its places reach, moved the logits of another; a document's
+            last tokens moved those before them; or they are moved by chance.
     """
-    length = sum(_LENGTHS)
     generator = torch.Generator().manual_seed(20)
-    tokens = torch.randint(vocabulary, (2, length), generator=generator)
-    changed = tokens.clone()
-    first = _LENGTHS[_CHANGED]
-    changed[0, :first] = (tokens[0, :first] + 1 + torch.arange(first)) % vocabulary
-    separate = torch.cat([torch.arange(n) for n in _LENGTHS]).repeat(2, 1)
-    joined = torch.arange(length).repeat(2, 1)
+    tokens = torch.randint(vocabulary, (2, sum(_LENGTHS)), generator=generator)
+    first, last = _LENGTHS[_CHANGED], _LENGTHS[-1]
+    other = (tokens + 1 + torch.arange(sum(_LENGTHS))) % vocabulary
+    changed, ending, far = tokens.clone(), tokens.clone(), torch.cat([torch.arange(n) for n in _LENGTHS]).repeat(2, 1)
+    separate, joined = far.clone(), torch.arange(sum(_LENGTHS)).repeat(2, 1)
+    changed[0, :first] = other[0, :first]
+    ending[:, -_LAST:] = other[:, -_LAST:]
+    far[0, 1:first] += max(0, length - first)  # it still begins at 0, by which some kernels know documents
 
-    def moved(places: Tensor) -> tuple[float, float]:
-        before, after = (forward(t.to(device), places.to(device)).float() for t in (tokens, changed))
+    def found(tokens: Tensor, places: Tensor) -> Tensor:
+        return forward(tokens.to(device), places.to(device)).float()
+
+    def others(logits: Tensor) -> Tensor:
         # Whether rows of a batch see each other is asked along with it.
-        before, after = (torch.cat([logits[0, first:], logits[1]]) for logits in (before, after))
-        scale = max(float(before.abs().max()), 1e-30)
-        return float((before - after).abs().max()) / scale, scale
+        return torch.cat([logits[0, first:], logits[1]])
 
-    control, _ = moved(joined)
-    leak, scale = moved(separate)
-    rounding = 0.0
-    if mixture:
-        beside, alone = (forward(tokens[n:].to(device), separate[n:].to(device)).float()[-1] for n in (0, 1))
-        rounding = float((beside - alone).abs().max()) / scale
-    if _TOLERANCE < leak <= min(_ROUNDING * rounding, _SEEN * control):
-        return (
-            f"packed documents do not see each other: changing one moves the others by {leak:.0e}, as rounding does in "
-            f"a mixture of experts ({rounding:.0e}), joined by {control:.0e}"
+    def moved(before: Tensor, after: Tensor) -> float:
+        return float((before - after).abs().max()) / max(float(before.abs().max()), 1e-30)
+
+    whole = found(tokens, separate)
+    leak = moved(others(whole), others(found(changed, separate)))
+    control = moved(others(found(tokens, joined)), others(found(changed, joined)))
+    reach = moved(others(whole), others(found(tokens, far)))
+    ahead = moved(whole[:, -last:-_LAST], found(ending, separate)[:, -last:-_LAST])
+    rounding = moved(found(tokens[1:], separate[1:])[0], whole[1]) if mixture else 0.0
+    most = max(_TOLERANCE, min(_ROUNDING * rounding, _SEEN * control))
+    if leak > most and (chance := moved(whole, found(tokens, separate))) > _TOLERANCE:
+        raise SeparationError(
+            f"the same tokens have other logits each time, by {chance:.1e} of the largest one: this model draws lots "
+            "while it trains, so that nothing can be said of packed documents. Set what does it to 0 in config.json "
+            "(such as router_jitter_noise), or use another kind of model"
         )
-    if leak > _TOLERANCE:
+    if leak > most:
         raise SeparationError(
             f"changing one document of a pack moved the logits of the others by {leak:.1e} of the largest one, so "
             "packed documents see each other on this model and device, and training would teach it unrelated text. "
@@ -72,11 +87,27 @@ def check_separation(forward: Forward, vocabulary: int, device: torch.device, mi
             "learned positions in OPT and BERT) cannot be trained on packs; with any other, set attention to sdpa, or "
             "use another version of transformers"
         )
+    if reach > most:
+        raise SeparationError(
+            f"a document that reaches place {length - 1} moved the logits of the others by {reach:.1e} of the largest "
+            "one: the rotary frequencies of this model (rope type dynamic or longrope) follow the longest document of "
+            "a micro-batch. Prepare the data with a sequence length within what the model was made for "
+            "(original_max_position_embeddings, or max_position_embeddings, in config.json), or give it another rope "
+            "type there"
+        )
+    if ahead > most:
+        raise SeparationError(
+            f"changing the last tokens of a document moved the logits before them by {ahead:.1e} of the largest one: "
+            "this model sees the tokens that it is to predict. Set is_decoder to true or use_bidirectional_attention "
+            "to false in config.json, whichever it has, or use a causal language model"
+        )
     if control <= _TOLERANCE:
         return (
             "packed documents: the separation test is blind on these weights (logits do not depend on earlier tokens), "
             "so it proves nothing; this is normal only for a model whose attention starts at zero"
         )
+    rounded = f", as rounding does in a mixture of experts ({rounding:.0e})" if leak > _TOLERANCE else ""
     return (
-        f"packed documents do not see each other: changing one moves the others by {leak:.0e}, joined by {control:.0e}"
+        f"packed documents do not see each other: changing one moves the others by {leak:.0e}{rounded}, "
+        f"joined by {control:.0e}"
     )

@@ -28,11 +28,11 @@ class WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         single, index = folder / SINGLE, folder / INDEX
-        if index.is_file():
-            self._file_of = self._indexed(index)
-        elif single.is_file():
+        if single.is_file():  # of a folder that has both, transformers takes this one
             with _opened(single) as file:
                 self._file_of = dict.fromkeys(file.keys(), single)
+        elif index.is_file():
+            self._file_of = self._indexed(index)
         else:
             other = next(iter(sorted(folder.glob("*.bin"))), None)
             raise ModelError(
@@ -96,8 +96,8 @@ class OpenFile:
             raise ModelError(f"{name} cannot be read from {self._path}: {error}. Fetch the file again") from error
         if value.dtype not in _FLOATS and value.is_floating_point():
             raise ModelError(
-                f"{name} in {self._path} is {value.dtype}: quantised weights cannot be trained. Use a folder in "
-                "float32, bfloat16 or float16"
+                f"{name} in {self._path} is {value.dtype}: weights are read in float32, bfloat16 or float16, and "
+                "quantised weights cannot be trained. Use a folder in one of these types"
             )
         return value
 

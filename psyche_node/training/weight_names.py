@@ -8,8 +8,9 @@ no memory: so it does not matter how the model that is to be filled was divided.
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -18,6 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from psyche_node.training.errors import ModelError
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -89,6 +92,37 @@ def resolve(like: Any | None, state: Iterable[str], names: Iterable[str]) -> Nam
         elif not ignored(target):
             found.unexpected.append(name)
     return found
+
+
+Saved = Callable[[str, Tensor], dict[str, Tensor]]
+"""What checkpoints hold of one tensor of a model: one or more tensors, by name."""
+
+
+def saved_by(model: nn.Module, state: Mapping[str, Tensor]) -> Saved:
+    """How the family of ``model`` saves its tensors; ``state`` has the same ones on the meta device.
+
+    As the model has them, where transformers has no rules, or none that work on one tensor alone and lead back.
+    """
+    like = twin(model)
+    if like is None:
+        return _as_it_is
+    from transformers.core_model_loading import revert_weight_conversion
+
+    def saved(name: str, tensor: Tensor) -> dict[str, Tensor]:
+        return cast(dict[str, Tensor], cast(Any, revert_weight_conversion)(like, {name: tensor}))
+
+    try:
+        names = [made for name, tensor in state.items() for made in saved(name, tensor)]
+        found = resolve(like, state, names)
+    except Exception as error:  # rules are programs of their own
+        log.info("tensors are saved as %s has them: %s", type(model).__name__, error)
+        return _as_it_is
+    leads_back = found.direct.keys() | found.conversions.keys() == state.keys() and not found.unexpected
+    return saved if leads_back and len(names) == len(set(names)) else _as_it_is
+
+
+def _as_it_is(name: str, tensor: Tensor) -> dict[str, Tensor]:
+    return {name: tensor}
 
 
 def optional(like: Any | None, name: str) -> bool:

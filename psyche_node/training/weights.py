@@ -55,6 +55,7 @@ def load_into(model: nn.Module, folder: Path, device: torch.device) -> None:
             if target is None:
                 raise ModelError(f"{name} is made of {conversion.sources[0][0]}, and has no place in the model")
             _check_shape(folder, name, tuple(value.shape), target)
+            _check_kind(folder, name, value, target)
             extents = target.extents()
             target.fill(value[tuple(slice(*extent) for extent in extents)] if extents else value, device)
             filled.add(id(target))
@@ -146,6 +147,7 @@ def _fill_directly(
                 extents = target.extents()
                 here = all(first < stop for first, stop in extents)
                 values = file.read(source, extents) if here else torch.empty(0)
+                _check_kind(path, source, values, target)
                 if id(target) in filled:
                     _check_tied(path, source, values, target)
                 else:
@@ -162,11 +164,20 @@ def _check_shape(path: Path, name: str, shape: tuple[int, ...], target: _Target)
         )
 
 
+def _check_kind(path: Path, name: str, values: Tensor, target: _Target) -> None:
+    if target.tensor.is_floating_point() and not values.is_floating_point():
+        raise ModelError(
+            f"{name} in {path} is {values.dtype}, whole numbers where the model has fractions: quantised weights "
+            "cannot be trained. Use a folder in float32, bfloat16 or float16"
+        )
+
+
 def _check_tied(path: Path, source: str, values: Tensor, target: _Target) -> None:
     held = local(target.tensor)
     if not torch.equal(held, values.to(held.device, held.dtype).reshape(held.shape)):
+        other = next((name for name in target.names if name != source), target.names[0])
         raise ModelError(
-            f"{source} in {path} differs from {target.names[0]}, with which the config ties it. Set "
+            f"{source} in {path} differs from {other}, with which the config ties it. Set "
             "tie_word_embeddings to false in config.json"
         )
 

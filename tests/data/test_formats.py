@@ -10,6 +10,7 @@ import pytest
 
 from psyche_node.data import BadSample, DataError, read_samples
 from psyche_node.data.formats import parse_sample
+from psyche_node.data.samples import Text, read_any
 
 
 def parse(record: Any) -> Any:
@@ -75,7 +76,7 @@ ANSWER = {"role": "assistant", "content": "a"}
         ({"messages": [{"role": "robot", "content": "q"}, ANSWER]}, "`messages[0]` has the role 'robot'"),
         ({"messages": [{"role": "user"}, ANSWER]}, "the content of `messages[0]` is missing or null"),
         ({"messages": [{"role": "user", "content": 3}, ANSWER]}, "the content of `messages[0]` is a number"),
-        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "is a list"),
+        ({"messages": [{"role": "user", "content": [{"type": "image"}]}, ANSWER]}, "is of the type 'image'"),
         ({"messages": ["hello", ANSWER]}, "`messages[0]` is a string"),
         ({"messages": [{**ANSWER, "train": "no"}]}, "`train` of `messages[0]` is 'no'"),
         ({"conversations": [{"from": "narrator", "value": "x"}]}, "`conversations[0]` is from 'narrator'"),
@@ -112,3 +113,28 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
 def test_bytes_that_are_not_utf8() -> None:
     with pytest.raises(BadSample, match="not JSON"):
         parse_sample(b'{"prompt": "\xff", "completion": "a"}', "x:1")
+
+
+@pytest.mark.parametrize(
+    ("name", "raw", "said"),
+    [
+        ("array.json", b'[{"text": "a"}]', "is an array, not an object.*jq -c '.\\[\\]' FILE"),
+        ("indented.json", b'{\n "text": "a"\n}', "jq -c . FILE"),
+        ("wide.jsonl", '{"text": "a"}\n'.encode("utf-16"), "wide.jsonl:1: .*not UTF-8.*iconv -f UTF-16"),
+        ("null.jsonl", b"null", "this is null, not an object"),
+        ("number.jsonl", b'{"text": NaN}', "`text` is a number"),
+        ("image.jsonl", b'{"prompt": [{"role": "user", "content": [{"type": "image_url"}]}], "completion": "a"}',
+         r"`\[0\]` of the content of `prompt\[0\]` is of the type 'image_url'. Only text is trained"),
+        ("words.jsonl", b'{"prompt": [{"role": "user", "content": ["a"]}], "completion": "a"}', "is a string. Only"),
+    ],
+)  # fmt: skip
+def test_what_people_have_instead_is_told_with_the_way_out(tmp_path: Path, name: str, raw: bytes, said: str) -> None:
+    (tmp_path / name).write_bytes(raw)
+    with pytest.raises(BadSample, match=said):
+        list(read_any(tmp_path / name))
+
+
+@pytest.mark.parametrize(("name", "text"), [("a.txt", "h\xe9"), ("a.jsonl", '{"text": "h\xe9"}\r\n\r\n')])
+def test_a_byte_order_mark_is_no_text(tmp_path: Path, name: str, text: str) -> None:
+    (tmp_path / name).write_bytes(text.encode("utf-8-sig"))
+    assert [sample.text for sample in read_any(tmp_path / name) if isinstance(sample, Text)] == ["h\xe9"]

@@ -120,6 +120,36 @@ def test_a_changed_file_is_named(chat: Path, tokenizer: Path, tmp_path: Path) ->
         PackedDataset(tmp_path, expect=bytes(32))
 
 
+@pytest.mark.parametrize("where", ["tokens", "flags", "shorter", "gone"])
+def test_what_changes_while_it_is_used_is_named_before_it_is_trained_on(
+    chat: Path, tokenizer: Path, tmp_path: Path, where: str
+) -> None:
+    manifest = prepare(chat, tokenizer, tmp_path, LENGTH)
+    data = PackedDataset(tmp_path)
+    whole = data.batch(range(len(data)), SEED)
+    shard = tmp_path / manifest.train[0].file
+    row = len(data) // 2
+    with shard.open("r+b") as file:
+        if where == "shorter":
+            file.truncate(len(data) * LENGTH)
+        else:
+            at = row * LENGTH + 7 if where == "flags" else (row * LENGTH + 7) * manifest.token_bytes
+            file.seek(at + (len(data) * LENGTH * manifest.token_bytes if where == "flags" else 0))
+            (byte,) = file.read(1)
+            file.seek(-1, os.SEEK_CUR)
+            file.write(bytes([byte ^ 1]))
+    if where == "gone":
+        shard.unlink()
+    others = [p for p in range(len(data)) if data.indices([p], SEED) != [row]]
+    said = {"shorter": "bytes, not", "gone": "cannot be read"}.get(where, f"its sequence {row} is another one")
+    with pytest.raises(DataMismatch, match=rf"{shard.name} .*{said}"):
+        data.batch(range(len(data)), SEED)
+    if where in ("tokens", "flags"):
+        same = data.batch(others, SEED)
+        assert np.array_equal(same.tokens, whole.tokens[others]), "what is sound is still read"
+        assert np.array_equal(same.trained, whole.trained[others])
+
+
 def test_an_edited_manifest_is_refused(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
     manifest = prepare(chat, tokenizer, tmp_path, LENGTH)
     path = tmp_path / "manifest.json"
@@ -158,7 +188,7 @@ def test_too_long_is_dropped_or_cut_and_counted(tokenizer: Path, tmp_path: Path)
     assert (cut.train, cut.too_long, cut.cut, cut.untrained) == (3, 0, 2, 1), (
         "a prompt that leaves no answer trains nothing"
     )
-    with pytest.raises(DataError, match="none of the 4 samples can be trained on"):
+    with pytest.raises(DataError, match="no sample can be trained on: of 4, 4 with more than"):
         prepare(path, tokenizer, tmp_path / "n", 4)
     with pytest.raises(DataError, match="not in"):
         prepare(path, tokenizer, tmp_path / "n", 48, heldout=1.0)

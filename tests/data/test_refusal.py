@@ -11,11 +11,15 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from typer.testing import CliRunner
 from web import served
 
 from psyche_node.cli import app
 from psyche_node.data import Manifest, PackedDataset, prepare, readers
+from psyche_node.data.errors import BadSample
+from psyche_node.data.skipping import Skips
 from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import Endpoint, RemoteFailure
 from psyche_node.training import messages as m
@@ -182,10 +186,10 @@ def test_bad_samples_are_passed_over_up_to_a_number(
     code, output = prepared("bad", "--skip-bad", "all", "--json")
     values = json.loads(output.splitlines()[-1])
     assert (code, values["counts"]["samples"], values["counts"]["bad"]) == (0, 13, 5)
-    places = [one["where"].rpartition(":")[2] for one in values["bad"]]
+    places = [where.rpartition(":")[2] for one in values["bad"] for where in one["places"]]
     assert sorted(places) == ["4", "5", "6", "7", "8"]
     code, output = prepared("bad", "--skip-bad", "5")
-    assert (code, "bad.jsonl:7: " in output, "no tools" in output) == (0, True, True)
+    assert (code, "bad.jsonl:7)" in output, "no tools" in output) == (0, True, True)
     assert Manifest.read(tmp_path / "bad--skip-bad5").digest.hex() == values["manifest"], "the bound changes nothing"
     assert prepared("good")[0] == 0
     mine, other = (Manifest.read(tmp_path / name) for name in ("bad--skip-bad5", "good"))
@@ -194,3 +198,62 @@ def test_bad_samples_are_passed_over_up_to_a_number(
     code, output = prepared("none", "--skip-bad", "all")
     assert (code, "no good sample in it; the first record is bad: " in output) == (Exit.DATA, True)
     assert "none.jsonl:1: this is not JSON" in output
+
+
+def test_bad_samples_are_told_by_reason_with_a_few_places_each() -> None:
+    skips = Skips(None)
+    for line in range(1, 8):
+        skips(BadSample(f"a.jsonl:{line}", f"this is not JSON from column {line} on", "Mend it"))
+    skips(BadSample("a.jsonl:9", "`messages` is empty", "Add one"))
+    skips(BadSample("b.jsonl:2", "`messages` is empty", "Add one"))
+    assert [str(reason) for reason in skips.reasons] == [
+        "7: this is not JSON from column 1 on (a.jsonl:1, 2, 3 and 4 more)",
+        "2: `messages` is empty (a.jsonl:9, b.jsonl:2)",
+    ]
+    assert skips.count == 9
+
+
+@given(st.lists(st.tuples(st.text(max_size=4), st.integers(1, 9)), max_size=60))
+def test_every_bad_sample_is_counted_in_one_of_few_reasons(found: list[tuple[str, int]]) -> None:
+    skips = Skips(None)
+    for what, line in found:
+        skips(BadSample(f"f:{line}", what, "Mend it"))
+    assert sum(reason.count for reason in skips.reasons) == skips.count == len(found)
+    assert len(skips.reasons) <= 21
+    assert all(1 <= len(reason.places) <= 3 for reason in skips.reasons)
+
+
+def test_tokens_are_the_same_wherever_they_are_told(tmp_path: Path, tokenizer: Path) -> None:
+    """Those of the training sequences without padding, while it is prepared and when it is checked or shown."""
+    lines = [json.dumps({"prompt": f"question {n}", "completion": f"answer {n}"}) for n in range(40)]
+    (tmp_path / "chats.jsonl").write_text("\n".join(lines))
+    out = tmp_path / "out"
+    words = ["prepare", str(tmp_path / "chats.jsonl"), "--tokenizer", str(tokenizer), "--out", str(out)]
+    code, output = run(*words, "--sequence-length", "256", "--heldout", "0.3")
+    assert code == 0, output
+    manifest = Manifest.read(out)
+    assert f"{manifest.tokens:,} tokens for training, " in output
+    assert "M tokens/s" not in output
+    said = f"{manifest.tokens:,} tokens, of which {manifest.trained_tokens:,} ("
+    assert said in output
+    assert said in run("check", str(out))[1]
+    shown = [json.loads(run("show", str(out), str(n), "--json")[1]) for n in range(manifest.sequences)]
+    assert sum(one["tokens"] for one in shown) == manifest.tokens
+    assert sum(one["trained"] for one in shown) == manifest.trained_tokens
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{new}", "--sequence-length", "99999999999"],
+         Exit.DATA, "Use at most 16,777,216"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{chat}"], Exit.DATA, "is a file. Name a new"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "/proc/none"], Exit.FILES, "/proc/none: No such"),
+        (["show", "{tokenizer}", "--tokenizer", "{tokenizer}"], Exit.DATA, "is a folder. Name one of the files"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_prepared_or_shown_is_told(
+    words: list[str], code: int, said: str, chat: Path, tokenizer: Path, tmp_path: Path
+) -> None:
+    done, output = run(*(word.format(chat=chat, tokenizer=tokenizer, new=tmp_path / "new") for word in words))
+    assert (done, said in output, "Errno" in output) == (code, True, False), output

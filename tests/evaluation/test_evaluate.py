@@ -298,7 +298,8 @@ def test_the_command(folder: Path, prepared: Path, tmp_path: Path, write_task: C
     assert said.pop("sha256") == read_results(out).digest.hex()
     assert said["tasks"][0]["samples"] == 4
     assert said == json.loads(out.read_text())
-    shown = CliRunner().invoke(app, ["eval", str(folder), *flags])
+    shown = CliRunner().invoke(app, ["eval", str(folder), *flags], env={"COLUMNS": "80"})
+    assert f"SHA-256 of the results: {read_results(out).digest.hex()}\n" in shown.output, "on one line, to be copied"
     assert "accuracy_normalised" in shown.output
     (line,) = [line for line in shown.output.splitlines() if "perplexity" in line]
     assert len(line.split()) == 5, "the word, the value, its standard error, so many tokens"

@@ -50,6 +50,13 @@ def test_a_question_and_a_pipe_give_the_same_answer(run: Run, model_folder: Path
     assert run(str(model_folder), "hello there", *ARGUMENTS, app=sim.app)[:2] == (0, asked)
 
 
+def test_an_answer_that_fills_the_context_window_says_so(run: Run, model_folder: Path) -> None:
+    code, _, note = run(str(model_folder), "x " * 110, *ARGUMENTS[:2], "--max-tokens", "1000", "--temperature", "0")
+    assert code == 0
+    assert "the context window is full" in note, note
+    assert "--max-tokens" not in note
+
+
 def test_json_and_seeds(run: Run, model_folder: Path) -> None:
     def ask(*more: str) -> dict[str, object]:
         code, out, _ = run(str(model_folder), "hello", *ARGUMENTS[:4], "--json", "--temperature", "1.5", *more)
@@ -131,7 +138,7 @@ def test_a_conversation_remembers_answers_and_not_reasoning(engine: Engine, monk
 
 
 def test_on_a_terminal(taught_folder: Path) -> None:
-    """A pseudo-terminal on all three: reasoning apart from its answer, Ctrl-C in a long one, a command, Ctrl-D."""
+    """A pseudo-terminal on all three: reasoning apart, Ctrl-C in an answer and in a line, a command, Ctrl-D."""
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "psyche_node.cli", "chat", str(taught_folder), "--device", "cpu"]
     process = subprocess.Popen(
@@ -156,6 +163,10 @@ def test_on_a_terminal(taught_folder: Path) -> None:
         screen += read_until(ours, b"la la la")
         process.send_signal(signal.SIGINT)
         screen += read_until(ours, b"(ended)") + read_until(ours, b"> ")
+        os.write(ours, b"half a li")
+        screen += read_until(ours, b"half a li")
+        process.send_signal(signal.SIGINT)
+        screen += read_until(ours, b"> ")
         os.write(ours, b"/what\n")
         screen += read_until(ours, b"forgets what was said") + read_until(ours, b"> ")
         os.write(ours, b"\x04")

@@ -61,19 +61,30 @@ class Served:
 
 @pytest.fixture(scope="module")
 def served(taught_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
-    """Ends with SIGTERM while an answer is being streamed: that one is finished, and the exit code says why."""
+    """Ends with SIGTERM while an answer is being streamed: that one is cut off, and the exit code says why."""
     key = tmp_path_factory.mktemp("keys") / "key"
     key.touch(0o600)
     key.write_text(f"{KEY}\n")
     command = [sys.executable, "-m", "psyche_node.cli", "serve", str(taught_folder), "--port", "0", "--device", "cpu"]
-    command += ["--api-key-file", str(key), "--waiting", "2", "--name", "taught", "--max-tokens", str(LONGEST)]
+    command += [
+        "--api-key-file",
+        str(key),
+        "--waiting",
+        "2",
+        "--name",
+        "taught",
+        "--max-tokens",
+        str(LONGEST),
+        "--grace",
+        "0.5",
+    ]
     process = subprocess.Popen(
         command, stderr=subprocess.PIPE, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     )
     try:
         served = Served(process)
         yield served
-        song = served.chat(SANG, stream=True, max_tokens=500)
+        song = served.chat(SANG, stream=True, max_tokens=LONGEST)
         next(song)
         process.send_signal(signal.SIGTERM)
         assert [chunk.choices[0].finish_reason for chunk in song][-1] == "length"
@@ -202,8 +213,8 @@ def test_text_completions(served: Served) -> None:
         ),
         ({"messages": [*LOOK, {**CALLED, "tool_calls": [{"function": {"name": "f", "arguments": "["}}]}]}, 400,
          "messages[1].tool_calls", "not a JSON object"),
-        ({"messages": [{"role": "user", "content": "la " * 33_000}]}, 400, "messages", "context window 32768"),
-        ({"messages": [{"role": "user", "content": "la " * 180_000}]}, 400, "messages", "has 540000 characters"),
+        ({"messages": [{"role": "user", "content": "la " * 33_000}]}, 400, "messages", "context window 32,768"),
+        ({"messages": [{"role": "user", "content": "la " * 180_000}]}, 400, "messages", "has 540,000 characters"),
         ({"messages": WHY * 5000}, 400, "messages", "has 5,000 entries; it must have at most 4,096"),
         ({"messages": [1] * 4000}, 400, "messages[0]", "must be an object"),
         ({"model": "other"}, 404, "model", "only 'taught'"),
@@ -310,3 +321,9 @@ def test_a_full_queue_and_a_client_that_hangs_up(served: Served) -> None:
         thread.join(60)
     assert [answer.choices[0].message.content for answer in answers] == ["Because é."] * 2
     assert served.load() == (0, 0)
+
+
+def test_a_text_beyond_the_context_window_is_the_prompts_fault(served: Served) -> None:
+    with pytest.raises(openai.BadRequestError, match="context window") as caught:
+        served.client.completions.create(model="taught", prompt=[5] * 40_000)
+    assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")

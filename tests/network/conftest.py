@@ -17,12 +17,12 @@ os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 PATIENCE = 60.0
 # How long a node waits for a peer that is there. Tests of such a limit set it themselves.
 LIMITS = (
+    "asking.CALL_SECONDS",
     "bulk.client.CONNECT_SECONDS",
     "bulk.client.HANDSHAKE_SECONDS",
     "bulk.client.STALLED_SECONDS",
     "direct.SECONDS",
     "download.CALL_SECONDS",
-    "fetcher.CALL_SECONDS",
     "links.PROBE_SECONDS",
     "links.PUSH_STALL_SECONDS",
     "nat.dialback.DIAL_SECONDS",

@@ -6,7 +6,7 @@ import contextlib
 import functools
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 
 import trio
@@ -195,3 +195,35 @@ def in_trio(test: Callable[..., object]) -> Callable[..., None]:
         trio.run(functools.partial(test, *arguments, **named))  # type: ignore[arg-type]
 
     return run
+
+
+async def until(condition: Callable[[], object]) -> None:
+    """Wait for something that no event tells of."""
+    with trio.fail_after(60):
+        while not condition():
+            await trio.sleep(0.01)
+
+
+def held(node: ExchangeNode, digest: bytes) -> int:
+    """Return how many pieces a node has of a blob that it is receiving."""
+    partial = node.holdings.partial(digest)
+    return 0 if partial is None else int.from_bytes(partial.bitmap(), "little").bit_count()
+
+
+class Gate:
+    """Lets a node serve the first ``count`` pieces of blobs, and makes it stop at any other until opened."""
+
+    def __init__(self, holdings: Holdings, count: int) -> None:
+        self._count = count
+        self._opened = threading.Event()
+        self._pieces = holdings.pieces
+        holdings.pieces = self._gated  # type: ignore[method-assign]
+
+    def _gated(self, digest: bytes, run: range) -> Iterator[bytes]:
+        for index, piece in zip(run, self._pieces(digest, run), strict=False):
+            if index >= self._count:
+                self._opened.wait(60)
+            yield piece
+
+    def open(self) -> None:
+        self._opened.set()

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import datetime
-import os
 import socket
 import ssl
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -18,102 +16,26 @@ import h2.connection
 import h2.events
 import pytest
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
-from cryptography.x509.oid import NameOID
-from hypothesis import HealthCheck, given, settings
+from forged_certificates import extension_of, forge
+from grpc_nodes import Node
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from nodes_of_a_test import makers_of
 
-from psyche_node.faults import Faults
 from psyche_node.identity import NodeKey
-from psyche_node.ipc import Message
-from psyche_node.network import certificates
-from psyche_node.network.announcements import Announcements
-from psyche_node.network.blobs import DIGEST_BYTES, PIECE_BYTES, Manifest
 from psyche_node.network.certificates import BadCertificate, Leaf, identify, issue, null_ca_pem
-from psyche_node.network.directory import Directory
-from psyche_node.network.guard import (
-    MAX_STREAMS_PER_PEER,
-    Guard,
-    Pace,
-)
-from psyche_node.network.holdings import Holdings
-from psyche_node.network.links import CallFailed, Cause, Links, Stream, probe
+from psyche_node.network.links import CallFailed, Cause, probe
 from psyche_node.network.messages import Rejected
-from psyche_node.network.reader import Reader
-from psyche_node.network.reports import Reporter, Traffic
-from psyche_node.network.server import DEFAULT_LIMITS, Limits, Server
-from psyche_node.network.service import SERVICE, NodeService
-from psyche_node.network.statements import NodeRecord
-from psyche_node.network.store import BlobStore
+from psyche_node.network.service import SERVICE
 from psyche_node.network.wire import node_pb2 as wire
 
-RUN = bytes(32)
 pytestmark = pytest.mark.timeout(240)
 
 
 def soon() -> int:
     """A sequence number above those of the records that ``knows`` adds."""
     return time.time_ns() // 1_000_000 + 1000
-
-
-@dataclass
-class Node:
-    """A gRPC server with everything behind it, and the same node's client."""
-
-    folder: Path
-    key: NodeKey = field(default_factory=NodeKey.generate)
-    events: list[Message] = field(default_factory=list)
-    limits: Limits = DEFAULT_LIMITS
-
-    def __post_init__(self) -> None:
-        self.leaf = issue(self.key)
-        self.directory = Directory(self.key.public)
-        self.reporter = Reporter(self.events.append, self.directory.slot)
-        self.store = BlobStore(self.folder)
-        self.taken: list[bytes] = []
-        self.offers: list[tuple[bytes, bytes]] = []
-        self.service = service = NodeService(
-            Announcements(RUN, self.directory),
-            lambda raw, _: self.taken.append(raw),
-            Holdings(Reader(self.store)),
-            Traffic(),
-            Faults(),
-            lambda digest, sender: self.offers.append((digest, sender)),
-            lambda _: None,
-        )
-        self.guard = Guard(self.directory, self.reporter)
-        self.server = Server("127.0.0.1", 0, lambda: self.leaf, self.guard, service, self.limits)
-        self.address = f"127.0.0.1:{self.server.port}"
-        self.links = Links(lambda: self.leaf, self.directory, self.reporter, Traffic())
-
-    def record(self, seq: int = 1) -> NodeRecord:
-        return NodeRecord(
-            RUN,
-            self.key.public,
-            seq,
-            ("/ip4/127.0.0.1/tcp/1",),
-            self.address,
-            self.leaf.der_hash,
-            self.leaf.expires,
-        )
-
-    def knows(self, *others: Node) -> None:
-        self.directory.set_members(dict(enumerate(node.key.public for node in (self, *others))))
-        for other in others:
-            self.directory.add(other.record(time.time_ns() // 1_000_000), b"")
-
-    def ask(self, other: Node) -> wire.SinceReply:
-        return self.links.call(other.key.public, "Since", wire.SinceRequest(round=1), wire.SinceReply, 60.0)
-
-    def refusals(self) -> list[str]:
-        return [event.reason for event in self.events if isinstance(event, Rejected)]
-
-    def close(self) -> None:
-        self.links.close()
-        self.server.stop()
 
 
 @pytest.fixture
@@ -140,46 +62,6 @@ def attack(server: Node, leaf: Leaf | None, timeout: float | None = 60.0, method
         except grpc.RpcError as error:
             return error.code()
         return grpc.StatusCode.OK
-
-
-def forge(
-    *,
-    extension: bytes | None,
-    issuer_key: ec.EllipticCurvePrivateKey | None = None,
-    key: ec.EllipticCurvePrivateKey | None = None,
-    ca: bool = False,
-    name: str = "forged.peer",
-    days: tuple[float, float] = (-1, 1),
-) -> Leaf:
-    """Make a certificate as an attacker would: signed by the null CA unless said otherwise, with any extension."""
-    key = key or ec.generate_private_key(ec.SECP256R1())
-    ca_key, ca_certificate = certificates._null_ca()
-    now = datetime.datetime.now(datetime.UTC)
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)]))
-        .issuer_name(
-            ca_certificate.subject if issuer_key is None else x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, name)])
-        )
-        .public_key(key.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(now + datetime.timedelta(days=days[0]))
-        .not_valid_after(now + datetime.timedelta(days=days[1]))
-        .add_extension(x509.SubjectAlternativeName([x509.DNSName(name)]), critical=False)
-        .add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
-    )
-    if extension is not None:
-        builder = builder.add_extension(x509.UnrecognizedExtension(certificates.EXTENSION, extension), critical=False)
-    certificate = builder.sign(issuer_key or ca_key, hashes.SHA256())
-    pem = key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
-    return Leaf(certificate.public_bytes(Encoding.PEM), pem, certificate.fingerprint(hashes.SHA256()), 0, name)
-
-
-def extension_of(leaf: Leaf) -> bytes:
-    certificate = x509.load_pem_x509_certificate(leaf.certificate)
-    value = certificate.extensions.get_extension_for_oid(certificates.EXTENSION).value
-    assert isinstance(value, x509.UnrecognizedExtension)
-    return value.value
 
 
 def test_members_talk_both_ways_and_the_identity_is_the_callers(make: Callable[[], Node]) -> None:
@@ -307,154 +189,6 @@ def test_tls_1_2(server: Node, tmp_path: Path) -> None:
     assert call(ssl.TLSVersion.TLSv1_3) == str(grpc.StatusCode.OK.value[0])
     assert call(ssl.TLSVersion.TLSv1_2) == str(grpc.StatusCode.PERMISSION_DENIED.value[0])
     assert "not TLS 1.3" in server.refusals()[0]
-
-
-def test_requests_that_are_wrong_are_refused_before_anything_is_done(make: Callable[[], Node]) -> None:
-    a, b = make(), make()
-    a.knows(b)
-    b.knows(a)
-    digest, _ = b.store.put(b"blob", 0)
-    for method, request in (
-        ("Since", wire.SinceRequest(have=bytes(33))),
-        ("Since", wire.SinceRequest(wanted=[b"short"])),
-        ("Since", wire.SinceRequest(wanted=[bytes(32)] * 257)),
-        ("Announce", wire.AnnounceRequest(announcements=[b"x"] * 65)),
-        ("GetManifest", wire.ManifestRequest(digest=b"")),
-        ("GetManifest", wire.ManifestRequest(digest=digest, first=1)),
-        ("Have", wire.HaveRequest(digests=[b"short"])),
-        ("Have", wire.HaveRequest(digests=[bytes(32)] * 33)),
-    ):
-        with pytest.raises(CallFailed) as failure:
-            a.links.call(b.key.public, method, request, wire.SinceReply, 60.0)
-        assert failure.value.cause is Cause.BROKEN, method
-    for first, count in ((0, 0), (0, 2), (1, 1), (0, 65), (2**32 - 1, 1)):
-        with pytest.raises(CallFailed):
-            list(a.links.fetch(b.key.public, digest, first, count, 60.0))
-    with pytest.raises(CallFailed) as failure:
-        list(a.links.fetch(b.key.public, bytes(32), 0, 1, 60.0))
-    assert failure.value.cause is Cause.MISSING
-    assert b.taken == []
-    assert b.offers == []
-    assert list(a.links.fetch(b.key.public, digest, 0, 1, 60.0)) == [b"blob"]
-
-
-@pytest.fixture(scope="module")
-def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Node, Node]]:
-    a, b = (Node(tmp_path_factory.mktemp("fuzz")) for _ in range(2))
-    a.knows(b)
-    b.knows(a)
-    yield a, b
-    a.close()
-    b.close()
-
-
-@settings(suppress_health_check=[HealthCheck.too_slow], deadline=None, max_examples=60)
-@given(
-    method=st.sampled_from(["Announce", "Since", "GetManifest", "Fetch", "Have", "Nonsense"]),
-    raw=st.binary(max_size=200),
-)
-def test_hostile_requests_end_with_a_status_and_the_server_lives(
-    fuzzed: tuple[Node, Node], method: str, raw: bytes
-) -> None:
-    a, b = fuzzed
-    channel = a.links._link(b.key.public).channel
-    try:
-        list(channel.unary_stream(f"/{SERVICE}/{method}")(raw, timeout=60))
-        code = grpc.StatusCode.OK
-    except grpc.RpcError as error:
-        code = error.code()
-    allowed = {grpc.StatusCode.INVALID_ARGUMENT, grpc.StatusCode.NOT_FOUND, grpc.StatusCode.OK}
-    assert code in (allowed if method != "Nonsense" else {grpc.StatusCode.UNIMPLEMENTED})
-    a.ask(b)
-
-
-def test_a_call_that_costs_more_counts_for_more(make: Callable[[], Node]) -> None:
-    """Digests to look for, and a reply that is long; what nobody can help but ask counts once."""
-    a, b = make(), make()
-    a.knows(b)
-    b.knows(a)
-    pace = Pace(rate=0.0, burst=100.0, clock=lambda: 0.0)
-    b.guard._pace = pace
-
-    def left() -> float:
-        return pace._buckets[a.key.public][0]
-
-    a.ask(b)
-    assert left() == 99
-    request = wire.SinceRequest(wanted=[bytes([number]) * DIGEST_BYTES for number in range(256)])
-    a.links.call(b.key.public, "Since", request, wire.SinceReply, 60.0)
-    assert left() == 98 - request.ByteSize() // 1024 == 98 - 8
-    pieces = tuple(os.urandom(DIGEST_BYTES) for _ in range(8192))
-    manifest = Manifest(8192 * PIECE_BYTES, pieces)
-    held = b.service._holdings.begin(b.store.begin(manifest, 0))
-    a.links.call(b.key.public, "GetManifest", wire.ManifestRequest(digest=manifest.digest), wire.Manifest, 60.0)
-    assert left() == 89 - 4
-    b.service._holdings.end(held)
-
-
-def test_a_peer_that_calls_too_often_is_told_so(make: Callable[[], Node]) -> None:
-    a, b = make(), make()
-    a.knows(b)
-    b.knows(a)
-    b.guard._pace = Pace(rate=0.0, burst=3.0)
-    for _ in range(3):
-        a.ask(b)
-    with pytest.raises(CallFailed) as failure:
-        a.ask(b)
-    assert failure.value.cause is Cause.BUSY
-
-
-def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[], Node]) -> None:
-    a, b = make(), make()
-    a.knows(b)
-    b.knows(a)
-    # Two blobs, since nobody gets one very often.
-    other, digest = (b.store.put(os.urandom(12 << 20), 0)[0] for _ in range(2))
-    stalled = [
-        iter(a.links.fetch(b.key.public, (other, digest)[number % 2], 0, 12, 60.0))
-        for number in range(MAX_STREAMS_PER_PEER)
-    ]
-    for stream in stalled:
-        next(stream)
-    with pytest.raises(CallFailed) as failure:
-        list(a.links.fetch(b.key.public, digest, 0, 1, 60.0))
-    assert failure.value.cause is Cause.BUSY
-    # Short calls are not behind the streams.
-    a.ask(b)
-    for stream in stalled:
-        assert sum(1 for _ in stream) == 11
-    deadline = time.monotonic() + 60
-    while (cause := failure_of(a, b, digest)) is not None:
-        assert cause is Cause.BUSY
-        assert time.monotonic() < deadline, "the streams were not given back"
-
-
-@pytest.mark.parametrize(
-    ("end", "cause"),
-    [(lambda links, stream: links.close(), Cause.BUSY), (lambda links, stream: stream.cancel(), Cause.SLOW)],
-)
-def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
-    make: Callable[[], Node], end: Callable[[Links, Stream], None], cause: Cause
-) -> None:
-    a, b = make(), make()
-    a.knows(b)
-    b.knows(a)
-    digest, _ = b.store.put(os.urandom(32 << 20), 0)
-    stream = a.links.fetch(b.key.public, digest, 0, 32, 60.0)
-    pieces = iter(stream)
-    next(pieces)
-    end(a.links, stream)
-    with pytest.raises(CallFailed) as failure:
-        list(pieces)
-    assert failure.value.cause is cause
-
-
-def failure_of(client: Node, server: Node, digest: bytes) -> Cause | None:
-    try:
-        list(client.links.fetch(server.key.public, digest, 0, 1, 60.0))
-    except CallFailed as error:
-        return error.cause
-    return None
 
 
 # The client is attacked ----------------------------------------------------------------------------------------------

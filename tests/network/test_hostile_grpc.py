@@ -19,7 +19,7 @@ import h2.events
 import h2.settings
 import psutil
 import pytest
-from test_grpc_identity import Node
+from grpc_nodes import Node
 
 from psyche_node.identity import NodeKey
 from psyche_node.network.certificates import Leaf, issue, null_ca_pem

@@ -378,8 +378,8 @@ def test_the_statistics_of_a_node_do_not_grow_with_the_strangers_it_meets(tmp_pa
         await victim.members(member)
         before = await victim.node.handle(GetStats())
         for number in range(1000):
-            victim.node.gossip_bytes(number.to_bytes(32), 2, 3)
-        victim.node.gossip_bytes(member.public, 5, 7)
+            victim.node.intake.gossip_bytes(number.to_bytes(32), 2, 3)
+        victim.node.intake.gossip_bytes(member.public, 5, 7)
         stats = await victim.node.handle(GetStats())
         assert isinstance(stats, Stats)
         assert isinstance(before, Stats)

@@ -254,7 +254,7 @@ def test_an_outsider_is_refused_in_every_way(tmp_path: Path) -> None:
 
 def test_a_frozen_peer_does_not_hold_up_a_fetch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One node runs in this process and would wait for an answer for ever, if it asked nobody else meanwhile."""
-    for name in ("download.CALL_SECONDS", "fetcher.CALL_SECONDS"):
+    for name in ("download.CALL_SECONDS", "asking.CALL_SECONDS"):
         monkeypatch.setattr(f"psyche_node.network.{name}", 500.0)
     monkeypatch.setattr("psyche_node.network.fetcher.STALL_SECONDS", 1e9)
     key_file, data, warm = tmp_path / "here.key", blob_of(60_000), blob_of(1000, 1)

@@ -24,6 +24,7 @@ import trio
 from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
+from forged_certificates import extension_of, forge
 from libp2p import new_host
 from libp2p.crypto.secp256k1 import create_new_key_pair as create_secp256k1
 from libp2p.crypto.x25519 import create_new_key_pair as create_noise_key
@@ -32,7 +33,6 @@ from libp2p.security.noise.transport import PROTOCOL_ID as NOISE
 from libp2p.security.noise.transport import Transport as Noise
 from network_driver import RUN, Process
 from prometheus_client.parser import text_string_to_metric_families
-from test_grpc_identity import extension_of, forge
 
 from psyche_node.evaluation import Measure, Results, TaskResult
 from psyche_node.identity import NodeKey

@@ -118,7 +118,7 @@ def test_an_announcement_that_was_lost_is_healed_from_chain_and_peers(tmp_path: 
             await meet(author, second, third)
 
             async def lose(raw: bytes) -> None:
-                second.node.gossip_announcement(raw, author.key.public)
+                second.node.intake.gossip_announcement(raw, author.key.public)
 
             author.node._spreader.spread = lose  # type: ignore[method-assign]
             heard = await publish(author, 0, 4)
@@ -252,17 +252,17 @@ def test_a_contradiction_is_charged_to_its_author_and_not_to_who_passed_it_on(tm
             node._directory.set_members({0: author.public, 1: forwarder.public})
             for number in range(100):
                 raw = Announcement(RUN, 1, author.public, number.to_bytes(32), 1).sign(author)
-                assert node.gossip_announcement(raw, forwarder.public) == (number == 0)
-            assert node.allows(forwarder.public)
-            assert not node.allows(author.public)
+                assert node.intake.gossip_announcement(raw, forwarder.public) == (number == 0)
+            assert node.intake.allows(forwarder.public)
+            assert not node.intake.allows(author.public)
             # What nobody signed, or somebody with a key of no value, is the sender's.
             for _ in range(50):
                 stranger = NodeKey.generate()
-                node.gossip_announcement(b"rubbish", forwarder.public)
-                node.gossip_announcement(
+                node.intake.gossip_announcement(b"rubbish", forwarder.public)
+                node.intake.gossip_announcement(
                     Announcement(RUN, 1, stranger.public, bytes(32), 1).sign(stranger), forwarder.public
                 )
-            assert not node.allows(forwarder.public)
+            assert not node.intake.allows(forwarder.public)
 
     trio.run(scenario)
 

@@ -47,6 +47,19 @@ def test_child_that_does_not_end_is_killed(module: Path, monkeypatch: pytest.Mon
     run_async(test())
 
 
+def test_child_that_is_still_being_started_is_not_waited_for(module: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Importing torch, or loading 70 GB, takes longer than anybody waits who stops a node."""
+    module.write_text("import time\nwhile True:\n    time.sleep(60)\n")
+    monkeypatch.setattr(processes, "_GRACE_SECONDS", 3600.0)
+
+    async def test() -> None:
+        child = await Child.start("test", "child_under_test", lambda message: None)
+        await child.stop()
+        assert not psutil.pid_exists(child.process.pid)
+
+    run_async(test())
+
+
 def test_child_is_killed_at_once_when_its_end_is_cancelled(module: Path) -> None:
     module.write_text(STUBBORN)
 

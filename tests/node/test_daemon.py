@@ -13,7 +13,7 @@ from solders.pubkey import Pubkey
 
 from coordinator.state import Phase
 from psyche_node.node.config import NodeConfig
-from psyche_node.node.daemon import Node, _linger
+from psyche_node.node.daemon import Node, _end, _linger
 from psyche_node.node.membership import RunFinished
 
 KEY = "1" * 32
@@ -72,6 +72,34 @@ def test_a_name_that_a_stranger_may_take_is_warned_of(
     said = [one.getMessage() for one in caplog.records if "by its name" in one.getMessage()]
     assert len(said) == warned
     assert all(f'run = "{FinishedRun.addresses.run}", or program = "{FinishedRun.program_id}"' in one for one in said)
+
+
+class Process:
+    """One that takes as long to end as it is let."""
+
+    def __init__(self) -> None:
+        self.stopping, self.killed = asyncio.Event(), False
+
+    async def stop(self) -> None:
+        self.stopping.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            self.killed = True
+
+
+def test_whoever_asks_twice_waits_for_no_process() -> None:
+    async def stopped() -> None:
+        processes = Process(), Process()
+        ending = asyncio.create_task(_end(*processes))  # type: ignore[arg-type]
+        for one in processes:
+            await one.stopping.wait()
+        ending.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await ending
+        assert all(one.killed for one in processes)
+
+    asyncio.run(stopped())
 
 
 def test_whoever_is_done_is_not_interrupted_by_being_stopped() -> None:

@@ -82,6 +82,8 @@ def test_a_lock_that_says_nothing_yet_is_one_all_the_same(tmp_path: Path) -> Non
 
 
 def test_a_second_daemon_of_a_folder_ends_with_the_code_for_it(tmp_path: Path) -> None:
+    for name in ("config.json", "manifest.json"):
+        (tmp_path / name).touch()
     flags = ["--run", "1" * 32, "--rpc", "http://127.0.0.1:1", "--model", str(tmp_path), "--data", str(tmp_path)]
     with held(tmp_path / "node"):
         result = CliRunner().invoke(app, ["run", *flags, "--folder", str(tmp_path / "node")])

@@ -16,6 +16,15 @@ GOOD = 'run = "{run}"\nrpc = ["http://127.0.0.1:8899"]\nfolder = "node"\nmodel =
 )
 
 
+@pytest.fixture(autouse=True)
+def given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The paths that the settings of these tests name."""
+    monkeypatch.chdir(tmp_path)
+    for file in (Path("model/config.json"), Path("data/manifest.json"), Path("w.json"), Path("sums.json")):
+        file.parent.mkdir(exist_ok=True)
+        file.touch()
+
+
 def load(tmp_path: Path, text: str, **overrides: object) -> NodeConfig:
     file = tmp_path / "node.toml"
     file.write_bytes(text.encode("latin-1"))
@@ -34,6 +43,37 @@ def test_flags_win_and_absent_flags_do_not(tmp_path: Path) -> None:
     assert config.threads == 5
     assert config.device == "auto"
     assert config.rpc == ("http://127.0.0.1:8899",)
+
+
+def test_a_list_of_one_needs_no_brackets(tmp_path: Path) -> None:
+    bootstrap = f"/ip4/203.0.113.7/tcp/4001/p2p/{load_or_create_node_key(tmp_path / 'node.key').node_id}"
+    text = GOOD.replace('["http://127.0.0.1:8899"]', '"http://127.0.0.1:8899"')
+    config = load(tmp_path, text + f'bootstrap = "{bootstrap}"\ntasks = "sums.json"\n')
+    assert config.rpc == ("http://127.0.0.1:8899",)
+    assert (config.bootstrap, config.tasks) == ((bootstrap,), (Path("sums.json"),))
+
+
+def test_what_is_no_url_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="rpc: 'localhost:8899' is not the URL of an RPC endpoint"):
+        load(tmp_path, GOOD, rpc=("localhost:8899",))
+
+
+def test_every_way_to_set_a_priority_fee_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="priority_fee: it is 'fast'; it must be a whole number or 'auto'"):
+        load(tmp_path, GOOD, priority_fee="fast")
+
+
+def test_every_path_that_is_not_there_is_named_at_once_and_with_the_other_problems(tmp_path: Path) -> None:
+    """All that is known without the chain comes before anything is started."""
+    (tmp_path / "empty").mkdir()
+    paths = {"folder": "w.json", "model": "modle", "data": "empty", "wallet": "wallet.jsn", "tasks": ("task.toml",)}
+    with pytest.raises(ConfigError) as caught:
+        load(tmp_path, GOOD, threads=-1, **paths)
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in lines] == ["threads", *paths]
+    assert "modle is not there; name a Hugging Face model folder" in lines[2]
+    assert "empty has no manifest.json; name a folder that `psyche-node data prepare` has made" in lines[3]
+    assert "psyche-admin keys new wallet.jsn" in lines[4]
 
 
 def test_a_gpu_each_is_a_rank_each(tmp_path: Path) -> None:
@@ -69,6 +109,7 @@ def test_ranks_that_do_not_fit_are_refused(tmp_path: Path, lines: str, why: str)
         ("bootstrap = 7", "bootstrap"),
         ('bootstrap = ["/ip4/203.0.113.7/tcp/4001"]', "bootstrap"),
         ('listen = "nowhere"', "listen"),
+        ('device = "tpu"', "device"),
         ('announce_grpc = "example.org:4002"', "announce_grpc"),
         ('announce_grpc = "203.0.113.7:0"', "announce_grpc"),
         ('announce_p2p = "203.0.113.7"', "announce_p2p"),
@@ -110,7 +151,7 @@ def test_command_ends_with_the_exit_code_of_settings_and_names_them() -> None:
     assert "threads: " in done.output
     assert "model: " in done.output
     last = json.loads(done.output.splitlines()[-1])
-    assert last["msg"] == f"exit code 10, CONFIG: {Exit.CONFIG.resolve}"
+    assert last["msg"] == "exit code 10, CONFIG", "what to do has been said"
     assert "Traceback" not in done.output
 
 
@@ -122,6 +163,12 @@ def test_metrics_are_served_on_an_ip_address_and_a_port(tmp_path: Path, address:
     else:
         with pytest.raises(ConfigError, match=r"write IP:port, for example 127\.0\.0\.1:9464"):
             load(tmp_path, text)
+
+
+def test_what_the_system_refuses_is_said_without_its_number(tmp_path: Path) -> None:
+    (tmp_path / "taken").touch()
+    done = CliRunner().invoke(app, ["keys", "show", "--folder", str(tmp_path / "taken")])
+    assert (done.exit_code, done.output.replace("\n", "")) == (Exit.FILES, f"{tmp_path / 'taken'}: File exists")
 
 
 def test_a_node_key_is_rotated_by_a_command(tmp_path: Path) -> None:
@@ -149,7 +196,10 @@ def test_the_id_of_a_node_that_has_not_run_yet_is_shown(tmp_path: Path) -> None:
     """For the others' `bootstrap`: it is that of the key which the node will use, and the same each time."""
     folder = tmp_path / "new"
     said = [CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)]) for _ in range(2)]
-    assert [done.output for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    assert [done.stdout for done in said] == [f"{load_or_create_node_key(folder / 'node.key').node_id}\n"] * 2
+    first, second = (done.stderr for done in said)
+    assert first.startswith(f"made a new node key in {folder / 'node.key'}"), "the folder may be a slip"
+    assert second == ""
     (folder / "node.key").write_bytes(b"short")
     done = CliRunner().invoke(app, ["keys", "show", "--folder", str(folder)])
     assert (done.exit_code, "is not a node key" in done.output) == (Exit.NODE_KEY, True)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from coordinator.instructions import init_run
 from coordinator.recipes import Recipe, load_recipe, recipe_file, recipe_names
-from coordinator.run_config import ConfigError, RunSettings, load_settings, validated
+from coordinator.run_config import ConfigError, RunSettings, settings_table, validated
 from coordinator.state import Terms
 from psyche_node.cli import app
 from psyche_node.exits import Exit
@@ -64,7 +64,7 @@ def test_show_prints_the_file_or_every_setting() -> None:
 
 @pytest.mark.parametrize("name", recipe_names())
 def test_a_recipe_makes_a_run_that_the_program_takes(name: str) -> None:
-    made = load_settings("run", None, MADE, load_recipe(name).settings())
+    made = settings_table("run", None, MADE, load_recipe(name).settings()).checked()
     terms = made.terms.on_chain()
     init_run(Pubkey.default(), Pubkey.default(), "run", made.limits.on_chain(), terms)
     rates = [fp32(lr_bits(rates_of(made, terms), round)) for round in range(made.limits.total_rounds)]
@@ -85,11 +85,11 @@ def rates_of(made: RunSettings, terms: Terms) -> TrainingTerms:
 def test_a_file_goes_over_the_recipe_and_flags_over_the_file(tmp_path: Path) -> None:
     file = tmp_path / "run.toml"
     file.write_text('run_id = "mine"\n[limits]\nbatch = 128\n[terms]\npeak_lr = 1e-5\nz_loss = 1e-4\n')
-    made = load_settings(None, file, [*MADE, "limits.batch=96"], load_recipe("hermes-sft").settings())
+    made = settings_table(None, file, [*MADE, "limits.batch=96"], load_recipe("hermes-sft").settings()).checked()
     assert (made.run_id, made.limits.batch, made.terms.peak_lr, made.terms.warmup_rounds) == ("mine", 96, 1e-5, 300)
     assert made.terms.on_chain().z_loss_bits == 0x38D1B717
     with pytest.raises(ConfigError, match=r"terms\.peek_lr: there is no such key \(--set\); did you mean peak_lr"):
-        load_settings(None, file, [*MADE, "terms.peek_lr=1"], load_recipe("hermes-sft").settings())
+        settings_table(None, file, [*MADE, "terms.peek_lr=1"], load_recipe("hermes-sft").settings()).checked()
 
 
 @pytest.mark.parametrize(

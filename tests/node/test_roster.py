@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import logging
 from collections.abc import Callable
 from pathlib import Path
 
@@ -222,3 +223,40 @@ def test_who_is_no_member_has_the_list_all_the_same(tmp_path: Path) -> None:
             following.cancel()
 
     run_async(test())
+
+
+def test_a_run_that_stops_for_want_of_members_is_told_once_and_so_is_that_it_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    def waits(members: int, number: int = 3) -> Pulse:
+        pulse = pulse_of(Phase.WAITING_FOR_MEMBERS, number)
+        limits = dataclasses.replace(pulse.run.limits, init_min_members=4)
+        header = dataclasses.replace(pulse.header, members=members)
+        return dataclasses.replace(pulse, run=dataclasses.replace(pulse.run, limits=limits), header=header)
+
+    def told() -> list[str]:
+        return [one.getMessage() for one in caplog.records if one.name == module.__name__]
+
+    async def test() -> None:
+        # Before the first round a run waits as a matter of course, and so does one that has all it needs.
+        async with scene(tmp_path, begins=waits(1, number=0)) as it:
+            for pulse in (waits(2, number=0), waits(4), TRAINS):
+                reads = it.chain.calls["members"]
+                it.chain.push(pulse)
+                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+            await settle_down()
+            assert told() == []
+            for pulse in (waits(2), waits(3)):
+                reads = it.chain.calls["members"]
+                it.chain.push(pulse)
+                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+            await settle_down()
+            (warning,) = told()
+            assert "round 3: the run has stopped" in warning
+            assert "it has 2, and needs 4" in warning
+            it.chain.push(pulse_of(Phase.WARMUP, 3))
+            await settle(lambda: len(told()) == 2)
+            assert "the run goes on" in told()[1]
+
+    with caplog.at_level(logging.INFO):
+        run_async(test())

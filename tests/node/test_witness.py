@@ -44,7 +44,6 @@ def witness_of(chain: ScriptedChain, view: ChainView, held: Held) -> Witness:
 TRAINING = pulse_of(Phase.ROUND_TRAIN, 6)
 EARLY = pulse_of(Phase.ROUND_WITNESS, 6, slot=104, phase_slot=100)
 LATE = pulse_of(Phase.ROUND_WITNESS, 6, slot=105, phase_slot=100)
-OPEN = {"closed": False}
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What every rank of a `sharded_world` runs: each function is one test, the same on all ranks."""
+"""What every rank of a `gloo_world.World` runs: each function is one test, the same on all ranks."""
 
 from __future__ import annotations
 

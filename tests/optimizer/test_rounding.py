@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optimizer import DisTrO
+from optimizer import DisTrO, engine, report
 from optimizer.rounding import Chance, philox, round_by_chance
 
 # Of the authors' Random123, kat_vectors: counter, key, answer.
@@ -152,6 +152,24 @@ def test_steps_below_bf16s_resolution_are_not_lost() -> None:
     assert 0.02 < float((moved != 0).double().mean()) < 0.2
     # Rounded to the nearest, all of it is lost.
     assert torch.equal((before.float() - 1e-5).bfloat16(), before)
+
+
+@pytest.mark.parametrize("nearest", [False, True])
+def test_the_report_tells_what_rounding_takes_back(nearest: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if nearest:
+        for user in (engine, report):
+            monkeypatch.setattr(user, "round_by_chance", lambda values, draws: values.bfloat16())
+    optimizer = trained()
+    lost = optimizer.report().lost
+    assert lost is not None
+    assert lost > 0.5 if nearest else lost == 0.0
+
+
+def test_a_step_that_no_chance_can_make_is_told_as_lost() -> None:
+    found = trained(lr=1e-12).report()
+    assert found.lost is not None
+    assert found.ties is not None
+    assert found.lost == pytest.approx(1 - found.ties, rel=0.01)
 
 
 def test_only_bf16_parameters() -> None:

@@ -13,7 +13,7 @@ import click
 import pytest
 
 from coordinator.errors import ERROR_TEXT, ErrorCode
-from coordinator.rpc import RpcError
+from coordinator.jsonrpc import RpcError
 from psyche_node import exits
 from psyche_node.exits import Exit, exit_for
 from psyche_node.ipc import Failure, RemoteFailure

@@ -16,11 +16,11 @@ from psyche_node.exits import Exit
 
 # Module, and what is raised and caught by the process that it belongs to: no command ends with these.
 INSIDE = {
-    "coordinator.ledger.bank": "Refused",
+    "coordinator.jsonrpc": "AttemptFailed Unusable",
     "coordinator.ledger.encoding": "UnsupportedEncoding",
+    "coordinator.ledger.sanitize": "Refused",
     "coordinator.ledger.params": "RpcError",
     "coordinator.ledger.snapshot": "Damaged",
-    "coordinator.rpc": "Unusable",
     "optimizer.errors": "MalformedUpdate",
     "optimizer.layout": "LayoutError",
     "psyche_node.network.bulk.client": "WrongNode",

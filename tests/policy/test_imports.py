@@ -24,7 +24,6 @@ FORBIDDEN = {
 }
 WORDS = "coordinator.wording"
 """What validation found, put into words; it imports nothing of this project, and anybody may use it."""
-WHERE_THEY_MEET = ("psyche_node.network", "psyche_node.data", "psyche_node.training")
 IMPORT_NAMES = {
     "protobuf": "google",
     "grpcio": "grpc",
@@ -156,3 +155,11 @@ def test_these_do_not_load_torch(modules: str) -> None:
     code = f"import sys, {modules}\nsys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stderr or f"{modules} loads torch"
+
+
+@pytest.mark.parametrize("module", ["psyche_node.cli", "psyche_node.sim.cli", "coordinator.admin.app"])
+def test_help_and_a_wrong_flag_wait_for_no_large_library(module: str) -> None:
+    large = "{'torch', 'transformers', 'numpy', 'pyarrow', 'tokenizers', 'grpc', 'libp2p'}"
+    code = f"import sys, {module}\nprint(*{large} & set(sys.modules))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=500, check=True)
+    assert done.stdout.split() == []

@@ -18,12 +18,15 @@ from coordinator.client import ChainUnavailable
 from coordinator.state import InclusionSet, Member, MemberStatus, Phase
 from psyche_node.faults import Fault
 from psyche_node.node.journal import Journal, JournalReader
+from psyche_node.sim.chain_record import ChainRecord
 from psyche_node.sim.collect import collect, ledger_result
+from psyche_node.sim.node import SimNode
 from psyche_node.sim.processes import Managed, MemoryWatch
 from psyche_node.sim.result import LedgerResult, RunResult
+from psyche_node.sim.run import snapshot
 from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
-from psyche_node.sim.world import ChainRecord, SimNode, SimulationFailed, World
+from psyche_node.sim.world import SimulationFailed, World
 
 START = 1_700_000_000.0
 LEDGER = LedgerResult(program_id="p", run_address="r", transactions=3, lamports=5)
@@ -37,12 +40,12 @@ def wallet(index: int) -> Pubkey:
     return Pubkey.from_bytes(bytes([index + 1]) * 32)
 
 
-def member(slot: int, status: MemberStatus = MemberStatus.ACTIVE) -> Member:
+def member(slot: int) -> Member:
     return Member(
         slot=slot,
         wallet=wallet(slot),
         node_key=bytes([slot]) * 32,
-        status=status,
+        status=MemberStatus.ACTIVE,
         share=1000,
         next_share=1000,
         joined_round=0,
@@ -400,3 +403,15 @@ def test_memory_of_a_process_that_is_gone_counts_nothing() -> None:
     watch.sample()
     assert watch.peak == watch.now > 0
     assert watch.peaks == {}
+
+
+def test_progress_tells_the_round_of_a_held_out_loss_and_a_reduction_that_stays(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    trained = {"kind": "trained", "loss": 5.0, "tokens": 9, "started": START, "seconds": 1.0, "bytes_sent": 7}
+    stage.node(0, trained | {"round": 0}, {"kind": "evaluated", "round": 0, "heldout_loss": 6.5}, status=None)
+    first = snapshot(stage.world)
+    stage.node(1, trained | {"round": 1, "bytes_sent": 500}, status=None)
+    later = snapshot(stage.world)
+    assert (first.heldout, first.heldout_round) == (later.heldout, later.heldout_round) == (6.5, 1)
+    # Two nodes: half of 1,000 fp32 values twice, against an update of 100 bytes to the other one.
+    assert first.reduction == later.reduction == 40.0

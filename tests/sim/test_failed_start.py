@@ -100,3 +100,5 @@ def test_logs_of_a_failed_start_stay_unless_it_explains_itself(
     else:
         assert str(out) not in said
         assert "x.log" not in said
+        assert "exit status" not in said, "its own words say what was wrong"
+        assert type(error).__name__ not in said

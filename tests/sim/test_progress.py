@@ -39,7 +39,7 @@ def snapshot(round_number: int, rounds: int = 10, **fields: object) -> Progress:
         "tokens_per_second": 1_455.0,
         "bytes_sent": 1_000 * round_number,
         "bytes_received": 900 * round_number,
-        "dense_bytes": 57_000 * round_number,
+        "reduction": 57.0,
         "loss": 6.0 - 0.1 * round_number,
         "members": members,
     }
@@ -82,7 +82,7 @@ def test_without_a_terminal_there_is_one_line_per_round_and_stage() -> None:
     lines = stream.getvalue().splitlines()
     assert [line.split()[1] for line in lines] == ["starting", "training", "round", "round", "round", "warning:"]
     assert "round  3/10 · loss 5.700" in lines[4]
-    assert "57\N{MULTIPLICATION SIGN} less than dense" in lines[4]
+    assert "updates 57\N{MULTIPLICATION SIGN} less than dense" in lines[4]
     assert "1 of 2 nodes" in lines[4]
     assert "0:14 left" in lines[4]
     assert "\x1b" not in stream.getvalue()
@@ -92,7 +92,7 @@ def test_the_panel_shows_the_run_and_nothing_of_a_peers_escapes() -> None:
     clock = Clock()
     shown, stream = display(clock, terminal=True)
     for number in range(4):
-        shown.update(snapshot(number, heldout=5.5, entropy=5.914, memory_bytes=3 * 2**30))
+        shown.update(snapshot(number, heldout=5.5, heldout_round=2, entropy=5.914, memory_bytes=3 * 2**30))
         clock.now += 2.0
     shown.log("rejected \x1b[31m[bold]x[/bold]", "error")
     shown.console.print(shown.render())
@@ -101,7 +101,7 @@ def test_the_panel_shows_the_run_and_nothing_of_a_peers_escapes() -> None:
         "round 3 of 10",
         "RoundTrain",
         "5.700",
-        "5.500",
+        "5.500   after round 2",
         "single tokens 5.914",
         "57\N{MULTIPLICATION SIGN} less",
         "3.00 GiB",
@@ -174,3 +174,11 @@ def test_summary_of_different_replicas_is_loud() -> None:
     text = summary(RunResult.model_validate(raw))
     assert "DIFFERENT" in text
     assert "\x1b" not in text
+
+
+def test_a_held_out_loss_is_marked_with_the_round_it_is_of() -> None:
+    shown, stream = display(Clock(), terminal=False)
+    with shown:
+        for number in (2, 3):
+            shown.update(snapshot(number, heldout=5.5, heldout_round=2))
+    assert "round  3/10 · loss 5.700 · held-out 5.500 (round 2)" in stream.getvalue()

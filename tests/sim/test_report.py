@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from itertools import pairwise
 from pathlib import Path
@@ -14,7 +15,8 @@ import pytest
 from pydantic import ValidationError
 from report_data import synthetic_run
 
-from psyche_node.sim import charts, units
+from psyche_node import units
+from psyche_node.sim import charts
 from psyche_node.sim.report import headline, render_html, write_report
 from psyche_node.sim.result import (
     Event,
@@ -359,7 +361,8 @@ def test_units() -> None:
         "1.00 MB",
     ]
     assert units.memory_text(3_480_000_000) == "3.24 GiB"
-    assert [units.seconds_text(s) for s in (0.4, 12.34, 161, 3_900)] == ["0.40 s", "12.3 s", "2 min 41 s", "1 h 05 min"]
+    assert [units.seconds_text(s) for s in (0, 0.0035, 0.4, 12.34)] == ["0.00 s", "3.50 ms", "0.40 s", "12.3 s"]
+    assert [units.seconds_text(s) for s in (161, 3_900, 311_000)] == ["2 min 41 s", "1 h 05 min", "3.6 days"]
     assert [units.count_text(n) for n in (7, 1_455, 20_900, 2_134_528)] == ["7", "1,455", "20.9 k", "2.13 M"]
     assert units.sol_text(45_700_000) == "0.0457 SOL"
     assert units.short("12D3KooWabcdefghij") == "12D3Ko…ghij"
@@ -370,3 +373,17 @@ def test_printable_keeps_text_on_one_clean_line() -> None:
     assert units.printable("\x1b]0;title\x07\u202e") == "\ufffd]0;title\ufffd\ufffd"
     assert units.printable("größer ≥ 日本") == "größer ≥ 日本"
     assert len(units.printable("x" * 10_000)) == 500
+
+
+def test_few_rounds_have_their_numbers_over_their_columns() -> None:
+    row = charts.Row("node-0", dict.fromkeys(range(6), "included"), [], [], [], None)
+    few = charts.state_grid([row], rounds=6, width=600, row_height=22).svg
+    assert [f'x="{50 + 100 * number}.0"' in few for number in range(6)] == [True] * 6
+    many = charts.state_grid([replace(row, states={})], rounds=600, width=600, row_height=22).svg
+    assert 'class="tick start" x="0.0"' in many
+
+
+def test_a_chart_of_lines_scrolls_before_its_words_are_too_small() -> None:
+    page = render_html(synthetic_run())
+    assert page.count('<div class="scroll"><svg') == 5
+    assert 'style="min-width: 552px"' in page

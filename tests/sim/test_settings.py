@@ -222,3 +222,8 @@ def test_flag_that_cannot_be_used_is_named(flags: list[str], said: str, tmp_path
     assert done.exit_code == Exit.USAGE
     assert said in done.output
     assert not (tmp_path / "out").exists()
+
+
+def test_ranks_and_kills_are_told_as_they_are_written() -> None:
+    two = settings(nodes=4, ranks=(Ranks.parse("1"), Ranks.parse("4/2")), kills=(Kill.parse("2@30"),))
+    assert two.written() == {"kills": ["2@30"], "ranks": ["1", "4/2"]}

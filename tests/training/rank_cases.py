@@ -102,6 +102,17 @@ def bf16_layouts_stay_one_model() -> None:
             assert {values.dtype for name, values in found.items() if name.startswith("model.")} == {torch.float32}
             member.optimizer.zero_grad()
         assert len({(member.fingerprint(), member.weights_sha256()) for member in members}) == 1
+    saved = Path(os.environ["MODEL"]).parent / f"bf16-{dist.get_world_size()}"
+    members[-1].save(saved)
+    dist.barrier()
+    # Begun anew from what one layout saved, all go on as one.
+    members = [session(ways, options=only_bf16, saved=saved) for ways in (None, *layouts())]
+    for round in range(3, 5):
+        blobs = [member.train(round, range(5), run=RUN, member=n).blob for n, member in enumerate(members)]
+        for member in members:
+            member.apply(round, blobs, True)
+        assert len({(member.fingerprint(), member.weights_sha256(), member.model_root()) for member in members}) == 1
+        assert {member.optimizer.report().lost for member in members} == {0.0}
 
 
 def weights_travel_in_bf16_as_on_gpus() -> None:

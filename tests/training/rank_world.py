@@ -44,11 +44,17 @@ def ranks() -> Ranks:
     return Ranks(dist.get_rank(), dist.get_world_size())
 
 
-def session(tensor_parallel: int | None, kind: str = "qwen3", options: Options = DEFAULTS, **changes: Any) -> Session:
-    """A session of all ranks, or of this process alone if ``tensor_parallel`` is None."""
+def session(
+    tensor_parallel: int | None,
+    kind: str = "qwen3",
+    options: Options = DEFAULTS,
+    saved: Path | None = None,
+    **changes: Any,
+) -> Session:
+    """A session of all ranks, or of this process alone if ``tensor_parallel`` is None; of a ``saved`` model, if any."""
     world = World() if tensor_parallel is None else ranks()
     return Session(
-        folder(kind),
+        saved or folder(kind),
         RandomData(),
         terms(**changes),
         device="cpu",

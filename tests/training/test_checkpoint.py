@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
-from tiny import RandomData, terms
+import torch
+from safetensors.torch import load_file
+from tiny import TINY, VOCABULARY, RandomData, terms
 
 from psyche_node.generation import Engine
-from psyche_node.training import Session
+from psyche_node.training import Session, make_demo_model
+from psyche_node.training import checkpoint as checkpoint_module
 
 LOAD = """
 import hashlib, json, sys
@@ -77,6 +82,55 @@ def test_it_has_everything_and_says_where_it_came_from(checkpoint: tuple[Session
     assert "| run | `demo / 'x'` |" in readme
 
 
+@pytest.mark.parametrize(
+    "advice",
+    [
+        {"temperature": 0.6, "top_p": 0.9, "eos_token_id": [1, 3]},  # which transformers does not write
+        {"do_sample": True, "temperature": 0.6, "own": "words"},
+        None,
+    ],
+)
+def test_what_a_folder_advises_about_generation_stays(
+    model_dir: Path, data: RandomData, tmp_path: Path, advice: dict[str, Any] | None
+) -> None:
+    shutil.copytree(model_dir, tmp_path / "model")
+    file = tmp_path / "model" / "generation_config.json"
+    file.unlink()
+    if advice is not None:
+        file.write_text(json.dumps(advice))
+    Session(tmp_path / "model", data, terms(), device="cpu").save(tmp_path / "saved")
+    make_demo_model(tmp_path / "model", model_dir, tmp_path / "copy", seed=0)
+    for folder in (tmp_path / "saved", tmp_path / "copy"):
+        found = json.loads((folder / "generation_config.json").read_text())
+        assert found == advice if advice is not None else "temperature" not in found
+        Engine.load(folder, device="cpu")
+
+
+@pytest.mark.parametrize("file_bytes", [checkpoint_module.FILE_BYTES, 20_000])
+def test_experts_are_saved_apart_as_their_family_does(
+    model_dir: Path, data: RandomData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, file_bytes: int
+) -> None:
+    """Modules hold them in one tensor; checkpoints, and whatever else reads them, do not."""
+    from transformers import AutoModelForCausalLM
+
+    monkeypatch.setattr(checkpoint_module, "FILE_BYTES", file_bytes)
+    config = {**TINY, "model_type": "mixtral", "vocab_size": VOCABULARY, "num_local_experts": 3}
+    make_demo_model(config, model_dir, tmp_path / "model", seed=0)
+    one = Session(tmp_path / "model", data, terms(), device="cpu")
+    one.save(tmp_path / "saved")
+    theirs, ours = (
+        {name: tensor for file in (tmp_path / where).glob("*.safetensors") for name, tensor in load_file(file).items()}
+        for where in ("model", "saved")
+    )
+    assert "model.layers.1.block_sparse_moe.experts.2.w1.weight" in ours
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+    assert (tmp_path / "saved" / "model.safetensors.index.json").exists() == (file_bytes == 20_000)
+    assert Session(tmp_path / "saved", data, terms(), device="cpu").model_root() == one.model_root()
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype=torch.float32)
+    assert all(torch.equal(p, dict(loaded.named_parameters())[n]) for n, p in one.model.named_parameters())
+
+
 def test_saving_again_replaces_the_folder(checkpoint: tuple[Session, Path]) -> None:
     session, folder = checkpoint
     (folder / "left-over").write_text("x")
@@ -92,17 +146,5 @@ def test_it_can_be_talked_to(checkpoint: tuple[Session, Path]) -> None:
     first, again = (engine.generate([prompt], 12, advice=engine.advice)[0] for _ in range(2))
     assert first == again
     assert engine.advice.temperature == 0.0
+    assert engine.advice.repetition_penalty == 1.1, "what a small model needs"
     assert "<|" not in first.text
-
-
-def test_advice_about_sampling_stays_in_it(checkpoint: tuple[Session, Path], tmp_path: Path) -> None:
-    """What a base model's folder advises is still there after a run, and so is what a small model needs."""
-    session, folder = checkpoint
-    assert json.loads((folder / "generation_config.json").read_text())["repetition_penalty"] == 1.1
-    session.model.generation_config.update(do_sample=True, temperature=0.6, top_p=0.95)
-    try:
-        session.save(tmp_path / "advised")
-    finally:
-        session.model.generation_config.update(do_sample=False, temperature=None, top_p=None)
-    kept = json.loads((tmp_path / "advised" / "generation_config.json").read_text())
-    assert (kept["do_sample"], kept["temperature"], kept["top_p"]) == (True, 0.6, 0.95)

@@ -160,6 +160,14 @@ def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
     assert "has 100 token embeddings; the data was prepared with" in done.output
 
 
+def test_positions_that_end_too_early_are_found_before_the_run_is_made(packed: Path, tmp_path: Path) -> None:
+    short = {"model_type": "gpt2", "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 60}
+    (tmp_path / "config.json").write_text(json.dumps(short))
+    done = CliRunner().invoke(app, ["terms", "--model", str(tmp_path), "--data", str(packed), "--quick"])
+    assert done.exit_code == Exit.MODEL
+    assert "has learned positions for 60 tokens" in done.output
+
+
 @pytest.mark.parametrize(
     ("lines", "why"),
     [
@@ -170,7 +178,7 @@ def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
     ],
     ids=["too small", "no number", "no setting", "no section"],
 )
-def test_settings_are_looked_at_before_the_folders(tmp_path: Path, lines: str, why: str) -> None:
+def test_settings_and_what_is_no_folder_are_told_together_and_first(tmp_path: Path, lines: str, why: str) -> None:
     wallet, file = tmp_path / "owner.json", tmp_path / "run.toml"
     create_keypair(wallet)
     file.write_text(lines)
@@ -179,7 +187,7 @@ def test_settings_are_looked_at_before_the_folders(tmp_path: Path, lines: str, w
     done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
     assert done.exit_code == Exit.CONFIG, done.output
     assert why.format(file=file) in done.output
-    assert "nowhere" not in done.output
+    assert f"--model {tmp_path / 'nowhere'}: there is no config.json in it" in done.output
 
 
 def test_all_that_the_node_says_is_passed_on_without_a_box(tmp_path: Path) -> None:

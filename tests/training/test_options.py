@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from live_bytes import LiveBytes
-from tiny import TINY, VOCABULARY, RandomData, terms
+from tiny import LENGTH, TINY, VOCABULARY, RandomData, terms
 
 from optimizer.layout import Layout
 from psyche_node.training import ModelError, Session, TrainingError, fit, make_demo_model, preparing
@@ -321,7 +321,7 @@ def test_rows_that_see_each_other_are_found(model_dir: Path) -> None:
         return torch.stack([separate[0], found[0, length:]])
 
     with pytest.raises(SeparationError, match="see each other"):
-        check_separation(mixed, VOCABULARY, CPU)
+        check_separation(mixed, VOCABULARY, CPU, LENGTH)
 
 
 REFUSED = {

@@ -14,6 +14,7 @@ from optimizer.layout import Layout
 from psyche_node.cli import app
 from psyche_node.exits import Exit
 from psyche_node.planning.asked import Asked
+from psyche_node.planning.context import context_window
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.exchange import LINE, exchange
 from psyche_node.planning.gpus import GPUS, parse_gpus
@@ -251,7 +252,9 @@ def test_the_command_prints_a_plan_and_its_json() -> None:
         "it fits",
         "50 transactions",
         "20.8 s",
-        "3.2 s until",
+        "3.20 s until",
+        "24 members, 9,000 rounds of 384 x 16,384 tokens, topk 8, with overlap",
+        "of the recipe hermes-sft, but for --members, --seq",
     ):
         assert said in done.output
     shown = json.loads(CliRunner().invoke(app, [*words, "--json"]).output)
@@ -290,3 +293,46 @@ def test_wrong_flags_say_what_is_right(change: list[str], said: str) -> None:
     done = CliRunner().invoke(app, words)
     assert done.exit_code == Exit.CONFIG
     assert said in done.output
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32768}
+
+
+@pytest.mark.parametrize(
+    ("config", "tokens"),
+    [
+        ({}, None),
+        ({"max_position_embeddings": 40960}, 40960),
+        ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
+        ({"max_position_embeddings": 131072, "rope_parameters": YARN}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2}}, 8192),
+        ({"max_position_embeddings": 131072, "rope_parameters": {"rope_type": "llama3", "factor": 8.0}}, 131072),
+        ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": "x"}}, 4096),
+        (
+            {"max_position_embeddings": 8, "rope_parameters": {"full_attention": {"rope_type": "yarn", "factor": 2.0}}},
+            16,
+        ),
+        ({"max_position_embeddings": 8, "model_type": "gemma3_text", "rope_scaling": YARN | {"factor": 8.0}}, 8),
+    ],
+)
+def test_a_context_window_has_its_rope_scaling(config: dict[str, Any], tokens: int | None) -> None:
+    assert context_window(config) == tokens
+
+
+def test_sequences_beyond_the_models_context_are_warned_of(tmp_path: Path) -> None:
+    words = ["plan", "--model", "qwen3-14b", "--gpus", "8xH200", "--seq"]
+    assert "warning" not in CliRunner().invoke(app, [*words, "40960"]).output
+    done = CliRunner().invoke(app, [*words, "65536"])
+    assert "warning: sequences of 65,536 tokens, and the model is made for 40,960" in done.output
+    values = json.loads(config_of("qwen3-14b").file.read_text())
+    (tmp_path / "config.json").write_text(json.dumps({**values, "rope_parameters": {**YARN, "rope_theta": 1e6}}))
+    assert "warning" not in CliRunner().invoke(app, [*words, "65536", "--model", str(tmp_path)]).output
+
+
+def test_a_small_models_figures_are_not_zeros(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 128, "intermediate_size": 352, "num_hidden_layers": 4, "num_attention_heads": 4}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 2048, **sizes}))
+    done = CliRunner().invoke(app, ["plan", "--model", str(tmp_path), "--gpus", "1xH100", "--seq", "256"])
+    assert done.exit_code == 0, done.output
+    rows = [line.split("  ")[-1].strip() for line in done.output.splitlines() if line.startswith("  ")]
+    assert not [row for row in rows if row.startswith(("0.0 ", "0.00 ", "0 "))], done.output

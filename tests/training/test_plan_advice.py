@@ -234,5 +234,5 @@ def test_training_too_slow_for_the_runs_times_is_said() -> None:
 def test_a_chain_slower_than_training_is_named() -> None:
     _, made = timed(batch=4, sequence=512)
     assert made.chain_seconds == pytest.approx(3.2)
-    assert any("the chain takes 3.2 s" in note for note in made.notes)
+    assert any("the chain takes 3.20 s" in note for note in made.notes)
     assert timed(slot_seconds=0.05)[1].chain_seconds == pytest.approx(0.4)

@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from tiny import TINY, VOCABULARY, RandomData
+from tiny import LENGTH, TINY, VOCABULARY, RandomData
 from torch import Tensor
 
-from psyche_node.training import SeparationError, load_model, make_demo_model
+from psyche_node.training import ModelError, SeparationError, load_model, make_demo_model
 from psyche_node.training.forward import LossFunction, logits
 from psyche_node.training.separation import check_separation
 from psyche_node.training.session import prepare_model
@@ -41,7 +41,7 @@ def model(model_dir: Path) -> Any:
 def test_documents_are_separated(model: Any, attention: str) -> None:
     model.set_attn_implementation(attention)
     try:
-        line = check_separation(lambda tokens, places: logits(model, tokens, places), VOCABULARY, CPU)
+        line = check_separation(lambda tokens, places: logits(model, tokens, places), VOCABULARY, CPU, LENGTH)
     finally:
         model.set_attn_implementation("sdpa")
     assert line.startswith("packed documents do not see each other")
@@ -83,7 +83,7 @@ def test_broken_separation_is_found(model: Any, attention: str, fault: str) -> N
     model.set_attn_implementation(attention)
     try:
         with pytest.raises(SeparationError, match="see each other"):
-            check_separation(forward, VOCABULARY, CPU)
+            check_separation(forward, VOCABULARY, CPU, LENGTH)
     finally:
         model.set_attn_implementation("sdpa")
 
@@ -97,8 +97,72 @@ def test_a_packed_document_has_the_logits_it_has_alone(model: Any) -> None:
     torch.testing.assert_close(together[:, 9:], alone, rtol=1e-4, atol=1e-5)
 
 
+ROPE = {"rope_theta": 10000.0, "partial_rotary_factor": 1.0, "original_max_position_embeddings": 28}
+DYNAMIC = {"rope_type": "dynamic", "factor": 4.0, **ROPE}
+LONG = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0, 3.0, 4.0, 5.0], **ROPE}
+BEYOND = {
+    "dynamic": ({**LLAMA, "max_position_embeddings": 28, "rope_parameters": DYNAMIC}, "longest document"),
+    "longrope": (
+        {**LLAMA, "model_type": "phi3", "original_max_position_embeddings": 28, "rope_parameters": LONG},
+        "longest document",
+    ),
+    "chance": (
+        {
+            **LLAMA,
+            "model_type": "mixtral",
+            "num_local_experts": 3,
+            "router_jitter_noise": 0.3,
+            "initializer_range": 0.3,
+        },
+        "draws lots while it trains",
+    ),
+    "bidirectional": (
+        {**SEED_OSS, "model_type": "gemma3_text", "use_bidirectional_attention": True, "initializer_range": 0.3},
+        "sees the tokens that it is to predict",
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", BEYOND)
+def test_logits_that_follow_what_they_must_not_are_found(
+    kind: str, tokenizer: Path, data: RandomData, tmp_path: Path
+) -> None:
+    config, why = BEYOND[kind]
+    make_demo_model(config, tokenizer, tmp_path, seed=0)
+    with pytest.raises(SeparationError, match=why):
+        prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_frequencies_that_stay_the_same_within_the_sequences_are_no_matter(
+    kind: str, tokenizer: Path, data: RandomData, tmp_path: Path
+) -> None:
+    config, _ = BEYOND[kind]
+    rope = {**config["rope_parameters"], "original_max_position_embeddings": 64}
+    longer = {"max_position_embeddings": 64, "original_max_position_embeddings": 64, "rope_parameters": rope}
+    make_demo_model({**config, **longer}, tokenizer, tmp_path, seed=0)
+    ready = prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
+    assert [line for line in ready.reasons if line.startswith("packed documents do not see each other")]
+    assert not any("max_position_embeddings" in line for line in ready.reasons)
+
+
+def test_places_beyond_what_the_model_was_made_for_are_told(tokenizer: Path, data: RandomData, tmp_path: Path) -> None:
+    make_demo_model({**LLAMA, "max_position_embeddings": 31}, tokenizer, tmp_path, seed=0)
+    ready = prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
+    assert any(
+        line.startswith("sequences of 32 tokens, and the model is made for 31 (max_pos") for line in ready.reasons
+    )
+
+
+def test_learned_positions_reach_as_far_as_the_sequences(tokenizer: Path, data: RandomData, tmp_path: Path) -> None:
+    short = {"model_type": "gpt2", "vocab_size": VOCABULARY, "n_embd": 32, "n_layer": 1, "n_head": 4, "n_positions": 24}
+    make_demo_model(short, tokenizer, tmp_path, seed=0)
+    with pytest.raises(ModelError, match=r"learned positions for 24 tokens \(transformer\.wpe\), .* have 32"):
+        prepare_model(tmp_path, data, "cpu", micro_batch=1, threads=1)
+
+
 def test_a_blind_test_says_so() -> None:
-    line = check_separation(lambda tokens, places: torch.ones(*tokens.shape, 5), 5, CPU)
+    line = check_separation(lambda tokens, places: torch.ones(*tokens.shape, 5), 5, CPU, LENGTH)
     assert "blind" in line
 
 
@@ -114,10 +178,10 @@ def test_how_a_mixture_of_experts_is_rounded_is_no_leak(model: Any) -> None:
         return coarse(tokens, torch.arange(tokens.shape[1])[None])
 
     with pytest.raises(SeparationError, match="see each other"):
-        check_separation(coarse, VOCABULARY, CPU)
-    assert "as rounding does in a mixture" in check_separation(coarse, VOCABULARY, CPU, mixture=True)
+        check_separation(coarse, VOCABULARY, CPU, LENGTH)
+    assert "as rounding does in a mixture" in check_separation(coarse, VOCABULARY, CPU, LENGTH, mixture=True)
     with pytest.raises(SeparationError, match="see each other"):
-        check_separation(leaking, VOCABULARY, CPU, mixture=True)
+        check_separation(leaking, VOCABULARY, CPU, LENGTH, mixture=True)
 
 
 def test_a_mixture_that_sees_across_a_batch_is_found(model: Any) -> None:
@@ -128,4 +192,4 @@ def test_a_mixture_that_sees_across_a_batch_is_found(model: Any) -> None:
         return found + 0.5 * found.mean(dim=0, keepdim=True)
 
     with pytest.raises(SeparationError, match="see each other"):
-        check_separation(mingling, VOCABULARY, CPU, mixture=True)
+        check_separation(mingling, VOCABULARY, CPU, LENGTH, mixture=True)

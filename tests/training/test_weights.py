@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from psyche_node.training import ModelError, load_model
+from psyche_node.training.model import build_model
 from psyche_node.training.weights import load_into
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -95,6 +96,20 @@ def test_it_loads_what_transformers_loads(kind: str, shard: str, tmp_path: Path)
     tokens = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(found.eval()(tokens).logits, expected.eval()(tokens).logits)
+
+
+def test_of_one_file_and_many_the_one_is_taken_as_by_transformers(tmp_path: Path) -> None:
+    """What is trained has to be what is talked to, and evaluated, which transformers loads."""
+    from transformers import AutoModelForCausalLM
+
+    many = written(FAMILIES["qwen3"], tmp_path / "many", torch.float32, "20KB")
+    one = written(FAMILIES["qwen3"], tmp_path / "one", torch.float32, "1GB")
+    change(one, **{"model.norm.weight": torch.full((32,), 7.0)})
+    (many / "model.safetensors").write_bytes((one / "model.safetensors").read_bytes())
+    assert (many / "model.safetensors.index.json").exists()
+    expected = AutoModelForCausalLM.from_pretrained(many, dtype=torch.float32)
+    found, _ = load_model(many, torch.device("cpu"))
+    assert torch.equal(found.model.norm.weight, expected.model.norm.weight)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -182,6 +197,38 @@ def test_sizes_that_no_model_has_are_named_with_their_file(change: dict[str, Any
         load_model(tmp_path, torch.device("cpu"))
     assert said in str(raised.value)
     assert str(tmp_path) in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.int64, torch.bool])
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_whole_numbers_are_no_weights(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    folder = written(FAMILIES[kind], tmp_path, torch.float32, "1GB")
+    tensors = load_file(folder / "model.safetensors")
+    some = "experts." if kind == "mixtral" else "mlp.up_proj."
+    change(folder, **{name: tensor.to(dtype) for name, tensor in tensors.items() if some in name})
+    with pytest.raises(ModelError, match=rf"is {dtype}, whole numbers .*quantised weights cannot be trained"):
+        load_model(folder, torch.device("cpu"))
+
+
+def test_a_config_that_says_quantised_is_refused(tmp_path: Path) -> None:
+    folder = written(FAMILIES["qwen3"], tmp_path, torch.bfloat16, "1GB")
+    config = json.loads((folder / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="holds quantised weights"):
+        load_model(folder, torch.device("cpu"))
+
+
+def test_sizes_by_layer_are_sizes(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {**SMALL, "intermediate_size": [48, 64], "num_kv_shared_layers": 0}
+    sizes |= {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 96, "laurel_rank": 8}
+    layers = {"layer_types": ["sliding_attention", "full_attention"], "activation_sparsity_pattern": [0.0, 0.0]}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text", **sizes, **layers}))
+    model, _ = build_model(tmp_path)
+    assert [layer.mlp.down_proj.in_features for layer in model.model.layers] == [48, 64]
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3n_text", **sizes, "intermediate_size": [0]}))
+    with pytest.raises(ModelError, match=r"intermediate_size is \[0\]; it must be a whole number"):
+        build_model(tmp_path)
 
 
 def test_damaged_folders_say_what_is_wrong(tmp_path: Path) -> None:

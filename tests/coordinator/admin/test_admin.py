@@ -42,6 +42,17 @@ def test_amounts_are_checked(ledger: Ledger, wallet: Path, amount: str) -> None:
     assert "SOL" in admin("ledger", "airdrop", wallet, "--rpc", ledger.rpc, "--", amount, status=10)
 
 
+def test_a_negative_amount_is_no_unknown_option(ledger: Ledger, wallet: Path, run: dict[str, Any]) -> None:
+    rpc = ("--rpc", ledger.rpc)
+    assert "-5 SOL cannot be sent: an amount must be above 0" in admin(
+        "run", "fund", run["address"], "-5", "--payer", wallet, *rpc, status=10
+    )
+    assert "above 0" in admin("ledger", "airdrop", wallet, "-.5", *rpc, status=10)
+    shares = admin("member", "share", run["address"], "-3", "--payer", wallet, *rpc, status=2)
+    assert "No such option" not in shares
+    assert "No such option: --pyaer" in admin("run", "fund", run["address"], "5", "--pyaer", wallet, *rpc, status=2)
+
+
 def test_show_says_what_the_chain_says(ledger: Ledger, run: dict[str, Any]) -> None:
     shown = json.loads(admin("run", "show", run["address"], "--rpc", ledger.rpc, "--json"))
 
@@ -83,10 +94,16 @@ def test_a_run_is_found_by_its_name(
     direct = admin("run", "show", "from-a-file", "--owner", run["owner"], "--program", str(program[1]), *rpc)
     assert json.loads(direct)["address"] == run["address"]
     options = ("--payer", wallet, "--program", str(program[1]), "--config", config, "--rpc", ledger.rpc)
-    admin("run", "create", "only-one", *options)
+    said = admin("run", "create", "only-one", *options)
+    assert "batch 8" in said
+    assert "join_grace 1 (" in said, "in seconds, too"
+    assert "passes" in said
     assert json.loads(admin("run", "show", "only-one", *rpc))["run_id"] == "only-one"
     assert "already" in admin("run", "create", "only-one", *options, status=10)
-    assert "no run is called 'none'" in admin("run", "show", "none", *rpc, status=26)
+    unknown = admin("run", "show", "zebra", *rpc, status=26)
+    assert "no run is called 'zebra' on this chain; there are:" in unknown
+    assert all(one in unknown for one in ("only-one", "from-a-file", run["address"]))
+    assert "there are no runs at all" in admin("run", "show", "zebra", "--program", run["owner"], *rpc, status=26)
     assert "not a run" in admin("run", "show", run["owner"], *rpc, status=26)
     assert "neither an address nor" in admin("run", "show", "x" * 40, *rpc, status=26)
 
@@ -115,6 +132,7 @@ def test_runs_of_one_name_are_told_apart(
     ("override", "message"),
     [
         ("limits.batsch=3", "limits.batsch: there is no such key (--set); did you mean batch?"),
+        ("btach=8", "btach: there is no such key (--set); did you mean limits.batch?"),
         ("colour=blue", "colour: there is no such key (--set)"),
         ("limits.batch=0", "limits.batch: it is 0 (--set); it must be at least 1"),
         ("batch=many", "limits.batch: it is 'many' (--set); it must be a whole number"),
@@ -188,12 +206,24 @@ def test_a_recipe_sets_what_model_and_data_do_not(
     assert "growing from 24 until round 100" in admin("run", "show", created["address"], "--rpc", ledger.rpc)
 
 
+def test_what_a_folder_would_give_is_told_where_it_is_missing(wallet: Path) -> None:
+    told = admin("run", "create", "x", "--recipe", "demo", "--program", "1" * 32, "--payer", wallet, status=10)
+    assert "terms.samples: it is missing" in told
+    assert "--data FOLDER works out data_manifest, samples" in told
+    assert "--model FOLDER works out model_root, layout_digest, update_bytes" in told
+
+
 def test_folders_are_read_when_all_else_is_right(
     ledger: Ledger, program: tuple[Keypair, Pubkey], wallet: Path, config: Path, tmp_path: Path
 ) -> None:
     options = ["run", "create", "slow", "--config", config, "--rpc", ledger.rpc, "--program", program[1], "--payer"]
     folder = ["--model", tmp_path / "nowhere"]
-    assert "nowhere has no config.json" in admin(*options, wallet, *folder, status=10)
+    told = admin(*options, wallet, *folder, "--data", tmp_path, "--set", "batsch=3", status=10)
+    for said in ("batsch: there is no such key", "nowhere: there is no config.json in it", "there is no manifest.json"):
+        assert said in told, "what can be seen at once is seen first, all of it"
+    (tmp_path / "nowhere").mkdir()
+    (tmp_path / "nowhere" / "config.json").write_text("{}")
+    assert "nowhere" in admin(*options, wallet, *folder, status=10)
     admin(*options, wallet)
     admin("keys", "new", tmp_path / "poor.json")
     for words, said, status in (

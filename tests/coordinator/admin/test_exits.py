@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import logging
+
+import pytest
+import typer
+
 from coordinator.admin import exits
 from coordinator.admin.exits import AdminExit
 from coordinator.admin.failures import status_of
+from coordinator.admin.session import go
 from coordinator.chain import ChainUnavailable, ProgramError
 from coordinator.client import RunNotFound
-from coordinator.rpc import BadUrl
+from coordinator.urls import BadUrl
 from psyche_node.exits import Exit, exit_for
 
 
@@ -38,3 +44,23 @@ def test_the_nearest_class_counts() -> None:
     assert status_of(ChainUnavailable("x")) is AdminExit.CHAIN_UNAVAILABLE
     assert status_of(RunNotFound("x")) is AdminExit.RUN_NOT_FOUND
     assert status_of(KeyError("x")) is None, "a defect keeps its traceback"
+
+
+def test_a_line_of_the_log_looks_like_every_other_message(capsys: pytest.CaptureFixture[str]) -> None:
+    async def act() -> None:
+        logging.getLogger("coordinator.rpc").error("endpoint \x1b[31m%s", "is behind")
+        raise BadUrl("no URL")
+
+    handlers = logging.getLogger().handlers
+    before, level = handlers[:], logging.getLogger().level
+    handlers.clear()  # a process of its own has none
+    try:
+        with pytest.raises(typer.Exit):
+            go(act())
+    finally:
+        handlers[:] = before
+        logging.getLogger().setLevel(level)
+    assert (
+        capsys.readouterr().err
+        == "psyche-admin: endpoint \N{REPLACEMENT CHARACTER}[31mis behind\npsyche-admin: no URL\n"
+    )

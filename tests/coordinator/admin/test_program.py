@@ -74,7 +74,7 @@ def test_what_cannot_be_deployed(ledger: Ledger, wallet: Path, tmp_path: Path) -
     admin("ledger", "airdrop", poor, "0.01", "--rpc", ledger.rpc)
     assert "has 0.01 SOL" in admin("program", "deploy", "--payer", poor, "--rpc", ledger.rpc, "--dry-run", status=21)
     nowhere = load_keypair(poor).pubkey()
-    assert "is taken by an account of" in admin("program", "verify", nowhere, "--rpc", ledger.rpc, status=81)
+    assert "is no program, but an account of" in admin("program", "verify", nowhere, "--rpc", ledger.rpc, status=81)
 
 
 def test_a_confirmation_is_asked_for_at_a_terminal(

@@ -99,7 +99,9 @@ def test_an_owner_changes_and_ends_a_run(
     assert shown["rewards"]["lamports_per_million_tokens"] == 1000
     assert shown["terms"]["peak_lr"] == 0.5
     for wrong, message in (
-        ("batsch=3", "limits.batsch: there is no such key"),
+        ("batsch=3", "batsch: there is no such key; did you mean limits.batch?"),
+        ("peka_lr=1e-4", "peka_lr: there is no such key; did you mean terms.peak_lr?"),
+        ("run_id=x", "run_id: a run keeps the name it has"),
         ("batch=1", "batch must be at least min_members"),
         ("terms.topk=0", "terms.topk"),
         ("reward_rate=-1", "reward_rate"),
@@ -140,7 +142,7 @@ def test_an_owner_changes_and_ends_a_run(
     assert "ALREADY_BANNED" in admin("run", "ban", run, members[1]["node_key"], *paid[1:], "--yes", status=22)
     admin("run", "ban", run, node, "--lift", *paid[1:])
     assert admin_json(*show)["banned"] == []
-    assert "neither an address" in admin("run", "ban", run, "12D3KooWxyz", *paid[1:], "--yes", status=10)
+    assert "is not an address" in admin("run", "ban", run, "12D3KooWxyz", *paid[1:], "--yes", status=10)
 
     # the end
     admin("run", "fund", run, "1.5", "--payer", stranger, "--rpc", ledger.rpc, "--yes")
@@ -222,6 +224,7 @@ def test_a_join_authority_lets_in_whom_it_wants(
     join(other, everybody["grant"])
     assert "NOT_CLOSED" in admin("run", "reclaim", run, "--program", program[1], *options, status=22)
     admin("auth", "revoke", run, "--anyone", *options)
+    assert "has granted anyone nothing" in admin("auth", "revoke", run, "--anyone", *options, status=10)
     assert "no grant or receipt" in admin("run", "reclaim", run, "--program", program[1], *options, status=10)
     admin("auth", "grant", run, *options, status=2)
     admin("run", "set", run, "join_authority=anyone", "--payer", wallet, *rpc)

@@ -27,10 +27,12 @@ from runs import close, joined, take_part
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
 
+from coordinator.addresses import RunAddresses
 from coordinator.admin.health import EndpointHealth
 from coordinator.admin.view import screen
 from coordinator.admin.watched import Watched
 from coordinator.client import CoordinatorClient
+from coordinator.run_report import RunReport
 from coordinator.snapshot import Snapshot, take_snapshot
 from coordinator.state import UNKNOWN_SLOT, InclusionSet, MemberStatus, Phase
 
@@ -71,6 +73,25 @@ def crowd(now: Snapshot, count: int) -> Snapshot:
     everybody = frozenset(range(count))
     inclusion = tuple(InclusionSet(round, everybody, void=round == 3) for round in range(8))
     return replace(now, members=members, header=header, run=replace(now.run, inclusion=inclusion))
+
+
+def test_void_rounds_are_no_progress_and_nobody_is_active_after_the_end(now: Snapshot) -> None:
+    def shown(snapshot: Snapshot) -> list[str]:
+        console = Console(width=100, color_system=None)
+        with console.capture() as capture:
+            console.print(RunReport(Pubkey.default(), RunAddresses(*[Pubkey.default()] * 3), snapshot).render())
+        return [capture.get(), "\n".join(drawn(watched(snapshot), 109, 60)), watched(snapshot).line()]
+
+    ended = replace(crowd(now, 2), run=replace(crowd(now, 2).run, phase=Phase.FINISHED))
+    for text in shown(crowd(now, 2)):
+        assert "2 active" in text
+        assert "at the end" not in text
+    for text in shown(ended):
+        assert "2 active at the end" in text
+    for text in shown(ended)[:2]:
+        assert "1 of the last 8 void" in text
+    for text in shown(now):
+        assert "void" not in text
 
 
 def test_it_fits_every_terminal(now: Snapshot) -> None:

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from endpoints import Relay, endpoint, failure, forward, forwarding, result
 from ledger_process import SOL, Ledger
+from payments import pays_once
 from runs import LIMITS, ROOT, TERMS, close, joined, limits, take_part
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
@@ -427,16 +428,6 @@ def test_what_has_not_changed_is_not_read_again(ledger: Ledger, program: Program
 # ---------------------------------------------------------------------- sending through trouble
 
 
-async def _pays_once(ledger: Ledger, urls: list[str], **options: Any) -> None:
-    payer, to = Keypair(), Keypair().pubkey()
-    async with Chain([ledger.rpc]) as direct:
-        await direct.airdrop(payer.pubkey(), 10 * SOL)
-        async with Chain(urls, payer, **options) as chain:
-            await chain.send(transfer(TransferParams(from_pubkey=payer.pubkey(), to_pubkey=to, lamports=SOL)))
-        assert await direct.balance(to) == SOL
-        assert await direct.balance(payer.pubkey()) == 9 * SOL - 5000
-
-
 def test_a_lost_transaction_expires_and_is_signed_again(fast_ledger: Ledger) -> None:
     async def run() -> None:
         lost: set[str] = set()
@@ -452,7 +443,7 @@ def test_a_lost_transaction_expires_and_is_signed_again(fast_ledger: Ledger) -> 
             return None
 
         async with endpoint(forwarding(fast_ledger.rpc, change)) as front:
-            await _pays_once(fast_ledger, [front])
+            await pays_once(fast_ledger, [front])
         assert len(lost) == 1
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -472,7 +463,7 @@ def test_an_answer_lost_after_the_fact_does_no_harm(ledger: Ledger) -> None:
             return None
 
         async with endpoint(forwarding(ledger.rpc, change)) as front:
-            await _pays_once(ledger, [front])
+            await pays_once(ledger, [front])
         assert sends == 2
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -484,7 +475,7 @@ def test_sending_fails_over_between_endpoints(ledger: Ledger) -> None:
             return (429, b"", "retry-after: 20\r\n") if request["method"] == "sendTransaction" else None
 
         async with endpoint(forwarding(ledger.rpc, change)) as limited:
-            await _pays_once(ledger, ["http://127.0.0.1:9", limited, ledger.rpc])
+            await pays_once(ledger, ["http://127.0.0.1:9", limited, ledger.rpc])
 
     asyncio.run(asyncio.wait_for(run(), 300))
 

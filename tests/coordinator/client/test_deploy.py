@@ -64,7 +64,7 @@ def test_an_address_in_use_and_files_that_are_no_programs_are_refused(ledger: Le
         owner = Keypair()
         async with Chain([ledger.rpc]) as chain:
             await chain.airdrop(owner.pubkey(), 10 * SOL)
-            with pytest.raises(DeployError, match="is taken"):
+            with pytest.raises(DeployError, match="is no program, but an account of"):
                 await deploy(chain, owner, owner, program_bytes())
             with pytest.raises(ConfigError, match="not a Solana program"):
                 await deploy(chain, owner, Keypair(), b"#!/bin/sh")

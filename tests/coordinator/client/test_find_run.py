@@ -68,6 +68,9 @@ def test_every_command_names_what_is_nearly_the_same(
     results = tmp_path / "results.json"
     results.write_bytes(Results(model_root="ab" * 32, round=3).canonical())
     place = ["--rpc", ledger.rpc]
+    for file in (tmp_path / "model" / "config.json", tmp_path / "data" / "manifest.json"):
+        file.parent.mkdir()
+        file.touch()
     folders = [word for name in ("folder", "model", "data") for word in (f"--{name}", str(tmp_path / name))]
     for app, words in (
         (admin, ["run", "show", typed, *place]),

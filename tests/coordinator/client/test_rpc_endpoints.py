@@ -13,8 +13,11 @@ from typing import Any
 import pytest
 from endpoints import endpoint, failure, result
 
+from coordinator import jsonrpc
 from coordinator import rpc as rpc_module
-from coordinator.rpc import BadUrl, ChainUnavailable, Endpoints, RpcError, Unusable, shown_url, websocket_url
+from coordinator.jsonrpc import RpcError, Unusable
+from coordinator.rpc import ChainUnavailable, Endpoints
+from coordinator.urls import BadUrl, shown_url, websocket_url
 
 DEAD = "http://127.0.0.1:9"
 
@@ -82,7 +85,7 @@ def test_the_next_endpoint_takes_over_and_the_first_is_preferred_again() -> None
     ],
 )
 def test_what_an_endpoint_may_do_wrong(handler: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rpc_module, "MAX_RESPONSE_BYTES", 4000)
+    monkeypatch.setattr(jsonrpc, "MAX_RESPONSE_BYTES", 4000)
     # The first failure ends a call to an endpoint that is alone: the pause after it is longer than its patience.
     monkeypatch.setattr(rpc_module, "_FIRST_PAUSE", 1e6)
     monkeypatch.setattr(rpc_module, "_LONGEST_PAUSE", 1e6)
@@ -337,7 +340,7 @@ def test_an_endpoint_that_stays_away_is_warned_of_less_and_less_often(
     ],
 )
 def test_how_long_an_endpoint_asks_to_be_left_alone(header: str | None, least: float | None, most: float) -> None:
-    seconds = rpc_module._seconds(header)
+    seconds = jsonrpc._seconds(header)
     assert seconds is None if least is None else seconds is not None and least <= seconds <= most
 
 

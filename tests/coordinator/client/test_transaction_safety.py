@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from endpoints import endpoint, forward, forwarding, result
 from ledger_process import SOL, Ledger
+from payments import pays_once
 from solders.compute_budget import ID as COMPUTE_BUDGET
 from solders.keypair import Keypair
 from solders.pubkey import Pubkey
@@ -21,20 +22,12 @@ from coordinator import transactions
 from coordinator.addresses import run_addresses
 from coordinator.chain import Chain, TransactionFailed
 from coordinator.fees import PriorityFees
+from coordinator.jsonrpc import Unusable
 from coordinator.pulses import Pulses
-from coordinator.rpc import Endpoints, Unusable
+from coordinator.rpc import Endpoints
 
 Request = dict[str, Any]
 Answer = tuple[int, bytes, str] | None
-
-
-async def _pays_once(ledger: Ledger, urls: list[str], **options: Any) -> None:
-    payer, to = Keypair(), Keypair().pubkey()
-    async with Chain([ledger.rpc]) as direct:
-        await direct.airdrop(payer.pubkey(), 10 * SOL)
-        async with Chain(urls, payer, **options) as chain:
-            await chain.send(transfer(TransferParams(from_pubkey=payer.pubkey(), to_pubkey=to, lamports=SOL)))
-        assert await direct.balance(to) == SOL
 
 
 def test_an_endpoint_that_is_behind_cannot_make_a_payment_happen_twice(fast_ledger: Ledger) -> None:
@@ -52,7 +45,7 @@ def test_an_endpoint_that_is_behind_cannot_make_a_payment_happen_twice(fast_ledg
 
         async with endpoint(forwarding(fast_ledger.rpc, change)) as front:
             # The port next to it has no WebSocket: there is no push to tell that it has landed.
-            await _pays_once(fast_ledger, [front])
+            await pays_once(fast_ledger, [front])
         assert stale == 12
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -74,7 +67,7 @@ def test_a_fork_that_dies_cannot_make_a_payment_happen_twice(ledger: Ledger) -> 
             return None
 
         async with endpoint(forwarding(ledger.rpc, change)) as front:
-            await _pays_once(ledger, [front], commitment="processed")
+            await pays_once(ledger, [front], commitment="processed")
         assert looks == 6
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -93,7 +86,7 @@ def test_what_is_known_below_the_level_asked_for_has_not_expired(fast_ledger: Le
             return None
 
         async with endpoint(forwarding(fast_ledger.rpc, change)) as front:
-            await _pays_once(fast_ledger, [front])
+            await pays_once(fast_ledger, [front])
         assert low == 8
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -112,7 +105,7 @@ def test_what_one_endpoint_loses_another_is_sent(ledger: Ledger) -> None:
 
         async with endpoint(forwarding(ledger.rpc, change)) as losing:
             # The first one swallows everything for ever and never fails, so only sending to both can succeed.
-            await _pays_once(ledger, [losing, ledger.rpc])
+            await pays_once(ledger, [losing, ledger.rpc])
         assert swallowed >= 1
 
     asyncio.run(asyncio.wait_for(run(), 300))
@@ -136,7 +129,7 @@ def test_sending_survives_an_outage_in_its_middle(ledger: Ledger, monkeypatch: p
             return None
 
         async with endpoint(forwarding(ledger.rpc, change)) as front:
-            await _pays_once(ledger, [front], patience=2.0)
+            await pays_once(ledger, [front], patience=2.0)
 
     asyncio.run(asyncio.wait_for(run(), 300))
 

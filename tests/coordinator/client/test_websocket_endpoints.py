@@ -18,8 +18,8 @@ from coordinator.deploy import deploy
 from coordinator.ledger.faults import Faults
 from coordinator.ledger.server import LedgerServer
 from coordinator.program import program_bytes
-from coordinator.rpc import websocket_url
 from coordinator.subscriptions import Subscriptions
+from coordinator.urls import websocket_url
 
 SOL = 10**9
 

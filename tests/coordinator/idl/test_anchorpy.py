@@ -22,6 +22,7 @@ from solders.pubkey import Pubkey
 
 from coordinator import idl
 from coordinator import instructions as ix
+from coordinator.addresses import run_addresses
 from coordinator.client import CoordinatorClient, ProgramError
 from coordinator.errors import ERROR_TEXT, ErrorCode
 from coordinator.events import events_in
@@ -82,7 +83,7 @@ def snaked(value: Any) -> Any:
 
 def test_anchorpy_builds_the_same_instructions(anchorpy: Path) -> None:
     owner, program, node, key = (Keypair().pubkey() for _ in range(4))
-    at = ix.run_addresses(program, owner, "anchor")
+    at = run_addresses(program, owner, "anchor")
     of_run = {name: str(getattr(at, name)) for name in ("run", "members", "rounds")}
     digest = bytes(range(32))
     commit = ix.commit(at, program, owner, 3, digest, 4, 5, 6)

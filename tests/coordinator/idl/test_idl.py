@@ -16,6 +16,7 @@ from coordinator import instructions as ix
 from coordinator.addresses import run_addresses
 from coordinator.errors import ErrorCode
 from coordinator.events import EVENTS
+from coordinator.instruction_data import INSTRUCTIONS
 from coordinator.layout import Record
 
 OWNER, PROGRAM = Keypair().pubkey(), Keypair().pubkey()
@@ -91,7 +92,7 @@ def size_of(kind: Any, types: dict[str, int]) -> int:
     return types[name["name"] if isinstance(name, dict) else name]
 
 
-@pytest.mark.parametrize("name", ix.INSTRUCTIONS)
+@pytest.mark.parametrize("name", INSTRUCTIONS)
 def test_instructions_are_those_that_are_built(name: str) -> None:
     built, call = BUILT[name], idl.CALLS[name]
     described = next(one for one in idl.modern()["instructions"] if one["name"] == name)
@@ -124,7 +125,7 @@ def test_errors_and_marks_are_complete() -> None:
         assert [one["code"] for one in shape["errors"]] == [int(code) for code in ErrorCode]
         assert all(one["msg"] for one in shape["errors"])
         assert [one["name"] for one in shape["events"]] == list(EVENTS)
-    assert set(idl.CALLS) == set(ix.INSTRUCTIONS)
+    assert set(idl.CALLS) == set(INSTRUCTIONS)
     marks = {one["name"]: bytes(one["discriminator"]) for one in idl.modern()["accounts"]}
     assert marks["Run"] == layout.RUN_MARK
     assert marks["Receipt"] == layout.RECEIPT_MARK

@@ -21,10 +21,11 @@ from solders.sysvar import CLOCK, SLOT_HASHES
 from solders.transaction import Transaction, VersionedTransaction
 from solders.transaction_metadata import FailedTransactionMetadata
 
-from coordinator.ledger import bank as bank_module
-from coordinator.ledger.bank import FAUCET_LAMPORTS, MAX_BLOCKHASH_AGE, AdvanceSlot, Bank, Change, Execute, Refused
+from coordinator.ledger import history
+from coordinator.ledger.bank import FAUCET_LAMPORTS, AdvanceSlot, Bank, Change, Execute
+from coordinator.ledger.sanitize import Refused
 from coordinator.ledger.snapshot import decode, encode, state_hash
-from coordinator.ledger.state import Record
+from coordinator.ledger.state import MAX_BLOCKHASH_AGE, Record
 
 GENESIS = bytes(32)
 SOL = 10**9
@@ -134,7 +135,7 @@ def test_who_cannot_pay_the_fee_leaves_no_trace(funded: tuple[Bank, Keypair]) ->
     wire = signed(bank, pauper, pay(pauper, key(2).pubkey(), 1))
     assert run(bank, wire) is None
     assert bank.transaction_count == count
-    assert bank.record(VersionedTransaction.from_bytes(wire).signatures[0]) is None
+    assert bank.history.get(VersionedTransaction.from_bytes(wire).signatures[0]) is None
 
 
 @pytest.mark.parametrize(
@@ -182,19 +183,19 @@ def test_the_same_changes_give_the_same_state() -> None:
 def test_history_is_bounded_and_forgets_the_oldest(
     funded: tuple[Bank, Keypair], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bank_module, "HISTORY_TRANSACTIONS", 5)
+    monkeypatch.setattr(history, "HISTORY_TRANSACTIONS", 5)
     bank, payer = funded
     records = [run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL // 100 + i))) for i in range(4)]
-    bank.apply(AdvanceSlot(bank.slot + bank_module.HISTORY_SLOTS + 1, 1000))
+    bank.apply(AdvanceSlot(bank.slot + history.HISTORY_SLOTS + 1, 1000))
     records += [run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL // 100 + i))) for i in range(4, 8)]
-    kept = [record for record in records if record is not None and bank.record(record.signature)]
+    kept = [record for record in records if record is not None and bank.history.get(record.signature)]
     assert kept == records[3:]
-    assert list(bank.records_of(payer.pubkey())) == records[3:]
+    assert list(bank.history.of_account(payer.pubkey())) == records[3:]
     assert bank.balance(key(2).pubkey()) == sum(SOL // 100 + i for i in range(8))
 
 
 def test_no_flood_pushes_a_young_status_out(funded: tuple[Bank, Keypair], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bank_module, "HISTORY_TRANSACTIONS", 5)
+    monkeypatch.setattr(history, "HISTORY_TRANSACTIONS", 5)
     bank, payer = funded
     mine = run(bank, signed(bank, payer, pay(payer, key(2).pubkey(), SOL)))
     assert mine is not None
@@ -204,21 +205,21 @@ def test_no_flood_pushes_a_young_status_out(funded: tuple[Bank, Keypair], monkey
             run(bank, signed(bank, payer, pay(payer, key(3).pubkey(), SOL // 100 + i)))
 
     flood()
-    bank.apply(AdvanceSlot(mine.slot + bank_module.HISTORY_SLOTS, 1000))
+    bank.apply(AdvanceSlot(mine.slot + history.HISTORY_SLOTS, 1000))
     flood()
-    assert bank.record(mine.signature) is mine
+    assert bank.history.get(mine.signature) is mine
     bank.apply(AdvanceSlot(bank.slot + 1, 1000))
     # A bank that is restored now has the same history, and forgets at the same time.
     other = Bank(GENESIS, 1000)
     other.restore(decode(b"".join(encode(bank.capture()))))
-    assert other.record(mine.signature) is not None
+    assert other.history.get(mine.signature) is not None
     assert state_hash(other.capture()) == state_hash(bank.capture())
     last = signed(bank, payer, pay(payer, key(3).pubkey(), SOL // 2))
     for one in (bank, other):
         run(one, last)
-        assert one.record(mine.signature) is None
+        assert one.history.get(mine.signature) is None
     assert state_hash(other.capture()) == state_hash(bank.capture())
-    assert len(list(bank.records_of(key(3).pubkey()))) == 21
+    assert len(list(bank.history.of_account(key(3).pubkey()))) == 21
 
 
 def test_a_faucet_that_was_emptied_stays_empty_in_a_restored_bank() -> None:

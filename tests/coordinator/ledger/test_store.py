@@ -25,10 +25,11 @@ from solders.transaction import Transaction
 from coordinator.chain import Chain
 from coordinator.deploy import deploy
 from coordinator.ledger import journal as journal_module
-from coordinator.ledger.bank import AdvanceSlot, Bank, Change, Execute, Refused
+from coordinator.ledger.bank import AdvanceSlot, Bank, Change, Execute
 from coordinator.ledger.compaction import Compactor
 from coordinator.ledger.journal import Journal
 from coordinator.ledger.logfile import change_bytes, frame, header, log_files, log_path, read_log
+from coordinator.ledger.sanitize import Refused
 from coordinator.ledger.server import LedgerServer
 from coordinator.ledger.snapshot import Damaged, decode, encode, state_hash
 from coordinator.ledger.store import Genesis, Store, StoreError
@@ -143,9 +144,9 @@ def test_a_restored_bank_refuses_what_was_executed_before() -> None:
     with pytest.raises(Refused, match="already been processed"):
         other.check(wire)
     assert other.airdrop_transaction(payer.pubkey(), SOL) == bank.airdrop_transaction(payer.pubkey(), SOL)
-    record = other.record(Transaction.from_bytes(wire).signatures[0])
+    record = other.history.get(Transaction.from_bytes(wire).signatures[0])
     assert record is not None
-    assert list(other.records_of(payer.pubkey()))[-1] == record
+    assert list(other.history.of_account(payer.pubkey()))[-1] == record
 
 
 def test_a_capture_is_the_state_of_its_moment_however_slowly_it_is_read() -> None:

@@ -32,8 +32,8 @@ from solders.transaction_status import (
     TransactionErrorInsufficientFundsForRent,
 )
 
-from coordinator import instructions as ix
 from coordinator.errors import ErrorCode
+from coordinator.instruction_data import MARKS
 from coordinator.layout import GRANT_SIZE, MEMBERS_SIZE, RECEIPT_SIZE, ROUNDS_SIZE, RUN_SIZE, UNKNOWN_SLOT
 
 SEED = 20261130
@@ -169,7 +169,7 @@ class Mutator:
             bytes(AUTHORITY),
             world.payer,
         ]
-        self.marks = list(ix.MARKS.values())
+        self.marks = list(MARKS.values())
 
     def change(self, call: Call) -> Call:
         data, metas = bytearray(call.data), list(call.metas)

@@ -12,8 +12,8 @@ from program_host import HostProgram
 from program_scenes import SCENES
 from solders.instruction import Instruction
 
-from coordinator import instructions as ix
 from coordinator.errors import ErrorCode
+from coordinator.instruction_data import MARKS
 from coordinator.toolchain.build import PROGRAM_FOLDER, compile_objects
 from coordinator.toolchain.linker import link
 
@@ -36,7 +36,7 @@ def test_nothing_faults(arch: str, executions: int, host: HostProgram) -> None:
     assert fuzzer.seen["ok"] > executions // 10, fuzzer.seen
     assert fuzzer.compared > executions // 5
     if arch == "v3":
-        assert fuzzer.succeeded.keys() == ix.MARKS.keys(), "every instruction also succeeds"
+        assert fuzzer.succeeded.keys() == MARKS.keys(), "every instruction also succeeds"
         unseen = {code.name for code in ErrorCode} - fuzzer.seen.keys()
         assert len(unseen) < 10, unseen
 

@@ -38,6 +38,11 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}{'' if count == 1 else 's'}"
 
 
+def tokens_text(tokens: int, trained: int) -> str:
+    """7,861 tokens, of which 1,919 (24.4%) are trained: without padding; those are trained that have a loss."""
+    return f"{counted(tokens, 'token')}, of which {trained:,} ({trained / max(tokens, 1):.1%}) are trained"
+
+
 def times_of(count: int) -> str:
     """never, once, 2 times."""
     return {0: "never", 1: "once"}.get(count, f"{count:,} times")
@@ -49,7 +54,9 @@ def times_text(factor: float) -> str:
 
 
 def seconds_text(seconds: float) -> str:
-    """0.45 s, 12.3 s, 2 min 41 s, 1 h 05 min."""
+    """0.35 ms, 0.45 s, 12.3 s, 2 min 41 s, 1 h 05 min, 3.6 days."""
+    if 0 < seconds < 0.0995:
+        return f"{seconds * 1000:.{1 if seconds >= 0.00995 else 2}f} ms"
     if seconds < 9.995:
         return f"{seconds:.2f} s"
     if seconds < 59.95:
@@ -57,7 +64,9 @@ def seconds_text(seconds: float) -> str:
     whole = round(seconds)
     if whole < 3600:
         return f"{whole // 60} min {whole % 60:02d} s"
-    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    if whole < 172_800:
+        return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+    return f"{seconds / 86_400:.1f} days"
 
 
 def clock_text(seconds: float) -> str:
