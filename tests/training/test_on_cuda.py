@@ -30,7 +30,6 @@ RUN = bytes(32)
 @pytest.mark.parametrize(
     "options",
     [
-        {"attention": "sdpa"},
         {"attention": "sdpa", "activation_checkpointing": "on"},
         {"attention": "eager", "precision": "bf16"},
     ],
