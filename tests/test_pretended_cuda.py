@@ -17,6 +17,8 @@ ROOT = Path(__file__).parents[1]
 # Of the optimizer's tests those that are quick; kernels in Triton cannot be pretended.
 CHOSEN = "not triton and not replicas_are_equal and not many_votes and not medium and not 128"
 
+ROUNDING = ("known_answers", "draws_are_by_place_in_the_layout", "a_gpu_makes_the_same_weights")
+
 
 def test_what_needs_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
     if torch.version.cuda is not None:
@@ -25,7 +27,8 @@ def test_what_needs_a_gpu_runs_on_a_pretended_one(tmp_path: Path) -> None:
         pytest.skip("there is no C++ compiler")
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     plugins = ["-p", "tests.pretended_library", "-p", "tests.pretended_cuda"]
-    tests = ["tests/optimizer/test_cuda.py", "tests/training/test_on_cuda.py"]
+    rounding = [f"tests/optimizer/test_rounding.py::test_{name}" for name in ROUNDING]
+    tests = ["tests/optimizer/test_cuda.py", "tests/training/test_on_cuda.py", *rounding]
     environment = {**os.environ, LIBRARY: str(library), "PYTHONPATH": str(ROOT)}
     done = subprocess.run(
         [*command, *plugins, "-k", CHOSEN, *tests],
