@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping
 from typing import Any, Final
 
+_NAMES: Final = ("max_position_embeddings", "n_positions", "max_seq_len", "model_max_length", "context_length")
+"""What kinds of models call it; transformers knows the others by the first of these."""
 _MULTIPLIED: Final = frozenset({"linear", "dynamic", "yarn"})
 """Kinds of rope scaling by whose factor a config's length is multiplied; of others, it names the extended length."""
 _KINDS_EXTENDED_ALREADY: Final = ("gemma3",)
@@ -19,8 +21,8 @@ def context_window(config: Mapping[str, Any]) -> int | None:
     ``linear`` and ``dynamic`` multiply max_position_embeddings by their factor, ``yarn`` the length that the model was
     trained at (Peng et al. 2023, YaRN, section 3.4), which may be named beside it.
     """
-    named = config.get("max_position_embeddings")
-    if not isinstance(named, int):
+    named: int | None = next((config[name] for name in _NAMES if isinstance(config.get(name), int)), None)
+    if named is None:
         return None
     scaling = config.get("rope_parameters") or config.get("rope_scaling")
     if isinstance(scaling, Mapping) and isinstance(scaling.get("full_attention"), Mapping):
@@ -39,8 +41,8 @@ def beyond(context: int | None, sequence: int) -> str | None:
     if context is None or sequence <= context:
         return None
     return (
-        f"sequences of {sequence:,} tokens, and the model is made for {context:,} (max_position_embeddings and rope "
-        f"scaling of its config.json). Positions count from the beginning of each document: one of more than "
+        f"sequences of {sequence:,} tokens, and the model is made for {context:,} (by the length and rope scaling "
+        f"that its config.json names). Positions count from the beginning of each document: one of more than "
         f"{context:,} tokens is trained, too, but at positions that the model has never seen: its loss is high there. "
         f"Use sequences of {context:,} tokens, or give its config rope scaling for the length"
     )

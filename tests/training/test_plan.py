@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import AutoConfig
 from typer.testing import CliRunner
 
 from optimizer.layout import Layout
@@ -303,6 +304,7 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
     [
         ({}, None),
         ({"max_position_embeddings": 40960}, 40960),
+        ({"n_positions": 1024}, 1024),
         ({"max_position_embeddings": 40960, "rope_scaling": YARN}, 131072),
         ({"max_position_embeddings": 131072, "rope_parameters": YARN}, 131072),
         ({"max_position_embeddings": 4096, "rope_scaling": {"type": "linear", "factor": 2}}, 8192),
@@ -317,6 +319,12 @@ YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 
 )
 def test_a_context_window_has_its_rope_scaling(config: dict[str, Any], tokens: int | None) -> None:
     assert context_window(config) == tokens
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gptj", "dbrx", "kimi_linear", "rwkv", "llama"])
+def test_a_context_window_is_found_by_whatever_name_a_kind_of_model_has_for_it(kind: str) -> None:
+    config = AutoConfig.for_model(kind).get_text_config()
+    assert context_window(config.to_dict()) == config.max_position_embeddings
 
 
 def test_sequences_beyond_the_models_context_are_warned_of(tmp_path: Path) -> None:
