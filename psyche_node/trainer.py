@@ -33,8 +33,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Ctrl-C reaches the whole process group, and SIGTERM all processes of a service; the supervisor decides what
     # happens, and closes the socket. A rank that torchrun has started has no supervisor but torchrun.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    if "TORCHELASTIC_RUN_ID" not in os.environ or options.fd is not None:
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    supervised = "TORCHELASTIC_RUN_ID" not in os.environ or options.fd is not None
+    # The kernel's own answer: one in Python would wait until an exchange with the other ranks is over.
+    signal.signal(signal.SIGTERM, signal.SIG_IGN if supervised else signal.SIG_DFL)
     # Threads that wait for work must not spin: several training processes may share this machine's cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
