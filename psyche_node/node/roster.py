@@ -128,7 +128,7 @@ class Roster:
                 here,
                 needed,
             )
-        elif self._waits and run.phase is not Phase.WAITING_FOR_MEMBERS:
+        elif self._waits and run.phase in (Phase.WARMUP, Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN):
             self._waits = False
             log.info("round %d: the run goes on, with %d members", run.round, here)
 

@@ -257,6 +257,13 @@ def test_a_run_that_stops_for_want_of_members_is_told_once_and_so_is_that_it_goe
             it.chain.push(pulse_of(Phase.WARMUP, 3))
             await settle(lambda: len(told()) == 2)
             assert "the run goes on" in told()[1]
+            it.chain.push(waits(2))
+            await settle(lambda: len(told()) == 3)
+            reads = it.chain.calls["members"]
+            it.chain.push(pulse_of(Phase.FINISHED, 3))
+            await settle(lambda: it.chain.calls["members"] > reads)
+            await settle_down()
+            assert len(told()) == 3, "its owner has ended it"
 
     with caplog.at_level(logging.INFO):
         run_async(test())
