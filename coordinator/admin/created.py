@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Final
 
-from coordinator.chain import Chain, RpcError
+from coordinator.chain import Chain, ChainUnavailable, RpcError
 from coordinator.run_config import RunSettings
 
 _TIMES: Final = (
@@ -35,6 +35,7 @@ _SAMPLES: Final = 4
 _COUNTED: Final = 10
 _LOOK_SECONDS: Final = 1.0
 _POLL_SECONDS: Final = 0.002
+_STILL_SECONDS: Final = 10.0
 # Beyond these nobody means it.
 _MOST_PASSES: Final = 10
 _SHORTEST: Final = {"warmup_time": 10.0, "max_round_train_time": 2.0, "cooldown_time": 2.0}
@@ -116,7 +117,7 @@ class Created:
 async def slot_seconds(chain: Chain) -> float:
     """How long a slot of a chain takes: by its last minutes, or where it keeps no account of them, by looking on.
 
-    Raises ChainUnavailable.
+    Raises ChainUnavailable, also where slots do not go on.
     """
     try:
         samples = await chain.rpc.call("getRecentPerformanceSamples", [_SAMPLES])
@@ -133,7 +134,13 @@ async def slot_seconds(chain: Chain) -> float:
 async def _next_slot(chain: Chain) -> tuple[int, float]:
     """The next slot to begin, and when it did."""
     clock, before = asyncio.get_running_loop().time, await chain.slot()
+    patience = clock() + _STILL_SECONDS
     while (slot := await chain.slot()) <= before:
+        if clock() > patience:
+            raise ChainUnavailable(
+                f"the chain stands still: its slot has been {before} for {_STILL_SECONDS:g} s. Start it again, or name "
+                "another RPC endpoint"
+            )
         await asyncio.sleep(_POLL_SECONDS)
     return slot, clock()
 

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from admin_harness import CONFIG
 
+from coordinator.admin import created as module
 from coordinator.admin.created import GROUPS, Created, slot_seconds
-from coordinator.chain import RpcError
+from coordinator.chain import ChainUnavailable, RpcError
 from coordinator.run_config import LimitSettings, TermSettings, settings_table
 
 
@@ -60,6 +61,7 @@ class Looked:
 
     samples: Any
     now: int = 100
+    goes_on: bool = True
 
     @property
     def rpc(self) -> Looked:
@@ -72,7 +74,7 @@ class Looked:
         return self.samples
 
     async def slot(self) -> int:
-        self.now += 1
+        self.now += self.goes_on
         await asyncio.sleep(0.001)
         return self.now
 
@@ -84,3 +86,9 @@ def test_slots_are_as_long_as_the_chain_says_or_as_they_are_seen_to_be() -> None
     assert measured([{"numSlots": 140, "samplePeriodSecs": 60}, {"numSlots": 160, "samplePeriodSecs": 60}]) == 0.4
     for without in ([], [{}], None, RpcError("getRecentPerformanceSamples", -32601, "no such method")):
         assert measured(without) >= 0.001
+
+
+def test_a_chain_that_stands_still_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_STILL_SECONDS", 0.0)
+    with pytest.raises(ChainUnavailable, match="its slot has been 100"):
+        asyncio.run(slot_seconds(Looked([], goes_on=False)))  # type: ignore[arg-type]
