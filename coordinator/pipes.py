@@ -14,6 +14,8 @@ READER_GONE: Final = 128 + signal.SIGPIPE
 
 def end_with_reader(app: Callable[[], object]) -> None:
     """Run a command line. Where the reader of its output has gone, it ends without a word, as `cat` does, with 141."""
+    if sys.stdout is None:  # whoever started it has closed it
+        sys.stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     try:
         try:
             app()

@@ -41,3 +41,11 @@ def test_a_closed_pipe(
     monkeypatch.chdir(tmp_path)
     environment = {**os.environ, "PYTHONUNBUFFERED": unbuffered, "PYTHONPATH": str(root)}
     assert ended(module, *arguments, environment=environment) == (READER_GONE, "")
+
+
+def test_without_any_output_a_command_runs_all_the_same(tmp_path: Path) -> None:
+    command = f"'{sys.executable}' -m coordinator.admin keys new wallet.json >&-"
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    done = subprocess.run(["sh", "-c", command], cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=environment)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "wallet.json").exists()
