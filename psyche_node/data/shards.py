@@ -23,6 +23,7 @@ from psyche_node.data.spill import SpillReader
 
 TRAINED, FIRST = 1, 2
 SHARD_BYTES = 64 * 1024 * 1024
+_READ = 1 << 20  # bytes read at once
 _COUNTED = 1 << 20  # tokens counted at once, which takes 8 bytes for each
 
 I64 = npt.NDArray[np.int64]
@@ -147,10 +148,11 @@ def check_bytes(path: Path, sequences: int, form: Form) -> U32:
     try:
         with path.open("rb") as file:
             for size in (form.length * form.width, form.length):
-                for row in range(sequences):
-                    part = file.read(size)
-                    state.update(part)
-                    checksums[row] = zlib.crc32(part, int(checksums[row]))
+                for first in range(0, sequences, many := max(1, _READ // size)):
+                    rows = checksums[first : first + many]
+                    read = memoryview(file.read(size * len(rows)))
+                    state.update(read)
+                    rows[:] = [zlib.crc32(read[at * size :][:size], before) for at, before in enumerate(rows.tolist())]
             state.update(file.read())
     except OSError as error:
         raise DataMismatch(f"{path} cannot be read: {error.strerror}. Fetch or prepare the data again") from error
