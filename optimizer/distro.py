@@ -38,7 +38,7 @@ from optimizer.codec import Header, encode_header, open_body, require_one_round
 from optimizer.compiled import choose_engine
 from optimizer.engine import Bodies, Energy, Engine, PlainEngine, Rule, Sent, Step
 from optimizer.errors import MalformedUpdate, OptimizerError, UnknownRound
-from optimizer.geometry import Geometry
+from optimizer.geometry import SLAB_BLOCKS, Geometry
 from optimizer.gradients import local_gradients
 from optimizer.layout import BLOCK, HEADER_BYTES, Layout
 from optimizer.parameters import Named, check, trained_groups
@@ -51,8 +51,6 @@ from optimizer.transform import MOST_VOTES
 from optimizer.weights import Weights
 
 Rates = int | float | Sequence[int | float]
-SLAB_BLOCKS = {"cpu": 256, "cuda": 2048}
-"""A CPU's caches hold few blocks; a GPU is through with few sooner than the next kernel can be launched."""
 
 
 class DisTrO(torch.optim.Optimizer):

@@ -10,6 +10,7 @@ Legend: a vector is a matrix of one row, cut in tiles of 1x4096; a tile of any o
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,6 +92,11 @@ class Slab:
         whole["block"] = list(self.border)
         whole["start"] = np.array(list(self.border.values()), np.int64) * BLOCK
         return _sorted(np.concatenate([own[~np.isin(own["block"], whole["block"])], whole]))
+
+
+SLAB_BLOCKS: Final = {"cpu": 256, "cuda": 2048}
+"""Of each kind of device. A CPU's caches hold few blocks; a GPU is through with few sooner than the next kernel can be
+launched."""
 
 
 @dataclass(frozen=True, slots=True)

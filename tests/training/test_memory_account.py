@@ -14,7 +14,7 @@ import torch
 from live_bytes import LiveBytes
 from tiny import Packed, bits, terms
 
-from optimizer.distro import SLAB_BLOCKS
+from optimizer.geometry import SLAB_BLOCKS
 from psyche_node.planning import memory as account
 from psyche_node.planning.meta import shape_from
 from psyche_node.planning.shape import ModelConfig, ModelShape
