@@ -210,11 +210,12 @@ def _content(value: Any, at: str, where: str, *, optional: bool = False) -> str:
 
 
 def _part(part: Any, at: str, where: str) -> str:
-    if isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str):
+    kind = part.get("type") if isinstance(part, dict) else None
+    if kind == "text" and isinstance(part.get("text"), str):
         return str(part["text"])
-    found = f"of the type {part['type']!r}" if isinstance(part, dict) and "type" in part else kind_of(part)
+    what = "of the type 'text', without a text" if kind == "text" else f"of the type {kind!r:.40}"
     remedy = 'Only text is trained: {"type": "text", "text": "..."}'
-    raise BadSample(where, f"{at} is {found}" + (", without a text" if "'text'" in found else ""), remedy)
+    raise BadSample(where, f"{at} is {kind_of(part) if kind is None else what}", remedy)
 
 
 def check_encodable(text: str, where: str, what: str = "it") -> None:

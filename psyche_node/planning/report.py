@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 
 from psyche_node.planning.advice import Try, Value
 from psyche_node.planning.plan import Plan, Terms
-from psyche_node.units import bytes_text, memory_text, seconds_text
+from psyche_node.units import bytes_text, counted, memory_text, seconds_text
 
 _PARTS = {
     "weights": "weights",
@@ -54,8 +54,7 @@ def lines(plan: Plan, given: Mapping[str, Value], recipe: str) -> Iterator[str]:
 
 def _terms(terms: Terms) -> str:
     sizes = f"{terms.rounds:,} rounds of {terms.batch:,} x {terms.sequence:,} tokens, topk {terms.topk}"
-    members = f"{terms.members:,} member{'' if terms.members == 1 else 's'}"
-    return f"{members}, {sizes}, {'with' if terms.overlap else 'without'} overlap"
+    return f"{counted(terms.members, 'member')}, {sizes}, {'with' if terms.overlap else 'without'} overlap"
 
 
 def _memory(count: int) -> str:
