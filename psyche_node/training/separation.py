@@ -72,8 +72,9 @@ def check_separation(
     reach = moved(others(whole), others(found(tokens, far)))
     ahead = moved(whole[:, -last:-_LAST], found(ending, separate)[:, -last:-_LAST])
     rounding = moved(found(tokens[1:], separate[1:])[0], whole[1]) if mixture else 0.0
+    chance = moved(whole, found(tokens, separate))  # asked in any case: ranks that disagreed would wait for each other
     most = max(_TOLERANCE, min(_ROUNDING * rounding, _SEEN * control))
-    if leak > most and (chance := moved(whole, found(tokens, separate))) > _TOLERANCE:
+    if leak > most and chance > _TOLERANCE:
         raise SeparationError(
             f"the same tokens have other logits each time, by {chance:.1e} of the largest one: this model draws lots "
             "while it trains, so that nothing can be said of packed documents. Set what does it to 0 in config.json "
