@@ -29,7 +29,8 @@ ONE = Site(1, 1, only_bf16=False, attention="lengths")
 
 
 def session(model_dir: Path, data: RandomData, options: Options = DEFAULTS, **settings: Any) -> Session:
-    return Session(model_dir, data, terms(), device="cpu", options=options, **settings)
+    # On one thread, since how many a library takes, and so the order of sums, may follow the machine's load.
+    return Session(model_dir, data, terms(), device="cpu", options=options, **{"threads": 1, **settings})
 
 
 def gradients(one: Session, data: RandomData) -> list[torch.Tensor]:
