@@ -87,6 +87,7 @@ def prepare(
             raise DataError(f"{out} holds prepared data already. Name another folder, or replace it with `--replace`")
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
+        warnings = list[str]()
         with _progress() as progress:
             manifest = write(
                 files,
@@ -101,7 +102,10 @@ def prepare(
                 length_control,
                 progress,
                 skips,
+                warnings.append,
             )
+        for warning in warnings:
+            _note(warning)
         if as_json:
             typer.echo(json.dumps(_values(out, files, manifest, skips)))
         else:

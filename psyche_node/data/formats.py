@@ -31,7 +31,8 @@ _KNOWN = (
 )
 
 
-_SWITCH = "thinking"
+SWITCH = "thinking"
+"""The key of a record, and of `Sample.options`, that turns a template's reasoning on or off."""
 
 
 class Part(NamedTuple):
@@ -157,13 +158,15 @@ def _options(record: dict[str, Any], where: str) -> dict[str, Any]:
     options = record.get("chat_template_kwargs")
     if options is not None and not isinstance(options, dict):
         raise BadSample(where, f"`chat_template_kwargs` is {kind_of(options)}", "Make it an object")
-    switch = record.get(_SWITCH)
+    switch = record.get(SWITCH)
     if switch is not None and not isinstance(switch, bool):
-        raise BadSample(where, f"`{_SWITCH}` is {kind_of(switch)}", "Make it true or false")
-    result: dict[str, Any] = {} if switch is None else {_SWITCH: switch, "enable_thinking": switch}
-    if switch is False:
-        result["thinking_budget"] = 0  # Seed-OSS
-    return result | (options or {})
+        raise BadSample(where, f"`{SWITCH}` is {kind_of(switch)}", "Make it true or false")
+    return ({} if switch is None else switched(switch)) | (options or {})
+
+
+def switched(on: bool) -> dict[str, Any]:
+    """The variables by which templates know the switch for reasoning."""
+    return {SWITCH: on, "enable_thinking": on} | ({} if on else {"thinking_budget": 0})  # the budget: Seed-OSS
 
 
 def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:

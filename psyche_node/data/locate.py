@@ -105,11 +105,12 @@ def _hub(source: str, cache: Path, limit: int, note: Callable[[str], None]) -> l
     from psyche_node.data.download import download
 
     # Without a network it raises the errors of its HTTP client, which one differs between versions.
-    lost = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    bases = (base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
+    lost: tuple[type[Exception], ...] = (*bases, OfflineModeIsEnabled, OSError)
     name, path = parts["name"], parts["path"] or ""
     try:
         info = HfApi().dataset_info(name, revision=parts["revision"], files_metadata=False, timeout=30)
-    except (*lost, OfflineModeIsEnabled, OSError) as error:
+    except lost as error:
         raise DataError(
             f"{source} cannot be looked up ({' '.join(str(error).split())[:200]}). Check name, access (HF_TOKEN) and "
             "network; offline, name a folder with its files"

@@ -15,14 +15,16 @@ from typing import Literal
 from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
-from psyche_node.data.formats import Sample
+from psyche_node.data.formats import SWITCH, Sample
 from psyche_node.data.manifest import MAX_LENGTH, NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
 from psyche_node.data.rendering import own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
+from psyche_node.data.template import ChatTemplate
 from psyche_node.folder_files import CONFIG, TEMPLATE
+from psyche_node.units import counted
 
 TooLong = Literal["drop", "cut"]
 
@@ -64,6 +66,8 @@ class _Read:
 
     sources: list[tuple[str, dict[str, int]]] = field(default_factory=list)
     nearest: _Nearest = field(default_factory=_Nearest)
+    switched: int = 0
+    """Samples that set the switch for reasoning."""
 
 
 def prepare(
@@ -79,6 +83,7 @@ def prepare(
     length_control: int = 0,
     progress: Callable[[Progress], None] = lambda so_far: None,
     skips: Skips | None = None,
+    warn: Callable[[str], None] = lambda line: None,
 ) -> Manifest:
     """Write the folder ``out`` from one data file or several, and return its manifest, which is written last.
 
@@ -86,7 +91,8 @@ def prepare(
     chosen by a hash of each sample keyed with ``seed``, so that adding samples moves no other one across. ``too_long``
     says what happens to a sample of more than ``sequence_length`` tokens; the manifest counts it either way.
     ``template`` and ``length_control`` are those of `Encoder`. ``skips`` bounds how many bad samples are passed over,
-    by default none; the manifest counts them, and does not say what the bound was.
+    by default none; the manifest counts them, and does not say what the bound was. ``warn`` hears of what samples ask
+    for, and the template cannot do.
 
     Raises:
         BadSample: a record is not a sample, or the chat template refuses it, and ``skips`` does not allow it.
@@ -126,8 +132,18 @@ def prepare(
             why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
             remedy = "Use longer sequences, or cut what is too long" if counts.too_long else "Add some that can"
             raise DataError(f"{names}: no sample can be trained on: of {counts.samples:,}, {why}. {remedy}")
+        if read.switched and not encoder.template.thinks:
+            warn(_no_switch(read.switched, encoder.template))
         progress(Progress(None, counts.samples, spill.tokens))
         return _write(out, spill, encoder, settings, read)
+
+
+def _no_switch(samples: int, template: ChatTemplate) -> str:
+    others = " or ".join(f"`--template {name}`" for name in template.switchable())
+    return (
+        f"{counted(samples, 'sample')} set{'s' * (samples == 1)} `{SWITCH}`, and {template.where} has no such switch: "
+        f"that does nothing. {f'With {others} it does' if others else 'Choose a template that has one'}"
+    )
 
 
 def _spare_template(out: Path, source: str) -> None:
@@ -175,6 +191,7 @@ def _read_file(
         if not trained.any():
             counts["untrained"] += 1
             continue
+        read.switched += int(isinstance(sample, Sample) and SWITCH in sample.options)
         counts["closed"] += int(isinstance(sample, Sample) and sample.closed)
         ticket = _ticket(sample.key, settings.seed)
         held = ticket < held_below

@@ -17,7 +17,7 @@ _NUMBER = re.compile(r"\d+")
 
 @dataclass(slots=True)
 class Reason:
-    """Bad samples alike: ``what`` is wrong with the first, how many there are, and where the first of them are.
+    """Bad samples alike: ``what`` is wrong with the first and its remedy, how many there are, and where the first are.
 
     Alike are those whose messages differ in numbers only, such as that of a column.
     """
@@ -25,16 +25,17 @@ class Reason:
     what: str
     count: int = 0
     places: list[str] = field(default_factory=list)
+    remedy: str = ""
 
     def __str__(self) -> str:
-        """How many, what, and where: the file of a place is named where it is not that of the one before."""
+        """How many, what, where, and the remedy. A place names its file where it is not that of the one before."""
         named, before = list[str](), ""
         for place in self.places:
             file, _, number = place.rpartition(":")
             named.append(number if file == before else place)
             before = file
         more = f" and {self.count - len(named):,} more" if self.count > len(named) else ""
-        return f"{self.count:,}: {self.what} ({', '.join(named)}{more})"
+        return f"{self.count:,}: {self.what} ({', '.join(named)}{more})" + (f". {self.remedy}" if self.remedy else "")
 
 
 def refuse(error: BadSample) -> None:
@@ -78,8 +79,8 @@ class Skips:
         self.count += 1
         alike = _NUMBER.sub("#", error.what)
         full = alike not in self._reasons and len(self._reasons) >= _REASONS
-        key, what = ("", "other reasons") if full else (alike, error.what)
-        reason = self._reasons.setdefault(key, Reason(what))
+        key, what, remedy = ("", "other reasons", "") if full else (alike, error.what, error.remedy)
+        reason = self._reasons.setdefault(key, Reason(what, remedy=remedy))
         reason.count += 1
         if len(reason.places) < _PLACES:
             reason.places.append(error.where)

@@ -31,7 +31,7 @@ class DataFolders:
 
     ``rendering``: the template that the data was rendered with, and a warning if it is not that of ``tokenizer``.
     ``skipped``: the bad samples that were passed over, a line for each reason. ``notes``: what of a folder or
-    data set was passed over, and the SHA-256 of what was fetched.
+    data set was passed over, and the SHA-256 of what was fetched. ``warnings``: those of `prepare`.
     """
 
     files: tuple[Path, ...]
@@ -41,6 +41,7 @@ class DataFolders:
     rendering: Rendering
     skipped: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    warnings: tuple[str, ...] = ()
 
 
 def build_data(
@@ -87,14 +88,17 @@ def build_data(
 
     def build(out: Path) -> None:
         skips = Skips(skip_bad)
-        prepare(files, folder, out, sequence_length, heldout, seed, template=template, skips=skips)
-        skipped = [str(reason) for reason in skips.reasons]
-        write_atomically(out / _SKIPPED, json.dumps(skipped).encode())
+        said = list[str]()
+        prepare(files, folder, out, sequence_length, heldout, seed, template=template, skips=skips, warn=said.append)
+        found = {"skipped": [str(reason) for reason in skips.reasons], "warnings": said}
+        write_atomically(out / _FOUND, json.dumps(found).encode())
 
     packed = _once(cache, key, NAME, build)
-    skipped = json.loads((packed / _SKIPPED).read_bytes())
+    found = json.loads((packed / _FOUND).read_bytes())
+    skipped, warnings = tuple(found["skipped"]), tuple(found["warnings"])
+    manifest = Manifest.read(packed)
     return DataFolders(
-        tuple(files), tokenizer, packed, Manifest.read(packed), Rendering(template, None), tuple(skipped), tuple(notes)
+        tuple(files), tokenizer, packed, manifest, Rendering(template, None), skipped, tuple(notes), warnings
     )
 
 
@@ -123,7 +127,7 @@ def cache_folder() -> Path:
     return Path(base) / "psyche-node"
 
 
-_SKIPPED = "skipped.json"
+_FOUND = "found.json"
 _TOKENIZER_FILES = (TOKENIZER, CONFIG, TEMPLATE)
 
 

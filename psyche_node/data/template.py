@@ -22,10 +22,11 @@ import numpy.typing as npt
 
 from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.files import read_object
-from psyche_node.data.formats import Sample, check_encodable
+from psyche_node.data.formats import Sample, check_encodable, switched
 from psyche_node.data.marked import BOUND, CLOSE, QUOTE, holds_mark, mark_bounds, mark_spellings, spells, strip_marks
-from psyche_node.data.rendering import SAVE, Span, Template, find_template, own_source
+from psyche_node.data.rendering import SAVE, SHIPPED, Span, Template, find_template, own_source
 from psyche_node.data.textcoding import Coded, TextCoder
+from psyche_node.data.tokenizer import CHAT_TEMPLATE
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
 from psyche_node.folder_files import CONFIG, TEMPLATE
 
@@ -151,6 +152,31 @@ class ChatTemplate:
     def _tool_support(self) -> ToolSupport:
         return tool_support(lambda messages, tools: self._template.render(self._context({}, messages, tools))[0])
 
+    @cached_property
+    def thinks(self) -> bool:
+        """Whether the template has a switch for reasoning: prompts differ by it."""
+        probe = [{"role": "user", "content": "?"}]
+        asked = [self._context(switched(on), probe, None) | {"add_generation_prompt": True} for on in (True, False)]
+        try:
+            on, off = map(self._template.render, asked)
+            return on != off
+        except Exception:  # a template is a program of its own
+            return False
+
+    @property
+    def where(self) -> str:
+        """What messages call the template."""
+        return self._template.where
+
+    def switchable(self) -> list[str]:
+        """The shipped templates that have the switch, and whose control tokens the tokenizer has."""
+        fitting = (
+            name
+            for name in SHIPPED
+            if all(self.tokenizer.token_to_id(one) is not None for one in find_template(name).controls)
+        )
+        return [name for name in fitting if ChatTemplate(self.folder, name).thinks]
+
     def _render(self, sample: Sample, messages: Sequence[Any], *, prompt: bool) -> tuple[str, list[Span]]:
         inlined = messages if self._template.reasons else [_inlined(message) for message in messages]
         return self._fill(sample, list(inlined), sample.tools, prompt=prompt)
@@ -255,6 +281,8 @@ def _own(folder: Path) -> Template:
     source = own_source(folder)
     if source is None:
         raise DataError(f"{folder} has no chat template. Put one into {TEMPLATE}, or choose one with `--template`")
+    if source == CHAT_TEMPLATE:  # its folder may be one of a cache, which nobody knows
+        return Template(source, "the plain chat template of a tokenizer that is trained on the data")
     return Template(source, f"the chat template of {folder}")
 
 

@@ -68,7 +68,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         ),
         question=shortened(first_question(data.packed, ChatTemplate(data.tokenizer, data.rendering.template))),
         notes=data.notes,
-        warnings=tuple(warning for warning in (data.rendering.warning, unseen) if warning is not None),
+        warnings=tuple(warning for warning in (data.rendering.warning, *data.warnings, unseen) if warning is not None),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),
     )

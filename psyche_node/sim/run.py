@@ -31,7 +31,7 @@ from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms
 
 BASELINE_TIMEOUT = 3600.0
-_LISTED = 3
+_LISTED = 4
 
 
 async def run(settings: SimSettings, started: float) -> Exit:
@@ -147,9 +147,10 @@ def _tell_prepared(prepared: Prepared, display: ProgressDisplay) -> None:
     display.log(counts.taken_text())
     if dropped := counts.dropped_text():
         display.log(dropped, "warning" if counts.alarming else "info")
-    for line in counts.skipped[:_LISTED]:
+    listed = _LISTED if len(counts.skipped) <= _LISTED else _LISTED - 1  # a single one more is not left out
+    for line in counts.skipped[:listed]:
         display.log(f"bad: {line}", "warning")
-    if (more := len(counts.skipped) - _LISTED) > 0:
+    if (more := len(counts.skipped) - listed) > 0:
         display.log(f"bad: {units.counted(more, 'reason')} more, in the report", "warning")
     for warning in prepared.warnings:
         display.log(warning, "warning")

@@ -207,8 +207,8 @@ def test_bad_samples_are_told_by_reason_with_a_few_places_each() -> None:
     skips(BadSample("a.jsonl:9", "`messages` is empty", "Add one"))
     skips(BadSample("b.jsonl:2", "`messages` is empty", "Add one"))
     assert [str(reason) for reason in skips.reasons] == [
-        "7: this is not JSON from column 1 on (a.jsonl:1, 2, 3 and 4 more)",
-        "2: `messages` is empty (a.jsonl:9, b.jsonl:2)",
+        "7: this is not JSON from column 1 on (a.jsonl:1, 2, 3 and 4 more). Mend it",
+        "2: `messages` is empty (a.jsonl:9, b.jsonl:2). Add one",
     ]
     assert skips.count == 9
 

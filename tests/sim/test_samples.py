@@ -19,8 +19,10 @@ from psyche_node.data.preview import preview_sequence
 from psyche_node.exits import Exit
 from psyche_node.sim.cli import app
 from psyche_node.sim.prepare import prepare, shortened
+from psyche_node.sim.progress import ProgressDisplay
 from psyche_node.sim.report import chat_command, render_html
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.run import _tell_prepared
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
 
@@ -67,7 +69,7 @@ def test_counts_are_those_of_the_manifest_and_bad_samples_are_listed(chats: Path
     assert found.train + found.heldout == 54
     (line,) = found.skipped
     assert line.startswith("1: ")
-    assert line.endswith(f"({chats}:31)")
+    assert f"({chats}:31). Write one JSON object" in line
     again = prepared(chats, cache, tmp_path / "b", skip_bad="1")
     assert again.counts == found, "also where the data was built before"
     assert Manifest.read(again.data).counts.model_dump().items() <= found.model_dump().items()
@@ -182,3 +184,41 @@ def test_that_nothing_is_held_out_is_said() -> None:
     assert "nothing is held out" in render_html(result)
     unknown = whole.model_copy(update={"heldout_loss": None})
     assert unknown.heldout_text == "unknown"
+
+
+def test_a_switch_that_the_template_lacks_is_told_once(cache: Path, chats: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}.", "thinking": n % 2 == 0} for n in range(20)]
+    path = tmp_path / "switched.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    model = str(chats.parent / "model.json")
+    [warning] = prepared(path, cache, tmp_path / "plain", model=model).warnings
+    assert warning.startswith("20 samples set `thinking`, and the plain chat template of a tokenizer that is trained")
+    assert warning.endswith("With `--template hermes-llama3` it does")
+    again = prepared(path, cache, tmp_path / "again", model=model)
+    assert again.warnings == (warning,), "also where the data is in the cache"
+    longer = {"recipe": SimSettings(out=tmp_path).recipe.model_copy(update={"vocabulary": 320})}
+    switched = prepared(path, cache, tmp_path / "hermes", model=model, template="hermes-llama3", **longer)
+    assert not any("thinking" in one for one in switched.warnings)
+
+
+def test_a_dropped_tool_is_told_with_template_and_remedy(cache: Path, chats: Path, tmp_path: Path) -> None:
+    rows = [{"prompt": f"What is {n}?", "completion": f"It is {n}."} for n in range(20)]
+    tool = {"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}
+    path = tmp_path / "tools.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in [*rows, {**rows[0], "tools": [tool]}]))
+    model = str(chats.parent / "model.json")
+    [line] = prepared(path, cache, tmp_path / "out", model=model, skip_bad="all").counts.skipped
+    assert "it has tools, and the plain chat template of a tokenizer that is trained on the data" in line
+    assert "`--template hermes-llama3`" in line
+    assert str(cache) not in line
+
+
+@pytest.mark.parametrize(("reasons", "shown"), [(1, 1), (4, 4), (5, 3)])
+def test_a_single_reason_is_not_left_out(cache: Path, chats: Path, tmp_path: Path, reasons: int, shown: int) -> None:
+    made = prepared(chats, cache, tmp_path / "out", skip_bad="all")
+    counts = made.counts.model_copy(update={"skipped": tuple(f"1: reason {n}" for n in range(reasons))})
+    stream = StringIO()
+    with ProgressDisplay(Console(file=stream, width=200)) as display:
+        _tell_prepared(made.model_copy(update={"counts": counts}), display)
+    assert stream.getvalue().count("bad: 1: reason") == shown
+    assert ("2 reasons more" in stream.getvalue()) == (shown < reasons)
