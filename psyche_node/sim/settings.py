@@ -167,6 +167,15 @@ class SimSettings(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _model_exists(self) -> Self:
+        if self.model is not None and not Path(self.model).exists():
+            raise ValueError(
+                f"--model {self.model}: no such file or folder; name a Hugging Face folder, or a JSON file with a "
+                "model config"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _template_exists(self) -> Self:
         from psyche_node.data.rendering import SHIPPED  # late: `psyche-sim --help` does not wait for the data package
 
@@ -229,6 +238,15 @@ class SimSettings(BaseModel):
                     f"cannot kill node {kill.node} in round {kill.round}: there are {self.nodes} nodes "
                     f"(from 0) and {self.rounds} rounds"
                 )
+        return self
+
+    @model_validator(mode="after")
+    def _ranks_have_nodes(self) -> Self:
+        if len(self.ranks) > self.nodes:
+            raise ValueError(
+                f"--ranks is given {len(self.ranks)} times, and there are {self.nodes} nodes: give it once for each "
+                "node at most"
+            )
         return self
 
     def terms(self, prepared: Prepared) -> Terms:

@@ -58,6 +58,21 @@ def test_kill_of_nobody_is_refused(kill: Kill) -> None:
         settings(nodes=4, rounds=10, kills=(kill,))
 
 
+def test_ranks_without_a_node_are_refused() -> None:
+    ranks = tuple(map(Ranks.parse, ("1", "2", "4")))
+    settings(nodes=3, ranks=ranks)
+    with pytest.raises(ValidationError, match="--ranks is given 3 times, and there are 2 nodes"):
+        settings(nodes=2, ranks=ranks)
+
+
+def test_a_model_that_is_not_there_is_told_before_anything_begins(tmp_path: Path) -> None:
+    model = tmp_path / "nosuch" / "initial-model"
+    done = CliRunner().invoke(app, ["--model", str(model), "--out", str(tmp_path / "out")])
+    assert done.exit_code == Exit.USAGE
+    assert f"--model {model}: no such file or folder" in done.output
+    assert not (tmp_path / "out").exists()
+
+
 def test_somebody_has_to_be_reachable() -> None:
     settings(nodes=4, private=3)
     with pytest.raises(ValidationError, match="must be reachable"):
