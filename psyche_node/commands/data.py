@@ -72,6 +72,7 @@ def prepare(
     """Tokenize, pack and write a folder that nodes train on. The same inputs give the same bytes on every host."""
     from psyche_node.data.errors import DataError
     from psyche_node.data.locate import find_files
+    from psyche_node.data.manifest import SHARD_NAME
     from psyche_node.data.prepare import prepare as write
     from psyche_node.data.preview import is_prepared
     from psyche_node.data.samples import SampleFormat
@@ -85,6 +86,9 @@ def prepare(
     with _work():
         if is_prepared(out) and not replace:
             raise DataError(f"{out} holds prepared data already. Name another folder, or replace it with `--replace`")
+        # Shards alone are what a preparation left that was stopped.
+        if out.is_dir() and not is_prepared(out) and not all(SHARD_NAME.fullmatch(one.name) for one in out.iterdir()):
+            raise DataError(f"{out} is not empty, and holds no prepared data. Name a new folder for the data")
         downloads = cache or cache_folder() / "downloads"
         files = [path for source in sources for path in find_files(source, downloads, int(max_gb * 1e9), note=_note)]
         warnings = list[str]()

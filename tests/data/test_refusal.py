@@ -132,6 +132,21 @@ def test_check_compares_with_a_manifest_a_folder_or_a_digest(
     assert f"{mine / Manifest.read(mine).heldout[0].file} cannot be read" in output
 
 
+@pytest.mark.parametrize("replace", [[], ["--replace"]])
+def test_a_folder_of_something_else_is_not_written_into(
+    chat: Path, tokenizer: Path, tmp_path: Path, replace: list[str]
+) -> None:
+    out = tmp_path / "mine"
+    out.mkdir()
+    words = ["prepare", str(chat), "--tokenizer", str(tokenizer), "--out", str(out), "--sequence-length", str(LENGTH)]
+    (out / "config.json").write_text("{}")
+    code, output = run(*words, *replace)
+    assert (code, "is not empty, and holds no prepared data" in " ".join(output.split())) == (Exit.DATA, True)
+    assert [path.name for path in out.iterdir()] == ["config.json"]
+    (out / "config.json").rename(out / f"{'0' * 64}.bin")
+    assert run(*words, *replace)[0] == 0, "what a preparation left that was stopped is no obstacle"
+
+
 def test_prepare_says_what_became_of_every_sample(chat: Path, tokenizer: Path, tmp_path: Path) -> None:
     (tmp_path / "more.jsonl").write_text('{"text": "plain words"}\n' + json.dumps({"text": "alpha " * 400}) + "\n")
     words = ["prepare", str(chat), str(tmp_path / "more.jsonl"), "--tokenizer", str(tokenizer)]
