@@ -231,6 +231,7 @@ class Node:
             micro_batch=config.micro_batch,
             options=config.options,
             layout_digest=run.terms.layout_digest.hex(),
+            model_root=run.terms.model_root.hex(),
             data_manifest=run.terms.data_manifest.hex(),
             data_source=run.terms.data_source,
         )

@@ -8,6 +8,7 @@ from typing import Any
 from psyche_node import units
 from psyche_node.sim import charts
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.traffic import reduction
 
 
 def cards(result: RunResult) -> list[dict[str, Any]]:
@@ -27,7 +28,9 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
     marks.append(("entropy", entropy))
     identical = result.replicas_identical
     holders = sum(node.weights_sha256 is not None for node in result.members)
-    reduction = result.reduction
+    reduced = reduction(result)
+    whole = result.outcome == "finished"
+    sent = units.bytes_text(result.bytes_sent_total)
     durations = [record.end - record.start for record in result.timeline]
     made: list[dict[str, Any]] = [
         {"title": "Held-out loss", "value": value, "note": gap or why,
@@ -40,8 +43,8 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
              ("", "compared", units.times_of(len(result.checks))),
          ]},
         {"title": "Sent, against dense", "kind": "",
-         "value": "unknown" if reduction is None else f"{units.times_text(reduction)} less",
-         "note": f"{units.bytes_text(result.bytes_sent_total)}, not {units.bytes_text(result.dense_bytes_total)}",
+         "value": "unknown" if reduced is None else f"{units.times_text(reduced)} less",
+         "note": f"{sent}, not {units.bytes_text(result.dense_bytes_total)}" if whole else f"updates; {sent} counted",
          "lines": [
              ("", "one update", units.bytes_text(result.update_bytes)),
              ("", "dense, fp32", units.bytes_text(result.dense_bytes)),
