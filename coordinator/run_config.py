@@ -138,6 +138,11 @@ class TrainingSettings(Settings):
             raise ValueError("ramp_batch and ramp_rounds go together: set both, or neither")
         return self
 
+    def sequences(self, rounds: int, batch: int) -> float:
+        """How many sequences a run of so many rounds takes, ``batch`` in a full one, if none is void."""
+        ramped = min(self.ramp_rounds, rounds)
+        return batch * (rounds - ramped) + ramped * (self.ramp_batch + batch) / 2
+
     def check_schedule(self, total: int) -> None:
         """Raises ValueError where warm-up, decay or ramp do not fit into so many rounds."""
         if bool(self.decay_rounds) != (self.schedule == "wsd"):

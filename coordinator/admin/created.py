@@ -55,9 +55,7 @@ class Created:
     def passes(self) -> float:
         """How often the run goes over its data, if no round is void."""
         limits, terms = self.settings.limits, self.settings.terms
-        ramped = min(terms.ramp_rounds, limits.total_rounds)
-        sequences = limits.batch * (limits.total_rounds - ramped) + ramped * (terms.ramp_batch + limits.batch) / 2
-        return sequences / terms.samples
+        return terms.sequences(limits.total_rounds, limits.batch) / terms.samples
 
     @property
     def seconds(self) -> dict[str, float]:

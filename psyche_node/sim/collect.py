@@ -86,6 +86,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
         replicas_identical=identical,
         weights_sha256=sha,
         checks=checks,
+        passes=sum(len(drawn) for drawn in record.positions.values()) / max(prepared.samples, 1),
         evaluations=_evaluations(world),
         data=prepared.counts,
         checkpoint=_checkpoint(world),

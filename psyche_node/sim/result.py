@@ -290,6 +290,8 @@ class RunResult(Record):
     """The evaluations of tasks, in order of their rounds."""
     data: SampleCounts | None = None
     """What became of the samples; null in reports of older versions."""
+    passes: float | None = None
+    """How often the rounds went over the training sequences; null in reports of older versions."""
     checkpoint: str | None
     """Hugging Face folder of the final model."""
     question: str | None = None

@@ -27,7 +27,7 @@ from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult
 from psyche_node.sim.settings import Prepared, SimSettings
-from psyche_node.sim.summary import print_summary
+from psyche_node.sim.summary import passes_text, print_summary
 from psyche_node.sim.traffic import update_reduction
 from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms
@@ -108,6 +108,8 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     with ProgressDisplay(console, passed=time.time() - world.started) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
         _tell_prepared(world.prepared, display)
+        if said := passes_text(world.settings.passes(world.prepared)):
+            display.log(said)
         try:
             await world.follow(lambda: display.update(snapshot(world)))
         except asyncio.CancelledError:

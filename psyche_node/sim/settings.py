@@ -255,6 +255,10 @@ class SimSettings(BaseModel):
         made = prepared.model_dump(include=set(TermSettings.model_fields) - set(TrainingSettings.model_fields))
         return TermSettings.model_validate({**training, **made}).on_chain()
 
+    def passes(self, prepared: Prepared) -> float:
+        """How often the run goes over its data, if no round is void."""
+        return self.recipe.sequences(self.rounds, self.recipe.batch) / prepared.samples
+
     def threads_of(self, index: int) -> int:
         """CPU threads of node ``index``: the cores are shared; node 2 differs to show that replicas do not."""
         fair = max(1, (os.cpu_count() or 1) // self.nodes)

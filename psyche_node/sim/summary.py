@@ -14,6 +14,8 @@ from psyche_node.sim.tasks import task_lines
 from psyche_node.sim.traffic import reduction
 
 _FIRST_WARNINGS = 3
+_CLEARLY = 0.01
+"""Share of the loss by which an earlier model was better, that is told."""
 
 
 def print_summary(result: RunResult, *, report: str | None = None, console: Console | None = None) -> None:
@@ -51,6 +53,8 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
             f"{result.heldout_text} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
         )
         rows.append(("held-out loss", text, "" if below else "yellow"))
+        if best := _best_before(result, heldout):
+            rows.append(("", best, "yellow"))
         if result.baseline is not None and result.baseline.heldout_loss is not None:
             dense = result.baseline.heldout_loss
             rows.append(("AdamW", f"{dense:.3f} on the same tokens in one process: {heldout / dense - 1:+.1%}", ""))
@@ -106,6 +110,21 @@ def _sent(result: RunResult) -> str:
     return f"{text}; dense all-reduces: {dense} ({units.times_text(factor)} as much)"
 
 
+def passes_text(passes: float | None) -> str:
+    """How often a run goes over its data; empty if hardly more than once."""
+    return f"{passes:,.0f} passes over the data" if passes is not None and passes >= 1.5 else ""
+
+
+def _best_before(result: RunResult, last: float) -> str:
+    """Where the held-out loss was clearly lower than at the end; empty if it was not."""
+    measured = [(point.loss, point.round) for point in result.heldout_curve if point.loss is not None]
+    loss, number = min(measured, default=(last, 0))
+    if loss >= (1 - _CLEARLY) * last:
+        return ""
+    again = "; the data was seen too often" if passes_text(result.passes) else ""
+    return f"best {loss:.3f} after {f'round {number:,}' if number else 'no round at all'}{again}"
+
+
 def _tasks(result: RunResult) -> list[tuple[str, str, str]]:
     """The newest figures of each task; that there are none, where some were asked for."""
     if not result.evaluations:
@@ -123,6 +142,8 @@ def _data(result: RunResult) -> list[tuple[str, str, str]]:
     rows = [("data", result.data.taken_text(), "")]
     if dropped := result.data.dropped_text():
         rows.append(("", dropped, "yellow" if result.data.alarming else ""))
+    if passes := passes_text(result.passes):
+        rows.append(("", passes, ""))
     return rows
 
 

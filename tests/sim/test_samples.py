@@ -21,7 +21,7 @@ from psyche_node.sim.cli import app
 from psyche_node.sim.prepare import prepare, shortened
 from psyche_node.sim.progress import ProgressDisplay
 from psyche_node.sim.report import chat_command, render_html
-from psyche_node.sim.result import RunResult
+from psyche_node.sim.result import CurvePoint, RunResult
 from psyche_node.sim.run import _tell_prepared
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
@@ -222,3 +222,23 @@ def test_a_single_reason_is_not_left_out(cache: Path, chats: Path, tmp_path: Pat
         _tell_prepared(made.model_copy(update={"counts": counts}), display)
     assert stream.getvalue().count("bad: 1: reason") == shown
     assert ("2 reasons more" in stream.getvalue()) == (shown < reasons)
+
+
+def test_many_passes_and_a_best_loss_long_before_the_end_are_told() -> None:
+    result = synthetic_run()
+    assert "passes over the data" not in printed(result)
+    assert "best" not in printed(result)
+    curve = [CurvePoint(round=number, loss=loss) for number, loss in ((0, 6.0), (21, 2.336), (40, None), (60, 2.9))]
+    overdone = result.model_copy(update={"passes": 43.6, "heldout_curve": curve, "heldout_loss": 2.9})
+    text = printed(overdone)
+    assert "44 passes over the data" in text
+    assert "best 2.336 after round 21" in text
+    hardly = overdone.model_copy(update={"heldout_loss": 2.35, "passes": 1.2})
+    assert "best" not in printed(hardly)
+    assert "passes over" not in printed(hardly)
+
+
+def test_passes_count_a_batch_that_grows(cache: Path, chats: Path, tmp_path: Path) -> None:
+    made = prepared(chats, cache, tmp_path / "out", skip_bad="all").model_copy(update={"samples": 10})
+    recipe = SimSettings(out=tmp_path).recipe.model_copy(update={"batch": 8, "ramp_batch": 2, "ramp_rounds": 4})
+    assert SimSettings(out=tmp_path, rounds=6, recipe=recipe).passes(made) == (2 * 8 + 4 * 5) / 10
