@@ -22,6 +22,7 @@ from psyche_node import units
 from psyche_node.sim import charts
 from psyche_node.sim.cards import cards
 from psyche_node.sim.result import Event, NodeResult, RunResult
+from psyche_node.sim.samples import passes_text
 from psyche_node.sim.tasks import tasks_view
 
 _SHOWN_EVENTS = 250
@@ -126,6 +127,7 @@ def _view(result: RunResult) -> dict[str, Any]:
         ],
         "ledger": _ledger_rows(result),
         "skipped": [units.printable(line, 300) for line in result.data.skipped] if result.data else [],
+        "passes": passes_text(result.passes),
         "tasks": tasks_view(result),
         "instructions": sorted(result.ledger.instructions.items(), key=lambda item: -item[1]),
         "events": events,

@@ -26,8 +26,9 @@ from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
 from psyche_node.sim.result import Baseline, Outcome, RunResult
+from psyche_node.sim.samples import passes_text
 from psyche_node.sim.settings import Prepared, SimSettings
-from psyche_node.sim.summary import passes_text, print_summary
+from psyche_node.sim.summary import print_summary
 from psyche_node.sim.traffic import update_reduction
 from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms

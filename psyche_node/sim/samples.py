@@ -54,3 +54,8 @@ class SampleCounts(Record):
         )
         why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
         return f"{self.dropped:,} dropped: {why}" if why else ""
+
+
+def passes_text(passes: float | None) -> str:
+    """How often a run goes over its data; empty if hardly more than once."""
+    return f"{passes:,.0f} passes over the data" if passes is not None and passes >= 1.5 else ""

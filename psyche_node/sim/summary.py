@@ -10,6 +10,7 @@ from rich.text import Text
 from psyche_node import units
 from psyche_node.sim.report import chat_command
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.samples import passes_text
 from psyche_node.sim.tasks import task_lines
 from psyche_node.sim.traffic import reduction
 
@@ -108,11 +109,6 @@ def _sent(result: RunResult) -> str:
         return ""
     dense = units.bytes_text(result.dense_bytes_total)
     return f"{text}; dense all-reduces: {dense} ({units.times_text(factor)} as much)"
-
-
-def passes_text(passes: float | None) -> str:
-    """How often a run goes over its data; empty if hardly more than once."""
-    return f"{passes:,.0f} passes over the data" if passes is not None and passes >= 1.5 else ""
 
 
 def _best_before(result: RunResult, last: float) -> str:

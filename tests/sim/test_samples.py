@@ -232,6 +232,7 @@ def test_many_passes_and_a_best_loss_long_before_the_end_are_told() -> None:
     overdone = result.model_copy(update={"passes": 43.6, "heldout_curve": curve, "heldout_loss": 2.9})
     text = printed(overdone)
     assert "44 passes over the data" in text
+    assert "; 44 passes over the data." in render_html(overdone)
     assert "best 2.336 after round 21" in text
     hardly = overdone.model_copy(update={"heldout_loss": 2.35, "passes": 1.2})
     assert "best" not in printed(hardly)
