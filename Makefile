@@ -35,6 +35,7 @@ setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt $(wildcard optimizer/native/*.[ch])
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "psyche-node needs Python 3.11 or newer; $(PYTHON) is $$($(PYTHON) --version). Set PYTHON=/path/to/python3.11"; exit 1; }
+	@echo "Installing PyTorch ($(TORCH)) and the packages of constraints.txt into $(VENV), once: about 3 GB and some minutes"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt "$(TORCH)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"

@@ -205,10 +205,15 @@ class RunReport:
         table = _table("Members")
         for name in ("#", "wallet / node id", "status"):
             table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-        for name in ("share", "updates", "missed", "credit"):
+        for name in ("share / of batch", "updates", "missed", "credit"):
             table.add_column(name, justify="right")
         shown = self.now.members[:rows]
+        # Shares are weights, whatever their unit: what they come to is the part of the batch.
+        total = sum(one.share for one in self.now.members if one.status is MemberStatus.ACTIVE)
         for member in shown:
+            share = Text(f"{member.share:,}")
+            if member.status is MemberStatus.ACTIVE:
+                share.append(f"\n{member.share / total:.1%}", style="dim")
             identity = Text(str(member.wallet))
             identity.append(f"\n{peer_id(member.node_key)}", style="dim")
             status = Text(member.status.name, style=STATUS_STYLES.get(member.status, ""))
@@ -218,7 +223,7 @@ class RunReport:
                 str(member.slot),
                 identity,
                 status,
-                f"{member.share:,}",
+                share,
                 f"{member.updates_included:,}",
                 f"{member.missed:,}",
                 f"{member.credit:,}",

@@ -8,6 +8,7 @@ from typing import Any
 from psyche_node import units
 from psyche_node.sim import charts
 from psyche_node.sim.result import RunResult
+from psyche_node.sim.traffic import reduction
 
 
 def cards(result: RunResult) -> list[dict[str, Any]]:
@@ -23,13 +24,16 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
             gap = f"{heldout / result.baseline.heldout_loss - 1:+.1%} against AdamW".replace("-", "\N{MINUS SIGN}")
     if heldout is not None and not gap:
         gap = f"{1 - heldout / entropy:.0%} below single tokens" if heldout < entropy else "not below single tokens"
+    value, _, why = result.heldout_text.partition(": ")
     marks.append(("entropy", entropy))
     identical = result.replicas_identical
     holders = sum(node.weights_sha256 is not None for node in result.members)
-    reduction = result.reduction
+    reduced = reduction(result)
+    whole = result.outcome == "finished"
+    sent = units.bytes_text(result.bytes_sent_total)
     durations = [record.end - record.start for record in result.timeline]
     made: list[dict[str, Any]] = [
-        {"title": "Held-out loss", "value": "unknown" if heldout is None else f"{heldout:.3f}", "note": gap,
+        {"title": "Held-out loss", "value": value, "note": gap or why,
          "gauge": charts.gauge(marks) if heldout is not None else "", "lines": lines, "kind": ""},
         {"title": "Replicas", "value": "Identical" if identical else "Different",
          "kind": "good" if identical else "bad",
@@ -39,8 +43,8 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
              ("", "compared", units.times_of(len(result.checks))),
          ]},
         {"title": "Sent, against dense", "kind": "",
-         "value": "unknown" if reduction is None else f"{units.times_text(reduction)} less",
-         "note": f"{units.bytes_text(result.bytes_sent_total)}, not {units.bytes_text(result.dense_bytes_total)}",
+         "value": "unknown" if reduced is None else f"{units.times_text(reduced)} less",
+         "note": f"{sent}, not {units.bytes_text(result.dense_bytes_total)}" if whole else f"updates; {sent} counted",
          "lines": [
              ("", "one update", units.bytes_text(result.update_bytes)),
              ("", "dense, fp32", units.bytes_text(result.dense_bytes)),

@@ -94,21 +94,27 @@ class Progress:
     memory_bytes: int = 0
     """Resident memory of all processes together."""
     members: tuple[MemberProgress, ...] = ()
+    ending: bool = False
+    """No more is trained, whatever is left of the rounds."""
 
 
 class Estimate:
-    """Time left, from the median of the last rounds' durations: a killed node's slow round does not disturb it."""
+    """Time left, from the median of the last rounds' durations: a killed node's slow round does not disturb it.
+
+    The first round counts for nothing: the nodes' start lies before it, and in it whatever is done only once.
+    """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic, window: int = 12) -> None:
         self._clock = clock
         self._starts: deque[tuple[int, float]] = deque(maxlen=window + 1)
 
     def see(self, round_number: int) -> None:
-        if not self._starts or round_number > self._starts[-1][0]:
+        newest = self._starts[-1][0] if self._starts else 0
+        if round_number > newest:
             self._starts.append((round_number, self._clock()))
 
     def seconds_left(self, rounds: int) -> float | None:
-        """None until two rounds were seen to begin."""
+        """None until a round after the first was seen to begin and to end."""
         if len(self._starts) < 2:
             return None
         each = median((late - early) / (b - a) for (a, early), (b, late) in pairwise(self._starts))
@@ -119,15 +125,21 @@ class Estimate:
 class ProgressDisplay:
     """Context manager that shows snapshots. On a terminal a live panel, elsewhere one line per round and stage.
 
-    ``console`` decides which: ``console.is_terminal``. The clock is the caller's to replace in tests.
+    ``console`` decides which: ``console.is_terminal``. The clock is the caller's to replace in tests;
+    ``passed`` are the seconds since the run's beginning, so that what is shown is the time that the summary will name.
     """
 
     def __init__(
-        self, console: Console | None = None, *, title: str = "psyche-sim", clock: Callable[[], float] = time.monotonic
+        self,
+        console: Console | None = None,
+        *,
+        title: str = "psyche-sim",
+        clock: Callable[[], float] = time.monotonic,
+        passed: float = 0.0,
     ) -> None:
         self.console = console or Console(highlight=False)
         self._title, self._clock = title, clock
-        self._began = clock()
+        self._began = clock() - passed
         self._estimate = Estimate(clock)
         self._losses: deque[float] = deque(maxlen=240)
         self._events: deque[tuple[float, Level, str]] = deque(maxlen=_SHOWN_EVENTS)
@@ -191,10 +203,13 @@ class ProgressDisplay:
         parts.append(_traffic(progress))
         alive = sum(member.status not in ("killed", "dropped", "failed") for member in progress.members)
         parts.append(f"{alive} of {len(progress.members)} nodes")
-        left = self._estimate.seconds_left(progress.rounds)
-        if left is not None and progress.round < progress.rounds:
+        if (left := self._left(progress)) is not None:
             parts.append(f"{units.clock_text(left)} left")
         return " · ".join(parts)
+
+    def _left(self, now: Progress) -> float | None:
+        """Seconds, as far as there are any to tell of."""
+        return None if now.ending or now.round >= now.rounds else self._estimate.seconds_left(now.rounds)
 
     # The live panel.
 
@@ -221,8 +236,7 @@ class ProgressDisplay:
         if now.phase:
             text.append(f"  {now.phase}", style="cyan")
         right = Text(units.clock_text(self._clock() - self._began))
-        left = self._estimate.seconds_left(now.rounds)
-        if left is not None and now.round < now.rounds:
+        if (left := self._left(now)) is not None:
             right.append(f"  about {units.clock_text(left)} left", style="dim")
         table.add_row(self._spinner, text, right)
         return table

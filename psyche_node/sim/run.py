@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import os
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from psyche_node.sim.out import LOGS, OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.progress import MemberProgress, Progress, ProgressDisplay
 from psyche_node.sim.report import write_report
-from psyche_node.sim.result import Baseline, Outcome, RunResult, dense_allreduce_bytes
+from psyche_node.sim.result import Baseline, Outcome, RunResult
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
+from psyche_node.sim.traffic import update_reduction
 from psyche_node.sim.world import SimulationFailed, World
 from psyche_node.terms import training_terms
 
@@ -103,7 +105,7 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
     baseline: Baseline | None = None
     outcome: Outcome = "finished"
     code = Exit.OK
-    with ProgressDisplay(console) as display:
+    with ProgressDisplay(console, passed=time.time() - world.started) as display:
         display.log(f"ledger {world.rpc}, run {world.addresses.run}")
         _tell_prepared(world.prepared, display)
         try:
@@ -120,7 +122,9 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
             display.log("what the run cost is not known: the ledger does not answer", "warning")
         await world.stop_nodes()
         _keep_model(world)
-        if world.settings.baseline and outcome == "finished":
+        if world.settings.baseline and not world.prepared.counts.heldout:
+            display.log("no comparison with AdamW: nothing is held out to compare them by", "warning")
+        elif world.settings.baseline and outcome == "finished":
             display.update(snapshot(world, stage="comparing with AdamW on the same tokens, in one process"))
             try:
                 baseline = await _baseline(world)
@@ -159,7 +163,7 @@ def _exit_of(error: ProcessEnded) -> Exit:
 
 
 def snapshot(world: World, stage: str = "") -> Progress:
-    """Return what the display shows, from the chain and the nodes' journals."""
+    """Return what the display shows, from the chain and the nodes' journals. A ``stage`` given: the rounds are over."""
     settings, prepared, pulse = world.settings, world.prepared, world.record.pulse
     members = {str(member.wallet): member for member in world.record.members}
     trained = [line for node in world.nodes for line in node.all("trained")]
@@ -182,21 +186,15 @@ def snapshot(world: World, stage: str = "") -> Progress:
         tokens_per_second=tokens / (until - since) if until > since else 0.0,
         bytes_sent=sum(int(line.get("bytes_sent", 0)) for line in sent),
         bytes_received=sum(int(line.get("bytes_received", 0)) for line in sent),
-        reduction=_reduction(prepared, settings.nodes),
+        reduction=update_reduction(prepared.parameters, prepared.update_bytes, settings.nodes),
         memory_bytes=world.memory.now,
         members=tuple(_member_progress(node, members.get(node.wallet)) for node in world.nodes),
+        ending=bool(stage),
     )
 
 
 def _time(line: dict[str, Any]) -> float:
     return float(line["time"])
-
-
-def _reduction(prepared: Prepared, nodes: int) -> float | None:
-    """A node's part of a dense all-reduce over its update to every other node; None where there is no other. Unlike
-    what was sent so far, it does not depend on how much of a round is over."""
-    sent = (nodes - 1) * prepared.update_bytes
-    return dense_allreduce_bytes(prepared.parameters, nodes) / sent if sent else None
 
 
 def _weighted(lines: list[dict[str, Any]]) -> float | None:

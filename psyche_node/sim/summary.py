@@ -11,6 +11,7 @@ from psyche_node import units
 from psyche_node.sim.report import chat_command
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.tasks import task_lines
+from psyche_node.sim.traffic import reduction
 
 _FIRST_WARNINGS = 3
 
@@ -26,7 +27,8 @@ def print_summary(result: RunResult, *, report: str | None = None, console: Cons
     console.print(title)
     for name, text, kind in _summary(result):
         console.print(Text(f"  {name:<15}", style="dim").append(text, style=f"not dim {kind}"), soft_wrap=True)
-    rows = [("report", report), ("model", result.checkpoint)]
+    model = result.checkpoint or "none is kept: no node had written a checkpoint"
+    rows = [("report", report), ("model", model)]
     places = [(name, units.printable(place, 400)) for name, place in rows if place]
     if places:
         console.print()
@@ -42,10 +44,12 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     heldout, entropy = result.heldout_loss, result.unigram_entropy
     if heldout is None:
-        rows.append(("held-out loss", "unknown", "yellow"))
+        rows.append(("held-out loss", result.heldout_text, "yellow"))
     else:
         below = heldout < entropy
-        text = f"{heldout:.3f} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        text = (
+            f"{result.heldout_text} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        )
         rows.append(("held-out loss", text, "" if below else "yellow"))
         if result.baseline is not None and result.baseline.heldout_loss is not None:
             dense = result.baseline.heldout_loss
@@ -61,12 +65,8 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
         rows.append(("replicas", "not compared: no node got to the end", "yellow"))
     rows += _data(result)
     rows += _tasks(result)
-    if result.reduction is not None:
-        text = (
-            f"{units.bytes_text(result.bytes_sent_total)} by all nodes; dense all-reduces: "
-            f"{units.bytes_text(result.dense_bytes_total)} ({units.times_text(result.reduction)} as much)"
-        )
-        rows.append(("sent", text, ""))
+    if sent := _sent(result):
+        rows.append(("sent", sent, ""))
     update = f"{units.bytes_text(result.update_bytes)} per node and round, for {units.count_text(result.parameters)}"
     rows.append(("update", f"{update} parameters", ""))
     speed = (
@@ -90,6 +90,20 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
     if result.void_rounds:
         rows.append(("void rounds", f"{len(result.void_rounds)}, their data requeued", "yellow"))
     return rows + _warnings(result)
+
+
+def _sent(result: RunResult) -> str:
+    """What was sent, beside dense all-reduces."""
+    factor = reduction(result)
+    text = f"{units.bytes_text(result.bytes_sent_total)} by all nodes"
+    if result.outcome != "finished":
+        return f"{text}, as far as counted" + (
+            "" if factor is None else f"; updates {units.times_text(factor)} less than dense"
+        )
+    if factor is None:
+        return ""
+    dense = units.bytes_text(result.dense_bytes_total)
+    return f"{text}; dense all-reduces: {dense} ({units.times_text(factor)} as much)"
 
 
 def _tasks(result: RunResult) -> list[tuple[str, str, str]]:

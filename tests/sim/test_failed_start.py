@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,15 @@ def test_what_a_process_did_not_expect_is_told_with_much_of_its_log(
     assert (error.code, error.explained) == (code, explained)
     assert ("line 0\n" in str(error)) is not explained
     assert f"line {LINES - 1}" in str(error)
+
+
+def test_of_a_process_that_knew_the_log_is_not_shown_raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = "".join(
+        f"print({json.dumps(json.dumps({'level': level, 'msg': words}))}, file=sys.stderr)\n"
+        for level, words in (("INFO", "again in 0.2 s"), ("WARNING", "a copy serves"))
+    )
+    error = first_line(tmp_path, monkeypatch, logged + "print('no such host', file=sys.stderr); sys.exit(40)")
+    assert error.words.endswith("line 39\na copy serves\nno such host")
 
 
 def test_time_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

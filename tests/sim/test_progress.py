@@ -7,6 +7,8 @@ import io
 from report_data import synthetic_run
 from rich.console import Console
 
+from psyche_node import units
+from psyche_node.sim.cards import cards
 from psyche_node.sim.progress import Estimate, MemberProgress, Progress, ProgressDisplay, sparkline
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.summary import print_summary
@@ -62,10 +64,41 @@ def test_estimate_is_the_median_round_and_forgives_one_slow_round() -> None:
 def test_estimate_counts_rounds_that_were_not_seen() -> None:
     clock = Clock()
     estimate = Estimate(clock)
-    estimate.see(0)
+    estimate.see(1)
     clock.now += 8.0
-    estimate.see(4)
-    assert estimate.seconds_left(10) == 12.0
+    estimate.see(5)
+    assert estimate.seconds_left(10) == 10.0
+
+
+def test_estimate_leaves_the_start_and_the_first_round_out() -> None:
+    clock = Clock()
+    estimate = Estimate(clock)
+    for seconds in (14.0, 5.0):  # the nodes start, then the first round
+        estimate.see(0)
+        clock.now += seconds
+    for number in (1, 2, 3):
+        estimate.see(number)
+        assert estimate.seconds_left(100) == (None if number == 1 else (100 - number) * 1.5)
+        clock.now += 1.5
+
+
+def test_nothing_is_left_to_wait_for_once_it_stops() -> None:
+    clock = Clock()
+    shown, stream = display(clock, terminal=True)
+    for number in range(4):
+        shown.update(snapshot(number))
+        clock.now += 2.0
+    shown.update(snapshot(3, stage="stopping the nodes", ending=True))
+    shown.console.print(shown.render())
+    assert "stopping the nodes" in stream.getvalue()
+    assert "left" not in stream.getvalue()
+
+
+def test_the_clock_counts_from_the_beginning_of_the_run() -> None:
+    stream = io.StringIO()
+    console = Console(file=stream, width=110, highlight=False)
+    ProgressDisplay(console, clock=Clock(), passed=11.0).log("prepared")
+    assert stream.getvalue().split()[0] == "0:11"
 
 
 def test_without_a_terminal_there_is_one_line_per_round_and_stage() -> None:
@@ -143,6 +176,19 @@ def test_summary_says_the_essentials() -> None:
     ):
         assert expected in text, expected
     assert synthetic_run().weights_sha256 in text.split(), "never broken, however narrow"
+
+
+def test_summary_of_a_stopped_run_compares_updates_and_says_that_no_model_is_kept() -> None:
+    raw = synthetic_run().model_dump() | {"outcome": "interrupted", "bytes_sent_total": 10, "checkpoint": None}
+    result = RunResult.model_validate(raw)
+    members = len(result.members)
+    live = units.times_text(result.dense_bytes / ((members - 1) * result.update_bytes))
+    lines = {line[2:17].strip(): line[17:] for line in summary(result).splitlines()}
+    assert lines["sent"] == f"10 B by all nodes, as far as counted; updates {live} less than dense"
+    assert lines["model"] == "none is kept: no node had written a checkpoint"
+    assert "talk to it" not in lines
+    tile = next(card for card in cards(result) if card["title"] == "Sent, against dense")
+    assert (tile["value"], tile["note"]) == (f"{live} less", "updates; 10 B counted")
 
 
 def test_summary_says_who_warned_how_often_and_of_what() -> None:

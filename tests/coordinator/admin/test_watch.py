@@ -94,6 +94,20 @@ def test_void_rounds_are_no_progress_and_nobody_is_active_after_the_end(now: Sna
         assert "void" not in text
 
 
+def test_a_members_share_comes_with_the_part_of_the_batch_that_it_is(now: Snapshot) -> None:
+    first, second, third = crowd(now, 3).members
+    gone = replace(third, share=900, status=MemberStatus.DROPPED)
+    shares = replace(now, members=(replace(first, share=300), replace(second, share=100), gone))
+    console = Console(width=140, color_system=None)
+    with console.capture() as capture:
+        console.print(RunReport(Pubkey.default(), RunAddresses(*[Pubkey.default()] * 3), shares).render())
+    text = capture.get()
+    assert "share / of batch" in text
+    assert re.search(r"300 .*\n.*75\.0%", text)
+    assert re.search(r"100 .*\n.*25\.0%", text)
+    assert re.search(r"900 .*\n(?!.*%)", text)
+
+
 def test_it_fits_every_terminal(now: Snapshot) -> None:
     for snapshot in (now, crowd(now, 30), crowd(now, 256), replace(now, members=(), rounds=())):
         for width in (60, 80, 109, 120, 160):
