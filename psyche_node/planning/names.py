@@ -15,6 +15,8 @@ def unknown_kind(kind: object) -> str | None:
     """A sentence on a model_type that transformers does not have, with the nearest; None for one that it has."""
     from transformers import CONFIG_MAPPING
 
+    if kind is None:
+        return "it names no model_type"
     if kind in CONFIG_MAPPING:
         return None
     near = difflib.get_close_matches(str(kind), list(CONFIG_MAPPING.keys()), 1)

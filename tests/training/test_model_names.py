@@ -83,6 +83,7 @@ def test_a_model_with_a_slip_says_so_when_it_is_loaded(tmp_path: Path) -> None:
 
 def test_an_unknown_kind_of_model_comes_with_the_nearest(tmp_path: Path) -> None:
     assert unknown_kind("qwen3") is None
+    assert unknown_kind(None) == "it names no model_type"
     assert unknown_kind("~") == "transformers has no model_type '~'"
     file, values = tmp_path / "config.json", SMALL | {"model_type": "qwen33"}
     file.write_text(json.dumps(values))
