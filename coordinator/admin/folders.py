@@ -41,11 +41,15 @@ _STANDING_IN: Final = {
 
 @dataclass(frozen=True, slots=True)
 class Folders:
-    """A model's and a prepared data folder, each None if it is not named, and the type of the trained weights."""
+    """A model's and a prepared data folder, each None if it is not named, and the type of the trained weights.
+
+    ``other_tokenizer``: the data may have been prepared with another tokenizer than the model's.
+    """
 
     model: Path | None
     data: Path | None
     precision: str
+    other_tokenizer: bool = False
 
     @property
     def any(self) -> bool:
@@ -83,24 +87,31 @@ class Folders:
             if folder is not None and not (folder / file).is_file():
                 yield f"  {flag} {folder}: there is no {file} in it; name {what}"
 
-    def terms(self, table: SettingsTable, topk: int) -> dict[str, Any]:
-        """The keys of `terms` that follow from the folders. Reads both of them whole.
+    def terms(
+        self, table: SettingsTable, topk: int, warn: Callable[[str], None] = lambda warning: None
+    ) -> dict[str, Any]:
+        """The keys of `terms` that follow from the folders. Reads both of them whole. What the owner should know of
+        them goes to ``warn``.
 
         A recipe's value gives way to the folder's. What takes seconds is compared before anything is read for minutes.
 
         Raises:
-            ConfigError: a folder cannot be used, or a file or --set gives another value for one of the keys.
+            ConfigError: a folder cannot be used, or a file or --set gives another value for one of the keys; or the
+                data was prepared with another tokenizer than the model's, and that is not wanted.
         """
         words = ["terms", "--topk", str(topk), "--precision", self.precision, "--json", "--early"]
         words += [] if self.model is None else ["--model", str(self.model)]
         words += [] if self.data is None else ["--data", str(self.data)]
         written = {key for key in table.terms() if table.origin("terms", key) != RECIPE}
         found = _ask(words, lambda so_far: self._compare(table, written, so_far))
-        if (warning := found.pop("warning", None)) is not None:
-            print(f"warning: {warning}", file=sys.stderr)
+        for key in ("mismatch", "warning"):
+            if (warning := found.pop(key, None)) is not None:
+                warn(warning)
         return found
 
     def _compare(self, table: SettingsTable, written: set[str], found: Mapping[str, Any]) -> None:
+        if (mismatch := found.get("mismatch")) is not None and not self.other_tokenizer:
+            raise ConfigError(f"{mismatch}. If it is meant all the same: --other-tokenizer")
         given = table.terms()
         wrong = [
             f"  terms.{key} is {given[key]} ({table.origin('terms', key)}), but {self._named(TERMS_OF_FOLDERS[key])} "

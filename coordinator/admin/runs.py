@@ -66,6 +66,10 @@ def create(
     precision: Annotated[
         Literal["fp32", "bf16"], typer.Option(help="Type of the trained weights; part of the layout digest.")
     ] = "fp32",
+    other_tokenizer: Annotated[
+        bool,
+        typer.Option("--other-tokenizer", help="Take data that was prepared with another tokenizer than the model's."),
+    ] = False,
     rpc: Rpc = RPC_DEFAULT,
     priority_fee: PriorityFee = 0,
     dry_run: DryRun = False,
@@ -80,7 +84,8 @@ def create(
         owner = wallet.pubkey()
         base = load_recipe(recipe).settings() if recipe else None
         table = settings_table(run_id, config, overrides or [], base)
-        folders, computed = Folders(model, data, precision), dict[str, Any]()
+        folders, computed = Folders(model, data, precision, other_tokenizer), dict[str, Any]()
+        warnings = list[str]()
         settings = folders.draft(table)
         authority = Pubkey.from_string(settings.join_authority) if settings.join_authority else None
         places = run_addresses(program_id, owner, settings.run_id)
@@ -107,14 +112,14 @@ def create(
             if folders.any:
                 # Weights of 70 GB take minutes to read: whatever else is wrong is told before.
                 await rehearse(client, manner, step(settings))
-                computed = await asyncio.to_thread(folders.terms, table, settings.terms.topk)
+                computed = await asyncio.to_thread(folders.terms, table, settings.terms.topk, warnings.append)
                 for line in folder_lines(table, computed):
                     print(line, file=sys.stderr)
                 settings = table.with_terms(computed).checked()
             created = Created(settings, await slot_seconds(client))
             for line in () if as_json else created.lines():
                 print(line)
-            for caution in created.cautions():
+            for caution in (*created.cautions(), *warnings):
                 print(f"warning: {caution}", file=sys.stderr)
             about = {"run_id": settings.run_id, "address": str(run), "owner": str(owner), "computed": computed}
             await carry_out(

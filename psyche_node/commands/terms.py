@@ -28,9 +28,9 @@ def terms(
     """Print the part of a run's terms that follows from a model and a data folder, as nodes work it out.
 
     `psyche-admin run create --model FOLDER --data FOLDER` fills it in by itself. Warns where the data was rendered with
-    another chat template than the model folder's own.
+    another chat template than the model folder's own, or prepared with another tokenizer.
     """
-    from psyche_node.data.agreement import template_warning
+    from psyche_node.data.agreement import other_tokenizer, rendering_of
     from psyche_node.data.dataset import PackedDataset
     from psyche_node.data.errors import DataError
     from psyche_node.data.manifest import Manifest
@@ -45,21 +45,25 @@ def terms(
         built = None if model is None else BuiltModel.build(model, topk, precision == "bf16", manifest)
         found = {} if built is None else built.terms | {"topk": topk}
         found |= {} if manifest is None else terms_of_data(manifest)
-        warning = None
+        about = dict[str, str]()
         if not quick:
+            if model is not None and manifest is not None and data is not None and (model / "tokenizer.json").is_file():
+                rendering = rendering_of(data, manifest, model)
+                if rendering is None:
+                    about["mismatch"] = other_tokenizer(data, model)
+                elif rendering.warning is not None:
+                    about["warning"] = rendering.warning
             if as_json and early:
-                typer.echo(json.dumps(found))
+                typer.echo(json.dumps(found | about))
                 sys.stdout.flush()
             if data is not None:
                 PackedDataset(data)
             if built is not None:
                 found = built.root() | found
-            if model is not None and manifest is not None and data is not None and (model / "tokenizer.json").is_file():
-                warning = template_warning(data, manifest, model)
     if as_json:
-        typer.echo(json.dumps(found if warning is None else found | {"warning": warning}))
+        typer.echo(json.dumps(found | about))
         return
-    if warning is not None:
+    for warning in about.values():
         typer.secho(f"warning: {warning}", fg="yellow", err=True)
     typer.echo("[terms]")
     for key, value in found.items():

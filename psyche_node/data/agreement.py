@@ -51,12 +51,15 @@ def rendering_of(data: Path, manifest: Manifest, model: Path, chosen: str | None
 def template_warning(data: Path, manifest: Manifest, model: Path) -> str | None:
     """What an owner should know before a run of ``data`` and ``model``; None if they agree. Raises DataError."""
     rendering = rendering_of(data, manifest, model)
-    if rendering is None:
-        return (
-            f"{data} was prepared with another tokenizer than that of {model}, or with a chat template that is not "
-            "beside its manifest. Prepare the data with this model's folder"
-        )
-    return rendering.warning
+    return other_tokenizer(data, model) if rendering is None else rendering.warning
+
+
+def other_tokenizer(data: Path, model: Path) -> str:
+    """What there is to say where `rendering_of` knows nothing."""
+    return (
+        f"{data} was prepared with another tokenizer than that of {model}, or with a chat template that is not "
+        f"beside its manifest. Prepare the data with this model's folder: psyche-node data prepare --tokenizer {model}"
+    )
 
 
 def _warning(data: Path, name: str, model: Path, own: str | None) -> str:

@@ -158,8 +158,10 @@ class NodeConfig(BaseModel):
             try:
                 parse_bootstrap(address)
             except (Malformed, IdentityError) as error:
+                # Of an address in quite another form, the part that is missing would be said to be wrong.
+                why = f": {error}" if "/p2p/" in address else ""
                 raise ValueError(
-                    f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts: {error}"
+                    f"{address!r} is not /ip4/IP/tcp/PORT/p2p/ID, as a node prints it when it starts{why}"
                 ) from error
         return addresses
 

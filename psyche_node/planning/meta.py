@@ -8,6 +8,7 @@ import torch
 
 from optimizer.layout import Layout, LayoutError
 from psyche_node.planning.errors import PlanError
+from psyche_node.planning.names import unknown_kind
 from psyche_node.planning.shape import ModelConfig, ModelShape, shape_of
 from psyche_node.planning.sizes import NOT_A_MODEL
 
@@ -16,6 +17,8 @@ def shape_from(config: ModelConfig) -> ModelShape:
     """The shape of the model that transformers makes of a config. Raises PlanError."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
+    if (unknown := unknown_kind(config.values.get("model_type"))) is not None:
+        raise PlanError(f"{config.file}: {unknown}")
     try:
         values = {key: value for key, value in config.values.items() if key != "model_type"}
         made = AutoConfig.for_model(str(config.values.get("model_type")), **values)

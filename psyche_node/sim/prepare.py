@@ -21,6 +21,7 @@ from psyche_node.exits import exit_for, in_words
 from psyche_node.folder_files import TEMPLATE
 from psyche_node.folders import terms_of_data, terms_of_model
 from psyche_node.planning.context import beyond, context_window
+from psyche_node.planning.names import mistyped
 from psyche_node.planning.sizes import config_values
 from psyche_node.sim.samples import SampleCounts
 from psyche_node.sim.settings import Prepared, SimSettings
@@ -68,10 +69,18 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         ),
         question=shortened(first_question(data.packed, ChatTemplate(data.tokenizer, data.rendering.template))),
         notes=data.notes,
-        warnings=tuple(warning for warning in (data.rendering.warning, *data.warnings, unseen) if warning is not None),
+        warnings=tuple(filter(None, (data.rendering.warning, *data.warnings, unseen, *_slips(source)))),
         model_source=_short(settings.model or "demo"),
         data_source=_short(settings.data or "Python standard library documentation"),
     )
+
+
+def _slips(source: Path | None) -> list[str]:
+    """What looks mistyped in the config that the model is made from."""
+    if source is None:
+        return []
+    file = source / "config.json" if source.is_dir() else source
+    return [f"{file}: {slip}" for slip in mistyped(config_values(file))]
 
 
 def shortened(question: str | None) -> str | None:

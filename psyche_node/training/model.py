@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
+from psyche_node.planning.names import mistyped, unknown_kind
 from psyche_node.planning.sizes import NOT_A_MODEL, bad_size, config_values
 from psyche_node.training.errors import ModelError
 from psyche_node.training.weight_files import INDEX, SINGLE
@@ -121,7 +122,11 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
     file = folder / "config.json"
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json. Name a Hugging Face model folder")
-    _check_sizes(file, _values(file))
+    values = _values(file)
+    _check_sizes(file, values)
+    unknown = unknown_kind(values["model_type"]) if isinstance(values.get("model_type"), str) else None
+    if unknown is not None and "auto_map" not in values:
+        raise ModelError(f"{file}: {unknown}")
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
         if hasattr(config, "vision_config"):
@@ -131,7 +136,7 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
                 f"{folder} holds quantised weights (quantization_config in config.json), which cannot be trained. Use "
                 "the model in float32, bfloat16 or float16, without that key"
             )
-        reasons = without_dropout(config)
+        reasons = [f"{file}: {slip}" for slip in mistyped(values)] + without_dropout(config)
         with torch.device("meta"):
             model = cast(Any, AutoModelForCausalLM).from_config(config, dtype=dtype)
         if model.can_generate() and (folder / _ADVICE).is_file():
@@ -206,6 +211,8 @@ def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
         if values["model_type"] == "seed_oss":
             values.setdefault(name, 0.0)
     kind = values.pop("model_type")
+    if (unknown := unknown_kind(kind)) is not None:
+        raise ModelError(unknown)
     try:
         config = AutoConfig.for_model(kind, **values)
     except NOT_A_MODEL as error:

@@ -222,3 +222,10 @@ def test_rotating_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
     assert done.exit_code == Exit.CONFIG
     assert "is no folder" in done.output
     assert not (tmp_path / "none").exists()
+
+
+def test_of_a_bootstrap_address_in_another_form_the_right_one_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"'127.0.0.1:4001' is not /ip4/IP/tcp/PORT/p2p/ID, .* when it starts$"):
+        load(tmp_path, GOOD, bootstrap=("127.0.0.1:4001",))
+    with pytest.raises(ConfigError, match=r"when it starts: .*names no usable port"):
+        load(tmp_path, GOOD, bootstrap=("/ip4/203.0.113.7/tcp/0/p2p/x",))

@@ -106,17 +106,30 @@ def test_contradictions_are_told_before_anything_is_read(model_dir: Path, packed
         Folders(tmp_path, tmp_path, "fp32").terms(table({"update_bytes": 9}), 64)
 
 
-def test_an_owner_hears_of_another_template(
-    model_dir: Path, packed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_an_owner_hears_of_another_template(model_dir: Path, packed: Path, tmp_path: Path) -> None:
     model = tmp_path / "model"
     shutil.copytree(model_dir, model)
     (model / "chat_template.jinja").write_text("{{ messages }}")
-    found = Folders(model, packed, "fp32").terms(table({}), 64)
+    heard: list[str] = []
+    found = Folders(model, packed, "fp32").terms(table({}), 64, heard.append)
     assert set(found) == set(TERMS_OF_FOLDERS)
-    said = capsys.readouterr().err
-    assert f"warning: {packed} was rendered with the chat template" in said
+    (said,) = heard
+    assert f"{packed} was rendered with the chat template" in said
     assert f"and {model} has another one" in said
+
+
+def test_data_of_another_tokenizer_is_refused_unless_it_is_wanted(
+    model_dir: Path, packed: Path, tmp_path: Path
+) -> None:
+    model, heard = tmp_path / "model", list[str]()
+    shutil.copytree(model_dir, model)
+    file = model / "tokenizer.json"
+    file.write_bytes(file.read_bytes() + b"\n")
+    with pytest.raises(ConfigError, match=r"prepared with another tokenizer than that of .* --other-tokenizer$"):
+        Folders(model, packed, "fp32").terms(table({}), 64)
+    found = Folders(model, packed, "fp32", other_tokenizer=True).terms(table({}), 64, heard.append)
+    assert set(found) == set(TERMS_OF_FOLDERS)
+    assert len(heard) == 1
 
 
 def test_nothing_is_worked_out_twice(
@@ -135,14 +148,13 @@ def test_nothing_is_worked_out_twice(
     Folders(model, packed, "fp32").terms(table({"sequence_length": 64}), 64)
     counted(folders, "build_model")
     counted(TextCoder, "read")
-    counted(agreement, "template_warning")
+    counted(agreement, "rendering_of")
     words = ["--model", model, "--data", packed, "--topk", "64", "--json"]
     early, whole = map(json.loads, printed(*words, "--early").splitlines())
     quick = json.loads(printed(*words, "--quick"))
-    assert early == quick
+    assert early == quick | {"warning": whole["warning"]}
     assert early.items() < whole.items()
-    assert "warning" in whole
-    assert sorted(done) == ["Popen", "build_model", "build_model", "template_warning"]
+    assert sorted(done) == ["Popen", "build_model", "build_model", "rendering_of"]
 
 
 def test_a_vocabulary_that_is_too_small_is_found_before_the_run_is_made(
