@@ -208,11 +208,14 @@ def rotate(
 def _run(config: Path | None, overrides: dict[str, object], interrupts: Interrupts) -> Exit:
     """Run the node until SIGTERM or SIGINT; return the exit code."""
     # Imported late: `psyche-node --help` and a wrong flag should not wait for the chain client and the codec.
+    from psyche_node.evaluation.errors import TaskError
+    from psyche_node.evaluation.opening import open_between
     from psyche_node.node.config import ConfigError, load_config
 
     try:
         settings = load_config(config, overrides)
-    except ConfigError as error:
+        open_between(settings.tasks)  # which the training process would find out after minutes of loading
+    except (ConfigError, TaskError) as error:
         typer.secho(str(error), fg="red", err=True)
         return _last_line(exit_for(error))
     from psyche_node.node.daemon import Node

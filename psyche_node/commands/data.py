@@ -110,7 +110,7 @@ def prepare(
 
 @app.command()
 def show(
-    source: Annotated[Path, typer.Argument(help="Prepared folder, or a file of samples.")],
+    source: Annotated[str, typer.Argument(help="Prepared folder, or a file of samples.")],
     number: Annotated[int, typer.Argument(min=0, help="Which sequence, or sample, counted from 0.")] = 0,
     tokenizer: Annotated[
         Path | None,
@@ -128,17 +128,21 @@ def show(
     """Show which tokens are trained: of a packed sequence, or of a sample as it would be prepared."""
     from psyche_node.data.encode import Encoder
     from psyche_node.data.errors import DataError
+    from psyche_node.data.locate import is_remote
     from psyche_node.data.preview import is_prepared, preview_sample, preview_sequence
     from psyche_node.data.samples import SampleFormat
 
+    path = Path(source)
     with _work():
-        if is_prepared(source):
-            preview = preview_sequence(source, number, tokenizer, heldout=heldout)
+        if is_remote(source):
+            raise DataError(f"{source}: only what is on this host is shown. Download a file of it, and name that")
+        if is_prepared(path):
+            preview = preview_sequence(path, number, tokenizer, heldout=heldout)
         elif tokenizer is None:
             raise DataError(f"{source} is no prepared folder. To show a file of samples, name a `--tokenizer`")
         else:
             encoder = Encoder(tokenizer, template, length_control)
-            preview = preview_sample(source, number, encoder, SampleFormat(form))
+            preview = preview_sample(path, number, encoder, SampleFormat(form))
         _show(preview, as_json)
 
 

@@ -10,6 +10,8 @@ import typer
 
 from psyche_node import log as logs
 from psyche_node.commands.ending import failures
+from psyche_node.commands.interrupts import Interrupts
+from psyche_node.exits import Exit
 from psyche_node.generation import GenerationError
 from psyche_node.generation.folder import check_folder
 from psyche_node.serving.errors import ServeError
@@ -35,9 +37,11 @@ def serve(
     device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1.")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 or float16.")] = "auto",
 ) -> None:
-    """Serve a model at http://HOST:PORT/v1 for clients of OpenAI's interface. SIGTERM or Ctrl-C ends it."""
+    """Serve a model at http://HOST:PORT/v1 for clients of OpenAI's interface. SIGTERM or Ctrl-C ends it: answers under
+    way are finished first, for as long as --grace says, and cut off by a second one."""
     logs.configure("serve")
-    with failures(GenerationError, ServeError):
+    interrupts = Interrupts()
+    with failures(GenerationError, ServeError), interrupts.heard():
         check_folder(folder)
         key = None if api_key_file is None else read_key(api_key_file)
         with bind(host, port) as taken:
@@ -49,4 +53,6 @@ def serve(
             engine = Engine.load(folder, device, dtype)
             for reason in engine.reasons:
                 log.info("%s", reason)
-            run(engine, taken, Terms(name or folder.resolve().name, max_tokens, waiting, key, grace))
+            terms = Terms(name or folder.resolve().name, max_tokens, waiting, key, grace)
+            run(engine, taken, terms, interrupts.call)
+    raise typer.Exit(Exit.INTERRUPTED)

@@ -19,6 +19,11 @@ _OTHER_SPLITS = frozenset(["test", "testing", "valid", "validation", "val", "dev
 _REPOSITORY = re.compile(r"(?P<name>[\w.-]+/[\w.-]+?)(?:@(?P<revision>[^/]+))?(?:/(?P<path>.+))?")
 
 
+def is_remote(source: str) -> bool:
+    """Whether ``source`` is fetched, and not a path."""
+    return is_url(source) or source.startswith("hf://")
+
+
 def find_files(
     source: str, cache: Path, limit: int = LARGEST_DOWNLOAD, note: Callable[[str], None] = lambda line: None
 ) -> list[Path]:
@@ -99,10 +104,12 @@ def _hub(source: str, cache: Path, limit: int, note: Callable[[str], None]) -> l
 
     from psyche_node.data.download import download
 
+    # Without a network it raises the errors of its HTTP client, which one differs between versions.
+    lost = tuple(base for base in HfHubHTTPError.__bases__ if issubclass(base, Exception))
     name, path = parts["name"], parts["path"] or ""
     try:
         info = HfApi().dataset_info(name, revision=parts["revision"], files_metadata=False, timeout=30)
-    except (HfHubHTTPError, OfflineModeIsEnabled, OSError) as error:
+    except (*lost, OfflineModeIsEnabled, OSError) as error:
         raise DataError(
             f"{source} cannot be looked up ({' '.join(str(error).split())[:200]}). Check name, access (HF_TOKEN) and "
             "network; offline, name a folder with its files"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby, islice, pairwise
 from pathlib import Path
@@ -12,9 +13,9 @@ from tokenizers import Tokenizer
 
 from psyche_node.data.dataset import PackedDataset
 from psyche_node.data.encode import Encoder
-from psyche_node.data.errors import DataError
+from psyche_node.data.errors import BadSample, DataError
 from psyche_node.data.manifest import NAME
-from psyche_node.data.samples import SampleFormat, read_any
+from psyche_node.data.samples import AnySample, SampleFormat, read_any
 from psyche_node.data.textcoding import TextCoder
 
 
@@ -80,16 +81,32 @@ def preview_sequence(folder: Path, number: int, tokenizer: Path | None, *, heldo
 
 
 def preview_sample(file: Path, number: int, encoder: Encoder, form: SampleFormat) -> Preview:
-    """Return a sample of a file, counted from 0, as it would be prepared.
+    """Return a sample of a file, counted from 0, as it would be prepared. Bad ones before it count, too.
 
     Raises:
-        BadSample: it cannot be encoded, or one before it is no sample.
+        BadSample: it is no sample, or cannot be encoded.
         DataError: the file cannot be read, or has fewer samples.
     """
-    samples = islice(read_any(file, form), number, number + 1)
+    samples = islice(_wanted(file, number, form), 1)
     for sample, (ids, trained) in encoder.documents(samples):
         return Preview(sample.where, [Document(_runs(ids, trained, encoder.template.tokenizer))])
     raise DataError(f"{file} has no sample {number}: they are counted from 0. Choose a smaller one")
+
+
+def _wanted(file: Path, number: int, form: SampleFormat) -> Iterator[AnySample]:
+    """The samples from the one with this number on. Raises BadSample if it, or one after it, is none."""
+    seen = 0
+
+    def passes(error: BadSample) -> None:
+        nonlocal seen
+        if seen >= number:
+            raise error
+        seen += 1
+
+    for sample in read_any(file, form, passes):
+        if seen >= number:
+            yield sample
+        seen += 1
 
 
 def is_prepared(path: Path) -> bool:

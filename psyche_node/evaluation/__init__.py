@@ -13,10 +13,11 @@ from psyche_node.evaluation.results import Heldout, Measure, Results, TaskResult
 from psyche_node.evaluation.task import Task, load_task
 
 if TYPE_CHECKING:
+    from psyche_node.evaluation.opening import open_tasks
     from psyche_node.evaluation.subject import Subject
-    from psyche_node.evaluation.suite import open_tasks, run_suite
+    from psyche_node.evaluation.suite import run_suite
 
-_HOMES = {"Subject": "subject", "open_tasks": "suite", "run_suite": "suite"}
+_HOMES = {"Subject": "subject", "open_tasks": "opening", "run_suite": "suite"}
 
 __all__ = [
     "EvaluationError",

@@ -15,12 +15,12 @@ from typing import Any
 
 from torch import Tensor
 
-from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.evaluate import lacks_switch
+from psyche_node.evaluation.opening import open_between
 from psyche_node.evaluation.results import Results
 from psyche_node.evaluation.steps import Steps
 from psyche_node.evaluation.subject import Subject
-from psyche_node.evaluation.suite import open_tasks, run_suite
+from psyche_node.evaluation.suite import run_suite
 from psyche_node.training.session import Session
 
 log = logging.getLogger(__name__)
@@ -41,13 +41,7 @@ class TasksBetween:
 
     def __init__(self, session: Session, model_dir: Path, files: Sequence[Path]) -> None:
         self._session = session
-        self._tasks = open_tasks(files)
-        for file, one in zip(files, self._tasks, strict=True):
-            if one.task.temperature > 0.0:
-                raise TaskError(
-                    f"{file}: a node interrupts its tasks whenever a round begins, which would change sampled answers; "
-                    "set the temperature to 0, or use `psyche-node eval` on the checkpoint"
-                )
+        self._tasks = open_between(files)
         self._subject = Subject.lent(session.model, model_dir, session.device)
         for one in self._tasks:
             if lacks_switch(self._subject, one.task):

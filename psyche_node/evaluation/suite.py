@@ -3,36 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from psyche_node.data import PackedDataset
 from psyche_node.evaluation.answering import Cut, never
-from psyche_node.evaluation.errors import TaskError
 from psyche_node.evaluation.evaluate import evaluate, lacks_switch
-from psyche_node.evaluation.examples import Loaded, open_task
+from psyche_node.evaluation.examples import Loaded
 from psyche_node.evaluation.heldout import measure_heldout
 from psyche_node.evaluation.results import Results
 from psyche_node.evaluation.steps import Steps, T
 from psyche_node.evaluation.subject import Subject
-from psyche_node.evaluation.task import Thinking
 from psyche_node.training.hashing import model_root
-
-
-def open_tasks(files: Sequence[Path], limit: int = 0, thinking: Thinking | None = None) -> list[Loaded]:
-    """Open task files, with ``thinking`` instead of what those say that have a switch.
-
-    Raises:
-        TaskError: a file is not a task, or two have one name.
-    """
-    opened = list[Loaded]()
-    for file in files:
-        one = open_task(file, limit)
-        if thinking is not None and one.task.chat and one.task.kind == "generate_until":
-            one = Loaded(one.task.model_copy(update={"thinking": thinking}), one.examples, one.data_sha256)
-        if one.task.name in {other.task.name for other in opened}:
-            raise TaskError(f"{file}: another task is called {one.task.name!r}, too. Give it another `name`")
-        opened.append(one)
-    return opened
 
 
 def run_suite(

@@ -231,6 +231,7 @@ class Node:
             micro_batch=config.micro_batch,
             options=config.options,
             layout_digest=run.terms.layout_digest.hex(),
+            model_root=run.terms.model_root.hex(),
             data_manifest=run.terms.data_manifest.hex(),
             data_source=run.terms.data_source,
         )
@@ -297,10 +298,10 @@ class Node:
             wait_seconds=round(loop.wait_seconds, 3),
         )
         log.info(
-            "the run is finished after %d rounds: held-out loss %.4f, weights %s, model in %s. For %.0f s others can "
+            "the run is finished after %d rounds: held-out loss %s, weights %s, model in %s. For %.0f s others can "
             "still fetch from this node",
             run.final_rounds,
-            loss,
+            "none: nothing is held out" if loss is None else f"{loss:.4f}",
             weights.sha256,
             self._config.folder / CHECKPOINT,
             LINGER_SECONDS,

@@ -353,13 +353,14 @@ class RoundLoop:
             return
         self._journal.write("checkpoint", round=run.round, model_root=root.hex(), folder=str(folder))
 
-    async def evaluate(self, round_number: int) -> float:
-        """Measure the held-out loss of the current weights, journal it and return it."""
+    async def evaluate(self, round_number: int) -> float | None:
+        """Measure the held-out loss of the current weights, journal it and return it; None: nothing is held out."""
         started = time.monotonic()
         reply = await self._trainer.call(Evaluate(), Evaluated)
         seconds = round(time.monotonic() - started, 4)
-        self._journal.write("evaluated", round=round_number, heldout_loss=reply.loss, seconds=seconds)
-        return reply.loss
+        loss = reply.loss if reply.tokens else None
+        self._journal.write("evaluated", round=round_number, heldout_loss=loss, seconds=seconds)
+        return loss
 
 
 def _away(round_number: int, now: int) -> Desynced:

@@ -1,11 +1,13 @@
 """What clients may ask: the requests of OpenAI's interface, as far as one model on one engine can answer them.
 
-A parameter that would change the answer and is not supported is refused unless it has its neutral value; what changes
-nothing (``user``, ``metadata``, ``store``) or is not known is ignored, so that clients for other servers work.
+A parameter that would change the answer and is not supported is refused unless it has its neutral value. What OpenAI
+knows and changes nothing here (``user``, ``metadata``, ``store``) is ignored; what it does not know either is refused,
+as OpenAI does, for a mistyped name would otherwise change nothing without a word.
 """
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, NamedTuple, TypeVar
@@ -43,8 +45,24 @@ _NEUTRAL: Mapping[str, tuple[Any, ...]] = {
     "audio": (),
     "web_search_options": (),
     "prediction": (),
+    "moderation": (),
+    "top_k": (-1, 0),
+    "min_p": (0,),
+    "repetition_penalty": (1,),
 }
-"""Parameters that are not supported, with the values under which they ask for nothing; null is always one."""
+"""Parameters that are not supported, OpenAI's and other servers', with the values under which they ask for nothing;
+null is always one."""
+
+_CHANGES_NOTHING: frozenset[str] = frozenset(
+    {
+        *("user", "metadata", "store", "service_tier", "safety_identifier", "verbosity", "parallel_tool_calls"),
+        *("prompt_cache_key", "prompt_cache_options", "prompt_cache_retention"),
+    }
+)
+"""OpenAI's parameters that are about its own service, or hints."""
+
+
+_LONGEST_NAME = 64
 
 
 class _Model(BaseModel):
@@ -247,6 +265,16 @@ def parse(kind: type[Asked], body: object) -> Asked:
     """Return the request a JSON body holds. Raises ApiError."""
     if not isinstance(body, dict):
         raise ApiError(400, "the body is not a JSON object")
+    known = {*kind.model_fields, *_NEUTRAL, *_CHANGES_NOTHING}
+    for name in body.keys() - known:
+        near = difflib.get_close_matches(name[:_LONGEST_NAME], sorted(kind.model_fields), 1)
+        hint = f". Did you mean {near[0]}?" if near else ""
+        raise ApiError(
+            400,
+            f"Unrecognized request argument supplied: {name[:_LONGEST_NAME]}{hint}",
+            param=name[:_LONGEST_NAME],
+            code="unknown_parameter",
+        )
     for name, neutral in _NEUTRAL.items():
         value = body.get(name)
         if value is not None and value not in neutral:

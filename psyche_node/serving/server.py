@@ -6,9 +6,8 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import signal
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from math import ceil
 from typing import TYPE_CHECKING
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from psyche_node.generation import Engine
 
 log = logging.getLogger(__name__)
+
+StoppedBy = Callable[[Callable[[], object]], contextlib.AbstractContextManager[None]]
 
 _LAST_SECONDS = 15
 """For answers that were cut off to reach their clients: they end at the next token, which a large model takes a while
@@ -53,27 +54,40 @@ class Terms:
 
 
 class _Server(uvicorn.Server):
-    """Cuts off the answers that are not finished ``grace`` seconds after it was told to stop.
+    """Cuts off the answers that are not finished ``grace`` seconds after it was told to stop, or is told again.
 
     uvicorn alone would cancel their handlers: a stream would break, and a whole answer would be an error of the server.
     """
 
-    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float) -> None:
+    def __init__(self, config: uvicorn.Config, scheduler: Scheduler, grace: float, ready: Callable[[], None]) -> None:
         super().__init__(config)
-        self._scheduler, self._grace = scheduler, grace
+        self._scheduler, self._grace, self._ready = scheduler, grace, ready
+
+    def stop(self) -> None:
+        """To be called by a signal's handler, at whatever moment: before it serves, too."""
+        if self.should_exit:
+            self._scheduler.stop()
+        self.should_exit = True
+
+    @contextlib.contextmanager
+    def capture_signals(self) -> Generator[None, None, None]:
+        """Signals are the command's, which hears them from its beginning on."""
+        yield
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        self._ready()
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._grace, self._scheduler.stop)
         await super().shutdown(sockets)
 
 
-def serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
-    """Serve until SIGTERM or Ctrl-C, which end as KeyboardInterrupt once answers under way are finished or cut off."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    asyncio.run(_serve(engine, taken, terms))
+def serve(engine: Engine, taken: socket.socket, terms: Terms, stopped_by: StoppedBy) -> None:
+    """Serve until told to stop, and answers under way are finished or cut off.
 
-
-async def _serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
+    ``stopped_by`` has the function that it is given called, on this thread, to stop it, as long as its context lasts.
+    """
     scheduler = Scheduler(engine, terms.waiting)
 
     @contextlib.asynccontextmanager
@@ -98,5 +112,7 @@ async def _serve(engine: Engine, taken: socket.socket, terms: Terms) -> None:
     host, port = taken.getsockname()[:2]
     if terms.key is None and not ipaddress.ip_address(host).is_loopback:
         log.warning("everyone who can reach %s port %d can use this model; --api-key-file asks for a key", host, port)
-    log.info("%s at http://%s:%d/v1", terms.name, f"[{host}]" if ":" in host else host, port)
-    await _Server(config, scheduler, terms.grace).serve(sockets=[taken])
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}/v1"
+    server = _Server(config, scheduler, terms.grace, lambda: log.info("%s at %s", terms.name, address))
+    with stopped_by(server.stop):
+        asyncio.run(server.serve(sockets=[taken]))

@@ -24,6 +24,7 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
             gap = f"{heldout / result.baseline.heldout_loss - 1:+.1%} against AdamW".replace("-", "\N{MINUS SIGN}")
     if heldout is not None and not gap:
         gap = f"{1 - heldout / entropy:.0%} below single tokens" if heldout < entropy else "not below single tokens"
+    value, _, why = result.heldout_text.partition(": ")
     marks.append(("entropy", entropy))
     identical = result.replicas_identical
     holders = sum(node.weights_sha256 is not None for node in result.members)
@@ -32,7 +33,7 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
     sent = units.bytes_text(result.bytes_sent_total)
     durations = [record.end - record.start for record in result.timeline]
     made: list[dict[str, Any]] = [
-        {"title": "Held-out loss", "value": "unknown" if heldout is None else f"{heldout:.3f}", "note": gap,
+        {"title": "Held-out loss", "value": value, "note": gap or why,
          "gauge": charts.gauge(marks) if heldout is not None else "", "lines": lines, "kind": ""},
         {"title": "Replicas", "value": "Identical" if identical else "Different",
          "kind": "good" if identical else "bad",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, cast
 
@@ -138,6 +139,7 @@ def simulate(
     except (ValueError, ConfigError) as error:
         typer.secho(f"psyche-sim: {error}", fg="red", err=True)
         raise typer.Exit(Exit.USAGE) from None
+    _check_tasks(settings.tasks)
     try:
         code = asyncio.run(_simulate(settings, started))
     except KeyboardInterrupt:  # before the handler below was there, and anything was started
@@ -157,6 +159,18 @@ def _prepared_length(data: str | None) -> int | None:
         return None
     with failures(DataError):
         return Manifest.read(Path(data)).sequence_length
+
+
+def _check_tasks(files: Sequence[Path]) -> None:
+    """Say what is wrong with a task file before anything is started, rather than when a node comes to it."""
+    if not files:
+        return
+    # Imported late, as above.
+    from psyche_node.evaluation.errors import TaskError
+    from psyche_node.evaluation.opening import open_between
+
+    with failures(TaskError):
+        open_between(files)
 
 
 async def _simulate(settings: SimSettings, started: float) -> int:

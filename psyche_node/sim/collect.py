@@ -57,7 +57,8 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
     tokens = sum(int(line["tokens"]) for node in world.nodes for line in node.all("trained"))
     committed = sum(len(members) for members in record.committed.values())
     evaluated = sorted((line for node in world.nodes for line in node.all("evaluated")), key=lambda line: line["time"])
-    losses_by_round = {int(line["round"]) + 1: line["heldout_loss"] for line in evaluated}
+    measured = [line for line in evaluated if line["heldout_loss"] is not None]  # None: nothing is held out
+    losses_by_round = {int(line["round"]) + 1: line["heldout_loss"] for line in measured}
     curve = [CurvePoint(round=number, loss=loss) for number, loss in sorted(losses_by_round.items())]
     first = min((line["time"] for node in world.nodes for line in node.all("trained")), default=None)
     return RunResult(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import ctypes
+import json
 import os
 import signal
 import subprocess
@@ -86,7 +87,7 @@ class Managed:
             code = self.process.poll() or await self.stop()
             # One that knew what was wrong has said so in a line; of any other the whole traceback may be needed.
             known = code > Exit.UNEXPECTED
-            raise ProcessEnded(self.name, code, self.log, self.tail(12 if known else 60))
+            raise ProcessEnded(self.name, code, self.log, _said(self.tail()) if known else self.tail(60))
         return line.decode()
 
     async def wait(self) -> int:
@@ -147,6 +148,21 @@ class MemoryWatch:
             self.peaks[name] = max(self.peaks.get(name, 0), tree)
             total += tree
         self.now, self.peak = total, max(self.peak, total)
+
+
+def _said(tail: str) -> str:
+    """What a log's lines say to a person: of what was logged, the messages that warn; all else as it is."""
+    words = []
+    for line in tail.splitlines():
+        try:
+            logged = json.loads(line) if line.startswith("{") else None
+        except ValueError:
+            logged = None
+        if logged is None:
+            words.append(line)
+        elif logged.get("level") not in ("DEBUG", "INFO"):
+            words.append(str(logged.get("msg", line)))
+    return "\n".join(words) or tail
 
 
 def _resident(process: psutil.Process) -> int:

@@ -255,9 +255,9 @@ class RunResult(Record):
     loss: list[Loss]
     """Training loss per round: the mean over the members, weighted by tokens; null if no member reported one."""
     heldout_loss: Loss
-    """Held-out loss at the end."""
+    """Held-out loss at the end; null if nothing is held out, or none was measured."""
     heldout_curve: list[CurvePoint]
-    """Held-out loss over the rounds."""
+    """Held-out loss over the rounds; empty if nothing is held out."""
     unigram_entropy: float
     """Entropy of the single tokens of the training data, in nats: the loss of a model that knows only frequencies."""
     baseline: Baseline | None = None
@@ -328,6 +328,13 @@ class RunResult(Record):
     def members(self) -> list[NodeResult]:
         """The nodes that were members of the run, outsiders left out."""
         return [node for node in self.nodes if node.slot is not None]
+
+    @property
+    def heldout_text(self) -> str:
+        """The held-out loss at the end, or why there is none."""
+        if self.heldout_loss is not None:
+            return f"{self.heldout_loss:.3f}"
+        return "none: nothing is held out" if self.data is not None and not self.data.heldout else "unknown"
 
     @property
     def void_rounds(self) -> list[int]:

@@ -122,7 +122,9 @@ async def _train(world: World, console: Console) -> tuple[RunResult, Exit]:
             display.log("what the run cost is not known: the ledger does not answer", "warning")
         await world.stop_nodes()
         _keep_model(world)
-        if world.settings.baseline and outcome == "finished":
+        if world.settings.baseline and not world.prepared.counts.heldout:
+            display.log("no comparison with AdamW: nothing is held out to compare them by", "warning")
+        elif world.settings.baseline and outcome == "finished":
             display.update(snapshot(world, stage="comparing with AdamW on the same tokens, in one process"))
             try:
                 baseline = await _baseline(world)

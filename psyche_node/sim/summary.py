@@ -44,10 +44,12 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
     rows: list[tuple[str, str, str]] = []
     heldout, entropy = result.heldout_loss, result.unigram_entropy
     if heldout is None:
-        rows.append(("held-out loss", "unknown", "yellow"))
+        rows.append(("held-out loss", result.heldout_text, "yellow"))
     else:
         below = heldout < entropy
-        text = f"{heldout:.3f} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        text = (
+            f"{result.heldout_text} ({'below' if below else 'not below'} the entropy of single tokens, {entropy:.3f})"
+        )
         rows.append(("held-out loss", text, "" if below else "yellow"))
         if result.baseline is not None and result.baseline.heldout_loss is not None:
             dense = result.baseline.heldout_loss

@@ -13,6 +13,10 @@ class ModelError(TrainingError):
     """A model folder or configuration cannot be used."""
 
 
+class NotTheRuns(ModelError):
+    """A model folder holds another model than the one that the run trains."""
+
+
 class SeparationError(TrainingError):
     """Logits depend on tokens that they must not: on other documents of a pack, or on what comes after them."""
 

@@ -34,6 +34,8 @@ class Load(Message):
     """How the model is run."""
     layout_digest: Hex32 | None = None
     """Of the run: it says what precision weights are kept in. None: as ``options`` say."""
+    model_root: Hex32 | None = None
+    """Of the run: with it, a model of other tensors is refused before it is loaded. None: it is only reported."""
     data_manifest: Hex32 | None = None
     """The data that the run trains on; another one is refused, naming what differs. None: it is only reported."""
     data_source: str = ""

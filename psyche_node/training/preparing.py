@@ -17,7 +17,7 @@ from psyche_node.planning.memory import Attention
 from psyche_node.planning.shape import has_experts
 from psyche_node.training.attention import NAMES, candidates
 from psyche_node.training.device import Device, choose_device
-from psyche_node.training.errors import ModelError, OutOfMemory, OutOfStep, SeparationError, TrainingError
+from psyche_node.training.errors import ModelError, NotTheRuns, OutOfMemory, OutOfStep, SeparationError, TrainingError
 from psyche_node.training.fit import Site, checkpoint_activations, choose_fit, free_memory
 from psyche_node.training.forward import LossFunction, Root
 from psyche_node.training.model import build_model
@@ -134,6 +134,20 @@ def runs_in_bf16(wanted: str, shapes: Shapes, topk: int, layout_digest: bytes | 
     if wanted != "auto" or layout_digest is None:
         return wanted == "bf16"
     return Layout.build(shapes, topk, only_bf16=True).digest == layout_digest
+
+
+def check_tensors(folder: Path, shapes: Shapes, topk: int, layout_digest: bytes, root: str) -> None:
+    """Raises NotTheRuns for a model that has other tensors than the run's, whatever its weights are kept in.
+
+    Takes no weights: a model of the same tensors is told apart by its root, once it is loaded. ``root``: the run's.
+    """
+    found = [Layout.build(shapes, topk, only_bf16=only_bf16).digest for only_bf16 in (False, True)]
+    if layout_digest not in found:
+        raise NotTheRuns(
+            f"the model in {folder} is not the run's, whose model root is {root}: its tensors have other names or "
+            f"shapes (layout digest {found[0].hex()}, in bf16 {found[1].hex()}; the run has {layout_digest.hex()}). "
+            f"Get the run's model into {folder}"
+        )
 
 
 def compile_layers(model: Any, backend: str = "inductor") -> str:

@@ -86,6 +86,7 @@ class Trainer:
             request.tensor_parallel,
             request.options,
             None if request.layout_digest is None else bytes.fromhex(request.layout_digest),
+            request.model_root,
         )
         self._model_dir = Path(request.model)
         for reason in session.reasons:

@@ -22,7 +22,7 @@ from psyche_node.training.gradient import accumulate, micro_batches
 from psyche_node.training.hashing import model_root, weights_sha256
 from psyche_node.training.model import parameter_count
 from psyche_node.training.options import DEFAULTS, Options, Precision
-from psyche_node.training.preparing import prepare_model, runs_in_bf16
+from psyche_node.training.preparing import Shapes, check_tensors, prepare_model, runs_in_bf16
 from psyche_node.training.reader import DataReader, PackedBatch
 from psyche_node.training.schedule import lr_bits
 from psyche_node.training.terms import TrainingTerms, fp32
@@ -60,6 +60,8 @@ class Session:
         tensor_parallel: how many of them divide the matrices.
         options: how the model is run.
         layout_digest: of the run, which says what precision the weights are kept in; None: fp32, unless asked.
+        run_root: the run's model root, in hexadecimal; with it, a model of other tensors than the run's is refused
+            before its weights are read.
 
     Raises: see ``prepare_model``.
     """
@@ -76,7 +78,13 @@ class Session:
         tensor_parallel: int = 1,
         options: Options = DEFAULTS,
         layout_digest: bytes | None = None,
+        run_root: str | None = None,
     ) -> None:
+        def in_bf16(shapes: Shapes) -> bool:
+            if run_root is not None and layout_digest is not None:
+                check_tensors(model_dir, shapes, terms.topk, layout_digest, run_root)
+            return runs_in_bf16(options.precision, shapes, terms.topk, layout_digest)
+
         z_loss = fp32(terms.z_loss_bits)
         ready = prepare_model(
             model_dir,
@@ -88,7 +96,7 @@ class Session:
             world,
             tensor_parallel,
             options,
-            lambda shapes: runs_in_bf16(options.precision, shapes, terms.topk, layout_digest),
+            in_bf16,
             terms.lookahead,
         )
         self._world = world

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -129,3 +130,18 @@ def test_a_data_set_of_the_hub_is_prepared_at_one_commit(web: Web, tokenizer: Pa
     assert done.returncode == 40
     assert "cannot be looked up" in done.stderr
     assert "offline, name a folder with its files" in done.stderr
+
+
+def test_a_hub_that_cannot_be_reached_is_told_as_a_url_is(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        nobody = f"http://127.0.0.1:{server.getsockname()[1]}"
+    code = "import sys; from pathlib import Path; from psyche_node.data.locate import find_files as f; "
+    code += (
+        "from psyche_node.data.errors import DataError\ntry: f('hf://datasets/owner/set', Path(sys.argv[1]))\n"
+        "except DataError as error: print(error)"
+    )
+    environment = {**os.environ, "HF_ENDPOINT": nobody, "HF_HUB_OFFLINE": "0"}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=500, env=environment
+    )
+    assert "hf://datasets/owner/set cannot be looked up" in done.stdout, done.stderr

@@ -107,3 +107,20 @@ def test_a_shipped_template_becomes_the_folders_own(name: str, seed_tokenizer: P
     printed = CliRunner().invoke(app, ["data", "template", name])
     (tmp_path / "chat_template.jinja").write_text(printed.output)
     assert ChatTemplate(tmp_path).source == ChatTemplate(seed_tokenizer, name).source
+
+
+def test_only_the_wanted_record_need_be_a_sample(seed_tokenizer: Path, tmp_path: Path) -> None:
+    lines = [json.dumps({"prompt": f"What is {n}?", "completion": "A number."}) for n in range(4)]
+    lines[1] = "{broken"
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(lines) + "\n")
+    words = ["--tokenizer", seed_tokenizer, "--template", "chatml"]
+    assert "What is 2?" in show(path, 2, *words)
+    assert f"{path}:2" in show(path, 1, *words, code=Exit.DATA).replace("\n", "")
+    assert "has no sample 4" in show(path, 4, *words, code=Exit.DATA).replace("\n", " ")
+
+
+@pytest.mark.parametrize("source", ["hf://datasets/owner/set", "https://example.invalid/a.jsonl"])
+def test_what_is_elsewhere_is_not_shown(source: str) -> None:
+    output = show(source, code=Exit.DATA)
+    assert f"{source}: only what is on this host is shown" in " ".join(output.split())

@@ -115,7 +115,7 @@ def test_an_answer(served: Served) -> None:
     assert reply.usage.total_tokens == reply.usage.prompt_tokens + reply.usage.completion_tokens
     assert reply.usage.prompt_tokens > reply.usage.completion_tokens > 3
     parts = [{"role": "user", "content": [{"type": "text", "text": "w"}, {"type": "text", "text": "hy"}]}]
-    assert served.chat(parts, user="me", store=False, extra_body={"unheard_of": 1}).choices[0] == choice
+    assert served.chat(parts, user="me", store=False, extra_body={"top_k": -1}).choices[0] == choice
 
 
 @pytest.mark.parametrize("switch", ON, ids=["reasoning", "thinking", "enable_thinking", "effort"])
@@ -327,3 +327,32 @@ def test_a_text_beyond_the_context_window_is_the_prompts_fault(served: Served) -
     with pytest.raises(openai.BadRequestError, match="context window") as caught:
         served.client.completions.create(model="taught", prompt=[5] * 40_000)
     assert (caught.value.param, caught.value.code) == ("prompt", "context_length_exceeded")
+
+
+HOLD = """
+import os, signal, sys
+import psyche_node.serving.server as server
+from psyche_node.cli import main
+signal.signal(signal.SIGINT, signal.SIG_IGN)  # as a shell does for what it starts in the background
+kind, moment, number = server._Server, sys.argv.pop(1), signal.Signals[sys.argv.pop(1)]
+if moment == "ready":
+    say = server.log.info
+    server.log.info = lambda *words: (say(*words), os.kill(os.getpid(), number))
+else:
+    plain = getattr(kind, moment)
+    def struck(self, *rest, **named):
+        os.kill(os.getpid(), number)
+        return plain(self, *rest, **named)
+    setattr(kind, moment, struck)
+main()
+"""
+
+
+@pytest.mark.parametrize(("moment", "number"), [("__init__", "SIGTERM"), ("serve", "SIGINT"), ("ready", "SIGINT")])
+def test_it_can_be_stopped_at_every_moment(taught_folder: Path, moment: str, number: str) -> None:
+    words = [moment, number, "serve", str(taught_folder), "--port", "0", "--device", "cpu"]
+    done = subprocess.run(
+        [sys.executable, "-c", HOLD, *words], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 130, done.stderr
+    assert "Traceback" not in done.stderr

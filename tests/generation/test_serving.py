@@ -13,6 +13,8 @@ from typing import Any
 
 import httpx2
 import pytest
+from openai.types import completion_create_params as text_params
+from openai.types.chat import completion_create_params as chat_params
 from starlette.applications import Starlette
 from typer.testing import CliRunner
 
@@ -24,6 +26,7 @@ from psyche_node.serving.errors import ApiError, ServeError
 from psyche_node.serving.place import bind, read_key
 from psyche_node.serving.replies import ChatReply
 from psyche_node.serving.scheduler import Scheduler, Work
+from psyche_node.serving.schema import ChatRequest, Sampled, TextRequest, parse
 from psyche_node.serving.service import Service
 
 
@@ -251,3 +254,23 @@ async def posted(engine: Engine, body: dict[str, Any]) -> tuple[int, Any]:
 async def nothing(_: Starlette) -> AsyncIterator[None]:
     """A server's life in which nothing is to be done."""
     yield
+
+
+@pytest.mark.parametrize(
+    ("kind", "params", "asked"),
+    [
+        (ChatRequest, chat_params.CompletionCreateParamsBase, {"messages": [{"role": "user", "content": "why"}]}),
+        (TextRequest, text_params.CompletionCreateParamsBase, {"prompt": "why"}),
+    ],
+    ids=["chat", "text"],
+)
+def test_parameters_that_nobody_knows_are_refused(kind: type[Sampled], params: Any, asked: dict[str, Any]) -> None:
+    """And all of OpenAI's are known, as its own client has them; null asks for nothing."""
+    with pytest.raises(ApiError, match=r"argument supplied: max_tokns\. Did you mean max_tokens\?") as caught:
+        parse(kind, asked | {"max_tokns": 8})
+    assert (caught.value.status, caught.value.body()["error"]["param"]) == (400, "max_tokns")
+    with pytest.raises(ApiError, match=r"argument supplied: zzzz$"):
+        parse(kind, asked | {"zzzz": None})
+    with pytest.raises(ApiError, match="top_k is not supported"):
+        parse(kind, asked | {"top_k": 40})
+    parse(kind, dict.fromkeys(params.__annotations__) | asked)

@@ -101,6 +101,7 @@ class Scene:
         self.update = b"update"
         self.left_out = 0
         self.applied = Applied(fingerprint=7)
+        self.evaluated = Evaluated(loss=1.0, tokens=5, seconds=0.1)
         self.task: asyncio.Task[None]
 
     def train(self, message: Message) -> Message:
@@ -117,7 +118,7 @@ class Scene:
             case Root():
                 return RootIs(model_root=ROOT)
             case Evaluate():
-                return Evaluated(loss=1.0, tokens=5, seconds=0.1)
+                return self.evaluated
             case Save():
                 return Ok()
         raise AssertionError(message)

@@ -16,7 +16,7 @@ from coordinator.errors import ErrorCode
 from coordinator.state import InclusionSet, Phase
 from psyche_node.faults import Fault, Faults
 from psyche_node.node.roundloop import Cadence, Desynced
-from psyche_node.training.messages import Apply, Save, Train
+from psyche_node.training.messages import Apply, Evaluated, Save, Train
 
 
 def test_cadence() -> None:
@@ -88,6 +88,25 @@ def test_commitments_are_read_once_they_are_all_there(tmp_path: Path) -> None:
             it.exchange.known.clear()
             await it.see(Phase.ROUND_TRAIN, 1, ["apply 0i", "train 1"], sets=[included(0)])
             assert it.exchange.followed(0) == frozenset(range(4))
+
+    run_async(test())
+
+
+@pytest.mark.parametrize(("tokens", "journaled"), [(5, 1.5), (0, None)])
+def test_a_loss_over_no_token_is_none(tmp_path: Path, tokens: int, journaled: float | None) -> None:
+    async def test() -> None:
+        async with scene(tmp_path, cadence=Cadence(evaluate=1, check=0)) as it:
+            it.evaluated = Evaluated(loss=1.5, tokens=tokens, seconds=0.1)
+            it.exchange.known |= {(0, 8), (0, 1)}
+            await it.see(Phase.ROUND_WITNESS, 1, ["apply 0-", "evaluate"], sets=[included(0, {8, 1})])
+            losses: list[float | None] = []
+
+            def journal_has_it() -> bool:
+                losses.extend(line["heldout_loss"] for line in it.journal.read() if line["kind"] == "evaluated")
+                return bool(losses)
+
+            await settle(journal_has_it)
+            assert losses == [journaled]
 
     run_async(test())
 

@@ -289,6 +289,14 @@ def test_curve_has_one_point_a_round_in_their_order(tmp_path: Path) -> None:
     assert result.heldout_loss == 1.5
 
 
+def test_a_run_that_holds_nothing_out_has_no_curve(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    line = {"kind": "evaluated", "time": START, "round": 3, "heldout_loss": None, "seconds": 0.0}
+    stage.node(0).lines = [line]
+    result = stage.collect("interrupted")
+    assert (result.heldout_curve, result.heldout_loss) == ([], None)
+
+
 def test_tasks_are_told_with_their_figures(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     measures = {"accuracy": {"value": 0.5, "stderr": 0.1}, "accuracy_normalised": {"value": 1.0, "stderr": None}}

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from coordinator.client import ChainUnavailable
+from coordinator.wallet import create_keypair
+from psyche_node.cli import app as node_app
 from psyche_node.exits import Exit
+from psyche_node.node import daemon
+from psyche_node.sim import cli
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.run import run
 from psyche_node.sim.settings import SimSettings
@@ -47,6 +53,15 @@ def test_what_a_process_did_not_expect_is_told_with_much_of_its_log(
     assert (error.code, error.explained) == (code, explained)
     assert ("line 0\n" in str(error)) is not explained
     assert f"line {LINES - 1}" in str(error)
+
+
+def test_of_a_process_that_knew_the_log_is_not_shown_raw(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logged = "".join(
+        f"print({json.dumps(json.dumps({'level': level, 'msg': words}))}, file=sys.stderr)\n"
+        for level, words in (("INFO", "again in 0.2 s"), ("WARNING", "a copy serves"))
+    )
+    error = first_line(tmp_path, monkeypatch, logged + "print('no such host', file=sys.stderr); sys.exit(40)")
+    assert error.words.endswith("line 39\na copy serves\nno such host")
 
 
 def test_time_limit_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,3 +117,30 @@ def test_logs_of_a_failed_start_stay_unless_it_explains_itself(
         assert "x.log" not in said
         assert "exit status" not in said, "its own words say what was wrong"
         assert type(error).__name__ not in said
+
+
+def test_a_bad_task_file_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "_simulate", lambda *_: pytest.fail("something was started"))
+    monkeypatch.setattr(daemon, "Node", lambda *_: pytest.fail("a node was made"))
+    task = tmp_path / "typo.json"
+    task.write_text('{"kind": "loglikelihood", "promt": "", "target": "x", "data": "rows.jsonl"}')
+    simulated = CliRunner().invoke(cli.app, ["--tasks", str(task), "--out", str(tmp_path / "out")])
+    for folder, file in (("model", "config.json"), ("data", "manifest.json")):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / file).write_text("{}")
+    create_keypair(tmp_path / "wallet.json")
+    words = {
+        "run": "demo",
+        "rpc": "http://127.0.0.1:1",
+        "folder": tmp_path / "node",
+        "wallet": tmp_path / "wallet.json",
+    }
+    words |= {"model": tmp_path / "model", "data": tmp_path / "data", "tasks": task}
+    taken_part = CliRunner().invoke(
+        node_app, ["run", *(part for key, at in words.items() for part in (f"--{key}", str(at)))]
+    )
+    for done in (simulated, taken_part):
+        assert done.exit_code == Exit.DATA, done.output
+        assert f"{task} is not a task" in done.output
+        assert "promt" in done.output
+    assert not (tmp_path / "out").exists()

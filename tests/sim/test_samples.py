@@ -19,7 +19,7 @@ from psyche_node.data.preview import preview_sequence
 from psyche_node.exits import Exit
 from psyche_node.sim.cli import app
 from psyche_node.sim.prepare import prepare, shortened
-from psyche_node.sim.report import chat_command
+from psyche_node.sim.report import chat_command, render_html
 from psyche_node.sim.result import RunResult
 from psyche_node.sim.settings import Prepared, SimSettings
 from psyche_node.sim.summary import print_summary
@@ -171,3 +171,14 @@ def test_the_summary_shows_the_tasks_and_counts_as_people_do() -> None:
     assert "tasks " not in once
     asked = result.model_copy(update={"evaluations": [], "settings": {"tasks": "sums.toml"}})
     assert "none was evaluated" in printed(asked)
+
+
+def test_that_nothing_is_held_out_is_said() -> None:
+    whole = synthetic_run()
+    assert whole.data is not None
+    data = whole.data.model_copy(update={"train": 1_450, "heldout": 0})
+    result = whole.model_copy(update={"data": data, "heldout_loss": None, "heldout_curve": []})
+    assert "held-out loss  none: nothing is held out" in printed(result)
+    assert "nothing is held out" in render_html(result)
+    unknown = whole.model_copy(update={"heldout_loss": None})
+    assert unknown.heldout_text == "unknown"
