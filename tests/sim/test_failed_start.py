@@ -122,10 +122,9 @@ def test_logs_of_a_failed_start_stay_unless_it_explains_itself(
 
 def test_a_folder_that_cannot_be_made_is_to_be_another_one(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(
-        OSError, match=f"{tmp_path}/file/out cannot be made: .*; name another folder with --out"
-    ) as found:
-        OutFolder(tmp_path / "file" / "out")
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OSError, match=f"{out} cannot be made: .*; name another folder with --out") as found:
+        OutFolder(out)
     assert exit_for(found.value) is Exit.FILES
 
 
