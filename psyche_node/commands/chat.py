@@ -17,6 +17,7 @@ from rich.text import Text
 from coordinator.printable import LINES, printable
 from psyche_node.commands.ending import failures
 from psyche_node.generation import GenerationError, PromptError
+from psyche_node.generation.folder import check_folder
 from psyche_node.units import counted
 
 if TYPE_CHECKING:
@@ -61,7 +62,9 @@ def chat(
         question = _piped()
     if question is not None and not question.strip():
         raise typer.BadParameter("the question is empty")
-    # Imported late: `--help` does not wait for torch, nor a wrong flag for the data package.
+    with failures(GenerationError):
+        check_folder(folder)
+    # Imported late: neither `--help` nor what is refused waits for torch.
     from psyche_node.generation import Engine
     from psyche_node.generation.conversation import Conversation, Manner
 

@@ -55,11 +55,15 @@ def evaluate(
         return
     if folder is None or not (tasks or data):
         raise typer.BadParameter("name a model FOLDER, and --tasks, --data or both")
-    # Imported late: `--help` does not wait for torch.
+    from psyche_node.generation import GenerationError
+    from psyche_node.generation.folder import check_folder
+
+    with failures(GenerationError):
+        check_folder(folder)
+    # Imported late: neither `--help` nor what is refused waits for torch.
     from psyche_node.data import DataError, PackedDataset
     from psyche_node.evaluation import EvaluationError, Subject, open_tasks, run_suite
     from psyche_node.evaluation.steps import finish
-    from psyche_node.generation import GenerationError
     from psyche_node.training import TrainingError
 
     if out is not None and not out.parent.is_dir():

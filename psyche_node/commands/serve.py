@@ -13,6 +13,9 @@ from psyche_node.commands.ending import failures
 from psyche_node.commands.interrupts import Interrupts
 from psyche_node.exits import Exit
 from psyche_node.generation import GenerationError
+from psyche_node.generation.folder import check_folder
+from psyche_node.serving.errors import ServeError
+from psyche_node.serving.place import bind, read_key
 
 log = logging.getLogger(__name__)
 
@@ -36,17 +39,17 @@ def serve(
 ) -> None:
     """Serve a model at http://HOST:PORT/v1 for clients of OpenAI's interface. SIGTERM or Ctrl-C ends it: answers under
     way are finished first, for as long as --grace says, and cut off by a second one."""
-    # Imported late: `--help` does not wait for torch.
-    from psyche_node.generation import Engine
-    from psyche_node.serving.errors import ServeError
-    from psyche_node.serving.server import Terms, bind, read_key
-    from psyche_node.serving.server import serve as run
-
     logs.configure("serve")
     interrupts = Interrupts()
     with failures(GenerationError, ServeError), interrupts.heard():
+        check_folder(folder)
         key = None if api_key_file is None else read_key(api_key_file)
         with bind(host, port) as taken:
+            # Imported late: neither `--help` nor what is refused waits for torch.
+            from psyche_node.generation import Engine
+            from psyche_node.serving.server import Terms
+            from psyche_node.serving.server import serve as run
+
             engine = Engine.load(folder, device, dtype)
             for reason in engine.reasons:
                 log.info("%s", reason)

@@ -156,9 +156,7 @@ class Manifest(BaseModel):
                 raise DataMismatch(f"{path} is larger than {MAX_BYTES} bytes. Prepare the data again")
             raw = path.read_bytes()
         except OSError as error:
-            raise DataError(
-                f"{path} cannot be read: {error.strerror}. Prepare the data into this folder first"
-            ) from error
+            raise DataError(_not_read(folder, path, error)) from error
         return cls.parse(raw, str(path))
 
     @classmethod
@@ -204,3 +202,18 @@ def unigram_entropy(counts: Mapping[int, int]) -> float:
         weighted = context.add(weighted, term)
     entropy = context.subtract(Decimal(total).ln(context), context.divide(weighted, Decimal(total)))
     return max(0.0, float(round(entropy, 9)))
+
+
+def _not_read(folder: Path, path: Path, error: OSError) -> str:
+    """What is wrong with a folder whose manifest cannot be read."""
+    if folder.is_file():
+        return (
+            f"{folder} is a file, and no folder of prepared data. Prepare it first: "
+            f"psyche-node data prepare {folder} --tokenizer FOLDER --out FOLDER"
+        )
+    if not folder.exists():
+        return f"there is no folder {folder}. Name one with prepared data; `psyche-node data prepare` makes it"
+    if not path.exists():
+        kind = "is a model's folder" if (folder / "config.json").is_file() else "has no prepared data in it"
+        return f"{folder} {kind}: there is no {NAME}. Name a folder that `psyche-node data prepare` has made"
+    return f"{path} cannot be read: {error.strerror}. Let this user read it, or prepare the data again"

@@ -54,6 +54,9 @@ class TextCoder:
     @classmethod
     def read(cls, folder: Path) -> TextCoder:
         """Return the tokenizer of a Hugging Face folder. Raises DataError if it cannot be read."""
+        if not folder.is_dir():
+            wrong = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
+            raise DataError(f"{wrong}. Name the Hugging Face folder that holds the tokenizer's tokenizer.json")
         path = folder / "tokenizer.json"
         try:
             return cls(json.loads(path.read_bytes()))

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.utils import logging as transformers_logging
 
 from psyche_node.generation.errors import GenerationError
+from psyche_node.generation.folder import check_folder
 from psyche_node.generation.reasoning import MARKS as REASONING_MARKS
 from psyche_node.generation.toolcalls import MARKS as TOOL_MARKS
 from psyche_node.training.device import choose_device
@@ -42,10 +43,7 @@ class Loaded:
 
 def load(folder: Path, device: str, dtype: str) -> Loaded:
     """Load a causal language model and its tokenizer. Raises as ``Engine.load``."""
-    if not (folder / "config.json").is_file():
-        raise GenerationError(
-            f"{folder} has no config.json. Name a model folder, such as the checkpoint of a finished run"
-        )
+    check_folder(folder)
     try:
         place = choose_device(device, sequence_length=1, micro_batch=1, threads=0).torch
     except TrainingError as error:

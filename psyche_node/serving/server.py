@@ -1,4 +1,4 @@
-"""The server's process: its address, its key file, its end."""
+"""The server's process: how it runs, and its end."""
 
 from __future__ import annotations
 
@@ -6,13 +6,10 @@ import asyncio
 import contextlib
 import ipaddress
 import logging
-import os
 import socket
-import stat
 from collections.abc import AsyncIterator, Callable, Generator
 from dataclasses import dataclass
 from math import ceil
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import uvicorn
@@ -20,7 +17,6 @@ from starlette.applications import Starlette
 
 from psyche_node.serving.app import create_app
 from psyche_node.serving.connection import Connection
-from psyche_node.serving.errors import ServeError
 from psyche_node.serving.scheduler import LARGEST_BATCH, Scheduler
 from psyche_node.serving.service import Service
 
@@ -31,7 +27,6 @@ log = logging.getLogger(__name__)
 
 StoppedBy = Callable[[Callable[[], object]], contextlib.AbstractContextManager[None]]
 
-_SHORTEST_KEY = 16
 _LAST_SECONDS = 15
 """For answers that were cut off to reach their clients: they end at the next token, which a large model takes a while
 for."""
@@ -86,46 +81,6 @@ class _Server(uvicorn.Server):
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         asyncio.get_running_loop().call_later(self._grace, self._scheduler.stop)
         await super().shutdown(sockets)
-
-
-def bind(host: str, port: int) -> socket.socket:
-    """Take an address, before a large model is loaded for nothing; connections are refused until it is.
-
-    Raises:
-        ServeError: there is no such address here, or it is taken.
-    """
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        taken = socket.socket(family, kind, protocol)
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        taken.bind(address)
-    except (OSError, OverflowError) as error:
-        raise ServeError(f"cannot listen on {host} port {port}: {error}. Choose another --host or --port") from None
-    return taken
-
-
-def read_key(path: Path) -> str:
-    """Return the API key in a file of mode 0600.
-
-    Raises:
-        ServeError: others can read the file, or what it holds is no key.
-    """
-    try:
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW), "rb") as file:
-            mode = stat.S_IMODE(os.fstat(file.fileno()).st_mode)
-            if mode & 0o077:
-                raise ServeError(f"{path} has mode {mode:04o}: others can read the key. Run: chmod 600 {path}")
-            key = file.read(4097).strip()
-    except OSError as error:
-        raise ServeError(f"the key file {path} cannot be read: {error.strerror}") from None
-    if not _SHORTEST_KEY <= len(key) <= 4096 or not all(33 <= byte <= 126 for byte in key):
-        raise ServeError(
-            f"{path} holds no key: it must be one line of at least {_SHORTEST_KEY} letters and digits. "
-            f"Make one: (umask 077; openssl rand -hex 32 > {path})"
-        )
-    return key.decode("ascii")
 
 
 def serve(engine: Engine, taken: socket.socket, terms: Terms, stopped_by: StoppedBy) -> None:

@@ -17,6 +17,7 @@ class OutFolder:
 
     Raises:
         FileExistsError: there is something in it, or it is another simulation's.
+        OSError: no folder can be made there.
     """
 
     def __init__(self, path: Path) -> None:
@@ -51,4 +52,6 @@ def _make(folder: Path) -> bool:
         folder.mkdir()
     except FileExistsError:
         return False
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made: {error.strerror}; name another folder with --out") from error
     return True

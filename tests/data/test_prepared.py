@@ -164,8 +164,23 @@ def test_an_edited_manifest_is_refused(chat: Path, tokenizer: Path, tmp_path: Pa
     path.write_bytes(manifest.to_bytes())
     assert Manifest.read(tmp_path) == manifest
     path.unlink()
-    with pytest.raises(DataError, match="Prepare the data into this folder first"):
+    with pytest.raises(DataError, match=r"has no prepared data in it: there is no manifest\.json"):
         Manifest.read(tmp_path)
+
+
+def test_what_is_no_folder_of_prepared_data_is_called_what_it_is(tmp_path: Path) -> None:
+    chats, own = tmp_path / "chats.jsonl", tmp_path / "own"
+    chats.touch()
+    own.mkdir()
+    (own / "config.json").touch()
+    said = {
+        chats: f"{chats} is a file, and no folder of prepared data.*psyche-node data prepare {chats} --tokenizer",
+        own: f"{own} is a model's folder: there is no manifest",
+        tmp_path / "nowhere": f"there is no folder {tmp_path / 'nowhere'}",
+    }
+    for folder, words in said.items():
+        with pytest.raises(DataError, match=words):
+            Manifest.read(folder)
 
 
 def test_preparing_again_leaves_nothing_of_the_last_time(chat: Path, tokenizer: Path, tmp_path: Path) -> None:

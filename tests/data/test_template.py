@@ -127,6 +127,10 @@ def test_templates_are_sandboxed(tokenizer: Path, tmp_path: Path) -> None:
 def test_folders_without_tokenizer_or_template(tokenizer: Path, tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json cannot be read"):
         ChatTemplate(tmp_path)
+    with pytest.raises(DataError, match=f"there is no folder {tmp_path / 'nowhere'}"):
+        ChatTemplate(tmp_path / "nowhere")
+    with pytest.raises(DataError, match=r"tokenizer\.json is a file\. Name the Hugging Face folder"):
+        ChatTemplate(tokenizer / "tokenizer.json")
     shutil.copytree(tokenizer, tmp_path / "t")
     (tmp_path / "t" / "chat_template.jinja").unlink()
     with pytest.raises(DataError, match="has no chat template"):

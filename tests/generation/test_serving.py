@@ -23,10 +23,10 @@ from psyche_node.exits import Exit
 from psyche_node.generation import Completion, Engine, Request
 from psyche_node.serving.app import create_app
 from psyche_node.serving.errors import ApiError, ServeError
+from psyche_node.serving.place import bind, read_key
 from psyche_node.serving.replies import ChatReply
 from psyche_node.serving.scheduler import Scheduler, Work
 from psyche_node.serving.schema import ChatRequest, Sampled, TextRequest, parse
-from psyche_node.serving.server import bind, read_key
 from psyche_node.serving.service import Service
 
 

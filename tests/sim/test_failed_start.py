@@ -12,9 +12,10 @@ from typer.testing import CliRunner
 from coordinator.client import ChainUnavailable
 from coordinator.wallet import create_keypair
 from psyche_node.cli import app as node_app
-from psyche_node.exits import Exit
+from psyche_node.exits import Exit, exit_for
 from psyche_node.node import daemon
 from psyche_node.sim import cli
+from psyche_node.sim.out import OutFolder
 from psyche_node.sim.processes import Managed, ProcessEnded
 from psyche_node.sim.run import run
 from psyche_node.sim.settings import SimSettings
@@ -117,6 +118,14 @@ def test_logs_of_a_failed_start_stay_unless_it_explains_itself(
         assert "x.log" not in said
         assert "exit status" not in said, "its own words say what was wrong"
         assert type(error).__name__ not in said
+
+
+def test_a_folder_that_cannot_be_made_is_to_be_another_one(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    out = tmp_path / "file" / "out"
+    with pytest.raises(OSError, match=f"{out} cannot be made: .*; name another folder with --out") as found:
+        OutFolder(out)
+    assert exit_for(found.value) is Exit.FILES
 
 
 def test_a_bad_task_file_is_found_before_anything_is_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

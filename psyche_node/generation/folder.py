@@ -1,0 +1,25 @@
+"""Whether a folder looks like a model's: known at once, before torch is loaded to read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from psyche_node.generation.errors import GenerationError
+
+_CONFIG = "config.json"
+_INSIDE = ("model", "checkpoint")
+"""Where the model is in the folder of a simulation, and in that of a node."""
+
+
+def check_folder(folder: Path) -> None:
+    """Raises GenerationError: there is no such folder, or it has no config.json."""
+    if (folder / _CONFIG).is_file():
+        return
+    near = next((inside for name in _INSIDE if ((inside := folder / name) / _CONFIG).is_file()), None)
+    if near is not None:
+        raise GenerationError(f"{folder} has no {_CONFIG}. Did you mean {near}?")
+    if folder.is_dir():
+        wrong = f"{folder} has no {_CONFIG}"
+    else:
+        wrong = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
+    raise GenerationError(f"{wrong}. Name a model folder, such as the checkpoint of a finished run")
