@@ -205,7 +205,7 @@ class RunReport:
         table = _table("Members")
         for name in ("#", "wallet / node id", "status"):
             table.add_column(name, justify="right" if name == "#" else "left", overflow="fold")
-        for name in ("share / of batch", "updates", "missed", "credit"):
+        for name in ("share", "updates", "missed", "credit"):
             table.add_column(name, justify="right")
         shown = self.now.members[:rows]
         # Shares are weights, whatever their unit: what they come to is the part of the batch.
