@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 from pathlib import Path
+from uuid import uuid4
 
 LOGS = "logs"
 """The folder inside that holds a log per process."""
@@ -24,8 +25,11 @@ class OutFolder:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
             raise FileExistsError(f"{path} exists and is not empty; name a new folder with --out")
         self._path = path
-        self._made = [folder for folder in (path, *path.parents)[::-1] if _make(folder)][::-1]
-        if not _make(path / LOGS):
+        new = not path.exists()
+        self._made = [folder for folder in [*path.parents][::-1] if _make(folder)][::-1]
+        if new:
+            self._made.insert(0, path)
+        if not (_appears(path) if new else _make(path / LOGS)):
             raise FileExistsError(f"{path} is another simulation's; name a new folder with --out")
 
     def give_back(self) -> None:
@@ -53,5 +57,23 @@ def _make(folder: Path) -> bool:
     except FileExistsError:
         return False
     except OSError as error:
-        raise OSError(f"{folder} cannot be made: {error.strerror}; name another folder with --out") from error
+        raise _not_made(folder, error) from error
     return True
+
+
+def _appears(path: Path) -> bool:
+    """Make a folder that holds the claim from its first moment; return whether this process did, and not another."""
+    draft = path.with_name(f".{path.name}-{uuid4().hex}")
+    try:
+        (draft / LOGS).mkdir(parents=True)
+        draft.rename(path)
+    except OSError as error:
+        shutil.rmtree(draft, ignore_errors=True)
+        if path.exists():
+            return False
+        raise _not_made(path, error) from error
+    return True
+
+
+def _not_made(folder: Path, error: OSError) -> OSError:
+    return OSError(f"{folder} cannot be made: {error.strerror}; name another folder with --out")
