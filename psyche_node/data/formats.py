@@ -165,8 +165,12 @@ def _options(record: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def switched(on: bool) -> dict[str, Any]:
-    """The variables by which templates know the switch for reasoning."""
-    return {SWITCH: on, "enable_thinking": on} | ({} if on else {"thinking_budget": 0})  # the budget: Seed-OSS
+    """The variables by which templates know the switch for reasoning.
+
+    Templates call it ``thinking`` (Hermes, DeepSeek) or ``enable_thinking`` (Qwen3); Seed-OSS has a budget, which is 0
+    when it is off. A template ignores what it does not know.
+    """
+    return {SWITCH: on, "enable_thinking": on} | ({} if on else {"thinking_budget": 0})
 
 
 def _sharegpt(value: Any, where: str) -> list[dict[str, Any]]:

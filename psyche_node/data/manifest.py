@@ -19,6 +19,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.wording import problems
 from psyche_node.data.errors import DataError, DataMismatch
+from psyche_node.folder_files import MODEL_CONFIG
 
 NAME = "manifest.json"
 FORMAT = 4
@@ -214,6 +215,6 @@ def _not_read(folder: Path, path: Path, error: OSError) -> str:
     if not folder.exists():
         return f"there is no folder {folder}. Name one with prepared data; `psyche-node data prepare` makes it"
     if not path.exists():
-        kind = "is a model's folder" if (folder / "config.json").is_file() else "has no prepared data in it"
+        kind = "is a model's folder" if (folder / MODEL_CONFIG).is_file() else "has no prepared data in it"
         return f"{folder} {kind}: there is no {NAME}. Name a folder that `psyche-node data prepare` has made"
     return f"{path} cannot be read: {error.strerror}. Let this user read it, or prepare the data again"

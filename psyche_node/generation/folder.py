@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from psyche_node.folder_files import MODEL_CONFIG
 from psyche_node.generation.errors import GenerationError
 
-_CONFIG = "config.json"
 _INSIDE = ("model", "checkpoint")
 """Where the model is in the folder of a simulation, and in that of a node."""
 
 
 def check_folder(folder: Path) -> None:
     """Raises GenerationError: there is no such folder, or it has no config.json."""
-    if (folder / _CONFIG).is_file():
+    if (folder / MODEL_CONFIG).is_file():
         return
-    near = next((inside for name in _INSIDE if ((inside := folder / name) / _CONFIG).is_file()), None)
+    near = next((inside for name in _INSIDE if ((inside := folder / name) / MODEL_CONFIG).is_file()), None)
     if near is not None:
-        raise GenerationError(f"{folder} has no {_CONFIG}. Did you mean {near}?")
+        raise GenerationError(f"{folder} has no {MODEL_CONFIG}. Did you mean {near}?")
     if folder.is_dir():
-        wrong = f"{folder} has no {_CONFIG}"
+        wrong = f"{folder} has no {MODEL_CONFIG}"
     else:
         wrong = f"{folder} is no folder" if folder.exists() else f"there is no folder {folder}"
     raise GenerationError(f"{wrong}. Name a model folder, such as the checkpoint of a finished run")

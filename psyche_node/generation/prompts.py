@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from psyche_node.data.formats import switched
 from psyche_node.data.marked import QUOTE, holds_mark, mark_spellings, spells, strip_marks
 from psyche_node.data.textcoding import TextCoder
 from psyche_node.data.tooling import ToolSupport, needs_tools, tool_support
@@ -63,9 +64,7 @@ class Prompts:
     ) -> Prompt:
         """Return what the assistant's next message continues.
 
-        ``thinking`` None leaves the switch as the template has it. Templates call the switch ``thinking`` (Hermes,
-        DeepSeek) or ``enable_thinking`` (Qwen3); Seed-OSS has a budget, which is 0 when it is off. A template ignores
-        what it does not know.
+        ``thinking`` None leaves the switch as the template has it; else it is set as in the data (``switched``).
 
         Raises:
             GenerationError: the folder has no chat template.
@@ -76,9 +75,7 @@ class Prompts:
             raise GenerationError(f"{self._where} has no chat template. Put one into {TEMPLATE}")
         options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": False}
         if thinking is not None:
-            options |= {"thinking": thinking, "enable_thinking": thinking}
-        if thinking is False:
-            options["thinking_budget"] = 0
+            options |= switched(thinking)
         offered = list(tools or ()) or None
         if needs_tools(messages, offered) and (dropped := self._tool_support.missing(messages, offered)):
             raise PromptError(

@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-_CONFIG: Final = "config.json"
+from psyche_node.folder_files import MODEL_CONFIG
+
 _MANIFEST: Final = "manifest.json"
 
 
@@ -30,7 +31,7 @@ def _folder(path: Path) -> Iterator[str]:
 
 
 def _model(path: Path) -> Iterator[str]:
-    yield from _holds(path, _CONFIG, "a Hugging Face model folder, as the run's owner has published it")
+    yield from _holds(path, MODEL_CONFIG, "a Hugging Face model folder, as the run's owner has published it")
 
 
 def _data(path: Path) -> Iterator[str]:

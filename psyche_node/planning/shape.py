@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
+from psyche_node.folder_files import config_file
 from psyche_node.planning.context import context_window
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.sizes import bad_size, config_values
@@ -93,7 +94,7 @@ def config_of(source: str) -> ModelConfig:
     """
     path = Path(source)
     shipped = {file.stem.lower(): file for file in SHIPPED.glob("*.json")}
-    file = path / "config.json" if path.is_dir() else path
+    file = config_file(path)
     if not file.is_file():
         if source.lower() not in shipped:
             names = ", ".join(sorted(file.stem for file in shipped.values()))

@@ -18,7 +18,7 @@ from psyche_node.data.skipping import read_limit
 from psyche_node.data.sources import build_data, cache_folder
 from psyche_node.data.template import ChatTemplate
 from psyche_node.exits import exit_for, in_words
-from psyche_node.folder_files import TEMPLATE
+from psyche_node.folder_files import TEMPLATE, config_file
 from psyche_node.folders import terms_of_data, terms_of_model
 from psyche_node.planning.context import beyond, context_window
 from psyche_node.planning.names import mistyped
@@ -56,7 +56,7 @@ def prepare(settings: SimSettings, cache: Path) -> Prepared:
         # Whoever talks to the checkpoint renders with the folder's own template: it is to be that of the data.
         write_atomically(folder / TEMPLATE, find_template(settings.template).source.encode())
     manifest = data.manifest
-    unseen = beyond(context_window(config_values(folder / "config.json")), manifest.sequence_length)
+    unseen = beyond(context_window(config_values(config_file(folder))), manifest.sequence_length)
     return Prepared(
         model=folder,
         data=data.packed,
@@ -79,7 +79,7 @@ def _slips(source: Path | None) -> list[str]:
     """What looks mistyped in the config that the model is made from."""
     if source is None:
         return []
-    file = source / "config.json" if source.is_dir() else source
+    file = config_file(source)
     return [f"{file}: {slip}" for slip in mistyped(config_values(file))]
 
 

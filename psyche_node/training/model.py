@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
-from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
+from psyche_node.folder_files import CONFIG, MODEL_CONFIG, TEMPLATE, TOKENIZER, config_file
 from psyche_node.planning.names import mistyped, unknown_kind
 from psyche_node.planning.sizes import NOT_A_MODEL, bad_size, config_values
 from psyche_node.training.errors import ModelError
@@ -119,7 +119,7 @@ def build_model(folder: Path, dtype: torch.dtype = torch.float32) -> tuple[Any, 
 
     _no_bars()
 
-    file = folder / "config.json"
+    file = folder / MODEL_CONFIG
     if not file.is_file():
         raise ModelError(f"{folder} has no config.json. Name a Hugging Face model folder")
     values = _values(file)
@@ -193,7 +193,7 @@ def _config(source: Mapping[str, Any] | Path, tokenizer: Path) -> Any:
     from transformers import AutoConfig
 
     if isinstance(source, Path):
-        path = source / "config.json" if source.is_dir() else source
+        path = config_file(source)
         values = _values(path)
         _check_sizes(path, values)
     else:
