@@ -13,7 +13,7 @@ settings.load_profile("patient")
 
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
-    """A command that a test ran in this process set up logging to a stream that is closed by now: nothing may write there."""
+    """A command run in this process logs to a stream that is closed after its test: no later test may write there."""
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
