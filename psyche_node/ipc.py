@@ -15,7 +15,7 @@ import select
 import socket
 import struct
 import threading
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Any, ClassVar, Protocol, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -197,22 +197,23 @@ class Endpoint:
         reader, writer = await asyncio.open_unix_connection(sock=sock)
         return cls(name, reader, writer, on_event, patience)
 
-    async def call(self, message: Message, expect: type[M]) -> M:
-        """Send a request and wait for its reply. Raises RemoteFailure (it said no) or IpcError (gone, or silent)."""
-        what = type(message).__name__
+    async def call(self, message: Message, expect: type[M], patience: float | None = None) -> M:
+        """Send a request and wait for its reply, for ``patience`` seconds if it has one of its own. Raises RemoteFailure
+        (it said no) or IpcError (gone, or silent)."""
+        what, patience = type(message).__name__, self._patience if patience is None else patience
         if self.closed.is_set():
             raise IpcError(f"the {self.name} process is gone; it cannot answer {what}")
         request_id, self._next_id = self._next_id, self._next_id + 1
         future: asyncio.Future[Message] = asyncio.get_running_loop().create_future()
         self._pending[request_id] = future
         try:
-            async with asyncio.timeout(self._patience):
+            async with _patience(patience):
                 self._writer.write(encode_frame(request_id, message))
                 with contextlib.suppress(ConnectionError):  # then the pump fails the future, and says more
                     await self._writer.drain()
                 reply = await future
         except TimeoutError:
-            raise IpcError(f"the {self.name} process has not answered {what} within {self._patience:.0f} s") from None
+            raise IpcError(f"the {self.name} process has not answered {what} within {patience:.0f} s") from None
         finally:
             self._pending.pop(request_id, None)
         if isinstance(reply, Failure):
@@ -250,6 +251,26 @@ class Endpoint:
             for future in self._pending.values():
                 if not future.done():
                     future.set_exception(IpcError(f"the {self.name} process is gone: {reason}"))
+
+
+@contextlib.asynccontextmanager
+async def _patience(seconds: float | None) -> AsyncIterator[None]:
+    """Raise TimeoutError after so long; None never does.
+
+    In two halves, the second from when the first is seen to be over: if this process was stopped meanwhile (SIGSTOP, a
+    machine asleep), the answer may be there and unread, and is read in the second.
+    """
+    loop = asyncio.get_running_loop()
+    async with asyncio.timeout(None) as limit:
+        if seconds is None:
+            yield
+            return
+        half = seconds / 2
+        over = loop.call_later(half, lambda: limit.reschedule(loop.time() + half))
+        try:
+            yield
+        finally:
+            over.cancel()
 
 
 def serve(channel: BlockingChannel, handle: Callable[[Message], Message]) -> None:

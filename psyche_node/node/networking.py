@@ -198,11 +198,10 @@ class Network:
                     await child.endpoint.closed.wait()
             except TimeoutError:
                 try:
-                    async with asyncio.timeout(SILENCE_SECONDS):
-                        self._stats = await child.endpoint.call(GetStats(), Stats)
+                    self._stats = await child.endpoint.call(GetStats(), Stats, SILENCE_SECONDS)
                 except RemoteFailure as error:
                     log.warning("%s; it does answer, and goes on", error)
-                except (TimeoutError, IpcError):
+                except IpcError:
                     silent = not child.endpoint.closed.is_set()
                     break
         self._up.clear()

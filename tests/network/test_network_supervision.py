@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from network_driver import RUN, Process
 
+from psyche_node import ipc
 from psyche_node.identity import load_or_create_node_key
 from psyche_node.ipc import IpcError, Message, Ok
 from psyche_node.network.blobs import blob_digest
@@ -225,6 +226,48 @@ def test_a_process_that_does_not_answer_is_replaced(
 
     odd.write_text("silent well")
     asyncio.run(scenario())
+
+
+class Leaping(asyncio.SelectorEventLoop):
+    """A loop whose clock leaps when a question is put, as if this process had been stopped then."""
+
+    slept = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.slept
+
+
+def test_a_process_that_answers_outlives_a_stop_of_its_supervisor(
+    odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(networking, "CHECK_EVERY", 0.01)
+    encode = ipc.encode_frame
+
+    async def scenario() -> None:
+        loop = asyncio.get_running_loop()
+        assert isinstance(loop, Leaping)
+        async with supervised(tmp_path) as own:
+            await own.network.start(own.configure())
+
+            def stopped(request_id: int, message: Message) -> bytes:
+                loop.slept += 10 * networking.SILENCE_SECONDS
+                return encode(request_id, message)
+
+            monkeypatch.setattr(ipc, "encode_frame", stopped)
+            keeping = asyncio.create_task(own.network.keep())
+            while not own.network.restarts and len(_lines(tmp_path / "told0")) < 3:
+                await asyncio.sleep(0.01)
+            assert (own.network.restarts, keeping.done()) == (0, False)
+            keeping.cancel()
+            await asyncio.gather(keeping, return_exceptions=True)
+
+    odd.write_text("well well")
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(scenario())
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text().splitlines() if path.exists() else []
 
 
 def test_statistics_that_fail_end_nothing(odd: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -235,6 +235,37 @@ def test_silent_process_is_given_up() -> None:
     run_async(test())
 
 
+class Leaping(asyncio.SelectorEventLoop):
+    """A loop whose clock the test puts forward, as if this process had been stopped for so long."""
+
+    slept = 0.0
+
+    def time(self) -> float:
+        return super().time() + self.slept
+
+
+def test_an_answer_that_came_while_this_process_was_stopped_counts() -> None:
+    async def test() -> None:
+        async with raw(patience=100.0) as peer:
+            loop = asyncio.get_running_loop()
+            assert isinstance(loop, Leaping)
+            for patience, slept in ((None, 1000.0), (50.0, 60.0)):
+                call = asyncio.create_task(peer.endpoint.call(Question(text="?"), Answer, patience))
+                peer.writer.write(encode_frame((await peer.read())[0], Answer(text="here")))
+                loop.slept += slept
+                assert (await call).text == "here"
+            call = asyncio.create_task(peer.endpoint.call(Question(text="?"), Answer))
+            await peer.read()
+            while not call.done():
+                loop.slept += 30.0
+                await asyncio.sleep(0)
+            with pytest.raises(IpcError, match="has not answered Question within 100 s"):
+                await call
+
+    with asyncio.Runner(loop_factory=Leaping) as runner:
+        runner.run(test())
+
+
 def test_closing_fails_what_is_pending() -> None:
     async def test() -> None:
         async with raw() as peer:
