@@ -1,4 +1,5 @@
-"""What the files of a model's folder are called: its config, those of its tokenizer, and its chat template."""
+"""What the files of a model's folder are called: its config, those of its tokenizer, and its chat template; and which
+file makes a folder one of prepared data."""
 
 from __future__ import annotations
 
@@ -13,6 +14,8 @@ CONFIG: Final = "tokenizer_config.json"
 """Names a tokenizer's special tokens, and may hold the chat template."""
 TEMPLATE: Final = "chat_template.jinja"
 """The folder's own chat template."""
+MANIFEST: Final = "manifest.json"
+"""What a prepared data folder holds, and the digest that the run's terms name."""
 
 
 def config_file(source: Path) -> Path:

@@ -198,8 +198,8 @@ class Endpoint:
         return cls(name, reader, writer, on_event, patience)
 
     async def call(self, message: Message, expect: type[M], patience: float | None = None) -> M:
-        """Send a request and wait for its reply, for ``patience`` seconds if it has one of its own. Raises RemoteFailure
-        (it said no) or IpcError (gone, or silent)."""
+        """Send a request and wait for its reply; ``patience`` is this one's own. Raises RemoteFailure (it said no) or
+        IpcError (gone, or silent)."""
         what, patience = type(message).__name__, self._patience if patience is None else patience
         if self.closed.is_set():
             raise IpcError(f"the {self.name} process is gone; it cannot answer {what}")

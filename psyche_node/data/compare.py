@@ -10,8 +10,9 @@ from pathlib import Path
 
 from psyche_node.data.errors import DataError, DataMismatch
 from psyche_node.data.files import is_url
-from psyche_node.data.manifest import MAX_BYTES, NAME, Manifest, Shard
+from psyche_node.data.manifest import MAX_BYTES, Manifest, Shard
 from psyche_node.data.shards import check_bytes, check_size
+from psyche_node.folder_files import MANIFEST
 
 _SETTINGS = {
     "tokenizer": "tokenizer or chat template (SHA-256)",
@@ -62,10 +63,12 @@ def difference(folder: Path, mine: Manifest, wanted: bytes, published: str) -> s
     ``published`` is what the run says of where its data is. If that is a URL, the owner's manifest is fetched from
     there, which its hash vouches for, and compared.
     """
-    head = f"{folder} holds the data {mine.digest.hex()}, but the run trains on {wanted.hex()} (SHA-256 of {NAME}). "
+    head = (
+        f"{folder} holds the data {mine.digest.hex()}, but the run trains on {wanted.hex()} (SHA-256 of {MANIFEST}). "
+    )
     by_hand = (
-        f"To see which file differs, get the run's {NAME} from its owner: `psyche-node data check {folder} --against "
-        f"{NAME}`"
+        f"To see which file differs, get the run's {MANIFEST} from its owner: `psyche-node data check {folder} "
+        f"--against {MANIFEST}`"
     )
     if not is_url(published):
         return head + by_hand
@@ -87,16 +90,16 @@ def read_manifest(place: str) -> tuple[bytes, str]:
     if is_url(place):
         from psyche_node.data.download import fetch  # late: seldom needed, and it brings an HTTP client
 
-        url = place if place.endswith(f"/{NAME}") else f"{place.rstrip('/')}/{NAME}"
+        url = place if place.endswith(f"/{MANIFEST}") else f"{place.rstrip('/')}/{MANIFEST}"
         return fetch(url, MAX_BYTES), url
     path = Path(place)
-    path = path / NAME if path.is_dir() else path
+    path = path / MANIFEST if path.is_dir() else path
     try:
         with path.open("rb") as file:
             return file.read(MAX_BYTES), str(path)
     except OSError as error:
         raise DataError(
-            f"{path} cannot be read: {error.strerror}. Name a {NAME}, its folder or URL, or its whole SHA-256"
+            f"{path} cannot be read: {error.strerror}. Name a {MANIFEST}, its folder or URL, or its whole SHA-256"
         ) from error
 
 

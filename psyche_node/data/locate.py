@@ -8,8 +8,8 @@ from pathlib import Path
 
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import is_url, read_object
-from psyche_node.data.manifest import NAME
 from psyche_node.data.readers import SUFFIXES, suffix_of
+from psyche_node.folder_files import MANIFEST
 
 HUB = "hf://datasets/"
 LARGEST_DOWNLOAD = 1 << 40
@@ -71,7 +71,7 @@ def _folder(folder: Path, note: Callable[[str], None]) -> list[Path]:
     found = sorted(
         (path.relative_to(folder).as_posix(), path)
         for path in folder.rglob("*")
-        if path.is_file() and suffix_of(path.name) and path.name != NAME
+        if path.is_file() and suffix_of(path.name) and path.name != MANIFEST
     )
     names = _training([name for name, _ in found if not _hidden(name)], str(folder), note)
     return [folder / name for name in names]

@@ -19,9 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from coordinator.wording import problems
 from psyche_node.data.errors import DataError, DataMismatch
-from psyche_node.folder_files import MODEL_CONFIG
+from psyche_node.folder_files import MANIFEST, MODEL_CONFIG
 
-NAME = "manifest.json"
 FORMAT = 4
 MAX_BYTES = 64 * 1024 * 1024
 MAX_LENGTH = 1 << 24
@@ -151,7 +150,7 @@ class Manifest(BaseModel):
     @classmethod
     def read(cls, folder: Path) -> Manifest:
         """Raises DataError if there is none, and DataMismatch if it is not in the one form that is written."""
-        path = folder / NAME
+        path = folder / MANIFEST
         try:
             if path.stat().st_size > MAX_BYTES:
                 raise DataMismatch(f"{path} is larger than {MAX_BYTES} bytes. Prepare the data again")
@@ -216,5 +215,5 @@ def _not_read(folder: Path, path: Path, error: OSError) -> str:
         return f"there is no folder {folder}. Name one with prepared data; `psyche-node data prepare` makes it"
     if not path.exists():
         kind = "is a model's folder" if (folder / MODEL_CONFIG).is_file() else "has no prepared data in it"
-        return f"{folder} {kind}: there is no {NAME}. Name a folder that `psyche-node data prepare` has made"
+        return f"{folder} {kind}: there is no {MANIFEST}. Name a folder that `psyche-node data prepare` has made"
     return f"{path} cannot be read: {error.strerror}. Let this user read it, or prepare the data again"

@@ -16,14 +16,14 @@ from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.formats import SWITCH, Sample
-from psyche_node.data.manifest import MAX_LENGTH, NAME, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
+from psyche_node.data.manifest import MAX_LENGTH, SHARD_NAME, Counts, Form, Manifest, Source, unigram_entropy
 from psyche_node.data.rendering import own_source
 from psyche_node.data.samples import SampleFormat, read_any
 from psyche_node.data.shards import Written, write_shards
 from psyche_node.data.skipping import Skips
 from psyche_node.data.spill import LARGEST_TOKEN, Spill
 from psyche_node.data.template import ChatTemplate
-from psyche_node.folder_files import CONFIG, TEMPLATE
+from psyche_node.folder_files import CONFIG, MANIFEST, TEMPLATE
 from psyche_node.units import counted
 
 TooLong = Literal["drop", "cut"]
@@ -148,7 +148,7 @@ def _no_switch(samples: int, template: ChatTemplate) -> str:
 
 def _spare_template(out: Path, source: str) -> None:
     """A model's folder keeps its template: that of the data is written beside the manifest, and would replace it."""
-    if (out / NAME).is_file() and not (out / CONFIG).is_file():
+    if (out / MANIFEST).is_file() and not (out / CONFIG).is_file():
         return  # that of the data which is replaced
     if own_source(out) not in (None, source):
         raise DataError(
@@ -250,7 +250,7 @@ def _write(out: Path, spill: Spill, encoder: Encoder, settings: _Settings, read:
     )
     # For people, and to tell a model's template from it: what the manifest has of it is the digest.
     write_atomically(out / TEMPLATE, encoder.template.source.encode())
-    write_atomically(out / NAME, manifest.to_bytes())
+    write_atomically(out / MANIFEST, manifest.to_bytes())
     _remove_others(out, manifest)
     return manifest
 

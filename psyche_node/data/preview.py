@@ -14,9 +14,9 @@ from tokenizers import Tokenizer
 from psyche_node.data.dataset import PackedDataset
 from psyche_node.data.encode import Encoder
 from psyche_node.data.errors import BadSample, DataError
-from psyche_node.data.manifest import NAME
 from psyche_node.data.samples import AnySample, SampleFormat, read_any
 from psyche_node.data.textcoding import TextCoder
+from psyche_node.folder_files import MANIFEST
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def _wanted(file: Path, number: int, form: SampleFormat) -> Iterator[AnySample]:
 
 
 def is_prepared(path: Path) -> bool:
-    return (path / NAME).is_file()
+    return (path / MANIFEST).is_file()
 
 
 def _runs(ids: npt.NDArray[np.generic], trained: npt.NDArray[np.bool_], tokenizer: Tokenizer | None) -> list[Run]:

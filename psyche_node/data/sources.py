@@ -16,13 +16,13 @@ from psyche_node.data.agreement import Rendering, rendering_of
 from psyche_node.data.errors import DataError
 from psyche_node.data.files import sha256_file, write_atomically
 from psyche_node.data.locate import find_files
-from psyche_node.data.manifest import NAME, Manifest
+from psyche_node.data.manifest import Manifest
 from psyche_node.data.prepare import prepare
 from psyche_node.data.rendering import find_template
 from psyche_node.data.skipping import Skips
 from psyche_node.data.stdlib_chat import WALK, build_stdlib_chat
 from psyche_node.data.tokenizer import SPECIAL, train_tokenizer
-from psyche_node.folder_files import CONFIG, TEMPLATE, TOKENIZER
+from psyche_node.folder_files import CONFIG, MANIFEST, TEMPLATE, TOKENIZER
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +66,7 @@ def build_data(
     Raises:
         DataError: see ``prepare``, ``train_tokenizer`` and ``build_stdlib_chat``.
     """
-    if source is not None and (Path(source) / NAME).is_file():
+    if source is not None and (Path(source) / MANIFEST).is_file():
         return _prepared(Path(source), tokenizer, sequence_length, template)
     notes = list[str]()
     files = [_stdlib(cache)] if source is None else find_files(source, cache / "downloads", note=notes.append)
@@ -93,7 +93,7 @@ def build_data(
         found = {"skipped": [str(reason) for reason in skips.reasons], "warnings": said}
         write_atomically(out / _FOUND, json.dumps(found).encode())
 
-    packed = _once(cache, key, NAME, build)
+    packed = _once(cache, key, MANIFEST, build)
     found = json.loads((packed / _FOUND).read_bytes())
     skipped, warnings = tuple(found["skipped"]), tuple(found["warnings"])
     manifest = Manifest.read(packed)

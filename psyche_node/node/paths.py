@@ -6,9 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from psyche_node.folder_files import MODEL_CONFIG
-
-_MANIFEST: Final = "manifest.json"
+from psyche_node.folder_files import MANIFEST, MODEL_CONFIG
 
 
 def missing(values: Mapping[str, Any]) -> list[tuple[str, str]]:
@@ -35,7 +33,7 @@ def _model(path: Path) -> Iterator[str]:
 
 
 def _data(path: Path) -> Iterator[str]:
-    yield from _holds(path, _MANIFEST, "a folder that `psyche-node data prepare` has made, or a copy of the run's")
+    yield from _holds(path, MANIFEST, "a folder that `psyche-node data prepare` has made, or a copy of the run's")
 
 
 def _wallet(path: Path) -> Iterator[str]:

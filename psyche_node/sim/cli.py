@@ -153,9 +153,10 @@ def _prepared_length(data: str | None) -> int | None:
         return None
     # Imported late: `--help` does not wait for the data package.
     from psyche_node.data.errors import DataError
-    from psyche_node.data.manifest import NAME, Manifest
+    from psyche_node.data.manifest import Manifest
+    from psyche_node.folder_files import MANIFEST
 
-    if not (Path(data) / NAME).is_file():
+    if not (Path(data) / MANIFEST).is_file():
         return None
     with failures(DataError):
         return Manifest.read(Path(data)).sequence_length
