@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from psyche_node.data.errors import BadSample
-from psyche_node.data.readers import decode
 
 _SHAREGPT_ROLES = {
     "system": "system",
@@ -65,11 +64,6 @@ class Sample:
     parts: dict[int, tuple[Part, ...]] = field(default_factory=dict)
     options: dict[str, Any] = field(default_factory=dict)
     closed: bool = False
-
-
-def parse_sample(line: bytes, where: str) -> Sample:
-    """Return the sample of one JSON line. Raises BadSample."""
-    return parse_record(decode(line, where), where)
 
 
 def parse_record(record: dict[str, Any], where: str) -> Sample:

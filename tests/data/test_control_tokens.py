@@ -12,13 +12,13 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, models
 
 from psyche_node.data import BadSample, ChatTemplate
-from psyche_node.data.formats import Sample, parse_sample
+from psyche_node.data.formats import Sample, parse_record
 
 SPELLED = ["<|eot_id|>", "<|start_header_id|>", "<seed:bos>", "<think>", "<tool_call>"]
 
 
 def parse(*messages: dict[str, Any], **more: Any) -> Sample:
-    return parse_sample(json.dumps({"messages": list(messages), **more}).encode(), "here:1")
+    return parse_record({"messages": list(messages), **more}, "here:1")
 
 
 def said(role: str, content: str, **more: Any) -> dict[str, Any]:

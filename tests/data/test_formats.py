@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 
 from psyche_node.data import BadSample, DataError, read_samples
-from psyche_node.data.formats import parse_sample
+from psyche_node.data.formats import parse_record
 from psyche_node.data.samples import Text, read_any
 
 
 def parse(record: Any) -> Any:
-    return parse_sample(json.dumps(record).encode(), "chat.jsonl:7")
+    return parse_record(record, "chat.jsonl:7")
 
 
 def test_three_formats_mean_the_same_conversation() -> None:
@@ -67,7 +67,6 @@ ANSWER = {"role": "assistant", "content": "a"}
 @pytest.mark.parametrize(
     ("record", "says"),
     [
-        ([], "not an object"),
         ({"text": "plain"}, "no known format: the keys are text"),
         ({"messages": []}, "`messages` is empty"),
         ({"messages": "hi"}, "`messages` is a string"),
@@ -108,11 +107,6 @@ def test_empty_and_missing_files(tmp_path: Path) -> None:
         list(read_samples(tmp_path / "empty.jsonl"))
     with pytest.raises(DataError, match="No such file"):
         list(read_samples(tmp_path / "missing.jsonl"))
-
-
-def test_bytes_that_are_not_utf8() -> None:
-    with pytest.raises(BadSample, match="not JSON"):
-        parse_sample(b'{"prompt": "\xff", "completion": "a"}', "x:1")
 
 
 @pytest.mark.parametrize(

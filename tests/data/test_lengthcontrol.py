@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from psyche_node.data import BadSample, ChatTemplate, DataError, PackedDataset, prepare
-from psyche_node.data.formats import Sample, parse_sample
+from psyche_node.data.formats import Sample, parse_record
 from psyche_node.data.lengthcontrol import close_reasoning
 
 LONG = "alpha beta gamma delta epsilon zeta"
@@ -17,7 +17,7 @@ ASKED = {"role": "user", "content": "Q"}
 
 
 def parse(*messages: dict[str, Any], **more: Any) -> Sample:
-    return parse_sample(json.dumps({"messages": [ASKED, *messages], **more}).encode(), "here:1")
+    return parse_record({"messages": [ASKED, *messages], **more}, "here:1")
 
 
 def said(content: str, reasoning: str | None = None, **more: Any) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def test_a_template_that_does_not_close_reasoning_is_named(seed_tokenizer: Path,
     (tmp_path / "t.jinja").write_text(source)
     open_ended = ChatTemplate(seed_tokenizer, str(tmp_path / "t.jinja"))
     sample = parse(said("Yes.", LONG))
-    sample = parse_sample(json.dumps({"messages": list(sample.messages[1:])}).encode(), "here:1")
+    sample = parse_record({"messages": list(sample.messages[1:])}, "here:1")
     with pytest.raises(BadSample, match="does not close the reasoning"):
         open_ended.encode([close_reasoning(sample, open_ended.tokenizer, 3)])
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from psyche_node.data import BadSample, ChatTemplate, DataError
-from psyche_node.data.formats import Sample, parse_sample
+from psyche_node.data.formats import Sample, parse_record
 from psyche_node.data.rendering import SHIPPED, find_template
 
 TOOLS = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
@@ -67,7 +67,7 @@ CONVERSATIONS: dict[str, dict[str, Any]] = {
 
 
 def parse(record: dict[str, Any]) -> Sample:
-    return parse_sample(json.dumps(record).encode(), "here:1")
+    return parse_record(record, "here:1")
 
 
 def trained_text(template: ChatTemplate, sample: Sample) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 import pytest
 
 from psyche_node.data import BadSample, ChatTemplate, DataError, read_samples, train_tokenizer
-from psyche_node.data.formats import Sample, parse_sample
+from psyche_node.data.formats import Sample, parse_record
 
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|eot_id|>' + '\n' }}{% endfor %}"
@@ -26,7 +25,7 @@ def with_template(tokenizer: Path, folder: Path, template: str) -> ChatTemplate:
 
 def sample(*messages: tuple[str, str], **more: object) -> Sample:
     record = {"messages": [{"role": role, "content": content} for role, content in messages], **more}
-    return parse_sample(json.dumps(record).encode(), "here:1")
+    return parse_record(record, "here:1")
 
 
 def trained_text(template: ChatTemplate, one: Sample) -> str:
@@ -79,7 +78,7 @@ def test_only_the_chosen_messages_are_trained(tokenizer: Path) -> None:
             {"role": "assistant", "content": "beta"},
         ]
     }
-    one = parse_sample(json.dumps(record).encode(), "here:1")
+    one = parse_record(record, "here:1")
     assert trained_text(ChatTemplate(tokenizer), one) == "beta<|eot_id|>"
 
 
@@ -168,6 +167,6 @@ def test_tools_that_the_template_does_not_write(
     template = ChatTemplate(tokenizer, str(path))
     asked, said = {"role": "user", "content": "look"}, {"role": "assistant", "content": "It is blue."}
     record = {"messages": [asked, *change.get("messages", []), said], "tools": change.get("tools")}
-    one = parse_sample(json.dumps(record).encode(), "a.jsonl:7")
+    one = parse_record(record, "a.jsonl:7")
     with pytest.raises(BadSample, match=rf"a.jsonl:7: {says} .*--template hermes-llama3"):
         template.encode([one])
