@@ -110,18 +110,25 @@ class CoordinatorClient(Chain):
         try:
             address = run if isinstance(run, Pubkey) else Pubkey.from_string(run)
         except ValueError:
-            raise RunNotFound(f"{run!r} is not the address of a run (32 bytes in base58)") from None
+            raise RunNotFound(
+                f"{run!r} is not the address of a run (32 bytes in base58); copy it from its owner once more"
+            ) from None
         account = await look(rpc_urls, options, lambda chain: chain.account(address))
         if account is None:
             raise RunNotFound(f"there is no account {address} on this chain; is it the right RPC endpoint?")
         try:
             decoded = decode_run(account.data)
         except MalformedAccount as error:
-            raise RunNotFound(f"account {address} is not a run of this version: {error}") from error
+            raise RunNotFound(
+                f"account {address} is not a run of this version: {error}; is it the right address?"
+            ) from error
         # The addresses are derived from owner and name, so the account proves that it is what it says it is.
         addresses = run_addresses(account.owner, decoded.owner, decoded.run_id)
         if addresses.run != address:
-            raise RunNotFound(f"account {address} holds a run whose address would be {addresses.run}; do not trust it")
+            raise RunNotFound(
+                f"account {address} holds a run whose address would be {addresses.run}; do not trust it, ask the "
+                "run's owner for the address"
+            )
         return cls(rpc_urls, account.owner, addresses, wallet, **options)
 
     @property

@@ -103,7 +103,9 @@ class Pulses:
             decoded = decode_run(run.data.ljust(RUN_SIZE, b"\0"))
             pulse = Pulse(slot, decoded, decode_header(rounds.data))
         except MalformedAccount as error:
-            raise RunNotFound(f"account {self._addresses.run} is not a run of this version: {error}") from error
+            raise RunNotFound(
+                f"account {self._addresses.run} is not a run of this version: {error}; is it the right address?"
+            ) from error
         self._last = _Seen(pulse, run.data[:_FRONT_BYTES], asyncio.get_running_loop().time())
         return pulse
 

@@ -55,7 +55,9 @@ async def take_snapshot(client: CoordinatorClient) -> Snapshot:
     if run is None or members is None or rounds is None:
         raise RunNotFound(f"run {addresses.run} is not on this chain; was it closed, or is it another endpoint?")
     if not run.owner == members.owner == rounds.owner == client.program_id:
-        raise RunNotFound(f"the accounts of run {addresses.run} do not belong to program {client.program_id}")
+        raise RunNotFound(
+            f"the accounts of run {addresses.run} do not belong to program {client.program_id}; is it the right one?"
+        )
     try:
         return Snapshot(
             slot=slot,

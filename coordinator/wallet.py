@@ -29,7 +29,7 @@ def load_keypair(path: Path) -> Keypair:
         with path.open("rb") as file:
             mode = os.fstat(file.fileno()).st_mode
             if not stat.S_ISREG(mode):
-                raise WalletError(f"wallet {path} is not a file")
+                raise WalletError(f"wallet {path} is not a file; name the file that holds the keypair")
             if mode & 0o077:
                 raise WalletError(
                     f"wallet {path} can be read by others (mode {stat.S_IMODE(mode):04o}); run: chmod 600 {path}"
@@ -38,12 +38,17 @@ def load_keypair(path: Path) -> Keypair:
     except FileNotFoundError:
         raise WalletError(f"there is no wallet {path}; make one with: psyche-admin keys new {path}") from None
     except OSError as error:
-        raise WalletError(f"wallet {path} cannot be read: {error.strerror or error}") from error
+        raise WalletError(
+            f"wallet {path} cannot be read: {error.strerror or error}; give this user the right to read it"
+        ) from error
     return _parse(raw, path)
 
 
 def _parse(raw: bytes, path: Path) -> Keypair:
-    problem = f"wallet {path} is not a Solana keypair file (a JSON array of 64 bytes whose halves belong together)"
+    problem = (
+        f"wallet {path} is not a Solana keypair file (a JSON array of 64 bytes whose halves belong together); restore "
+        "it from a backup"
+    )
     try:
         values = json.loads(raw[:_MAX_FILE_BYTES])
         secret = bytes(values) if isinstance(values, list) else b""
@@ -78,7 +83,9 @@ def create_keypair(path: Path) -> Keypair:
     except FileExistsError:
         raise WalletError(f"wallet {path} exists already; choose another file, it will not be overwritten") from None
     except OSError as error:
-        raise WalletError(f"wallet {path} cannot be written: {error.strerror or error}") from error
+        raise WalletError(
+            f"wallet {path} cannot be written: {error.strerror or error}; name a place where it can be"
+        ) from error
     finally:
         if part is not None:
             part.unlink(missing_ok=True)

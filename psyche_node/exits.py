@@ -235,6 +235,7 @@ SAID = (
     Exit.NETWORK,
     Exit.DATA,
     Exit.DATA_MISMATCH,
+    Exit.SEPARATION,
     Exit.DESYNCED,
 )
 """Ends whose errors say themselves what to do, for their own cause: what fits all of them would only be beside it."""

@@ -108,7 +108,9 @@ def load_or_create_node_key(path: Path) -> NodeKey:
     except FileNotFoundError:
         return _create(path)
     except OSError as error:
-        raise IdentityError(f"the node key {path} cannot be opened: {error.strerror}") from error
+        raise IdentityError(
+            f"the node key {path} cannot be opened: {error.strerror}. Restore it from a backup, as a file of this user"
+        ) from error
     with os.fdopen(descriptor, "rb") as file:
         mode = stat.S_IMODE(os.fstat(descriptor).st_mode)
         if mode & 0o077:

@@ -148,7 +148,7 @@ class PackedDataset:
         split = self._heldout if heldout else self._train
         if not 0 <= number < len(split):
             side = "held-out sequence" if heldout else "sequence"
-            raise DataError(f"{self.folder} has no {side} {number}. It has {len(split)}, counted from 0")
+            raise DataError(f"{self.folder} has no {side} {number}. Choose one of its {len(split)}, counted from 0")
         return self._read(split, [number])
 
     def heldout(self, limit: int | None = None) -> Batch:

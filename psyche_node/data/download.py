@@ -59,7 +59,7 @@ def download(url: str, cache: Path, limit: int, headers: dict[str, str] | None =
     pinned = _pinned(url, fragment)
     ending = suffix_of(urlsplit(address).path)
     if ending is None:
-        raise DataError(f"{address}: no known kind of file. The path of a URL ends in one of {', '.join(SUFFIXES)}")
+        raise DataError(f"{address}: no known kind of file. Name a URL whose path ends in one of {', '.join(SUFFIXES)}")
     cache.mkdir(parents=True, exist_ok=True)
     if pinned and (cache / f"{pinned}{ending}").is_file():
         return cache / f"{pinned}{ending}"

@@ -36,7 +36,9 @@ class Encoder:
 
     def __init__(self, tokenizer: Path, template: str | None = None, length_control: int = 0) -> None:
         if length_control < 0:
-            raise DataError(f"a reasoning budget of {length_control} tokens is no budget. Hermes 4 has 30000")
+            raise DataError(
+                f"a reasoning budget of {length_control} tokens is no budget. Use 0 for none; Hermes 4 has 30000"
+            )
         self.template = ChatTemplate(tokenizer, template)
         self._budget = length_control
         self.vocabulary = self.template.vocabulary

@@ -129,7 +129,7 @@ def _spans(value: Any, content: str, role: str, at: str, where: str) -> tuple[Pa
     """The spans of a message, in order: objects with ``start``, ``end`` and, if not true, ``train``."""
     remedy = 'Write {"start": 0, "end": 5, "train": false}: characters of the content, in order, without overlap'
     if role != "assistant":
-        raise BadSample(where, f"{at} has spans, and is from the {role}", "Only what the assistant says is trained")
+        raise BadSample(where, f"{at} has spans, and is from the {role}", "Remove them: only the assistant is trained")
     if not isinstance(value, list):
         raise BadSample(where, f"`spans` of {at} is {kind_of(value)}", remedy)
     parts: list[Part] = []

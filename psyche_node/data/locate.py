@@ -98,7 +98,7 @@ def _training(names: list[str], where: str, note: Callable[[str], None]) -> list
 def _hub(source: str, cache: Path, limit: int, note: Callable[[str], None]) -> list[Path]:
     parts = _REPOSITORY.fullmatch(source.removeprefix(HUB))
     if parts is None:
-        raise DataError(f"{source} is not {HUB}OWNER/NAME[@REVISION][/PATH]")
+        raise DataError(f"{source} does not name a data set. Write {HUB}OWNER/NAME[@REVISION][/PATH]")
     from huggingface_hub import HfApi, get_token, hf_hub_url  # late: it takes as long as all the rest
     from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 

@@ -106,7 +106,7 @@ def prepare(
     if out.exists() and not out.is_dir():
         raise DataError(f"{out} is a file. Name a new folder for the data")
     if not 0 <= heldout < 1:
-        raise DataError(f"a held-out fraction of {heldout} is not in [0, 1). The default is 0.05")
+        raise DataError(f"a held-out fraction of {heldout} is not in [0, 1). Use one that is; the default is 0.05")
     files = [sources] if isinstance(sources, Path) else list(sources)
     if not files:
         raise DataError("there is no file to prepare. Name at least one")

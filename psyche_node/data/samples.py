@@ -114,7 +114,9 @@ def _only(record: dict[str, Any], form: SampleFormat, where: str) -> dict[str, A
     """The record without the keys of other formats."""
     if missing := [key for key in _KEYS[form] if key not in record]:
         found = ", ".join(sorted(map(str, record))[:8]) or "nothing"
-        raise BadSample(where, f"there is no `{missing[0]}`; the keys are {found}", f"The format {form.value} needs it")
+        raise BadSample(
+            where, f"there is no `{missing[0]}`; the keys are {found}", f"Add it: the format {form.value} needs it"
+        )
     others = {key for other, keys in _KEYS.items() if other is not form for key in keys}
     return {key: value for key, value in record.items() if key not in others}
 

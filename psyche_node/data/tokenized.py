@@ -88,7 +88,7 @@ def _labels(record: dict[str, Any], ids: I64, name: str, where: str) -> I64:
     raise BadSample(
         where,
         f"`labels[{at}]` is {labels[at]}, and `{name}[{at}]` is {ids[at]}",
-        f"A label is its own token, or {IGNORED} where nothing is trained",
+        f"Make a label its own token, or {IGNORED} where nothing is trained",
     )
 
 
@@ -100,7 +100,7 @@ def _bounds(record: dict[str, Any], ids: I64, where: str) -> Iterator[tuple[int,
             raise BadSample(
                 where,
                 f"`sequence_lengths` are {lengths.tolist()[:8]}, for {len(ids)} tokens",
-                "They are positive, and their sum is at most the number of tokens",
+                "Make them positive, and their sum at most the number of tokens",
             )
         starts = ends - lengths
         return zip(starts.tolist(), ends.tolist(), strict=True)

@@ -272,7 +272,7 @@ def load_config(file: Path | None, overrides: dict[str, object]) -> NodeConfig:
         except OSError as error:
             raise ConfigError(f"cannot read {file}: {error.strerror}. Pass --config FILE, or flags alone") from error
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{file} is not TOML: {error}") from error
+            raise ConfigError(f"{file} is not TOML: {error}. Mend it there") from error
     values.update({key: value for key, value in overrides.items() if value is not None and value != ()})
     wrong = missing(values)
     try:

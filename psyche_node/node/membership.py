@@ -227,7 +227,9 @@ class Membership:
             if error.code == ErrorCode.RUN_FINISHED:
                 return False
             if error.code == ErrorCode.BANNED:
-                raise Ejected(f"member {mine.slot} was dropped, and cannot join again: {error}") from None
+                raise Ejected(
+                    f"member {mine.slot} was dropped, and cannot join again: {error}. Ask the run's owner why"
+                ) from None
             if error.code in (ErrorCode.RUN_FULL, ErrorCode.GRANT_FULL):
                 raise Dropped(f"member {mine.slot} was dropped, and its place is taken: {error}; {LATER}") from None
             if error.code != ErrorCode.ALREADY_A_MEMBER:  # said twice, and heard the first time

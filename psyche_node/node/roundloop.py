@@ -28,6 +28,7 @@ from psyche_node.node.folder import CHECKPOINT
 from psyche_node.node.idle import IdleTasks
 from psyche_node.node.journal import Journal
 from psyche_node.node.share import Share
+from psyche_node.node.standing import LATER
 from psyche_node.node.view import ChainView
 from psyche_node.node.witness import Witness
 from psyche_node.training.messages import Applied, Apply, Evaluate, Evaluated, Root, RootIs, Save, Train, Trained
@@ -366,5 +367,5 @@ class RoundLoop:
 def _away(round_number: int, now: int) -> Desynced:
     return Desynced(
         f"round {round_number} is no longer kept on chain (the run is in round {now}): this node was away for too "
-        "long. It takes part in the owner's next run, or in this one when it gets a new model"
+        f"long; {LATER}"
     )

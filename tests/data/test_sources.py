@@ -176,5 +176,5 @@ def test_where_there_is_nothing_to_read(tmp_path: Path) -> None:
     (tmp_path / "chat.xlsx").write_bytes(b"PK")
     with pytest.raises(DataError, match=r"chat\.xlsx: no known kind of file"):
         names(tmp_path / "chat.xlsx")
-    with pytest.raises(DataError, match="is not hf://datasets/OWNER/NAME"):
+    with pytest.raises(DataError, match="Write hf://datasets/OWNER/NAME"):
         find_files("hf://datasets/only-one", tmp_path)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -47,6 +48,30 @@ ELSEWHERE = {
     "coordinator.toolchain.elf": "LinkError",
 }
 
+# What takes part in a run, and so ends `psyche-node run`.
+NODE = re.compile(
+    r"psyche_node/(node|network|data|training)/|psyche_node/(identity|metrics)\.py"
+    r"|coordinator/(chain|client|find_run|pulses|rpc|snapshot|transactions|wallet)\.py"
+)
+VERBS = (
+    "add align ask change check choose convert copy fetch get give install leave look lower make mend move name open pass "
+    "prepare put raise remove restore run save send set split start stop tokenize try upgrade use wait write"
+)
+REMEDY = re.compile(
+    rf"(?i)(^|[.,;:?] (and |or )?|\n)(then |first )?({VERBS.replace(' ', '|')})\b"
+    r"|is it |was it |\? *$|\bmust\b|known are|nothing (is wrong|to join)|psyche-admin"
+)
+# Said by code that was called wrongly: nobody who types anything can be told what to do.
+BETWEEN_PARTS = (
+    "an Ed25519 public key is",
+    "a node key's seed is",
+    "is not the PeerId of an Ed25519 key",
+    "this client was opened without a run",
+    "two entries of the member list",
+    "blob {} of {} bytes {}",
+    "the network process has no use for",
+)
+
 
 @pytest.fixture(scope="module")
 def errors(root: Path) -> set[type[Exception]]:
@@ -86,6 +111,38 @@ def test_what_the_chain_raises_is_known_to_psyche_admin(errors: set[type[Excepti
     assert len(ours) > 12
     for one in ours:
         assert isinstance(status_of(one.__new__(one)), AdminExit), one
+
+
+def _text(node: ast.expr) -> str | None:
+    """A message as far as it is written there; None of one that comes from elsewhere whole, or ends so."""
+    match node:
+        case ast.Constant(value=str() as text):
+            return text
+        case ast.JoinedStr(values=[*values]) if values:
+            ends_elsewhere = isinstance(values[-1], ast.FormattedValue)
+            return None if ends_elsewhere else "".join(_text(one) or "{}" for one in values)
+    return None
+
+
+def _messages_by_code(root: Path) -> Iterator[tuple[Exit, str]]:
+    codes = {name.rpartition(".")[2]: code for name, code in exits._EXITS.items() if not name.startswith("builtins.")}
+    for path in sorted(root.rglob("*.py")):
+        if not NODE.match(path.relative_to(root).as_posix()):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            match node:
+                case ast.Call(func=ast.Name(id=name), args=[*_, last]) if name in codes and (text := _text(last)):
+                    yield codes[name], text
+
+
+def test_what_says_itself_what_to_do_is_left_at_that_and_nothing_else(root: Path) -> None:
+    """After the ends in SAID no advice follows: each of their messages has its own. Of the others, not all have one."""
+    mute: dict[Exit, list[str]] = {}
+    for code, text in _messages_by_code(root):
+        said = REMEDY.search(text) or any(one in text for one in BETWEEN_PARTS)
+        mute.setdefault(code, []).extend([] if said else [text])
+    assert {code: texts for code, texts in mute.items() if code in exits.SAID and texts} == {}, "say what to do"
+    assert [code for code, texts in mute.items() if code not in exits.SAID and not texts] == [], "put it into SAID"
 
 
 def test_operators_are_told_what_to_do_about_every_exit_code(root: Path) -> None:
