@@ -54,8 +54,8 @@ NODE = re.compile(
     r"|coordinator/(chain|client|find_run|pulses|rpc|snapshot|transactions|wallet)\.py"
 )
 VERBS = (
-    "add align ask change check choose convert copy fetch get give install leave look lower make mend move name open pass "
-    "prepare put raise remove restore run save send set split start stop tokenize try upgrade use wait write"
+    "add align ask change check choose convert copy fetch get give install leave look lower make mend move name open "
+    "pass prepare put raise remove restore run save send set split start stop tokenize try upgrade use wait write"
 )
 REMEDY = re.compile(
     rf"(?i)(^|[.,;:?] (and |or )?|\n)(then |first )?({VERBS.replace(' ', '|')})\b"
