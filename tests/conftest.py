@@ -1,6 +1,7 @@
 """Settings of every test."""
 
 import logging
+import os
 from collections.abc import Iterator
 
 import pytest
@@ -10,6 +11,18 @@ from hypothesis import settings
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
+# Where they are set, rich and typer colour and fold what tests read. Typer looks once, when it is imported.
+TERMINAL = (
+    *("CLICOLOR_FORCE", "FORCE_COLOR", "GITHUB_ACTIONS", "NO_COLOR", "PY_COLORS", "TTY_COMPATIBLE", "TTY_INTERACTIVE"),
+    *("COLUMNS", "LINES", "TERMINAL_WIDTH"),
+)
+
+
+def pytest_sessionstart() -> None:
+    """Before tests are imported, and after pytest has seen how its own output is to look."""
+    for name in TERMINAL:
+        os.environ.pop(name, None)
+
 
 @pytest.fixture(autouse=True)
 def _log_as_it_was() -> Iterator[None]:
@@ -17,6 +30,5 @@ def _log_as_it_was() -> Iterator[None]:
     root = logging.getLogger()
     handlers, level = list(root.handlers), root.level
     yield
-    for handler in set(root.handlers).difference(handlers):
-        root.removeHandler(handler)
+    root.handlers[:] = handlers
     root.setLevel(level)
