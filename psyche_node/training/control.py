@@ -58,12 +58,12 @@ class Control:
         try:
             self._store.set(keys[self._rank], failure or "")
             self._store.wait(keys, patience or (_FOREVER if failure is None else _PATIENCE))
+            said = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
         except DistError as error:
             raise OutOfStep(
                 f"rank {self._rank} ended its step ({failure or 'well'}), and others are not heard of: they cannot go "
                 "on together"
             ) from error
-        said = {rank: self._store.get(key).decode() for rank, key in enumerate(keys)}
         if self._rank == 0:
             # All have been here, so nobody looks at the request before this one any more.
             for key in (f"request/{number - 1}", *(f"outcome/{number - 1}/{rank}" for rank in range(self._size))):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from datetime import timedelta
 
 import pytest
-from torch.distributed import HashStore
+from torch.distributed import DistNetworkError, HashStore
 
 from psyche_node.ipc import Message, Ok
 from psyche_node.training import control
@@ -65,6 +65,19 @@ def test_what_fails_everywhere_is_one_failure_and_the_group_goes_on() -> None:
     group.lead.close()
     group.join()
     assert (group.ended, group.raised) == (0, None)
+
+
+def test_a_rank_whose_first_one_goes_while_it_listens_is_out_of_step() -> None:
+    """It has waited for what the others say, and asks a store that has gone meanwhile."""
+
+    class Going(HashStore):
+        def get(self, key: str) -> bytes:
+            raise DistNetworkError(f"Connection reset by peer, of {key}")
+
+    store = Going()
+    store.set("outcome/0/0", "")
+    with pytest.raises(OutOfStep, match=r"rank 1 ended its step \(well\), and others are not heard of"):
+        Control(store, 1, 2).settle(None)
 
 
 @pytest.mark.parametrize(("first", "second"), [(failing, fine), (fine, failing)])
