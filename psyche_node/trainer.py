@@ -8,18 +8,21 @@ none, do what it does.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import gc
 import logging
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from psyche_node.evaluation.between import TasksBetween
+    from psyche_node.training.control import Control
     from psyche_node.training.session import Session
+    from psyche_node.training.world import World
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -68,21 +71,28 @@ def main(arguments: list[str] | None = None) -> int:
 
         return TasksBetween(session, model, files)
 
-    world, control = ONE_PROCESS, None
     try:
-        if several:
-            # Imported late: one process needs no DTensors, which take 1.5 s.
-            from psyche_node.training.ranks import join
-
-            world, control = join(options.store_fd)
-        if options.fd is not None:
-            run_trainer(options.fd, open_data, open_tasks, world, control)
-        elif control is not None:
-            run_rank(open_data, open_tasks, world, control)
+        with _ranks(options.store_fd) if several else contextlib.nullcontext((ONE_PROCESS, None)) as (world, control):
+            if options.fd is not None:
+                run_trainer(options.fd, open_data, open_tasks, world, control)
+            elif control is not None:
+                run_rank(open_data, open_tasks, world, control)
     except (TrainingError, ConnectionError) as error:
         logging.getLogger(__name__).error("%s", error)
         return 1
     return 0
+
+
+@contextlib.contextmanager
+def _ranks(listening: int | None) -> Iterator[tuple[World, Control | None]]:
+    """Be one of several, until the end of the block."""
+    # Imported late: one process needs no DTensors, which take 1.5 s.
+    from psyche_node.training.ranks import join, part
+
+    try:
+        yield join(listening)
+    finally:
+        part()
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import tempfile
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -46,6 +47,7 @@ _PATIENCE = timedelta(seconds=30)
 """How long a rank that failed within a step waits for others that may wait for it there."""
 _START = timedelta(minutes=10)
 """How long the ranks of a site may take to come together."""
+_PARTING_SECONDS = 5.0
 
 
 def join(listening: int | None = None) -> tuple[World, Control | None]:
@@ -90,6 +92,17 @@ def join(listening: int | None = None) -> tuple[World, Control | None]:
             "other ranks, and at firewalls between the hosts"
         ) from error
     return Ranks(rank, size), control
+
+
+def part() -> None:
+    """Give up what ``join`` has made, if anything, before this process ends: torch warns of groups that are left.
+
+    In a thread, for a bounded time: after a failure NCCL may wait for an exchange that the others never come to.
+    """
+    if dist.is_initialized():
+        parting = threading.Thread(target=dist.destroy_process_group, name="parting", daemon=True)
+        parting.start()
+        parting.join(_PARTING_SECONDS)
 
 
 class Ranks(World):

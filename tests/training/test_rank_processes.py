@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -16,7 +17,7 @@ import torch
 from tiny import terms
 
 from psyche_node.exits import Exit, exit_for
-from psyche_node.ipc import IpcError, Ok, RemoteFailure
+from psyche_node.ipc import IpcError, Ok, RemoteFailure, encode_frame
 from psyche_node.node.config import ConfigError
 from psyche_node.node.ranks import Trainer
 from psyche_node.training import messages as m
@@ -176,6 +177,39 @@ def test_ranks_of_several_hosts_come_from_torchrun(model_dir: Path, packed: Path
     )
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "result").read_text().startswith("2 x CPU")
+
+
+@pytest.mark.parametrize("ends", ["well", "killed"])
+def test_a_rank_gives_up_its_groups_at_the_end(ends: str) -> None:
+    """Also when rank 0 is gone, and it says so and fails."""
+    script = (
+        "import sys\n"
+        "from psyche_node.trainer import main\n"
+        "status = main(sys.argv[1:])\n"
+        "import torch.distributed as dist\n"
+        "print(status, dist.is_initialized())\n"
+    )
+    meeting, (ours, theirs) = socket.create_server(("127.0.0.1", 0)), socket.socketpair()
+    port = str(meeting.getsockname()[1])
+    ranks = []
+    with meeting, ours, theirs:
+        for rank, fds in enumerate([["--fd", str(theirs.fileno()), "--store-fd", str(meeting.fileno())], []]):
+            environment = {"WORLD_SIZE": "2", "RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, "-c", script, *fds],
+                    pass_fds=[int(fd) for fd in fds[1::2]],
+                    env={**os.environ, **environment, "OMP_NUM_THREADS": "1"},
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+            )
+        ours.sendall(encode_frame(1, m.Root()))
+        assert ours.recv(4), "the answer of a group that stands"
+        if ends == "killed":
+            ranks[0].kill()
+    said = [one.communicate(timeout=500)[0].split() for one in ranks]
+    assert said == {"well": [["0", "False"], ["0", "False"]], "killed": [[], ["1", "False"]]}[ends]
 
 
 def test_torchrun_and_ranks_are_not_mixed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
