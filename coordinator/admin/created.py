@@ -113,7 +113,8 @@ class Created:
 
 
 async def slot_seconds(chain: Chain) -> float:
-    """How long a slot of a chain takes: by its last minutes, or where it keeps no account of them, by looking on.
+    """How long a slot of a chain takes: by its last minutes, or where it keeps no account of them, as
+    psyche-ledger, by looking on.
 
     Raises ChainUnavailable, also where slots do not go on.
     """

@@ -144,11 +144,6 @@ def get_supply(rpc: Rpc, params: list[Any]) -> Json:
     return rpc.context({"total": FAUCET_LAMPORTS, **shape})
 
 
-@method("getRecentPerformanceSamples")
-def get_recent_performance_samples(rpc: Rpc, params: list[Any]) -> Json:
-    return []
-
-
 @method("getInflationGovernor")
 def get_inflation_governor(rpc: Rpc, params: list[Any]) -> Json:
     return {"initial": 0.0, "terminal": 0.0, "taper": 0.0, "foundation": 0.0, "foundationTerm": 0.0}
