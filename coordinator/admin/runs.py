@@ -15,7 +15,7 @@ from rich.table import Table
 from solders.pubkey import Pubkey
 
 from coordinator import instructions
-from coordinator.addresses import run_addresses
+from coordinator.addresses import RunAddresses, run_addresses
 from coordinator.admin.created import Created, slot_seconds
 from coordinator.admin.folders import Folders
 from coordinator.admin.options import (
@@ -93,12 +93,7 @@ def create(
         async with CoordinatorClient(
             rpc, program_id, None, wallet, priority_fee=priority_fee, patience=PATIENCE
         ) as client:
-            _, taken = await client.accounts([places.run, places.members, places.rounds], (0, 0))
-            if taken[0] is not None and taken[0].owner == program_id:
-                raise RunExists(f"{owner} has a run {settings.run_id!r} already, at {run}; choose another name")
-            if any(taken):
-                # Whoever knows owner and name can send lamports there, and no account can be created then.
-                raise ConfigError(f"an address that run {settings.run_id!r} needs is taken; choose another name")
+            await _check_that_free(client, places, owner, settings.run_id)
             await client.load_rent()
             manner = Manner(wallet, program_id, dry_run=dry_run, yes=False, as_json=as_json, priority_fee=priority_fee)
 
@@ -131,6 +126,16 @@ def create(
             )
 
     go(act())
+
+
+async def _check_that_free(client: CoordinatorClient, places: RunAddresses, owner: Pubkey, run_id: str) -> None:
+    """Raises RunExists, and ConfigError if something else is where one of the run's accounts would be."""
+    _, taken = await client.accounts([places.run, places.members, places.rounds], (0, 0))
+    if taken[0] is not None and taken[0].owner == client.program_id:
+        raise RunExists(f"{owner} has a run {run_id!r} already, at {places.run}; choose another name")
+    if any(taken):
+        # Whoever knows owner and name can send lamports there, and no account can be created then.
+        raise ConfigError(f"an address that run {run_id!r} needs is taken; choose another name")
 
 
 def folder_lines(table: SettingsTable, computed: Mapping[str, Any]) -> Iterator[str]:

@@ -234,19 +234,8 @@ class RoundLoop:
 
     async def _train(self, number: int) -> None:
         """Train this member's share of the round, commit to the update, announce it."""
-        record = await self._witness.record(number, closed=False)
-        if record is None:
-            log.warning("round %d was over before this node came to it", number)
-            return
-        if self._member not in record.active:
-            self._stand_by(number)
-            return
-        if self._only_follows:
-            self._only_follows = False
-            log.info("round %d: this member takes part again", number)
-        positions = record.positions(self._member)
+        positions = await self._positions(number)
         if not positions:
-            log.info("round %d has no data for this member", number)
             return
         started, started_at = time.monotonic(), time.time()
         blob_path = self._folder / f"update-{number}.part"
@@ -268,25 +257,7 @@ class RoundLoop:
         seconds = time.monotonic() - started
         self.train_seconds += seconds
         length = blob_path.stat().st_size
-        digest, adopted = await asyncio.to_thread(self._adopt, blob_path, number)
-        self._sent[number] = False
-        try:
-            await self._committing.commit(number, digest, length, reply)
-            self._sent[number] = True
-        except ChainError as error:
-            late = isinstance(error, ProgramError) and error.code in _CLOSED
-            why = "the round had closed before, since the others were faster" if late else str(error)
-            log.warning(
-                "round %d: trained for %.2f s, but not committed: %s. The update goes into the next one",
-                number,
-                seconds,
-                why,
-            )
-            self._journal.write("late", round=number, reason=str(error))
-            self._share.missed()
-        else:
-            await self._exchange.publish(number, self._member, digest, adopted)
-            await self._share.follow(reply.tokens, seconds, self._view.pulse.run.limits.max_share)
+        await self._hand_in(number, blob_path, length, reply, seconds)
         stats = await self._network.call(GetStats(), Stats)
         self._journal.write(
             "trained",
@@ -308,6 +279,45 @@ class RoundLoop:
             seconds,
             length,
         )
+
+    async def _positions(self, number: int) -> list[int]:
+        """The sequences of a round that this member trains on; none if it takes no part, which is said."""
+        record = await self._witness.record(number, closed=False)
+        if record is None:
+            log.warning("round %d was over before this node came to it", number)
+            return []
+        if self._member not in record.active:
+            self._stand_by(number)
+            return []
+        if self._only_follows:
+            self._only_follows = False
+            log.info("round %d: this member takes part again", number)
+        positions = record.positions(self._member)
+        if not positions:
+            log.info("round %d has no data for this member", number)
+        return positions
+
+    async def _hand_in(self, number: int, blob_path: Path, length: int, reply: Trained, seconds: float) -> None:
+        """Commit to an update whose training took so long, and announce it; one that comes too late is kept."""
+        digest, adopted = await asyncio.to_thread(self._adopt, blob_path, number)
+        self._sent[number] = False
+        try:
+            await self._committing.commit(number, digest, length, reply)
+            self._sent[number] = True
+        except ChainError as error:
+            late = isinstance(error, ProgramError) and error.code in _CLOSED
+            why = "the round had closed before, since the others were faster" if late else str(error)
+            log.warning(
+                "round %d: trained for %.2f s, but not committed: %s. The update goes into the next one",
+                number,
+                seconds,
+                why,
+            )
+            self._journal.write("late", round=number, reason=str(error))
+            self._share.missed()
+        else:
+            await self._exchange.publish(number, self._member, digest, adopted)
+            await self._share.follow(reply.tokens, seconds, self._view.pulse.run.limits.max_share)
 
     def _stand_by(self, number: int) -> None:
         """A member that is not active only follows, until it is again: it has joined or was dropped."""
