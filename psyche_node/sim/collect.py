@@ -34,10 +34,10 @@ from psyche_node.sim.result import (
     RunResult,
     TaskEvaluation,
     TaskFigure,
-    dense_allreduce_bytes,
     mean_loss,
     replicas,
 )
+from psyche_node.sim.traffic import dense_allreduce_bytes
 from psyche_node.sim.world import World
 
 
