@@ -71,7 +71,7 @@ class Ended:
         self.running = status is None
 
     def tail(self) -> str:
-        return self.log.read_text()[-100:]
+        return self.log.read_text()[-1000:]
 
 
 class Stage:
@@ -357,6 +357,15 @@ def test_run_that_cannot_go_on_is_noticed(
         return
     with pytest.raises(SimulationFailed, match=rf"{said}(.|\n)*exit status 52(.|\n)*out of memory"):
         stage.world._check_alive()
+
+
+def test_the_last_words_of_a_node_are_what_it_said_to_a_person(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    lines = [{"level": "INFO", "msg": "loading"}, {"level": "ERROR", "msg": "no such device"}]
+    stage.node(0, status=10, log="\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(SimulationFailed) as caught:
+        stage.world._check_alive()
+    assert str(caught.value).endswith("ends with\nno such device")
 
 
 @pytest.mark.parametrize("what", ["ledger", "relay"])
