@@ -264,6 +264,8 @@ def _timeline(world: World) -> Iterator[RoundRecord]:
                 continue
             line = lines.get((node.name, number))
             state = _state(slot, line, record.committed.get(number, frozenset()), included)
+            if state == "missed" and record.finished_at is None and position == len(starts) - 1:
+                continue  # the run was stopped in this round: nobody has missed it
             following = lines.get((node.name, number + 1))
             row = MemberRound(node=node.name, state=state)
             if line is not None:

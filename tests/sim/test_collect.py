@@ -215,6 +215,20 @@ def test_replicas_that_differ_are_not_called_identical(tmp_path: Path) -> None:
     assert not stage.collect().replicas_identical
 
 
+def test_nobody_has_missed_the_round_that_the_run_was_stopped_in(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, trained(0, 1, 1.0), trained(1, 2, 1.0))
+    stage.node(1, trained(1, 2, 1.0))
+    for number, start in enumerate((1, 2, 3)):
+        stage.round(number, start, {0} if number == 0 else set(), {0} if number == 0 else None)
+    states = [[(one.node, one.state) for one in record.members] for record in stage.collect().timeline]
+    assert states == [
+        [("node-0", "included"), ("node-1", "missed")],
+        [("node-0", "trained"), ("node-1", "trained")],
+        [],
+    ]
+
+
 def test_void_round_missed_round_and_update_that_did_not_count(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.node(0, trained(0, 1, 1.0), trained(1, 2, 1.0))
