@@ -215,6 +215,17 @@ def test_replicas_that_differ_are_not_called_identical(tmp_path: Path) -> None:
     assert not stage.collect().replicas_identical
 
 
+def test_a_node_that_was_stopped_has_waited_all_the_same(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, *(trained(number, at, 1.0) for number, at in enumerate((1, 4, 6))))
+    for number, start in enumerate((0, 3, 5)):
+        stage.round(number, start, {0}, {0})
+    result = stage.collect("interrupted")
+    rows = [record.members[0].wait_seconds for record in result.timeline]
+    assert result.nodes[0].wait_seconds == pytest.approx(sum(rows))
+    assert sum(rows) > 0
+
+
 def test_nobody_has_missed_the_round_that_the_run_was_stopped_in(tmp_path: Path) -> None:
     stage = Stage(tmp_path)
     stage.node(0, trained(0, 1, 1.0), trained(1, 2, 1.0))
