@@ -58,20 +58,20 @@ def evaluate(
         raise typer.BadParameter("name a model FOLDER, and --tasks, --data or both")
     if out is not None:
         _check_writable(out)
+    from psyche_node.data import DataError, PackedDataset
     from psyche_node.generation import GenerationError
     from psyche_node.generation.folder import check_folder
 
-    with failures(GenerationError):
+    with failures(DataError, GenerationError):
         check_folder(folder)
+        dataset = None if data is None else PackedDataset(data)
     # Imported late: neither `--help` nor what is refused waits for torch.
-    from psyche_node.data import DataError, PackedDataset
     from psyche_node.evaluation import EvaluationError, Subject, open_tasks, run_suite
     from psyche_node.evaluation.steps import finish
     from psyche_node.training import TrainingError
 
     with failures(DataError, EvaluationError, GenerationError, TrainingError):
         opened = open_tasks(tasks or [], limit, None if thinking is None else thinking.value)
-        dataset = None if data is None else PackedDataset(data)
         length = 2048 if dataset is None else dataset.sequence_length
         subject = Subject.load(folder, device, dtype, length)
         with Console(stderr=True).status("evaluating") as status:

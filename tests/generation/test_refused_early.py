@@ -66,3 +66,10 @@ def test_a_model_of_the_hub_is_to_be_fetched_first(tmp_path: Path) -> None:
     code, said, _ = refused("chat", "owner/some-model.2", "hello")
     assert (code, said.endswith("hf download owner/some-model.2 --local-dir FOLDER")) == (Exit.MODEL, True)
     assert "hf download" not in refused("chat", str(tmp_path / "nowhere"), "hello")[1]
+
+
+def test_data_that_is_not_prepared(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, said, loaded = refused("eval", str(tmp_path), "--data", str(tmp_path))
+    assert (code, loaded) == (Exit.DATA, False)
+    assert said.startswith(f"{tmp_path} is a model's folder: there is no manifest.json")

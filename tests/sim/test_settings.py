@@ -93,9 +93,9 @@ def test_output_folder_is_new_or_empty(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "empty").mkdir()
     OutFolder(tmp_path / "empty")
-    for used in (tmp_path, tmp_path / "file"):
+    for used, why in ((tmp_path, "exists and is not empty"), (tmp_path / "file", "is a file")):
         (tmp_path / "file").touch()
-        with pytest.raises(FileExistsError, match="--out"):
+        with pytest.raises(FileExistsError, match=f"{why}; name a new folder with --out"):
             OutFolder(used)
 
 
