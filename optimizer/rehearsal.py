@@ -46,10 +46,6 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
         drawn = [torch.randn(shape, generator=generator) for shape in shapes]
         return [(x.round() if coarse else x).to(device) for x in drawn]
 
-    def empty(round: int) -> Sent:
-        body = np.zeros((blocks, layout.code.bytes), np.uint8)
-        return Sent(Header(bytes(32), round, 0), body, torch.zeros(blocks, device=device))
-
     names = [placement.name for placement in layout.placements]
     momentum = torch.zeros(blocks, BLOCK, device=device)
     rounds: list[Sent] = []
@@ -59,7 +55,7 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
             None if name == "still" else x.to(torch.bfloat16) if name == "long" else x
             for name, x in zip(names, values(coarse=round == 0), strict=True)
         ]
-        sent = empty(round)
+        sent = Sent.empty(Header(bytes(32), round, 0), blocks, layout.code, device)
         engine.encode(gradients, None, momentum, sent, Rule(decay=0.875, rate=0.01, salt=round))
         rounds.append(sent)
         results["encode"] += [torch.from_numpy(sent.body), sent.scale, momentum.clone()]
