@@ -137,9 +137,10 @@ class Subscriptions:
             site.failures = 1 if loop.time() - started > _GOOD_SECONDS else site.failures + 1
             pause = min(_FIRST_PAUSE * 2 ** min(site.failures - 1, 10), _LONGEST_PAUSE) * random.uniform(0.75, 1.25)
             site.retry_at = loop.time() + pause
-            log.warning(
-                "%s: WebSocket lost (%s); polling, next attempt there in %.1f s", shown_url(site.url), reason, pause
-            )
+            # The 1st, 2nd, 4th, 8th in a row: an endpoint that stays away is no news every time.
+            level = logging.WARNING if site.failures.bit_count() == 1 else logging.DEBUG
+            words = "%s: WebSocket lost (%s); polling, next attempt there in %.1f s"
+            log.log(level, words, shown_url(site.url), reason, pause)
 
     async def _connection(self, site: _Site) -> None:
         async with self._connect(site.url) as socket:
@@ -147,6 +148,8 @@ class Subscriptions:
             self._requests.clear()
             self._by_server_id.clear()
             self._socket, self._url = socket, site.url
+            if site.failures:
+                log.info("%s: WebSocket connected again", shown_url(site.url))
             beside = [asyncio.create_task(self._write(socket)), asyncio.create_task(self._return(site))]
             try:
                 for handle, wanted in tuple(self._wanted.items()):

@@ -274,6 +274,7 @@ _EXITS: dict[str, Exit] = {
     "psyche_node.generation.errors.GenerationError": Exit.MODEL,
     "psyche_node.serving.errors.ServeError": Exit.SERVE,
     "psyche_node.training.errors.NotTheRuns": Exit.CONFIG,
+    "psyche_node.training.errors.DeviceError": Exit.CONFIG,
     "psyche_node.training.errors.ModelError": Exit.MODEL,
     "psyche_node.training.errors.SeparationError": Exit.SEPARATION,
     "psyche_node.training.errors.TrainingError": Exit.TRAINING,

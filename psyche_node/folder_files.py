@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Final
 
@@ -18,3 +19,11 @@ TEMPLATE: Final = "chat_template.jinja"
 def config_file(source: Path) -> Path:
     """The model's config that a folder holds, or that a path is."""
     return source / MODEL_CONFIG if source.is_dir() else source
+
+
+def hub_hint(name: Path | str) -> str:
+    """A sentence for who names a model of the Hub, OWNER/NAME, where a folder is wanted; empty for any other name."""
+    words = str(name)
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", words) or Path(words).parent.exists():
+        return ""
+    return f". To get it from the Hub: hf download {words} --local-dir FOLDER"

@@ -119,7 +119,10 @@ def key_of(text: str) -> Pubkey:
             raw = base58_decode(text)
             if raw[:6] == _PEER_ID_HEAD and len(raw) == 38:
                 return Pubkey.from_bytes(raw[6:])
-    return address_of(text, "the key")
+    try:
+        return address_of(text, "the key")
+    except ConfigError as error:
+        raise ConfigError(f"{error}; nor is it a node's id (12D3KooW...) or key (64 hex digits)") from None
 
 
 def _common(

@@ -85,7 +85,10 @@ class Folders:
             (self.data, "--data", "manifest.json", "a folder that `psyche-node data prepare` has made"),
         ):
             if folder is not None and not (folder / file).is_file():
-                yield f"  {flag} {folder}: there is no {file} in it; name {what}"
+                wrong = f"there is no {file} in it"
+                if not folder.is_dir():
+                    wrong = "it is a file" if folder.exists() else "there is no such folder"
+                yield f"  {flag} {folder}: {wrong}; name {what}"
 
     def terms(
         self, table: SettingsTable, topk: int, warn: Callable[[str], None] = lambda warning: None

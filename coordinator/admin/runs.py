@@ -137,7 +137,8 @@ def folder_lines(table: SettingsTable, computed: Mapping[str, Any]) -> Iterator[
     """What the folders gave, and what of a recipe it goes over."""
     before = table.terms()
     for key, value in computed.items():
-        over = f" (the recipe has {before[key]})" if key in before and table.origin("terms", key) == RECIPE else ""
+        of_recipe = key in before and table.origin("terms", key) == RECIPE and before[key] != value
+        over = f" (the recipe has {before[key]})" if of_recipe else ""
         yield f"computed from the folders: terms.{key} = {value}{over}"
 
 

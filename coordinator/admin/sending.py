@@ -85,6 +85,8 @@ async def carry_out(
         show_dry_run(manner, [(step, simulated)], simulated.lamports, result)
         return
     if caution is not None:
+        if not manner.yes:  # nobody is asked about what the program would refuse
+            await simulate(chain, manner, step)
         confirm(caution, yes=manner.yes)
     before = await chain.balance(manner.payer.pubkey())
     signature = await chain.send(*step.instructions, extra_signers=step.signers, payer=manner.payer)

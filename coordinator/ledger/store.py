@@ -77,9 +77,9 @@ class Store:
         try:
             self._lock = self._open_lock()
         except OSError as error:
-            raise StoreError(
-                f"{folder} cannot be used: {error.strerror}. Choose another --dir or its permissions"
-            ) from None
+            if folder.is_file():
+                raise StoreError(f"{folder} is a file. Name a folder with --dir; a new one is made") from None
+            raise StoreError(f"{folder} cannot be used: {error.strerror}. Mend that, or choose another --dir") from None
         try:
             self._take_lock()
             if read_only:

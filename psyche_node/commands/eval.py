@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -55,22 +56,22 @@ def evaluate(
         return
     if folder is None or not (tasks or data):
         raise typer.BadParameter("name a model FOLDER, and --tasks, --data or both")
+    if out is not None:
+        _check_writable(out)
+    from psyche_node.data import DataError, PackedDataset
     from psyche_node.generation import GenerationError
     from psyche_node.generation.folder import check_folder
 
-    with failures(GenerationError):
+    with failures(DataError, GenerationError):
         check_folder(folder)
+        dataset = None if data is None else PackedDataset(data)
     # Imported late: neither `--help` nor what is refused waits for torch.
-    from psyche_node.data import DataError, PackedDataset
     from psyche_node.evaluation import EvaluationError, Subject, open_tasks, run_suite
     from psyche_node.evaluation.steps import finish
     from psyche_node.training import TrainingError
 
-    if out is not None and not out.parent.is_dir():
-        raise typer.BadParameter(f"--out: there is no folder {out.parent}")
     with failures(DataError, EvaluationError, GenerationError, TrainingError):
         opened = open_tasks(tasks or [], limit, None if thinking is None else thinking.value)
-        dataset = None if data is None else PackedDataset(data)
         length = 2048 if dataset is None else dataset.sequence_length
         subject = Subject.load(folder, device, dtype, length)
         with Console(stderr=True).status("evaluating") as status:
@@ -81,12 +82,24 @@ def evaluate(
                 as_it_is = "with it, because its prompts begin inside" if one.thinking else "without"
                 note = f"{one.task}: the chat template of {folder} has no switch for reasoning: measured {as_it_is}"
                 typer.secho(note, fg="yellow", err=True)
-        if out is not None:
-            out.write_bytes(results.canonical() + b"\n")
-        if as_json:
-            typer.echo(json.dumps(results.model_dump(mode="json") | {"sha256": results.digest.hex()}))
-        else:
-            _show(results)
+        try:
+            if out is not None:
+                out.write_bytes(results.canonical() + b"\n")
+        finally:  # what was measured for hours is not lost with the disk that got full meanwhile
+            if as_json:
+                typer.echo(json.dumps(results.model_dump(mode="json") | {"sha256": results.digest.hex()}))
+            else:
+                _show(results)
+
+
+def _check_writable(out: Path) -> None:
+    """Refuse a file for the results that cannot be written, before anything is measured for it."""
+    if out.is_dir():
+        raise typer.BadParameter(f"--out: {out} is a folder; name a file")
+    if not out.parent.is_dir():
+        raise typer.BadParameter(f"--out: there is no folder {out.parent}")
+    if not os.access(out if out.exists() else out.parent, os.W_OK):
+        raise typer.BadParameter(f"--out: {out} cannot be written: permission denied; name another file")
 
 
 def _show(results: Results) -> None:
@@ -136,6 +149,11 @@ def _verify(file: Path, choice: RunChoice, as_json: bool) -> None:
 
     with failures(EvaluationError, ChainError, ConfigError):
         results = read_results(file)
+        if results.round is None:
+            raise EvaluationError(
+                f"{file} is of `psyche-node eval`, and only what a node has measured in a run is recorded on chain. "
+                "Name a file of evaluations/ in that node's folder"
+            )
         found, of = asyncio.run(look(results.digest))
         fitting = [one for one in found if one["round"] == results.round]
         if not fitting:

@@ -15,7 +15,7 @@ _LINE = "Line of a member: 1gbit, or 100mbit:1gbit/80ms (up:down/round trip)."
 
 def plan(
     context: typer.Context,
-    model: Annotated[str, typer.Option(help="Folder with config.json, JSON file, or known name: Seed-OSS-36B.")],
+    model: Annotated[str, typer.Option(help="Folder with config.json, JSON file, or known name: Seed-OSS-36B, ...")],
     gpus: Annotated[str, typer.Option(help="GPUs of a member, such as 8xH200.")],
     members: Annotated[int | None, typer.Option(min=1, max=256, help="Members. Default: the recipe's.")] = None,
     link: Annotated[str, typer.Option(help=_LINE)] = "1gbit",
@@ -67,11 +67,14 @@ def plan(
     from psyche_node.planning.shape import config_of
     from psyche_node.relay.spec import BadSpec, LinkSpec
 
-    with failures(ConfigError, PlanError, BadSpec):
+    with failures(ConfigError, PlanError):
         known = load_recipe(recipe)
         limits, terms = known.limits, known.terms
         count, gpu = parse_gpus(gpus)
-        line = LinkSpec.parse(link if "/" in link else f"{link}/50ms")
+        try:
+            line = LinkSpec.parse(link if "/" in link else f"{link}/50ms")  # the usual round trip, where none is said
+        except BadSpec as error:
+            raise PlanError(f"--link {link}: {error}") from None
         config = config_of(model)
         from psyche_node.planning.meta import layout_of, shape_from  # torch: flags and files are known to be good
 

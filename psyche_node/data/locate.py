@@ -44,6 +44,8 @@ def find_files(
         return [path]
     if source.startswith(HUB):
         return _hub(source, cache, limit, note)
+    if not source.strip():  # a variable of a shell that is not set; Path would take it for the current folder
+        raise DataError("the name of a data file is empty. Name data files, folders or URLs")
     path = Path(source)
     if path.is_dir():
         return _folder(path, note)

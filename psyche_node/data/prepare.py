@@ -130,7 +130,8 @@ def prepare(
                 (counts.bad, "bad"),
             )
             why = ", ".join(f"{count:,} {reason}" for count, reason in reasons if count)
-            remedy = "Use longer sequences, or cut what is too long" if counts.too_long else "Add some that can"
+            longer = "Use a longer `--sequence-length`, or cut with `psyche-node data prepare --too-long cut`"
+            remedy = longer if counts.too_long else "Add some that can"
             raise DataError(f"{names}: no sample can be trained on: of {counts.samples:,}, {why}. {remedy}")
         if read.switched and not encoder.template.thinks:
             warn(_no_switch(read.switched, encoder.template))

@@ -43,6 +43,8 @@ def read_records(path: Path, bad: Bad = refuse) -> Iterator[tuple[str, Record]]:
     suffix = suffix_of(path.name)
     if path.is_dir():
         raise DataError(f"{path} is a folder. Name one of the files in it")
+    if suffix is None and not path.exists():
+        raise DataError(f"{path}: there is no such file or folder. Name a data file, or a prepared folder")
     if suffix is None:
         raise DataError(f"{path}: no known kind of file. Known are {', '.join(SUFFIXES)}")
     try:

@@ -39,6 +39,7 @@ class Template:
 
     Attributes:
         marked: it has generation blocks.
+        converses: it uses the messages of a conversation.
         reasons: it renders the field ``reasoning_content`` of a message.
         controls: the control tokens that a shipped template needs; empty for any other.
 
@@ -60,9 +61,11 @@ class Template:
         # prepared today has the bytes of data prepared tomorrow.
         self._generation: _Generation = environment.generation  # type: ignore[attr-defined]
         try:
+            parsed = environment.parse(source)
             self._template = environment.from_string(source)
         except jinja2.TemplateError as error:
-            raise DataError(f"{where} does not parse: {error}. Mend it") from error
+            raise DataError(f"{where} does not parse: {str(error).rstrip('.')}. Mend it") from error
+        self.converses = any(name.name == "messages" for name in parsed.find_all(jinja2.nodes.Name))
 
     def render(self, context: Mapping[str, Any]) -> tuple[str, list[Span]]:
         """Return the text, and what its generation blocks cover. Raises whatever the template does."""
@@ -83,7 +86,12 @@ def find_template(name: str) -> Template:
         raise DataError(
             f"the chat template {name} cannot be read ({error}). Name a file, or one of {', '.join(SHIPPED)}"
         ) from error
-    return Template(source, f"the chat template {name}", shipped=name in SHIPPED)
+    template = Template(source, f"the chat template {name}", shipped=name in SHIPPED)
+    if not template.converses:
+        raise DataError(
+            f"{name} is no chat template: it does not use `messages`. Name a Jinja file, or one of {', '.join(SHIPPED)}"
+        )
+    return template
 
 
 def own_source(folder: Path) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from psyche_node.data.errors import BadSample
+from psyche_node.units import counted
 
 Bad = Callable[[BadSample], None]
 """Hears of a bad sample: raises it, or returns to go on with the next one."""
@@ -71,7 +72,7 @@ class Skips:
         """Raises BadSample if this is one too many."""
         if self._limit is not None and self.count >= self._limit:
             more = (
-                f"{self._limit} bad samples before it were passed over; `--skip-bad all` passes over all of them"
+                f"Passed over before it: {counted(self._limit, 'bad sample')}; `--skip-bad all` passes over all of them"
                 if self._limit
                 else "Or let `--skip-bad N` pass over N bad samples, which are counted and listed by reason"
             )

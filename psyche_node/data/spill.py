@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import tempfile
 from array import array
 from pathlib import Path
@@ -25,6 +26,7 @@ class Spill:
     """
 
     def __init__(self, folder: Path) -> None:
+        self._made = None if folder.exists() else folder
         folder.mkdir(parents=True, exist_ok=True)
         self._file: IO[bytes] = tempfile.TemporaryFile(dir=folder, buffering=1 << 20)  # noqa: SIM115
         self._lengths = array("I")
@@ -36,6 +38,9 @@ class Spill:
 
     def __exit__(self, *raised: type[BaseException] | BaseException | TracebackType | None) -> None:
         self._file.close()
+        if self._made is not None and raised[0] is not None:
+            with contextlib.suppress(OSError):  # not empty: shards were written, which the next attempt takes over
+                self._made.rmdir()
 
     def __len__(self) -> int:
         return len(self._lengths)

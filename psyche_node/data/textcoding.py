@@ -18,6 +18,7 @@ from typing import Any
 from tokenizers import Tokenizer
 
 from psyche_node.data.errors import DataError
+from psyche_node.folder_files import hub_hint
 
 
 @dataclass(slots=True)
@@ -56,7 +57,8 @@ class TextCoder:
         """Return the tokenizer of a Hugging Face folder. Raises DataError if it cannot be read."""
         if not folder.is_dir():
             wrong = f"{folder} is a file" if folder.exists() else f"there is no folder {folder}"
-            raise DataError(f"{wrong}. Name the Hugging Face folder that holds the tokenizer's tokenizer.json")
+            what = "Name the Hugging Face folder that holds the tokenizer's tokenizer.json"
+            raise DataError(f"{wrong}. {what}{hub_hint(folder)}")
         path = folder / "tokenizer.json"
         try:
             return cls(json.loads(path.read_bytes()))

@@ -8,6 +8,8 @@ from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateSyntaxError
+
 from psyche_node.data.formats import switched
 from psyche_node.data.marked import QUOTE, holds_mark, mark_spellings, spells, strip_marks
 from psyche_node.data.textcoding import TextCoder
@@ -116,9 +118,14 @@ class Prompts:
         try:
             with self._lock:
                 return str(self._tokenizer.apply_chat_template(list(messages), tools=tools, **options))
+        except TemplateSyntaxError as error:
+            said = str(error).rstrip(".")
+            raise GenerationError(
+                f"the chat template of {self._where} does not parse, line {error.lineno}: {said}. Mend {TEMPLATE}"
+            ) from error
         except Exception as error:  # a template is a program of its own: whatever it raises is about these messages
             raise PromptError(
-                f"the chat template of {self._where} refuses this conversation: {error}. "
+                f"the chat template of {self._where} refuses this conversation: {str(error).rstrip('.')}. "
                 "Change the order or the roles of its messages, or the template"
             ) from error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 import tomllib
 from pathlib import Path
 from typing import Annotated, Literal, Self
@@ -18,7 +17,7 @@ from psyche_node.faults import Faults
 from psyche_node.identity import IdentityError
 from psyche_node.network.statements import Malformed, parse_bootstrap, split_address
 from psyche_node.node.paths import missing
-from psyche_node.training.options import Options
+from psyche_node.training.options import Options, known_device
 
 
 class ConfigError(Exception):
@@ -168,9 +167,7 @@ class NodeConfig(BaseModel):
     @field_validator("device")
     @classmethod
     def _known_device(cls, device: str) -> str:
-        if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
-            raise ValueError(f"{device!r} is no device to train on; use auto, cpu, cuda or cuda:1")
-        return device
+        return known_device(device)
 
     @field_validator("listen")
     @classmethod

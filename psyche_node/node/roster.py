@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from solders.pubkey import Pubkey
 
 from coordinator.client import CoordinatorClient, Pulse
-from coordinator.state import Member, MemberStatus, Phase
+from coordinator.state import Member, MemberStatus, Phase, Run
 from psyche_node.identity import NodeKey, node_id
 from psyche_node.ipc import Caller, Message, Ok
 from psyche_node.network.messages import MemberEntry, Rejected, SetMembers, Why
@@ -38,7 +38,7 @@ class Roster:
         self._table: Sequence[Member] = ()
         self._mine: Member | None = None
         self._hint = asyncio.Event()
-        self._waits = False
+        self._waits = self._paused = False
         self.changes = Changes()
         self.before: MemberStatus | None = None
         """What this member's status was before the present one."""
@@ -97,6 +97,7 @@ class Roster:
         while True:
             seen = self._view.pulse
             self._tell_of_waiting(seen)
+            self._tell_of_pause(seen.run)
             self._hint.clear()
             table = self._table = await self._view.read(self._chain.members)
             mine = next((m for m in table if m.slot == self.slot and m.wallet == self._wallet), None)
@@ -131,6 +132,17 @@ class Roster:
         elif self._waits and run.phase in (Phase.WARMUP, Phase.ROUND_TRAIN, Phase.ROUND_WITNESS, Phase.COOLDOWN):
             self._waits = False
             log.info("round %d: the run goes on, with %d members", run.round, here)
+
+    def _tell_of_pause(self, run: Run) -> None:
+        """Say once that the owner has paused the run, and once that it goes on."""
+        paused = run.phase is Phase.PAUSED
+        if paused and not self._paused:
+            log.info(
+                "round %d: the owner has paused the run; this node waits, and goes on when the owner does", run.round
+            )
+        elif self._paused and not paused and run.phase is not Phase.FINISHED:
+            log.info("round %d: the owner has resumed the run", run.round)
+        self._paused = paused
 
     def _check_place(self, mine: Member, number: int) -> None:
         """Raise what ends this node."""

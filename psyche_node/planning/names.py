@@ -10,6 +10,16 @@ from typing import Any, Final
 _NEAR: Final = 0.85
 """By difflib's ratio: a slip of a letter is as near, and of published configs' extra keys none is to what they lack."""
 
+_ELSEWHERE: Final = {
+    "num_hidden_layers": ("num_layers", "n_layers", "n_layer"),
+    "num_attention_heads": ("num_heads", "n_heads", "n_head"),
+    "num_key_value_heads": ("num_kv_heads", "n_kv_heads"),
+    "hidden_size": ("d_model", "n_embd", "hidden_dim"),
+    "intermediate_size": ("d_ff", "ffn_dim", "n_inner"),
+}
+"""What other models and libraries call a size that most configs of transformers name so."""
+_CALLED: Final = {other: name for name, others in _ELSEWHERE.items() for other in others}
+
 
 def unknown_kind(kind: object) -> str | None:
     """A sentence on a model_type that transformers does not have, with the nearest; None for one that it has."""
@@ -38,6 +48,7 @@ def mistyped(values: Mapping[str, Any]) -> list[str]:
     lacking = sorted(known - values.keys())
     found = []
     for key in sorted(values.keys() - known):
-        if near := difflib.get_close_matches(key, lacking, 1, _NEAR):
+        meant = [name] if (name := _CALLED.get(key)) in lacking else []
+        if near := difflib.get_close_matches(key, lacking, 1, _NEAR) or meant:
             found.append(f"{kind} models have no setting {key!r}, and it changes nothing: did you mean {near[0]}?")
     return found

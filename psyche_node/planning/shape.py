@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-from psyche_node.folder_files import config_file
+from psyche_node.folder_files import config_file, hub_hint
 from psyche_node.planning.context import context_window
 from psyche_node.planning.errors import PlanError
 from psyche_node.planning.sizes import bad_size, config_values
@@ -98,7 +98,8 @@ def config_of(source: str) -> ModelConfig:
     if not file.is_file():
         if source.lower() not in shipped:
             names = ", ".join(sorted(file.stem for file in shipped.values()))
-            raise PlanError(f"--model {source}: no folder with a config.json, no JSON file, and none of {names}")
+            wrong = f"--model {source}: no folder with a config.json, no JSON file, and none of {names}"
+            raise PlanError(wrong + hub_hint(source))
         file = shipped[source.lower()]
     try:
         config = config_values(file)

@@ -26,8 +26,6 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
         gap = f"{1 - heldout / entropy:.0%} below single tokens" if heldout < entropy else "not below single tokens"
     value, _, why = result.heldout_text.partition(": ")
     marks.append(("entropy", entropy))
-    identical = result.replicas_identical
-    holders = sum(node.weights_sha256 is not None for node in result.members)
     reduced = reduction(result)
     whole = result.outcome == "finished"
     sent = units.bytes_text(result.bytes_sent_total)
@@ -35,13 +33,7 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
     made: list[dict[str, Any]] = [
         {"title": "Held-out loss", "value": value, "note": gap or why,
          "gauge": charts.gauge(marks) if heldout is not None else "", "lines": lines, "kind": ""},
-        {"title": "Replicas", "value": "Identical" if identical else "Different",
-         "kind": "good" if identical else "bad",
-         "note": f"{units.counted(holders, 'node')}, byte for byte" if identical else "see the nodes below",
-         "lines": [
-             ("", "SHA", units.short(result.weights_sha256, 6, 4) if result.weights_sha256 else "differ"),
-             ("", "compared", units.times_of(len(result.checks))),
-         ]},
+        _replicas(result),
         {"title": "Sent, against dense", "kind": "",
          "value": "unknown" if reduced is None else f"{units.times_text(reduced)} less",
          "note": f"{sent}, not {units.bytes_text(result.dense_bytes_total)}" if whole else f"updates; {sent} counted",
@@ -69,3 +61,20 @@ def cards(result: RunResult) -> list[dict[str, Any]]:
          ]},
     ]  # fmt: skip
     return [{"gauge": None, **card} for card in made]
+
+
+def _replicas(result: RunResult) -> dict[str, Any]:
+    """Whether the replicas are identical; not called different where nobody got to the end to be compared."""
+    holders = sum(node.weights_sha256 is not None for node in result.members)
+    value, kind, note, sha = {
+        True: ("Identical", "good", f"{units.counted(holders, 'node')}, byte for byte", ""),
+        False: ("Different", "bad", "see the nodes below", "differ"),
+        None: ("Unknown", "", result.compared_text, "none at the end"),
+    }[result.replicas_identical]
+    return {
+        "title": "Replicas", "value": value, "kind": kind, "note": note,
+        "lines": [
+            ("", "SHA", units.short(result.weights_sha256, 6, 4) if result.weights_sha256 else sha),
+            ("", "compared", units.times_of(len(result.checks))),
+        ],
+    }  # fmt: skip

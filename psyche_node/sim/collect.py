@@ -34,10 +34,10 @@ from psyche_node.sim.result import (
     RunResult,
     TaskEvaluation,
     TaskFigure,
-    dense_allreduce_bytes,
     mean_loss,
     replicas,
 )
+from psyche_node.sim.traffic import dense_allreduce_bytes
 from psyche_node.sim.world import World
 
 
@@ -46,7 +46,7 @@ def collect(world: World, outcome: Outcome, ledger: LedgerResult, baseline: Base
     settings, prepared, record = world.settings, world.prepared, world.record
     timeline = list(_timeline(world))
     rounds = len(timeline)
-    nodes = [_node(world, node, outcome) for node in world.nodes]
+    nodes = [_node(world, node, outcome, timeline) for node in world.nodes]
     checks = _checks(world)
     identical, sha = replicas(nodes, checks)
     losses = _losses(world)
@@ -147,11 +147,13 @@ def _members_by_wallet(world: World) -> dict[str, Member]:
     return {str(member.wallet): member for member in world.record.members}
 
 
-def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
+def _node(world: World, node: SimNode, outcome: Outcome, timeline: list[RoundRecord]) -> NodeResult:
     member = _members_by_wallet(world).get(node.wallet)
     finished = node.last("finished") or {}
     newest = finished or node.last("trained") or {}
     trained = node.all("trained")
+    # One that was stopped has not told it: then it is what its rounds say.
+    waited = sum(one.wait_seconds for record in timeline for one in record.members if one.node == node.name)
     return NodeResult(
         name=node.name,
         slot=None if member is None else member.slot,
@@ -168,7 +170,7 @@ def _node(world: World, node: SimNode, outcome: Outcome) -> NodeResult:
         bytes_sent=int(newest.get("bytes_sent", 0)),
         bytes_received=int(newest.get("bytes_received", 0)),
         train_seconds=finished.get("train_seconds", sum(line["seconds"] for line in trained)),
-        wait_seconds=finished.get("wait_seconds", 0.0),
+        wait_seconds=finished.get("wait_seconds", waited),
         updates_included=0 if member is None else member.updates_included,
         credit=0 if member is None else member.credit,
         peak_memory_bytes=world.memory.peaks.get(node.name, 0),
@@ -264,6 +266,8 @@ def _timeline(world: World) -> Iterator[RoundRecord]:
                 continue
             line = lines.get((node.name, number))
             state = _state(slot, line, record.committed.get(number, frozenset()), included)
+            if state == "missed" and record.finished_at is None and position == len(starts) - 1:
+                continue  # the run was stopped in this round: nobody has missed it
             following = lines.get((node.name, number + 1))
             row = MemberRound(node=node.name, state=state)
             if line is not None:

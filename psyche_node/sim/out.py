@@ -23,7 +23,8 @@ class OutFolder:
 
     def __init__(self, path: Path) -> None:
         if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise FileExistsError(f"{path} exists and is not empty; name a new folder with --out")
+            what = "exists and is not empty" if path.is_dir() else "is a file"
+            raise FileExistsError(f"{path} {what}; name a new folder with --out")
         self._path = path
         new = not path.exists()
         self._made = [folder for folder in [*path.parents][::-1] if _make(folder)][::-1]

@@ -87,7 +87,7 @@ class Managed:
             code = self.process.poll() or await self.stop()
             # One that knew what was wrong has said so in a line; of any other the whole traceback may be needed.
             known = code > Exit.UNEXPECTED
-            raise ProcessEnded(self.name, code, self.log, _said(self.tail()) if known else self.tail(60))
+            raise ProcessEnded(self.name, code, self.log, said(self.tail()) if known else self.tail(60))
         return line.decode()
 
     async def wait(self) -> int:
@@ -150,7 +150,7 @@ class MemoryWatch:
         self.now, self.peak = total, max(self.peak, total)
 
 
-def _said(tail: str) -> str:
+def said(tail: str) -> str:
     """What a log's lines say to a person: of what was logged, the messages that warn; all else as it is."""
     words = []
     for line in tail.splitlines():

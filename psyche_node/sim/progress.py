@@ -173,7 +173,7 @@ class ProgressDisplay:
 
     def log(self, message: str, level: Level = "info") -> None:
         """Show an event: in the panel's last lines, or as a line of its own. The text may be hostile."""
-        text = units.printable(message, 300)
+        text = units.printable(message, 1200 if level == "error" else 300)  # an error's end is what to do
         at = self._clock() - self._began
         self._events.append((at, level, text))
         if self._live is None:

@@ -70,14 +70,19 @@ def render_html(result: RunResult) -> str:
 
 def headline(result: RunResult) -> str:
     """Return the run in two sentences."""
-    members = [node for node in result.members if node.fault is None]
+    honest = [node for node in result.nodes if node.fault is None]
+    members = [node for node in honest if node.slot is not None] or honest  # none has joined: it is they who failed
     what = f"{_number(len(members)).capitalize()} node{'s' * (len(members) != 1)}"
     were = "was" if len(members) == 1 else "were"
     verb = {"finished": "trained", "interrupted": f"{were} stopped while training", "failed": "failed while training"}
-    text = (
-        f"{what} {verb[result.outcome]} a model of {units.count_text(result.parameters)} parameters for "
-        f"{units.counted(result.rounds, 'round')} in {units.seconds_text(result.wall_seconds)}."
+    model, took = (
+        f"a model of {units.count_text(result.parameters)} parameters",
+        units.seconds_text(result.wall_seconds),
     )
+    if result.rounds or result.outcome == "finished":
+        text = f"{what} {verb[result.outcome]} {model} for {units.counted(result.rounds, 'round')} in {took}."
+    else:
+        text = f"{what} {verb[result.outcome].removesuffix('while training')}before training {model}, after {took}."
     killed = [node for node in members if node.exit == "killed"]
     left = len(members) - len(killed)
     if killed:
@@ -88,7 +93,12 @@ def headline(result: RunResult) -> str:
     faulty = [node for node in result.nodes if node.fault is not None]
     if faulty:
         text += " " + ", ".join(f"{units.printable(node.name, 24)} misbehaved ({node.fault})" for node in faulty) + "."
-    return text + (" All replicas ended byte-identical." if result.replicas_identical else " The replicas differ.")
+    compared = {
+        True: "All replicas ended byte-identical.",
+        False: "The replicas differ.",
+        None: f"The replicas were not compared at the end: {result.compared_text}." if result.rounds else "",
+    }
+    return f"{text} {compared[result.replicas_identical]}".rstrip()
 
 
 def _number(count: int) -> str:

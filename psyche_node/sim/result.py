@@ -15,6 +15,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from psyche_node import units
 from psyche_node.sim.record import Count, Loss, Record, Seconds
 from psyche_node.sim.samples import SampleCounts
 
@@ -280,10 +281,11 @@ class RunResult(Record):
     """Tokens trained by all members together, per second of the rounds."""
     peak_memory_bytes: Count
     """Largest resident memory of all processes of the simulation together."""
-    replicas_identical: bool
-    """Whether the nodes that were there at the end have byte-identical weights, and did at every check."""
+    replicas_identical: bool | None
+    """Whether the nodes that were there at the end have byte-identical weights, and did at every check; null if no node
+    got to the end, and no check found a difference."""
     weights_sha256: str | None = None
-    """The SHA-256 they have in common; null if they differ."""
+    """The SHA-256 they have in common at the end; null if they differ, or no node got there."""
     checks: list[ReplicaCheck] = Field(default_factory=list)
     """The comparisons made during the run."""
     evaluations: list[TaskEvaluation] = Field(default_factory=list)
@@ -332,6 +334,14 @@ class RunResult(Record):
         return [node for node in self.nodes if node.slot is not None]
 
     @property
+    def compared_text(self) -> str:
+        """What the checks on the way found, where no node got to the end."""
+        if not self.checks:
+            return "no node got to the end"
+        when = f"{units.times_of(len(self.checks))} on the way, last after round {self.checks[-1].round:,}"
+        return f"no node got to the end; identical {when}"
+
+    @property
     def heldout_text(self) -> str:
         """The held-out loss at the end, or why there is none."""
         if self.heldout_loss is not None:
@@ -367,22 +377,15 @@ def same(hashes: Iterable[str | None]) -> bool:
     return len({value for value in hashes if value is not None}) <= 1
 
 
-def replicas(nodes: Iterable[NodeResult], checks: Iterable[ReplicaCheck]) -> tuple[bool, str | None]:
+def replicas(nodes: Iterable[NodeResult], checks: Iterable[ReplicaCheck]) -> tuple[bool | None, str | None]:
     """Return ``(replicas_identical, weights_sha256)``; a member that finished without telling its hash is different."""
-    nodes = list(nodes)
+    nodes, checks = list(nodes), list(checks)
     silent = any(node.slot is not None and node.exit == "finished" and node.weights_sha256 is None for node in nodes)
     hashes = {node.weights_sha256 for node in nodes if node.weights_sha256 is not None}
+    if not hashes and not silent and all(check.identical for check in checks):
+        return None, None
     identical = len(hashes) == 1 and not silent and all(check.identical for check in checks)
     return identical, next(iter(hashes)) if len(hashes) == 1 else None
-
-
-def dense_allreduce_bytes(parameters: int, members: int) -> int:
-    """Bytes that each of ``members`` nodes sends when a gradient of fp32 values is averaged by a ring all-reduce.
-
-    A reduce-scatter and an all-gather move (n - 1) / n of the gradient each (Patarasuk and Yuan 2009), which is the
-    least any all-reduce can send.
-    """
-    return 2 * (members - 1) * 4 * parameters // members if members > 0 else 0
 
 
 def mean_loss(losses: Mapping[str, tuple[float, int]]) -> float | None:

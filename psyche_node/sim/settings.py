@@ -13,9 +13,11 @@ from coordinator.recipes import load_recipe
 from coordinator.run_config import TermSettings, TrainingSettings
 from coordinator.state import Limits, Terms
 from psyche_node.faults import Fault
+from psyche_node.folder_files import hub_hint
 from psyche_node.relay.spec import LinkSpec
 from psyche_node.sim.recipe import DEMO, SimRecipe, recipe_for
 from psyche_node.sim.samples import SampleCounts
+from psyche_node.training.options import known_device
 
 
 class Kill(BaseModel):
@@ -171,7 +173,7 @@ class SimSettings(BaseModel):
         if self.model is not None and not Path(self.model).exists():
             raise ValueError(
                 f"--model {self.model}: no such file or folder; name a Hugging Face folder, or a JSON file with a "
-                "model config"
+                f"model config{hub_hint(self.model)}"
             )
         return self
 
@@ -206,9 +208,19 @@ class SimSettings(BaseModel):
 
     @model_validator(mode="after")
     def _wallet_with_rpc(self) -> Self:
-        if self.rpc is not None and (self.wallet is None or not self.wallet.is_file()):
-            raise ValueError("on a chain of your own choice (rpc) the owner's funded wallet is needed: name its file")
+        if self.rpc is not None and self.wallet is None:
+            raise ValueError("on a chain of your own choice (--rpc) the owner's funded wallet is needed: --wallet FILE")
+        if self.rpc is not None and self.wallet is not None and not self.wallet.is_file():
+            raise ValueError(
+                f"--wallet {self.wallet}: no such file; name the owner's funded wallet, or make one with: "
+                f"psyche-admin keys new {self.wallet}"
+            )
         return self
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, device: str) -> str:
+        return known_device(device)
 
     @field_validator("link")
     @classmethod

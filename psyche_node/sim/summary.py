@@ -64,10 +64,10 @@ def _summary(result: RunResult) -> list[tuple[str, str, str]]:
         compared = units.times_of(len(result.checks))
         text = f"{holders} identical, byte for byte; compared {compared} on the way"
         rows += [("replicas", text, "green"), ("", f"SHA-256 {result.weights_sha256}", "")]
-    elif holders:
-        rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
+    elif result.replicas_identical is None:
+        rows.append(("replicas", f"not compared at the end: {result.compared_text}", "yellow"))
     else:
-        rows.append(("replicas", "not compared: no node got to the end", "yellow"))
+        rows.append(("replicas", "DIFFERENT: the report says which and since when", "bold red"))
     rows += _data(result)
     rows += _tasks(result)
     if sent := _sent(result):

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
-from psyche_node.sim.result import RunResult, dense_allreduce_bytes
+from psyche_node.sim.result import RunResult
+
+
+def dense_allreduce_bytes(parameters: int, members: int) -> int:
+    """Bytes that each of ``members`` nodes sends when a gradient of fp32 values is averaged by a ring all-reduce.
+
+    A reduce-scatter and an all-gather move (n - 1) / n of the gradient each (Patarasuk and Yuan 2009), which is the
+    least any all-reduce can send.
+    """
+    return 2 * (members - 1) * 4 * parameters // members if members > 0 else 0
 
 
 def update_reduction(parameters: int, update_bytes: int, members: int) -> float | None:

@@ -29,7 +29,7 @@ from psyche_node.node.journal import JournalReader
 from psyche_node.sim.chain_record import ChainRecord
 from psyche_node.sim.node import HOST, PORTS, Place, SimNode, fault_of, node_flags, reserve_port
 from psyche_node.sim.out import LOGS
-from psyche_node.sim.processes import Managed, MemoryWatch
+from psyche_node.sim.processes import Managed, MemoryWatch, said
 from psyche_node.sim.settings import Prepared, SimSettings
 
 LAMPORTS_PER_SOL = 1_000_000_000
@@ -285,4 +285,4 @@ class World:
 
 def _last_words(process: Managed) -> str:
     how = how_it_ended(process.process.returncode, {code.value: code.meaning for code in Exit})
-    return f"{process.name}: {how}. Its log, {process.log}, ends with\n{process.tail()}"
+    return f"{process.name}: {how}. Its log, {process.log}, ends with\n{said(process.tail())}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from psyche_node.training.errors import TrainingError
+from psyche_node.training.errors import DeviceError
 from psyche_node.units import counted
 
 # A forward pass of about this many tokens keeps a core's caches warm; larger ones were no faster.
@@ -38,7 +38,7 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     ``micro_batch``: 0 chooses by the device alone; None leaves it at 1, to be chosen with the model (`fit`).
 
     Raises:
-        TrainingError: there is no such device here.
+        DeviceError: there is no such device here.
     """
     reasons = []
     if threads:
@@ -55,11 +55,11 @@ def choose_device(name: str, sequence_length: int, micro_batch: int | None, thre
     try:
         device = torch.device(name)
     except RuntimeError as error:
-        raise TrainingError(f"device {name!r} is unknown. Use auto, cpu, cuda or cuda:1") from error
+        raise DeviceError(f"device {name!r} is unknown. Use auto, cpu, cuda or cuda:1") from error
     if device.type not in ("cpu", "cuda"):
-        raise TrainingError(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:1")
+        raise DeviceError(f"device {name!r} is not supported. Use auto, cpu, cuda or cuda:1")
     if device.type == "cuda" and (not cuda or (device.index or 0) >= torch.cuda.device_count()):
-        raise TrainingError(
+        raise DeviceError(
             f"device {name!r} was asked for, but PyTorch sees {torch.cuda.device_count()} CUDA devices. "
             "Use --device auto, or install a torch build with CUDA"
         )

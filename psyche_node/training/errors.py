@@ -13,6 +13,10 @@ class ModelError(TrainingError):
     """A model folder or configuration cannot be used."""
 
 
+class DeviceError(TrainingError):
+    """The device that was asked for is unknown, or not there."""
+
+
 class NotTheRuns(ModelError):
     """A model folder holds another model than the one that the run trains."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from pydantic import BaseModel, ConfigDict
@@ -23,3 +24,10 @@ class Options(BaseModel):
 
 
 DEFAULTS = Options()
+
+
+def known_device(device: str) -> str:
+    """Return the name of a device to train on. Raises ValueError for one that PyTorch would not be asked for."""
+    if not re.fullmatch(r"auto|cpu|cuda(:\d+)?", device):
+        raise ValueError(f"{device!r} is no device to train on; use auto, cpu, cuda or cuda:1")
+    return device

@@ -321,6 +321,7 @@ def test_a_shipped_template_needs_its_tokens(tokenizer: Path, tmp_path: Path) ->
 
 
 def test_no_template_tells_the_date(hermes: ChatTemplate, tmp_path: Path) -> None:
-    (tmp_path / "t.jinja").write_text("{{ 'fixed' if strftime_now is not defined else strftime_now('%Y') }}")
+    date = "{{ 'fixed' if strftime_now is not defined else strftime_now('%Y') }}"
+    (tmp_path / "t.jinja").write_text(date + "{% for message in messages %}{{ message.content }}{% endfor %}")
     dated = ChatTemplate(hermes.folder, str(tmp_path / "t.jinja"))
     assert dated._template.render({})[0] == "fixed"

@@ -195,7 +195,7 @@ def test_bad_samples_are_passed_over_up_to_a_number(
     code, output = prepared("bad")
     assert (code, "bad.jsonl:4: this is not JSON" in output, "--skip-bad N" in output) == (Exit.DATA, True, True)
     code, output = prepared("bad", "--skip-bad", "4")
-    assert (code, "4 bad samples before it were passed over" in output) == (Exit.DATA, True)
+    assert (code, "Passed over before it: 4 bad samples;" in output) == (Exit.DATA, True)
     assert prepared("bad", "--skip-bad", "most")[0] == Exit.USAGE
 
     code, output = prepared("bad", "--skip-bad", "all", "--json")
@@ -264,6 +264,14 @@ def test_tokens_are_the_same_wherever_they_are_told(tmp_path: Path, tokenizer: P
          Exit.DATA, "Use at most 16,777,216"),
         (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{chat}"], Exit.DATA, "is a file. Name a new"),
         (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "/proc/none"], Exit.FILES, "/proc/none: No such"),
+        (["prepare", "", "--tokenizer", "{tokenizer}", "--out", "{new}"], Exit.DATA, "name of a data file is empty"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{new}", "--sequence-length", "2"],
+         Exit.DATA, "Use a longer `--sequence-length`"),
+        (["prepare", "{chat}", "--tokenizer", "{tokenizer}", "--out", "{new}", "--template", "{chat}"],
+         Exit.DATA, "is no chat template: it does not use `messages`"),
+        (["prepare", "{chat}", "--tokenizer", "owner/name", "--out", "{new}"],
+         Exit.DATA, "To get it from the Hub: hf download owner/name --local-dir FOLDER"),
+        (["show", "{new}", "--tokenizer", "{tokenizer}"], Exit.DATA, "there is no such file or folder"),
         (["show", "{tokenizer}", "--tokenizer", "{tokenizer}"], Exit.DATA, "is a folder. Name one of the files"),
     ],
 )  # fmt: skip
@@ -272,3 +280,4 @@ def test_what_cannot_be_prepared_or_shown_is_told(
 ) -> None:
     done, output = run(*(word.format(chat=chat, tokenizer=tokenizer, new=tmp_path / "new") for word in words))
     assert (done, said in output, "Errno" in output) == (code, True, False), output
+    assert not (tmp_path / "new").exists(), "a folder that was made for nothing is taken away again"

@@ -303,6 +303,13 @@ def test_the_command(folder: Path, prepared: Path, tmp_path: Path, write_task: C
     assert "accuracy_normalised" in shown.output
     (line,) = [line for line in shown.output.splitlines() if "perplexity" in line]
     assert len(line.split()) == 5, "the word, the value, its standard error, so many tokens"
+    for wrong, why in ((tmp_path, "is a folder"), (tmp_path / "none" / "x.json", "there is no folder")):
+        done = CliRunner().invoke(app, ["eval", str(tmp_path / "no-model"), *flags, "--out", str(wrong)])
+        said = " ".join(done.output.replace("\N{BOX DRAWINGS LIGHT VERTICAL}", "").split())
+        assert (done.exit_code, why in said) == (Exit.USAGE, True), "before anything is read"
+    done = CliRunner().invoke(app, ["eval", str(folder), *flags, "--out", "/dev/full"])
+    assert done.exit_code == Exit.FILES
+    assert "SHA-256 of the results" in done.output, "what was measured is not lost with the disk"
     missing = CliRunner().invoke(app, ["eval", str(folder), "--tasks", str(tmp_path / "none.toml")])
     assert missing.exit_code == Exit.DATA
     assert CliRunner().invoke(app, ["eval", str(folder)]).exit_code == Exit.USAGE

@@ -53,3 +53,23 @@ def test_a_port_that_is_taken(tmp_path: Path) -> None:
         code, said, loaded = refused("serve", str(tmp_path), "--port", str(port))
     assert (code, loaded) == (Exit.SERVE, False)
     assert said.startswith(f"cannot listen on 127.0.0.1 port {port}: ")
+
+
+def test_a_half_written_config_is_not_blamed_on_the_tokenizer(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type"')
+    code, said, loaded = refused("chat", str(tmp_path), "hello")
+    assert (code, loaded) == (Exit.MODEL, False)
+    assert said.startswith(f"{tmp_path / 'config.json'} is not JSON (")
+
+
+def test_a_model_of_the_hub_is_to_be_fetched_first(tmp_path: Path) -> None:
+    code, said, _ = refused("chat", "owner/some-model.2", "hello")
+    assert (code, said.endswith("hf download owner/some-model.2 --local-dir FOLDER")) == (Exit.MODEL, True)
+    assert "hf download" not in refused("chat", str(tmp_path / "nowhere"), "hello")[1]
+
+
+def test_data_that_is_not_prepared(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, said, loaded = refused("eval", str(tmp_path), "--data", str(tmp_path))
+    assert (code, loaded) == (Exit.DATA, False)
+    assert said.startswith(f"{tmp_path} is a model's folder: there is no manifest.json")

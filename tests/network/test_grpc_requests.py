@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -126,10 +127,37 @@ def test_a_peer_that_calls_too_often_is_told_so(make: Callable[[], Node]) -> Non
     assert failure.value.cause is Cause.BUSY
 
 
-def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[], Node]) -> None:
+@pytest.fixture
+def hold_up(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Node], threading.Event]]:
+    """Make a node send one piece of a stream, and no other before the event is set.
+
+    A reader that stops does not hold a stream up for sure: gRPC may take a dozen pieces before somebody reads them.
+    """
+    go_on = threading.Event()
+
+    def hold(node: Node) -> threading.Event:
+        pieces = node.service.pieces._holdings.pieces
+
+        def held(digest: bytes, wanted: range) -> Iterator[bytes]:
+            for number, piece in zip(wanted, pieces(digest, wanted), strict=True):
+                assert number == 0 or go_on.wait(60)
+                yield piece
+
+        monkeypatch.setattr(node.service.pieces._holdings, "pieces", held)
+        return go_on
+
+    yield hold
+    go_on.set()
+
+
+def test_a_stream_costs_its_place_until_it_has_ended(
+    make: Callable[[], Node], hold_up: Callable[[Node], threading.Event]
+) -> None:
     a, b = make(), make()
     a.knows(b)
     b.knows(a)
+    go_on = hold_up(b)
+    b.service.pieces._uploads._streams._clock = lambda: 0.0  # no stream is late, however long this takes
     # Two blobs, since nobody gets one very often.
     other, digest = (b.store.put(os.urandom(12 << 20), 0)[0] for _ in range(2))
     stalled = [
@@ -143,6 +171,7 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     assert failure.value.cause is Cause.BUSY
     # Short calls are not behind the streams.
     a.ask(b)
+    go_on.set()
     for stream in stalled:
         assert sum(1 for _ in stream) == 11
     deadline = time.monotonic() + 60
@@ -156,13 +185,17 @@ def test_a_reader_that_stops_costs_a_stream_and_gives_it_back(make: Callable[[],
     [(lambda links, stream: links.close(), Cause.BUSY), (lambda links, stream: stream.cancel(), Cause.SLOW)],
 )
 def test_a_stream_whose_channel_is_closed_is_not_its_peers_fault(
-    make: Callable[[], Node], end: Callable[[Links, Stream], None], cause: Cause
+    make: Callable[[], Node],
+    hold_up: Callable[[Node], threading.Event],
+    end: Callable[[Links, Stream], None],
+    cause: Cause,
 ) -> None:
     a, b = make(), make()
     a.knows(b)
     b.knows(a)
-    digest, _ = b.store.put(os.urandom(32 << 20), 0)
-    stream = a.links.fetch(b.key.public, digest, 0, 32, 60.0)
+    hold_up(b)
+    digest, _ = b.store.put(os.urandom(2 << 20), 0)
+    stream = a.links.fetch(b.key.public, digest, 0, 2, 60.0)
     pieces = iter(stream)
     next(pieces)
     end(a.links, stream)

@@ -10,7 +10,7 @@ from psyche_node.network.guard import MAX_STREAMS, MAX_STREAMS_PER_PEER, STREAM_
 
 
 def test_open_streams_are_capped_per_peer_and_in_all() -> None:
-    streams = Streams()
+    streams = Streams(clock=lambda: 0.0)
 
     def enter(peer: int) -> Place | None:
         return streams.enter(bytes([peer]), lambda: pytest.fail("it is not overdue"))

@@ -267,3 +267,26 @@ def test_a_run_that_stops_for_want_of_members_is_told_once_and_so_is_that_it_goe
 
     with caplog.at_level(logging.INFO):
         run_async(test())
+
+
+def test_a_pause_is_told_once_and_so_is_its_end(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    def told() -> list[str]:
+        return [one.getMessage() for one in caplog.records if one.name == module.__name__]
+
+    async def test() -> None:
+        async with scene(tmp_path) as it:
+            paused = pulse_of(Phase.PAUSED, 3)
+            fewer = dataclasses.replace(paused, header=dataclasses.replace(paused.header, members=1))
+            for pulse in (paused, fewer):
+                reads = it.chain.calls["members"]
+                it.chain.push(pulse)
+                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+            await settle_down()
+            (line,) = told()
+            assert "round 3: the owner has paused the run" in line
+            it.chain.push(pulse_of(Phase.ROUND_TRAIN, 3))
+            await settle(lambda: len(told()) == 2)
+            assert "round 3: the owner has resumed the run" in told()[1]
+
+    with caplog.at_level(logging.INFO):
+        run_async(test())

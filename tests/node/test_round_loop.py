@@ -30,7 +30,7 @@ def test_with_overlap_a_round_is_trained_before_the_last_one_is_applied(tmp_path
             await it.see(Phase.ROUND_WITNESS, 1, [])
             await it.see(Phase.ROUND_TRAIN, 2, ["apply 0i", "train 2"], sets=sets[:1])
             await it.see(Phase.COOLDOWN, 3, ["apply 1i", "apply 2i", "root", "save 3"], sets=sets)
-            assert it.chain.sent[-1] == ("checkpoint", 3, bytes.fromhex(ROOT))
+            await settle(lambda: it.chain.sent[-1] == ("checkpoint", 3, bytes.fromhex(ROOT)))
             await it.see(Phase.FINISHED, 3, [], sets=sets)
             await it.task
             assert [entry[:2] for entry in it.chain.sent[:3]] == [("commit", 0), ("commit", 1), ("commit", 2)]
@@ -103,6 +103,7 @@ def test_a_commitment_whose_answer_is_lost_is_served_once_it_is_on_chain(
             if error is not None:
                 it.chain.errors["commit"].append(ProgramError(error, ()))
             await it.see(Phase.ROUND_TRAIN, 0, ["train 0"])
+            await settle(lambda: bool(it.chain.sent))
             assert it.exchange.published == []
             (sent,) = it.chain.sent
             mine = dataclasses.replace(commitment(ME), digest=sent[2])
@@ -165,7 +166,7 @@ def test_several_epochs_checkpoint_each_and_a_second_warm_up(tmp_path: Path) -> 
             await it.see(Phase.COOLDOWN, 2, ["apply 1i", "root", "save 2"], sets=sets, epoch=1)
             await it.see(Phase.WAITING_FOR_MEMBERS, 2, [], sets=sets, epoch=2)
             await it.see(Phase.WARMUP, 2, ["root"], sets=sets, epoch=2)
-            assert it.chain.sent[-1] == ("ready", bytes.fromhex(ROOT))
+            await settle(lambda: it.chain.sent[-1] == ("ready", bytes.fromhex(ROOT)))
             await it.see(Phase.WARMUP, 2, [], sets=sets, epoch=2, slot=5)
             await it.see(Phase.ROUND_TRAIN, 2, ["train 2"], sets=sets, epoch=2)
             saved = [line["round"] for line in it.journal.read() if line["kind"] == "checkpoint"]

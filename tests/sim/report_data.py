@@ -19,10 +19,10 @@ from psyche_node.sim.result import (
     RunResult,
     TaskEvaluation,
     TaskFigure,
-    dense_allreduce_bytes,
     replicas,
 )
 from psyche_node.sim.samples import SampleCounts
+from psyche_node.sim.traffic import dense_allreduce_bytes
 
 PARAMETERS, UPDATE, TOKENS = 2_134_528, 20_992, 4_096
 ALPHABET = "123456789ABCDEFGHJKLMNPQRSTUVWXYZabcdefghijkmnopqrstuvwxyz"

@@ -71,7 +71,7 @@ class Ended:
         self.running = status is None
 
     def tail(self) -> str:
-        return self.log.read_text()[-100:]
+        return self.log.read_text()[-1000:]
 
 
 class Stage:
@@ -213,6 +213,31 @@ def test_replicas_that_differ_are_not_called_identical(tmp_path: Path) -> None:
     stage.round(0, 1, {0, 1}, {0, 1})
     stage.world.record.finished_at = START + 2
     assert not stage.collect().replicas_identical
+
+
+def test_a_node_that_was_stopped_has_waited_all_the_same(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, *(trained(number, at, 1.0) for number, at in enumerate((1, 4, 6))))
+    for number, start in enumerate((0, 3, 5)):
+        stage.round(number, start, {0}, {0})
+    result = stage.collect("interrupted")
+    rows = [record.members[0].wait_seconds for record in result.timeline]
+    assert result.nodes[0].wait_seconds == pytest.approx(sum(rows))
+    assert sum(rows) > 0
+
+
+def test_nobody_has_missed_the_round_that_the_run_was_stopped_in(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    stage.node(0, trained(0, 1, 1.0), trained(1, 2, 1.0))
+    stage.node(1, trained(1, 2, 1.0))
+    for number, start in enumerate((1, 2, 3)):
+        stage.round(number, start, {0} if number == 0 else set(), {0} if number == 0 else None)
+    states = [[(one.node, one.state) for one in record.members] for record in stage.collect().timeline]
+    assert states == [
+        [("node-0", "included"), ("node-1", "missed")],
+        [("node-0", "trained"), ("node-1", "trained")],
+        [],
+    ]
 
 
 def test_void_round_missed_round_and_update_that_did_not_count(tmp_path: Path) -> None:
@@ -357,6 +382,15 @@ def test_run_that_cannot_go_on_is_noticed(
         return
     with pytest.raises(SimulationFailed, match=rf"{said}(.|\n)*exit status 52(.|\n)*out of memory"):
         stage.world._check_alive()
+
+
+def test_the_last_words_of_a_node_are_what_it_said_to_a_person(tmp_path: Path) -> None:
+    stage = Stage(tmp_path)
+    lines = [{"level": "INFO", "msg": "loading"}, {"level": "ERROR", "msg": "no such device"}]
+    stage.node(0, status=10, log="\n".join(json.dumps(line) for line in lines))
+    with pytest.raises(SimulationFailed) as caught:
+        stage.world._check_alive()
+    assert str(caught.value).endswith("ends with\nno such device")
 
 
 @pytest.mark.parametrize("what", ["ledger", "relay"])

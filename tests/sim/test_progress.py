@@ -222,6 +222,17 @@ def test_summary_of_different_replicas_is_loud() -> None:
     assert "\x1b" not in text
 
 
+def test_summary_says_a_difference_on_the_way_and_what_was_compared_before_a_stop() -> None:
+    raw = synthetic_run().model_dump() | {"outcome": "interrupted", "replicas_identical": None, "weights_sha256": None}
+    for node in raw["nodes"]:
+        node["weights_sha256"] = None
+    checks = len(raw["checks"])
+    text = summary(RunResult.model_validate(raw))
+    assert f"not compared at the end: no node got to the end; identical {checks} times on the way" in text
+    text = summary(RunResult.model_validate(raw | {"replicas_identical": False}))
+    assert "DIFFERENT" in text, "a check on the way found it"
+
+
 def test_a_held_out_loss_is_marked_with_the_round_it_is_of() -> None:
     shown, stream = display(Clock(), terminal=False)
     with shown:

@@ -23,12 +23,12 @@ from psyche_node.sim.result import (
     NodeResult,
     ReplicaCheck,
     RunResult,
-    dense_allreduce_bytes,
     load_result,
     mean_loss,
     replicas,
 )
 from psyche_node.sim.tasks import tasks_view
+from psyche_node.sim.traffic import dense_allreduce_bytes
 
 HOSTILE = "</script><script>alert(1)</script><img src=x onerror=alert(2)>\"'&{{7*7}}\x1b[31m\u202e"
 ISSUE_FIELDS = {
@@ -55,6 +55,9 @@ NODE_FIELDS = {
     "wait_seconds",
     "updates_included",
 }
+
+
+UNCOMPARED: dict[str, object] = {"replicas_identical": None, "weights_sha256": None}
 
 
 class Page(HTMLParser):
@@ -237,6 +240,33 @@ def test_different_replicas_are_loud() -> None:
     assert "The replicas differ." in headline(RunResult.model_validate(raw))
 
 
+def test_replicas_that_nobody_compared_at_the_end_are_not_called_different() -> None:
+    raw = synthetic_run().model_dump() | {"outcome": "interrupted"}
+    for node in raw["nodes"]:
+        node |= {"exit": "interrupted", "weights_sha256": None}
+    identical, sha = replicas(RunResult.model_validate(raw | UNCOMPARED).nodes, [])
+    assert (identical, sha) == (None, None)
+    stopped = RunResult.model_validate(raw | UNCOMPARED)
+    text = "".join(Page(render_html(stopped)).text)
+    assert not re.search("[Dd]iffer", text)
+    said = f"no node got to the end; identical {len(stopped.checks)} times on the way, last after round"
+    assert said in " ".join(text.split())
+    assert f"The replicas were not compared at the end: {said}" in headline(stopped)
+    for node in raw["nodes"]:
+        node["slot"] = None
+    early = RunResult.model_validate(raw | UNCOMPARED | {"checks": [], "rounds": 0, "loss": [], "timeline": []})
+    assert headline(early).startswith("Four nodes were stopped before training a model of")
+
+
+def test_a_difference_on_the_way_is_told_where_no_node_got_to_the_end() -> None:
+    raw = synthetic_run().model_dump()
+    for node in raw["nodes"]:
+        node |= {"exit": "failed", "weights_sha256": None}
+    raw["checks"][-1]["weights_sha256"] = {"node-0": "0" * 64, "node-1": "1" * 64}
+    nodes = RunResult.model_validate(raw | UNCOMPARED).nodes
+    assert replicas(nodes, RunResult.model_validate(raw | UNCOMPARED).checks) == (False, None)
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [
@@ -307,7 +337,7 @@ def test_replicas_needs_every_finished_member() -> None:
     assert replicas([node("a", "x"), node("b", None)], [good]) == (False, "x"), "finished, but silent"
     assert replicas([node("a", "x"), node("b", "y")], []) == (False, None)
     assert replicas([node("a", "x"), node("b", "x")], [good, bad]) == (False, "x")
-    assert replicas([], []) == (False, None)
+    assert replicas([], []) == (None, None)
 
 
 def test_dense_allreduce_is_the_ring() -> None:

@@ -82,7 +82,7 @@ def test_somebody_has_to_be_reachable() -> None:
 def test_chain_of_ones_own_needs_a_wallet_that_is_there(tmp_path: Path) -> None:
     with pytest.raises(ValidationError, match="funded wallet"):
         settings(rpc="http://127.0.0.1:1")
-    with pytest.raises(ValidationError, match="funded wallet"):
+    with pytest.raises(ValidationError, match=rf"--wallet {tmp_path / 'none.json'}: no such file"):
         settings(rpc="http://127.0.0.1:1", wallet=tmp_path / "none.json")
     (tmp_path / "wallet.json").touch()
     settings(rpc="http://127.0.0.1:1", wallet=tmp_path / "wallet.json")
@@ -93,9 +93,9 @@ def test_output_folder_is_new_or_empty(tmp_path: Path) -> None:
     assert (tmp_path / "a" / "b").is_dir()
     (tmp_path / "empty").mkdir()
     OutFolder(tmp_path / "empty")
-    for used in (tmp_path, tmp_path / "file"):
+    for used, why in ((tmp_path, "exists and is not empty"), (tmp_path / "file", "is a file")):
         (tmp_path / "file").touch()
-        with pytest.raises(FileExistsError, match="--out"):
+        with pytest.raises(FileExistsError, match=f"{why}; name a new folder with --out"):
             OutFolder(used)
 
 
@@ -225,6 +225,7 @@ def test_terms_are_what_was_prepared_and_the_recipe() -> None:
         (["--baseline", "sgd"], "the one baseline is adamw"),
         (["--rpc", "http://127.0.0.1:1"], "funded wallet"),
         (["--adversary", "gossip"], "gossip"),
+        (["--device", "tpu"], "'tpu' is no device to train on; use auto, cpu, cuda or cuda:1"),
         (
             ["--template", "none.jinja"],
             "--template none.jinja: no such file; name one, or one of hermes-llama3, chatml",

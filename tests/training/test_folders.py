@@ -92,6 +92,8 @@ def test_the_folder_goes_over_a_recipe(packed: Path) -> None:
     found = Folders(None, packed, "fp32").terms(recipe, 64)
     assert found["sequence_length"] == 64
     assert "terms.sequence_length = 64 (the recipe has 16384)" in "\n".join(folder_lines(recipe, found))
+    same = table({"sequence_length": 64}, RECIPE)
+    assert "the recipe has" not in "\n".join(folder_lines(same, found))
 
 
 def test_contradictions_are_told_before_anything_is_read(model_dir: Path, packed: Path, tmp_path: Path) -> None:
@@ -199,7 +201,7 @@ def test_settings_and_what_is_no_folder_are_told_together_and_first(tmp_path: Pa
     done = CliRunner().invoke(admin, [*words, "--program", "1" * 32, "--payer", str(wallet)])
     assert done.exit_code == Exit.CONFIG, done.output
     assert why.format(file=file) in done.output
-    assert f"--model {tmp_path / 'nowhere'}: there is no config.json in it" in done.output
+    assert f"--model {tmp_path / 'nowhere'}: there is no such folder" in done.output
 
 
 def test_all_that_the_node_says_is_passed_on_without_a_box(tmp_path: Path) -> None:

@@ -58,6 +58,8 @@ def test_shipped_configs_are_not_doubted(file: Path) -> None:
     ("kind", "slip", "meant"),
     [
         ("llama", "num_hidden_layer", "num_hidden_layers"),
+        ("llama", "num_layers", "num_hidden_layers"),
+        ("seed_oss", "n_head", "num_attention_heads"),
         ("seed_oss", "intermediat_size", "intermediate_size"),
         ("qwen3", "tie_word_embedding", "tie_word_embeddings"),
         ("gpt2", "n_layers", "n_layer"),

@@ -285,7 +285,7 @@ def test_what_does_not_fit_has_advice_for_figures_and_an_exit_code_of_its_own() 
     [
         (["--gpus", "8xH2"], "kinds: B200"),
         (["--model", "nowhere"], "none of Llama-3.1-70B"),
-        (["--link", "fast"], "RATE"),
+        (["--link", "fast"], "--link fast: "),
         (["--recipe", "soup"], "there is no recipe"),
     ],
 )

@@ -219,7 +219,7 @@ def test_folders_are_read_when_all_else_is_right(
     options = ["run", "create", "slow", "--config", config, "--rpc", ledger.rpc, "--program", program[1], "--payer"]
     folder = ["--model", tmp_path / "nowhere"]
     told = admin(*options, wallet, *folder, "--data", tmp_path, "--set", "batsch=3", status=10)
-    for said in ("batsch: there is no such key", "nowhere: there is no config.json in it", "there is no manifest.json"):
+    for said in ("batsch: there is no such key", "nowhere: there is no such folder", "there is no manifest.json"):
         assert said in told, "what can be seen at once is seen first, all of it"
     (tmp_path / "nowhere").mkdir()
     (tmp_path / "nowhere" / "config.json").write_text("{}")

@@ -144,7 +144,10 @@ def test_an_owner_changes_and_ends_a_run(
     assert admin_json(*show)["banned"] == []
     assert "is not an address" in admin("run", "ban", run, "12D3KooWxyz", *paid[1:], "--yes", status=10)
 
+    assert "12D3KooW" in admin("run", "ban", run, "nobody", *paid[1:], "--yes", status=10)
+
     # the end
+    assert "NOT_FINISHED" in admin("run", "close", *paid, status=22), "nobody is asked about what would be refused"
     admin("run", "fund", run, "1.5", "--payer", stranger, "--rpc", ledger.rpc, "--yes")
     assert "REFUSED" not in admin("run", "close", *paid, "--dry-run", status=22)
     assert "ends for good" in admin("run", "finish", *paid, status=80)

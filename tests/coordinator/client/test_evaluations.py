@@ -69,5 +69,8 @@ def test_what_a_member_records_is_found_and_verified(ledger: Ledger, program: Pr
     assert "(member 0)" in CliRunner().invoke(node, ["eval", "--verify", str(file), *flags]).output
     file.write_text(file.read_text().replace("ab", "cd"))
     assert CliRunner().invoke(node, ["eval", "--verify", str(file), *flags]).exit_code == Exit.EVALUATION
+    file.write_bytes(Results(model_root="ab" * 32).canonical())
+    done = CliRunner().invoke(node, ["eval", "--verify", str(file), *flags])
+    assert (done.exit_code, "is of `psyche-node eval`" in done.output) == (Exit.EVALUATION, True)
     listed = CliRunner().invoke(admin, ["run", "evaluations", run, "--rpc", ledger.rpc, "--json"])
     assert [row["sha256"] for row in json.loads(listed.output)["evaluations"]] == [results.digest.hex()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -53,6 +54,37 @@ def test_the_next_one_takes_over_and_the_preferred_one_is_returned_to(monkeypatc
         await second.stop()
 
     asyncio.run(asyncio.wait_for(run(), 300))
+
+
+def test_a_connection_that_is_back_is_told(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    monkeypatch.setattr(subscriptions, "_FIRST_PAUSE", 0.01)
+    monkeypatch.setattr(subscriptions, "_LONGEST_PAUSE", 0.05)
+    caplog.set_level(logging.DEBUG, "coordinator.subscriptions")
+
+    def told(words: str) -> list[str]:
+        return [one.levelname for one in caplog.records if words in one.getMessage()]
+
+    async def until(holds: Callable[[], bool]) -> None:
+        while not holds():
+            await asyncio.sleep(0.01)
+
+    async def run() -> None:
+        ledger = LedgerServer(slot_ms=20)
+        (place,) = await ledger.start()
+        client = Subscriptions([place.rpc])
+        client.subscribe("slot", [], lambda value: None)
+        await until(lambda: client.connected_to is not None)
+        assert not told("WebSocket connected again"), "it was never away"
+        await ledger.stop()
+        await until(lambda: len(told("WebSocket lost")) == 5)
+        again = LedgerServer(slot_ms=20)
+        await again.start(port=int(place.rpc.rpartition(":")[2]))
+        await until(lambda: told("WebSocket connected again") == ["INFO"])
+        await client.close()
+        await again.stop()
+
+    asyncio.run(asyncio.wait_for(run(), 300))
+    assert told("WebSocket lost")[:5] == ["WARNING", "WARNING", "DEBUG", "WARNING", "DEBUG"], "it stays away"
 
 
 def test_a_websocket_that_says_nothing_is_given_up(

@@ -387,8 +387,10 @@ def test_a_folder_is_used_by_one_process_and_is_a_ledgers(tmp_path: Path) -> Non
     (folder / "genesis.json").write_text("{")
     with pytest.raises(StoreError, match="damaged"):
         Store(folder, 0)
-    with pytest.raises(StoreError, match="cannot be used"):
+    with pytest.raises(StoreError, match=r"cat\.jpg is a file. Name a folder"):
         Store(tmp_path / "photos" / "cat.jpg", 0)
+    with pytest.raises(StoreError, match="cannot be used: Not a directory"):
+        Store(tmp_path / "photos" / "cat.jpg" / "new", 0)
 
 
 # ---------------------------------------------------------------------- the journal
