@@ -62,7 +62,7 @@ class DisTrO(Groups):
             pairs, with a learning rate and weight decay of their own. Frozen parameters are left out, a tied one counts
             once, under the name that comes first. All on one device, contiguous, fp32 or 16 bits, plain or DTensors
             (FSDP2, tensor parallel). Of 16-bit parameters the optimizer keeps fp32 masters, so load weights before.
-        lr: learning rate: the size of every step. Start with a quarter of what AdamW likes best.
+        lr: learning rate: the size of every step. Start with a quarter to half of what AdamW likes best.
             It is narrow: twice the best rate costs several percent of loss.
         decay: of the momentum per round. Lower it if the loss oscillates.
         topk: coefficients of 4,096 that are sent. 512: 6 bits each, a loss like AdamW's; 128: 8 bits each; 32: 10 bits.

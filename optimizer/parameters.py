@@ -66,7 +66,7 @@ def check(named: Named, only_bf16: bool = False) -> None:
     """Raise ValueError, naming the parameter, unless all can be trained."""
     if not named:
         raise ValueError("no parameter requires a gradient; pass model.named_parameters() of a model to train")
-    if not float(torch.full((), 1e-39, dtype=torch.float32) * 0.5):
+    if not float(torch.full((), 1e-39, dtype=torch.float32, device="cpu") * 0.5):
         raise ValueError(
             "subnormal numbers are flushed to zero, on other members they may not be; turn it off with "
             "torch.set_flush_denormal(False)"
