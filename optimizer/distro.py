@@ -140,8 +140,7 @@ class DisTrO(Groups):
         self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.float32, device=self._device)
         self._trend_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.int16, device=self._device)
         self._sent: dict[int, Sent] = {}
-        self._next = 0
-        self._swapped = False
+        self._next, self._swapped = 0, False
         self._watch = Watch(self._geometry, self._device, by_chance)
 
     def __getstate__(self) -> dict[str, Any]:
