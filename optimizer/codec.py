@@ -12,7 +12,7 @@ Shapes: N blocks, K coefficients per block (topk), B bytes per block.
 """
 
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -96,9 +96,9 @@ def validate(blob: Blob, layout: Layout) -> Header:
 
 
 def encode_header(header: Header, layout: Layout) -> bytes:
-    """The 96 bytes in front of the body. Raises ValueError for a run id of another length than 32 bytes."""
-    if len(header.run) != 32:
-        raise ValueError(f"the run is identified by 32 bytes, not {len(header.run)}")
+    """The 96 bytes in front of the body. Raises ValueError unless the run id is 32 bytes and the numbers fit."""
+    if not isinstance(header.run, bytes) or len(header.run) != 32:
+        raise ValueError(f"the run is identified by 32 bytes, not by {header.run!r:.50}")
     fields = (layout.topk, layout.update_bytes, header.round, header.member, 0, header.run, layout.digest)
     try:
         return _HEADER.pack(MAGIC, VERSION, *fields)
@@ -155,16 +155,3 @@ def check_blocks(body: NDArray[np.uint8], code: BlockCode, numbers: Numbers) -> 
 def _slabs(blocks: int) -> Iterator[slice]:
     for start in range(0, blocks, _SLAB):
         yield slice(start, min(start + _SLAB, blocks))
-
-
-def require_one_round(headers: Sequence[Header]) -> None:
-    """Raise MalformedUpdate unless these are of one round of one run, by different members."""
-    for header in headers[1:]:
-        if (header.run, header.round) != (headers[0].run, headers[0].round):
-            raise MalformedUpdate(
-                f"it is of round {header.round} of run {header.run.hex()[:16]}…, others are of round "
-                f"{headers[0].round} of run {headers[0].run.hex()[:16]}…: apply one round at a time"
-            )
-    members = [header.member for header in headers]
-    if len(set(members)) < len(members):
-        raise MalformedUpdate(f"member {max(members, key=members.count)} has more than one update in this round")

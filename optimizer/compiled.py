@@ -36,9 +36,10 @@ def choose_engine(geometry: Geometry, device: torch.device, name: str = "auto") 
         return _triton_engine(geometry, device)
     if name == "torch" or (name == "auto" and device.type != "cpu"):
         return PlainEngine(geometry, device)
-    if name not in ("auto", "compiled", *native.isas()):
+    compiled = ("compiled", *native.isas())
+    if name != "auto" and name not in compiled:
         raise ValueError(
-            f"no engine is called {name!r} here; there are torch, compiled, triton and {', '.join(native.isas())}"
+            f"no engine is called {name!r} here; there are {', '.join(('auto', 'torch', *compiled, 'triton'))}"
         )
     isa = None if name in ("auto", "compiled") else name
     problem = trouble(isa) if device.type == "cpu" else "they are for the CPU"

@@ -26,6 +26,7 @@ Where every block lies is in `geometry`, what is done to the blocks in `engine`,
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, overload
 
 import numpy as np
@@ -34,26 +35,26 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from optimizer.agreement import agreeing
-from optimizer.codec import Header, encode_header, open_body, require_one_round
+from optimizer.codec import Blob, Header, encode_header, open_body
 from optimizer.compiled import choose_engine
-from optimizer.engine import Bodies, Energy, Engine, PlainEngine, Rule, Sent, Step
-from optimizer.errors import MalformedUpdate, OptimizerError, UnknownRound
+from optimizer.engine import Energy, Engine, PlainEngine, Rule, Sent, Step
+from optimizer.errors import OptimizerError, UnknownRound
 from optimizer.geometry import SLAB_BLOCKS, Geometry
 from optimizer.gradients import local_gradients
+from optimizer.groups import Groups, Rates
 from optimizer.layout import BLOCK, HEADER_BYTES, Layout
-from optimizer.parameters import Named, check, trained_groups
-from optimizer.rates import kept_share, rate
+from optimizer.parameters import Named, check, named_groups, trained_groups
+from optimizer.rates import rate
 from optimizer.report import Report, Watch
 from optimizer.rounding import LOOKAHEAD, STEP, Chance
+from optimizer.rounds import open_round
 from optimizer.saved import loaded_updates, misfit, saved_updates
+from optimizer.settings import Settings
 from optimizer.sharding import site_of
-from optimizer.transform import MOST_VOTES
 from optimizer.weights import Weights
 
-Rates = int | float | Sequence[int | float]
 
-
-class DisTrO(torch.optim.Optimizer):
+class DisTrO(Groups):
     """See the module's docstring.
 
     Args:
@@ -61,7 +62,7 @@ class DisTrO(torch.optim.Optimizer):
             pairs, with a learning rate and weight decay of their own. Frozen parameters are left out, a tied one counts
             once, under the name that comes first. All on one device, contiguous, fp32 or 16 bits, plain or DTensors
             (FSDP2, tensor parallel). Of 16-bit parameters the optimizer keeps fp32 masters, so load weights before.
-        lr: learning rate: the size of every step. Start with a quarter of what AdamW likes best.
+        lr: learning rate: the size of every step. Start with a quarter to half of what AdamW likes best.
             It is narrow: twice the best rate costs several percent of loss.
         decay: of the momentum per round. Lower it if the loss oscillates.
         topk: coefficients of 4,096 that are sent. 512: 6 bits each, a loss like AdamW's; 128: 8 bits each; 32: 10 bits.
@@ -103,59 +104,64 @@ class DisTrO(torch.optim.Optimizer):
         engine: str = "auto",
         group: "torch.distributed.ProcessGroup | None" = None,
     ) -> None:
-        if not 0.0 <= decay < 1.0:
-            raise ValueError(f"decay is {decay}; it must be at least 0 and below 1")
-        if not 0 <= window <= 8:
-            raise ValueError(f"window is {window}; it must be between 0 and 8, for a memory of 1 to 256 rounds")
-        groups = trained_groups(parameters, {"lr": rate(lr), "weight_decay": weight_decay})
+        settings = Settings(
+            decay, topk, window, lookahead, clip_votes, stochastic_rounding, robust, slab_blocks, engine
+        )
+        defaults = {"lr": rate(lr), "weight_decay": rate(weight_decay, "weight decay")}
+        self._build(trained_groups(parameters, defaults), defaults, settings, group)
+
+    def _build(
+        self,
+        groups: list[dict[str, Any]],
+        defaults: dict[str, Any],
+        settings: Settings,
+        processes: "torch.distributed.ProcessGroup | None",
+    ) -> None:
+        """What a new optimizer and a copy of one have in common. `groups` as of `trained_groups`."""
         named: Named = {name: p for group in groups for name, p in group["params"]}
-        check(named, stochastic_rounding)
+        check(named, settings.stochastic_rounding)
         group_of = {name: number for number, group in enumerate(groups) for name, _ in group["params"]}
-        self.layout = Layout.build([(name, tuple(p.shape)) for name, p in named.items()], topk, stochastic_rounding)
-        super().__init__(groups, {"lr": rate(lr), "weight_decay": weight_decay})
-        self.decay = rate(decay)
-        self._window, self._lookahead, self._limit, self._robust = window, lookahead, int(clip_votes), robust
+        shapes = [(name, tuple(p.shape)) for name, p in named.items()]
+        self.layout = Layout.build(shapes, settings.topk, settings.stochastic_rounding)
+        super().__init__(groups, defaults)
+        self.decay = rate(settings.decay)
+        self._settings, self._processes = settings, processes
         ordered = {placement.name: named[placement.name] for placement in self.layout.placements}
         self._group_of = [group_of[name] for name in ordered]
-        self._site = site_of(self.layout, list(ordered.values()), group)
-        self._weights = Weights(ordered, masters=not stochastic_rounding)
+        self._site = site_of(self.layout, list(ordered.values()), processes)
+        self._weights = Weights(ordered, masters=not settings.stochastic_rounding)
         self._device = self._weights.held()[0].device
-        at_once = SLAB_BLOCKS.get(self._device.type, SLAB_BLOCKS["cpu"]) if slab_blocks is None else slab_blocks
+        at_once = settings.slab_blocks or SLAB_BLOCKS.get(self._device.type, SLAB_BLOCKS["cpu"])
         self._geometry = Geometry.build(self.layout, at_once, self._site.parts, self._site.border)
-        self._engine = choose_engine(self._geometry, self._device, engine)
-        self._by_chance = stochastic_rounding
+        self._engine = choose_engine(self._geometry, self._device, settings.engine)
         # Whatever reads and writes weights: kernels know fp32 ones only.
-        self._stepper: Engine = PlainEngine(self._geometry, self._device) if stochastic_rounding else self._engine
+        by_chance = settings.stochastic_rounding
+        self._stepper: Engine = PlainEngine(self._geometry, self._device) if by_chance else self._engine
         self._momentum_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.float32, device=self._device)
         self._trend_NC = torch.zeros(len(self._geometry.blocks), BLOCK, dtype=torch.int16, device=self._device)
         self._sent: dict[int, Sent] = {}
-        self._next = 0
-        self._swapped = False
-        self._watch = Watch(self._geometry, self._device, stochastic_rounding)
+        self._next, self._swapped = 0, False
+        self._watch = Watch(self._geometry, self._device, by_chance)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Only while the optimizer is made: the layout is part of what members agree on."""
-        if hasattr(self, "_engine"):
-            raise OptimizerError("the layout is fixed; give all parameter groups to the constructor")
-        super().add_param_group(param_group)
+    def __getstate__(self) -> dict[str, Any]:
+        """For `copy.deepcopy` and `pickle`: copy the model in the same call, so that the copies belong together."""
+        self._not_swapped("be copied")
+        return {
+            "groups": named_groups(self.param_groups),
+            "defaults": self.defaults,
+            "settings": replace(self._settings, decay=self.decay),
+            "processes": self._processes,
+            "saved": self.state_dict(),
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self._build(state["groups"], state["defaults"], state["settings"], state["processes"])
+        self.load_state_dict(state["saved"])
 
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         """Names and shapes that `layout` was built from, in its order."""
         return [(placement.name, placement.shape) for placement in self.layout.placements]
-
-    @property
-    def lr(self) -> list[float]:
-        """The learning rate of each group as fp32. What `apply` needs a round later, with overlap."""
-        return [rate(float(group["lr"])) for group in self.param_groups]
-
-    def set_lr(self, lr: Rates) -> None:
-        """Set the rate used by lookahead and momentum from now on: an fp32 bit pattern (int) or a number (float).
-
-        One for all groups, or a sequence with one for each.
-        """
-        for group, value in zip(self.param_groups, self._per_group(lr), strict=True):
-            group["lr"] = value
 
     @property
     def travelling(self) -> dict[int, bytes]:
@@ -173,7 +179,7 @@ class DisTrO(torch.optim.Optimizer):
         reach.
         """
         self._not_swapped("enter lookahead again")
-        if not self._lookahead:
+        if not self._settings.lookahead:
             yield
             return
         with self._watch.phase("lookahead"):
@@ -207,12 +213,7 @@ class DisTrO(torch.optim.Optimizer):
         with self._watch.phase("gather"):
             gradients = local_gradients(self._weights, self._site)
             exchanged = self._site.exchange(gradients)
-        blocks = len(self._geometry.blocks)
-        sent = Sent(
-            header,
-            np.empty((blocks, self.layout.code.bytes), np.uint8),
-            torch.empty(blocks, dtype=torch.float32, device=self._device),
-        )
+        sent = Sent.empty(header, len(self._geometry.blocks), self.layout.code, self._device)
         # Rates weigh rounds against each other, so one serves for all groups: the largest, as some may be 0.
         rule = Rule(self.decay, max(self.lr), (number + member) & 0xFFFFFFFF)
         with self._watch.phase("encode"):
@@ -226,7 +227,7 @@ class DisTrO(torch.optim.Optimizer):
             return self._blob(sent)
 
     @torch.no_grad()
-    def apply(self, blobs: Sequence[bytes | memoryview], *, lr: Rates | None = None) -> tuple[int, ...]:
+    def apply(self, blobs: Iterable[Blob], *, lr: Rates | None = None) -> tuple[int, ...]:
         """Step by the votes in `blobs`, updates of one round by different members, in any order.
 
         `lr` is an fp32 bit pattern (int) or a number (float), or a sequence with one for each group; by default the
@@ -237,17 +238,13 @@ class DisTrO(torch.optim.Optimizer):
         back into the momentum.
         """
         self._not_swapped("apply updates")
-        if isinstance(blobs, bytes | bytearray | memoryview):
-            raise TypeError("apply takes the updates of a round as a list; for a single one write apply([blob])")
         rates = self.lr if lr is None else self._per_group(lr)
-        if len(blobs) > MOST_VOTES:
-            raise ValueError(f"{len(blobs)} updates at once cannot be summed exactly; at most {MOST_VOTES} can")
         with self._watch.phase("check"):
-            headers, checked = self._checked(blobs)
-        if not blobs:
+            headers, checked = open_round(blobs, self.layout, self._engine, self._site)
+        if not headers:
             return ()
-        counted = list(range(len(blobs)))
-        if self._robust:
+        counted = list(range(len(headers)))
+        if self._settings.robust:
             with self._watch.phase("agreement"):
                 counted = agreeing(checked, self.layout.code, self._device)
         left_out = [header for number, header in enumerate(headers) if number not in counted]
@@ -266,7 +263,7 @@ class DisTrO(torch.optim.Optimizer):
         return tuple(header.member for header in left_out)
 
     @torch.no_grad()
-    def restore(self, update: bytes | memoryview | Header) -> None:
+    def restore(self, update: Blob | Header) -> None:
         """My own update was not included: put it back into the momentum, as decayed as if never taken out.
 
         Its header is enough, so that nobody has to keep its bytes. Raises UnknownRound if it is not one of
@@ -343,7 +340,7 @@ class DisTrO(torch.optim.Optimizer):
         if not self._site.all(problem is None):
             raise ValueError(problem or "the saved state of another process of this site does not fit")
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update(saved)
+            group.update({key: value for key, value in saved.items() if key != "params"})
         self._next = int(state_dict["next"])
         self._momentum_NC.copy_(state_dict["momentum"])
         self._trend_NC.copy_(state_dict["trend"])
@@ -359,34 +356,12 @@ class DisTrO(torch.optim.Optimizer):
 
     def _step(self, rates: Sequence[float], stream: int, run: bytes, round: int) -> Step:
         """What `apply` and `lookahead` do, at these rates of the groups; chances are those of the run and round."""
-        shares = [kept_share(r, float(g["weight_decay"])) for r, g in zip(rates, self.param_groups, strict=True)]
+        shares = self._shares(rates)
         of_tensors = [rates[group] for group in self._group_of], [shares[group] for group in self._group_of]
-        chance = Chance(int.from_bytes(run[:8], "little"), round, stream) if self._by_chance else None
-        return Step(*of_tensors, self._limit, self._window, chance)
-
-    def _per_group(self, lr: Rates) -> list[float]:
-        groups = len(self.param_groups)
-        values = list(lr) if isinstance(lr, Sequence) else [lr] * groups
-        if len(values) != groups:
-            raise ValueError(f"{len(values)} learning rates for {groups} parameter groups; give one, or one for each")
-        return [rate(value) for value in values]
-
-    def _checked(self, blobs: Sequence[bytes | memoryview]) -> tuple[list[Header], Bodies]:
-        """Headers and bodies of valid updates that belong together. All processes raise, or none."""
-        problem: MalformedUpdate | None = None
-        headers, bodies = [], []
-        try:
-            for blob in blobs:
-                header, body = open_body(blob, self.layout)
-                headers.append(header)
-                bodies.append(body)
-            require_one_round(headers)
-            self._engine.check(bodies)
-        except MalformedUpdate as error:
-            problem = error
-        if not self._site.all(problem is None):
-            raise problem or MalformedUpdate("another process of this site found a block at fault")
-        return headers, bodies
+        chance = (
+            Chance(int.from_bytes(run[:8], "little"), round, stream) if self._settings.stochastic_rounding else None
+        )
+        return Step(*of_tensors, int(self._settings.clip_votes), self._settings.window, chance)
 
     def _blob(self, sent: Sent) -> bytes:
         blob = np.empty(self.layout.update_bytes, np.uint8)

@@ -17,7 +17,7 @@ from optimizer.blocks import gather, in_blocks, in_tensor
 from optimizer.codec import Header, decode_blocks, encode_blocks
 from optimizer.fingerprint import sum_of_slab
 from optimizer.geometry import Geometry, Region, Slab
-from optimizer.layout import BLOCK, SIDE
+from optimizer.layout import BLOCK, SIDE, BlockCode
 from optimizer.rounding import Chance, round_by_chance
 from optimizer.transform import butterflies, invert_votes
 from optimizer.trend import follow
@@ -39,6 +39,12 @@ class Sent:
     body: NDArray[np.uint8]
     scale: Tensor
     factor: float = 1.0
+
+    @classmethod
+    def empty(cls, header: Header, blocks: int, code: BlockCode, device: torch.device) -> "Sent":
+        """Room for what `Engine.encode` writes."""
+        scale = torch.zeros(blocks, dtype=torch.float32, device=device)
+        return cls(header, np.zeros((blocks, code.bytes), np.uint8), scale)
 
 
 @dataclass(frozen=True, slots=True)

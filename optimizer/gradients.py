@@ -16,18 +16,20 @@ def local_gradients(weights: Weights, site: Site) -> list[Tensor | None]:
     """Return what is here of each gradient, None where there is none. Collective: all processes raise, or none.
 
     Those of DTensors are brought to the placements of their parameters. Raises NonFiniteGradient, and LayoutError for
-    one that is not shaped as its parameter.
+    one that is sparse or not shaped as its parameter.
     """
     gradients: list[Tensor | None] = []
     misplaced: LayoutError | None = None
-    for parameter in weights.parameters:
+    for name, parameter in zip(weights.names, weights.parameters, strict=True):
         gradient = parameter.grad
         try:
+            if gradient is not None and gradient.layout != torch.strided:
+                raise LayoutError(f"the gradient of {name} is sparse; make its layer with sparse=False")
             gradients.append(None if gradient is None else local(gradient, like=parameter).contiguous())
         except LayoutError as error:
             misplaced = error
     if not site.all(misplaced is None):
-        raise misplaced or LayoutError("a gradient on another process of this site is not shaped as its parameter")
+        raise misplaced or LayoutError("a gradient on another process of this site is sparse or not of the right shape")
     filled = {name: g for name, g in zip(weights.names, gradients, strict=True) if g is not None and g.numel()}
     # Of the norms this one is several times as fast as the maximum, and not finite either if a value is not.
     norms = torch._foreach_norm(list(filled.values()), 2.0, torch.float32) if filled else []

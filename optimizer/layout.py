@@ -53,8 +53,8 @@ class BlockCode:
     bytes: int = field(init=False)
 
     def __post_init__(self) -> None:
-        if not 1 <= self.topk <= BLOCK:
-            raise LayoutError(f"topk is {self.topk}; it must be between 1 and {BLOCK}, the values in a block")
+        if type(self.topk) is not int or not 1 <= self.topk <= BLOCK:
+            raise LayoutError(f"topk is {self.topk!r}; it must be an int between 1 and {BLOCK}, the values in a block")
         low = 12 - (self.topk - 1).bit_length()
         bitmap = self.topk + (BLOCK >> low)
         object.__setattr__(self, "low", low)
@@ -92,7 +92,7 @@ class Layout:
             if name == following:
                 raise LayoutError(f"two tensors are called {name!r}; give every tensor its own name")
             if any(d <= 0 for d in shape):
-                raise LayoutError(f"{name!r} has shape {shape}; every dimension must be positive")
+                raise LayoutError(f"{name!r} has shape {shape}; every dimension must be positive (leave it out)")
         placements = tuple(_place(ordered))
         blocks = max(p.first + p.blocks for p in placements)
         if blocks > MAX_BLOCKS:

@@ -25,11 +25,6 @@ def rate(value: object, name: str = "learning rate") -> float:
     return number
 
 
-def rate_bits(value: float) -> int:
-    """The bit pattern of `value` rounded to fp32."""
-    return int(struct.unpack("<I", struct.pack("<f", rate(float(value))))[0])
-
-
 def kept_share(lr: float, weight_decay: float) -> float:
     """1 - lr * weight_decay as fp32, of fp32 factors: IEEE double arithmetic, the same on every host.
 

@@ -38,20 +38,16 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[str, list[Tensor]]:
     """What every method makes of seeded values: ties, zeros of both signs, a 16-bit gradient, clipped votes and not."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
     layout, blocks = geometry.layout, len(geometry.blocks)
     shapes = [placement.shape for placement in layout.placements]
 
     def values(coarse: bool = False) -> list[Tensor]:
-        drawn = [torch.randn(shape, generator=generator) for shape in shapes]
+        drawn = [torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu") for shape in shapes]
         return [(x.round() if coarse else x).to(device) for x in drawn]
 
-    def empty(round: int) -> Sent:
-        body = np.zeros((blocks, layout.code.bytes), np.uint8)
-        return Sent(Header(bytes(32), round, 0), body, torch.zeros(blocks, device=device))
-
     names = [placement.name for placement in layout.placements]
-    momentum = torch.zeros(blocks, BLOCK, device=device)
+    momentum = torch.zeros(blocks, BLOCK, dtype=torch.float32, device=device)
     rounds: list[Sent] = []
     results: dict[str, list[Tensor]] = {"encode": [], "apply": [], "ahead": [], "fingerprint": []}
     for round in range(2):
@@ -59,7 +55,7 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
             None if name == "still" else x.to(torch.bfloat16) if name == "long" else x
             for name, x in zip(names, values(coarse=round == 0), strict=True)
         ]
-        sent = empty(round)
+        sent = Sent.empty(Header(bytes(32), round, 0), blocks, layout.code, device)
         engine.encode(gradients, None, momentum, sent, Rule(decay=0.875, rate=0.01, salt=round))
         rounds.append(sent)
         results["encode"] += [torch.from_numpy(sent.body), sent.scale, momentum.clone()]
@@ -86,5 +82,5 @@ def rehearse(engine: Engine, geometry: Geometry, device: torch.device) -> dict[s
         results["ahead"] += targets
     for counted in (weights, [None, *weights[1:]]):
         number = engine.fingerprint(counted)
-        results["fingerprint"].append(torch.tensor([number - (1 << 64) if number >> 63 else number]))
+        results["fingerprint"].append(torch.tensor([number - (1 << 64) if number >> 63 else number], device="cpu"))
     return results

@@ -30,17 +30,18 @@ class Report:
 
     Attributes:
         momentum_norm: Euclidean norm of the own momentum when the last update was chosen. Lower `decay` if it grows
-            for long.
+            for long. Where a model is sharded, a block that several processes work on counts once for each.
         energy_sent: share of the momentum's energy in the coefficients that were sent. Tends to fall towards that of
             noise; raise `topk` if it is tiny and training is slow.
         agreement: over coefficients that two members or more voted for, the mean of |sum of votes| / number of votes.
-            What chance gives for two voters is 0.5; values below it point to hostile or broken members.
+            What chance gives for two or three voters is 0.5, for many (n) 0.8 / sqrt(n); values below it point to
+            hostile or broken members.
         flips: share of the weights that moved in both of the last two steps and turned round in between. Near 0.5: the
             rate is too high, steps only undo each other.
-        ties: share of weights that did not move, the votes for and against being equal.
+        ties: share of weights that the step did not move, votes for and against being equal over the last rounds.
         lost: share of weights whose step is below the resolution of what holds them, at their magnitude: of fp32, or
             where they are rounded by chance, that no chance could have moved. 0 in healthy training.
-        sampled: blocks that `agreement`, `flips`, `ties` and `lost` were taken of.
+        sampled: blocks of this process that `agreement`, `flips`, `ties` and `lost` were taken of.
         seconds: by phase, since the last report. On CUDA devices what it took to issue the work.
     """
 

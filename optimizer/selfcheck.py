@@ -11,8 +11,10 @@ import numpy as np
 import torch
 
 from optimizer import native
+from optimizer.codec import encode_blocks
 from optimizer.distro import DisTrO
-from optimizer.transform import OPERANDS, butterflies, invert_votes, largest_votes
+from optimizer.layout import BLOCK, BlockCode
+from optimizer.transform import MOST_VOTES, OPERANDS, butterflies, invert_votes, largest_votes
 
 _SHAPES = [("ragged", (130, 200)), ("square", (128, 128)), ("long", (9000,)), ("bias", (70,)), ("norm", (300,))]
 _ROUNDS, _MEMBERS, _TOPK = 6, 3, 24
@@ -36,6 +38,7 @@ def checks() -> Iterator[Check]:
     definition = _story("torch", torch.device("cpu"), threads=1, slab_blocks=3)
     if native.available():
         for isa in native.isas():
+            yield _exact_kernels(isa)
             yield _same(f"compiled kernels, {isa}", definition, _story(isa, torch.device("cpu"), 1, 256))
         yield _same("compiled kernels, all threads", definition, _story("compiled", torch.device("cpu"), _threads(), 2))
     else:
@@ -73,6 +76,19 @@ def _exactness(device: torch.device) -> Iterator[Check]:
             yield Check(f"{path} on {device}", None, f"not offered by this device: {str(error).splitlines()[0][:80]}")
             continue
         yield Check(f"{path} on {device}", torch.equal(found, wanted), f"H V H exact for votes up to {bound}")
+
+
+def _exact_kernels(isa: str) -> Check:
+    """The inverse of votes by the kernels, in both integer widths that they count in, against 64-bit integers."""
+    code, signs = BlockCode(BLOCK), np.random.default_rng(0).random((8, BLOCK)) < 0.5
+    signs[0] = False
+    body = encode_blocks(np.tile(np.arange(BLOCK, dtype=np.uint16), (8, 1)), signs, code)
+    wanted = butterflies(torch.from_numpy(np.where(signs, -1, 1)))
+    found, good = np.empty(signs.shape, np.int32), True
+    for members in (7, 8, MOST_VOTES):
+        native.kernels(isa).inverse([body] * members, code, 0, found)
+        good &= bool((torch.from_numpy(found) == members * wanted).all())
+    return Check(f"votes by kernels, {isa}", good, f"H V H exact for votes up to {MOST_VOTES}")
 
 
 def _same(name: str, wanted: tuple[list[bytes], int], found: tuple[list[bytes], int]) -> Check:

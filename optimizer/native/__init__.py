@@ -224,7 +224,7 @@ class Kernels:
         )
 
     def inverse(self, bodies: Sequence[NDArray[np.uint8]], code: BlockCode, limit: int, out: NDArray[np.int32]) -> None:
-        """U alone, to `out` (N, 4096)."""
+        """U alone, to `out` (N, 4096), for whoever wants to check it: `python -m optimizer` does."""
         count = _count(bodies)
         to = _into(out, np.int32, count, BLOCK)
         self._run("inverse", count, *_bodies(bodies, count, code), _code(code), limit, to)

@@ -10,7 +10,7 @@ from drawn import RUN, Make, bits, give_gradients, updates
 
 from optimizer import DisTrO, MalformedUpdate, Update, decode, encode
 from optimizer.errors import OptimizerError
-from optimizer.rates import rate, rate_bits
+from optimizer.rates import rate
 
 H = np.array([[1 - 2 * ((i & j).bit_count() % 2) for j in range(64)] for i in range(64)], np.int64)
 
@@ -143,7 +143,7 @@ def test_encode_does_not_depend_on_slabs(make: Make) -> None:
 
 def test_bits_and_floats_are_the_same_rate(make: Make) -> None:
     results = []
-    for lr in (0.00317, rate_bits(0.00317)):
+    for lr in (0.00317, int(np.float32(0.00317).view(np.uint32))):
         named = make()
         optimizer = DisTrO(named, lr=lr, topk=8)
         assert optimizer.lr == [float(np.float32(0.00317))]

@@ -158,7 +158,7 @@ def test_the_self_check_passes_and_says_what_it_compared() -> None:
 
 
 def test_an_engine_that_is_not_there_is_named() -> None:
-    with pytest.raises(ValueError, match="no engine is called 'abacus' here; there are torch, compiled"):
+    with pytest.raises(ValueError, match="no engine is called 'abacus' here; there are auto, torch, compiled"):
         DisTrO(parameters([(3,)]), lr=0.01, engine="abacus")
 
 

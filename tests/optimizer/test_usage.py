@@ -10,7 +10,6 @@ from optimizer import DisTrO
 from optimizer.blocks import gather
 from optimizer.errors import NonFiniteGradient, OptimizerError
 from optimizer.geometry import Geometry
-from optimizer.rates import rate_bits
 from optimizer.transform import butterflies
 
 Named = list[tuple[str, torch.nn.Parameter]]
@@ -41,6 +40,10 @@ def tokens(count: int, seed: int = 0) -> torch.Tensor:
     """Sequences in which every token is followed by the next one."""
     starts = torch.randint(50, (count, 1), generator=torch.Generator().manual_seed(seed))
     return (starts + torch.arange(9)) % 50
+
+
+def bits(rate: float) -> int:
+    return int(np.float32(rate).view(np.uint32))
 
 
 def weights(model: torch.nn.Module) -> torch.Tensor:
@@ -101,7 +104,7 @@ def test_a_group_that_rests_does_not_stop_the_others() -> None:
 
 def test_rates_and_weight_decay_are_numbers_or_bit_patterns() -> None:
     weight = torch.nn.Parameter(torch.ones(64, 64))
-    group = {"params": [("w", weight)], "lr": rate_bits(0.125), "weight_decay": np.int64(rate_bits(0.5))}
+    group = {"params": [("w", weight)], "lr": bits(0.125), "weight_decay": np.int64(bits(0.5))}
     optimizer = DisTrO([group], lr=1.0, topk=8)
     assert optimizer.lr == [0.125]
     optimizer.apply([optimizer.encode()])
