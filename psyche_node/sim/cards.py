@@ -69,7 +69,7 @@ def _replicas(result: RunResult) -> dict[str, Any]:
     value, kind, note, sha = {
         True: ("Identical", "good", f"{units.counted(holders, 'node')}, byte for byte", ""),
         False: ("Different", "bad", "see the nodes below", "differ"),
-        None: ("Unknown", "", result.compared_text, "none at the end"),
+        None: ("Unknown", "", result.compared_text, "none"),
     }[result.replicas_identical]
     return {
         "title": "Replicas", "value": value, "kind": kind, "note": note,

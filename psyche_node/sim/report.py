@@ -246,7 +246,7 @@ def _bytes_chart(result: RunResult) -> charts.Chart | None:
     if not any(one.points for one in series):
         return None
     return charts.line_chart(
-        series, rounds=max(result.rounds - 1, 1), frame=charts.Frame(500, 350, left=58, right=118), name="bytes",
+        series, rounds=max(result.rounds - 1, 1), frame=charts.Frame(500, 350, left=58, right=138), name="bytes",
         label="Bytes sent per round and node", y_text=_tick_bytes, value_text=units.bytes_text, log=True,
     )  # fmt: skip
 
