@@ -19,6 +19,7 @@ from coordinator.ledger.faults import BadFaults, Faults, parse_faults
 from coordinator.ledger.server import LedgerServer
 from coordinator.ledger.snapshot import state_hash
 from coordinator.ledger.store import Store, StoreError
+from coordinator.pipes import end_with_reader
 
 EXIT_USAGE = 2
 EXIT_CANNOT_LISTEN = 3
@@ -95,6 +96,8 @@ def run(
         print(f"psyche-ledger: cannot listen on {error}. ", end="", file=sys.stderr)
         print("Choose another --port or --host, or --port 0 to let the system pick.", file=sys.stderr)
         raise typer.Exit(EXIT_CANNOT_LISTEN) from None
+    except BrokenPipeError:  # nobody waits for the line that says it is ready
+        raise
     except OSError as error:
         print(
             f"psyche-ledger: {folder} cannot be written: {error.strerror or error}. Nothing was acknowledged that is "
@@ -197,7 +200,7 @@ async def _serve(
 
 
 def main() -> None:
-    app()
+    end_with_reader(app)
 
 
 if __name__ == "__main__":

@@ -29,6 +29,7 @@ def ended(module: str, *arguments: str, environment: Mapping[str, str]) -> tuple
         ("coordinator.admin", ("keys", "new", "wallet.json", "--json"), ""),
         ("coordinator.admin", ("keys", "new", "wallet.json"), "1"),
         ("coordinator.admin", ("run", "--help"), ""),
+        ("coordinator.ledger", ("run", "--port", "0"), ""),
         ("psyche_node.cli", ("keys", "rotate", "--folder", "."), ""),
         ("psyche_node.cli", ("recipe", "show", "demo"), "1"),
         ("psyche_node.sim.cli", ("--help",), ""),
