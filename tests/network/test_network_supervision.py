@@ -37,6 +37,7 @@ from psyche_node.network.messages import (
 from psyche_node.network.store import BlobStore
 from psyche_node.node import networking
 from psyche_node.node.networking import Network
+from tests.leaping_loop import Leaping
 
 pytestmark = pytest.mark.timeout(240)
 
@@ -226,15 +227,6 @@ def test_a_process_that_does_not_answer_is_replaced(
 
     odd.write_text("silent well")
     asyncio.run(scenario())
-
-
-class Leaping(asyncio.SelectorEventLoop):
-    """A loop whose clock leaps when a question is put, as if this process had been stopped then."""
-
-    slept = 0.0
-
-    def time(self) -> float:
-        return super().time() + self.slept
 
 
 def test_a_process_that_answers_outlives_a_stop_of_its_supervisor(

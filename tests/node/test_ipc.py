@@ -26,6 +26,7 @@ from psyche_node.ipc import (
     encode_frame,
 )
 from psyche_node.training.errors import ModelError
+from tests.leaping_loop import Leaping
 
 
 class Question(Message):
@@ -233,15 +234,6 @@ def test_silent_process_is_given_up() -> None:
                 await peer.endpoint.call(Question(text="?"), Answer)
 
     run_async(test())
-
-
-class Leaping(asyncio.SelectorEventLoop):
-    """A loop whose clock the test puts forward, as if this process had been stopped for so long."""
-
-    slept = 0.0
-
-    def time(self) -> float:
-        return super().time() + self.slept
 
 
 def test_an_answer_that_came_while_this_process_was_stopped_counts() -> None:

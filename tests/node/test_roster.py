@@ -37,6 +37,13 @@ def mine(status: MemberStatus, slot: int) -> Member:
     return dataclasses.replace(member_of(ME, status), status_slot=slot)
 
 
+async def read_at(it: Scene, pulse: Pulse) -> None:
+    """Show the roster this state of the run, and let it read the table again."""
+    reads = it.chain.calls["members"]
+    it.chain.push(pulse)
+    await settle(lambda: it.chain.calls["members"] > reads)
+
+
 def test_of_two_answers_the_older_changes_nothing() -> None:
     async def test() -> None:
         roster = unread()
@@ -241,15 +248,11 @@ def test_a_run_that_stops_for_want_of_members_is_told_once_and_so_is_that_it_goe
         # Before the first round a run waits as a matter of course, and so does one that has all it needs.
         async with scene(tmp_path, begins=waits(1, number=0)) as it:
             for pulse in (waits(2, number=0), waits(4), TRAINS):
-                reads = it.chain.calls["members"]
-                it.chain.push(pulse)
-                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+                await read_at(it, pulse)
             await settle_down()
             assert told() == []
             for pulse in (waits(2), waits(3)):
-                reads = it.chain.calls["members"]
-                it.chain.push(pulse)
-                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+                await read_at(it, pulse)
             await settle_down()
             (warning,) = told()
             assert "round 3: the run has stopped" in warning
@@ -259,9 +262,7 @@ def test_a_run_that_stops_for_want_of_members_is_told_once_and_so_is_that_it_goe
             assert "the run goes on" in told()[1]
             it.chain.push(waits(2))
             await settle(lambda: len(told()) == 3)
-            reads = it.chain.calls["members"]
-            it.chain.push(pulse_of(Phase.FINISHED, 3))
-            await settle(lambda: it.chain.calls["members"] > reads)
+            await read_at(it, pulse_of(Phase.FINISHED, 3))
             await settle_down()
             assert len(told()) == 3, "its owner has ended it"
 
@@ -278,9 +279,7 @@ def test_a_pause_is_told_once_and_so_is_its_end(tmp_path: Path, caplog: pytest.L
             paused = pulse_of(Phase.PAUSED, 3)
             fewer = dataclasses.replace(paused, header=dataclasses.replace(paused.header, members=1))
             for pulse in (paused, fewer):
-                reads = it.chain.calls["members"]
-                it.chain.push(pulse)
-                await settle(lambda reads=reads: it.chain.calls["members"] > reads)  # type: ignore[misc]
+                await read_at(it, pulse)
             await settle_down()
             (line,) = told()
             assert "round 3: the owner has paused the run" in line

@@ -51,7 +51,7 @@ def test_parameters_that_are_none(parameters: Any, text: str) -> None:
         DisTrO(parameters, lr=0.01)
 
 
-def test_a_sparse_gradient_is_named(make: Make) -> None:
+def test_a_sparse_gradient_is_named() -> None:
     model = torch.nn.Embedding(100, 70, sparse=True)
     optimizer = DisTrO(model.named_parameters(), lr=0.01, topk=8)
     model(torch.tensor([1, 2])).sum().backward()
